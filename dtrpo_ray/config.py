@@ -1,0 +1,343 @@
+"""A TOML job file and dotted overrides -> one frozen, validated `Job`. Imports neither torch nor ray.
+
+Every field has one default, one unit and one sentence; a field of another variant is an error, never ignored.
+"""
+
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dtrpo_ray.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SudokuTask(_Section):
+    """4x4 Sudoku puzzles, generated; 30 % of the grids are held out by hash."""
+
+    type: Literal["sudoku"]
+    blanks: tuple[int, int] = (4, 12)
+    """Fewest and most blank cells of a generated puzzle."""
+    public_tests: tuple[Path, ...] = ()
+    """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "SudokuTask":
+        if not 1 <= self.blanks[0] <= self.blanks[1] <= 16:
+            raise ValueError(f"blanks = {list(self.blanks)} must be two rising numbers between 1 and 16")
+        return self
+
+
+class CountdownTask(_Section):
+    """Countdown: reach a target from numbers, each used once; generated, with variable-length answers."""
+
+    type: Literal["countdown"]
+    numbers: int = Field(3, ge=2, le=4)
+    """How many numbers a puzzle gives."""
+    public_tests: tuple[Path, ...] = ()
+    """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
+
+
+class PreferencesTask(_Section):
+    """Preference pairs from files: no generator and no verifier, so no rollout, pairing or accuracy."""
+
+    type: Literal["preferences"]
+    files: tuple[Path, ...] = Field(min_length=1)
+    """JSON, JSONL, JSONL.gz or Parquet files; the format is recognised by its columns (docs/data.md)."""
+    max_prompt_tokens: int = Field(512, ge=1)
+    """Longer prompts lose their beginning."""
+    max_response_tokens: int = Field(512, ge=1)
+    """Rows with a longer response go to the quarantine file."""
+    max_rows: int | None = Field(None, ge=1)
+    """Read no more rows than this."""
+
+
+Task = Annotated[SudokuTask | CountdownTask | PreferencesTask, Field(discriminator="type")]
+
+
+class ModelInit(_Section):
+    """A randomly initialised model in the SDAR layout (Qwen3 trunk)."""
+
+    hidden_size: int = Field(128, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int | None = None
+    """Key/value heads; num_heads if absent."""
+    intermediate_size: int = Field(256, ge=8)
+    block_size: int = Field(4, ge=1)
+    """Tokens of a block, on the global grid."""
+
+
+class ModelConfig(_Section):
+    """Where the base model comes from: a directory, or a random initialisation that [sft] trains."""
+
+    path: Path | None = None
+    """A model directory (config.json, model.safetensors, tokenizer)."""
+    init: ModelInit | None = None
+    """Sizes of a new model."""
+    tokenizer: Path | None = None
+    """A tokenizer directory for `init`; a puzzle task makes its own if absent."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of model.path and model.init")
+        if self.path is not None and self.tokenizer is not None:
+            raise ValueError("model.tokenizer goes with model.init; model.path brings its own tokenizer")
+        return self
+
+
+class Objective(_Section):
+    """What a training stage minimises."""
+
+    type: Literal["sft", "dtrpo", "elbo_dpo"] = "dtrpo"
+    """dtrpo; or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks, one draw)."""
+    beta: float = Field(0.1, gt=0)
+    """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    """As in TRL's DPOConfig."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """As in TRL's DPOConfig (cDPO); sigmoid only."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen side's negative log-likelihood per token, added to the preference loss."""
+    weighting: Literal["steps", "tokens", "unit"] = "steps"
+    """dTRPO's weight of a sampled step: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
+    schedule: Literal["recorded", "random"] = "recorded"
+    """Where the unmasking order comes from: the row's recorded steps, or a random order."""
+    tokens_per_step: int = Field(1, ge=1)
+    """Tokens unmasked per denoising step of the random schedule."""
+
+
+class TrainConfig(_Section):
+    """One training stage. Batches are counted in rows: pairs, or examples for sft."""
+
+    objective: Objective = Objective()
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    num_epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, if fewer than the epochs hold."""
+    global_batch: int = Field(64, ge=1)
+    """Rows per optimizer step, over all workers."""
+    micro_batch: int = Field(32, ge=1)
+    """Most rows per forward of one worker; gradient accumulation is derived."""
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPU, fp32 on CPU."""
+    log_every: int = Field(1, ge=1)
+    """Optimizer steps between metric lines."""
+    save_every: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+    def rows_per_rank(self, num_workers: int) -> int:
+        """Rows of one optimizer step on one rank."""
+        return self.global_batch // num_workers
+
+    def accumulation(self, num_workers: int) -> int:
+        """Micro-batches of one optimizer step on one rank."""
+        return -(-self.rows_per_rank(num_workers) // self.micro_batch)
+
+
+class SFTConfig(TrainConfig):
+    """Training of a new base model on generated examples."""
+
+    objective: Objective = Objective(type="sft")
+    lr: float = Field(2e-3, gt=0)
+    num_examples: int = Field(100_000, ge=1)
+    """Generated training examples."""
+
+
+class RolloutConfig(_Section):
+    """Decoding of training prompts into recorded trajectories."""
+
+    num_prompts: int = Field(2500, ge=1)
+    """Fresh prompts per round."""
+    num_samples: int = Field(8, ge=2)
+    """Samples per prompt."""
+    temperature: float = Field(1.0, gt=0)
+    denoising_steps: tuple[int, ...] = (2,)
+    """Denoising steps per block; samples of a prompt go through the list in turn."""
+    batch_size: int = Field(256, ge=1)
+    """Sequences decoded side by side by one actor."""
+    max_new_tokens: int = Field(16, ge=1)
+
+
+class PairConfig(_Section):
+    """Scored trajectories -> preference pairs."""
+
+    max_pairs_per_prompt: int = Field(1, ge=1)
+    """Best against worst first; then second best against second worst, and so on."""
+    min_margin: float = Field(0.5, gt=0)
+    """Smallest difference of rewards; ties never pair."""
+
+
+class EvalConfig(_Section):
+    """Base against aligned on held-out prompts."""
+
+    num_prompts: int = Field(2000, ge=1)
+    budgets: tuple[int, ...] = (1, 2, 4)
+    """Denoising steps per block to evaluate at."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    batch_size: int = Field(500, ge=1)
+    num_examples: int = Field(4, ge=0)
+    """Denoisings kept for the report."""
+
+
+class ServeConfig(_Section):
+    """The HTTP endpoint. It listens on loopback unless a host is named."""
+
+    checkpoint: str = ""
+    """A model directory; empty: the aligned model of this job."""
+    model_name: str = "dtrpo"
+    """The name clients ask for."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    num_replicas: int = Field(1, ge=1)
+    denoising_steps: int = Field(4, ge=1)
+    """Denoising steps per block where a request names none."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Most tokens a request may ask for."""
+    api_key_file: Path | None = None
+    """A file of keys, one a line; required to listen on any address but loopback."""
+
+    @model_validator(mode="after")
+    def _open_only_with_a_key(self) -> "ServeConfig":
+        if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_key_file is None:
+            raise ValueError(f"serve.host = {self.host!r} is open to the network: set serve.api_key_file too")
+        return self
+
+
+class ClusterConfig(_Section):
+    """Where the work runs."""
+
+    address: str = "local"
+    """`local` starts Ray here; `auto` joins the cluster this job was submitted to."""
+    num_workers: int = Field(2, ge=1)
+    """Ray Train workers."""
+    num_actors: int = Field(2, ge=1)
+    """Decoding actors of rollout and evaluation."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """auto: one GPU a worker if the cluster has any."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of a training stage from its last checkpoint."""
+
+
+class Job(_Section):
+    """Everything one run depends on."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    storage: Path = Path("runs")
+    """Folder of finished stages and reports."""
+    rounds: int = Field(1, ge=1)
+    """Times rollout, pair and train repeat; the reference is reset to the newest policy each round."""
+    task: Task
+    model: ModelConfig
+    sft: SFTConfig | None = None
+    """Trains model.init; absent: the initialised or given model is the base as it is."""
+    rollout: RolloutConfig | None = None
+    """Absent for tasks that bring their own pairs."""
+    pair: PairConfig = PairConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig | None = EvalConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Job":
+        puzzle = self.task.type != "preferences"
+        if puzzle and self.rollout is None:
+            raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
+        if not puzzle and (self.rollout or self.sft or self.rounds > 1):
+            raise ValueError("task.type = 'preferences' brings its pairs: remove [rollout], [sft] and rounds")
+        if not puzzle and self.model.init and self.model.tokenizer is None:
+            raise ValueError("task.type = 'preferences' with model.init needs model.tokenizer, a tokenizer directory")
+        if not puzzle and self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
+            raise ValueError("task.type = 'preferences' has no recorded steps: set train.objective.schedule = 'random'")
+        if self.sft and self.sft.objective.type != "sft":
+            raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
+        if self.sft and self.model.path:
+            raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")
+        for name, stage in (("sft", self.sft), ("train", self.train)):
+            if stage and stage.global_batch % self.cluster.num_workers:
+                raise ValueError(
+                    f"{name}.global_batch = {stage.global_batch} does not divide by "
+                    f"cluster.num_workers = {self.cluster.num_workers}"
+                )
+        if self.rollout and self.model.init:
+            worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
+            if worst > self.model.init.block_size:
+                raise ValueError(f"{worst} denoising steps per block exceed block_size = {self.model.init.block_size}")
+        return self
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Parse a job file, apply `dotted.key=value` overrides (values are TOML; bare words are strings), validate.
+
+    Raises ConfigError naming the file, the field, the value and what is allowed.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such job file; shipped ones lie in jobs/") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a job file ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        job = Job.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+    _require_files(path, job)
+    return job
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected dotted.key=value, for example train.lr=1e-5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+    tree[leaf] = value
+
+
+def _explain(problem: Any) -> str:
+    # a discriminated union puts the variant's name into the path; users know it as the section alone
+    parts = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "task")]
+    where = ".".join(parts) or "job"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {where}; see `dtrpo plan --help` and docs/jobs.md"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def _require_files(path: Path, job: Job) -> None:
+    wanted: list[tuple[str, Path | None]] = [("model.path", job.model.path), ("model.tokenizer", job.model.tokenizer)]
+    wanted.append(("serve.api_key_file", job.serve.api_key_file))
+    wanted += [("task.files", file) for file in getattr(job.task, "files", ())]
+    for field, file in wanted:
+        if file is not None and not os.path.exists(file):
+            raise ConfigError(f"{path}: {field}: {file} does not exist")

@@ -1,0 +1,45 @@
+"""A model directory -> an `Engine` that turns texts into decoded responses. Rollout, evaluation and serving use this."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.errors import ModelError
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.registry import load_model
+from dtrpo_ray.sampler import Generation, SamplingParams, generate
+from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+
+
+class Engine:
+    """A model, its tokenizer and the device they decode on."""
+
+    def __init__(self, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        if mask_token_id(tokenizer) != model.mask_id:
+            raise ModelError(
+                f"tokenizer mask id {mask_token_id(tokenizer)} and config.json mask_token_id {model.mask_id} disagree"
+            )
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> "Engine":
+        """Load a model directory: bf16 on a GPU where there is one, else float32 on the CPU."""
+        gpu = torch.cuda.is_available()
+        dtype = torch.bfloat16 if gpu else torch.float32
+        return cls(load_model(path, dtype, "cuda" if gpu else "cpu"), load_tokenizer(path))
+
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Prompt ids of a text, or of chat messages through the chat template."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """Decode prompts [ids] in one batch; see `sampler.generate`."""
+        return generate(self.model, prompts, params, seeds)

@@ -1,0 +1,41 @@
+"""The errors a user can cause, and nothing else.
+
+    DtrpoError
+    +-- ConfigError      a job file, an override, a flag
+    +-- DataError        a row, a file, a store
+    +-- ModelError       a checkpoint in the model layout
+    +-- CheckpointError  a training checkpoint
+    +-- TrainError       a run that cannot go on
+    +-- ServeError       a request or a deployment
+
+Each message names the place, the field, the value and the remedy. None has an `__init__` of its own: Ray ships
+exceptions between processes by pickle, which calls the class with `args`.
+"""
+
+
+class DtrpoError(Exception):
+    """Base of every error that is the user's to mend; the CLI prints it on one line and exits with 2."""
+
+
+class ConfigError(DtrpoError, ValueError):
+    """A job file, an override or a flag that cannot be run."""
+
+
+class DataError(DtrpoError, ValueError):
+    """A row, file or store that breaks its schema."""
+
+
+class ModelError(DtrpoError, ValueError):
+    """A model directory that is unknown, incomplete or of another shape."""
+
+
+class CheckpointError(DtrpoError, ValueError):
+    """A training checkpoint that is missing, partial, corrupt or of another run."""
+
+
+class TrainError(DtrpoError, RuntimeError):
+    """A training run that cannot go on (for example a loss that is not finite)."""
+
+
+class ServeError(DtrpoError, RuntimeError):
+    """A request or deployment that cannot be served."""

@@ -1,0 +1,30 @@
+"""Scalars of a training stage as JSON lines: written as they happen, read back for progress and the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends one JSON object a line. On resume the lines after `resumed_step` are dropped: they will come again."""
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a half-written last line is left out, a missing file is empty."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

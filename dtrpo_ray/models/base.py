@@ -1,0 +1,53 @@
+"""What the rest of the package knows of a model: four facts and two functions.
+
+A family (one file in this folder) wraps a transformers trunk and ends every quirk of its checkpoints here.
+Shapes: B rows, T tokens of a row, H hidden size, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from dtrpo_ray.likelihood import token_logps
+
+
+class DiffusionLM(nn.Module, ABC):
+    """A masked-diffusion language model with block attention.
+
+    `mask_id` is the [MASK] token, `block_size` the tokens of a block on the global grid (position // block_size),
+    `eos_id` ends a response, `vocab_size` bounds every id.
+    """
+
+    mask_id: int
+    eos_id: int
+    block_size: int
+    vocab_size: int
+
+    def forward(
+        self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, row_N: Tensor, col_N: Tensor, target_N: Tensor
+    ) -> Tensor:
+        """log mu of the targets [N] whose states end at (row, col): the one forward that training runs.
+
+        It is `forward`, and not a function outside, because DeepSpeed hooks module calls.
+        """
+        hidden = self.hidden(ids_BT, positions_BT, mask)
+        return token_logps(self.log_mu, hidden[row_N, col_N], target_N)
+
+    @abstractmethod
+    def hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: object | None = None) -> Tensor:
+        """Last hidden states [B, T, H]; `mask` is boolean [B or 1, 1, T, keys], True where attention is allowed."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H]; logits at i predict token i (a shift is undone here)."""
+
+    def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log of the token predictor mu [..., V] in float32, the mask token excluded.
+
+        A finished token is never [MASK], so mu gives it no probability (the zero-masking-probability
+        parameterisation of MDLM, arXiv 2406.07524, section 3.2.3). Training and decoding both read this.
+        """
+        logits = self.head(hidden).float()
+        logits = logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), float("-inf"))
+        return torch.log_softmax(logits / temperature, dim=-1)

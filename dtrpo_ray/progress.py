@@ -1,0 +1,57 @@
+"""A growing metrics file -> a progress bar on a terminal, plain lines elsewhere."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dtrpo_ray.metrics import read_metrics
+
+console = Console(stderr=True)
+PLAIN_LINES = 10  # lines a stage prints where there is no terminal
+_SHOWN = ("loss", "margin", "reward_accuracy", "nll", "nll_chosen")
+
+
+def bar() -> Progress:
+    """The one look of all progress bars."""
+    columns = (TextColumn("[bold]{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+
+
+@contextmanager
+def watch(metrics: Path, label: str, total: int, on_step: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Follow a metrics file from a thread until the block ends; `on_step` sees each row once, in order."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(metrics, label, total, on_step, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _follow(
+    metrics: Path, label: str, total: int, on_step: Callable[[dict[str, Any]], None], stop: threading.Event
+) -> None:
+    seen, printed = 0, 0
+    with bar() as progress:
+        task = progress.add_task(label, total=total, note="", visible=console.is_terminal)
+        while True:
+            last = stop.wait(0.5)
+            for row in read_metrics(metrics):
+                if row["step"] <= seen:
+                    continue
+                seen = row["step"]
+                on_step(row)
+                note = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
+                progress.update(task, completed=seen, note=note)
+                if not console.is_terminal and seen * PLAIN_LINES // total > printed:
+                    printed = seen * PLAIN_LINES // total
+                    console.print(f"{label}: step {seen}/{total}  {note}", highlight=False)
+            if last:
+                return

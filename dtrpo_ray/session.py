@@ -1,0 +1,55 @@
+"""One Ray session for a command: started here on loopback, or joined where the job was submitted."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from dtrpo_ray.config import ClusterConfig
+from dtrpo_ray.errors import ConfigError
+
+# a fresh page for every tensor costs a fifth of a small step on CPU: let glibc keep its arenas
+CPU_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Connect to Ray for the time of a command. Raises ConfigError if there is no cluster to join."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # ray.train.report waits for one such poll
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if cluster.address == "local":
+        # room for the Ray Data tasks beside the workers: logical CPUs, the threads of each worker are bounded
+        num_cpus = max(os.cpu_count() or 1, cluster.num_workers + 2, cluster.num_actors + 2)
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False, runtime_env={"env_vars": CPU_WORKER_ENV}, **quiet)
+    else:
+        try:
+            ray.init(cluster.address, **quiet)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"cluster.address = {cluster.address!r}: no Ray cluster answers ({str(error).splitlines()[0]}); "
+                'start one, or set cluster.address = "local"'
+            ) from None
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def uses_gpu(cluster: ClusterConfig) -> bool:
+    """Whether workers and actors ask for a GPU. Raises ConfigError where one is demanded and there is none."""
+    available = ray.cluster_resources().get("GPU", 0) > 0
+    if cluster.use_gpu == "yes" and not available:
+        raise ConfigError('cluster.use_gpu = "yes", but the Ray cluster has no GPU; set "auto" or "no"')
+    return available and cluster.use_gpu != "no"
+
+
+def cpu_threads(sharers: int) -> int:
+    """Torch threads for each of `sharers` processes that share this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // sharers)

@@ -1,0 +1,62 @@
+"""Text <-> ids, with the prompt/response boundary exact: both sides are tokenized apart and joined as ids."""
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dtrpo_ray.errors import ModelError
+
+EOS, MASK = "<|endoftext|>", "<|MASK|>"
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters plus end-of-sequence and mask, for puzzle tasks."""
+    vocab = {token: i for i, token in enumerate([*alphabet, EOS, MASK])}
+    backend = Tokenizer(WordLevel(vocab))
+    backend.pre_tokenizer = Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=EOS, pad_token=EOS, mask_token=MASK, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory, without remote code. Raises ModelError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the mask token: declared, or SDAR's and Fast-dLLM's spelling. Raises ModelError if there is none."""
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    for spelling in ("<|MASK|>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>"):
+        if spelling in tokenizer.get_vocab():
+            return int(tokenizer.get_vocab()[spelling])
+    raise ModelError("the tokenizer has no mask token; a diffusion model needs one")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Prompt ids: messages go through the chat template with the assistant's opening, text is taken as it is."""
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt, add_special_tokens=False))
+    if tokenizer.chat_template is None:
+        raise ModelError("the tokenizer has no chat template; give the prompt as text")
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, response: str, prompt_len: int, block_size: int, end: bool = True
+) -> list[int]:
+    """Response ids up to the end of the terminal block on the global grid.
+
+    With `end` an end-of-sequence token follows the text; what is left of the block is filled with the same token,
+    supervised like any other (as LLaDA's SFT does), so that sampler and trainer agree on the terminal block.
+    """
+    ids = list(tokenizer.encode(response, add_special_tokens=False)) + [tokenizer.eos_token_id] * end
+    return ids + [tokenizer.eos_token_id] * (-(prompt_len + len(ids)) % block_size)
