@@ -8,7 +8,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@180
-# The signal reaches every `ray start --block` before the time limit: they drain, Ray Train saves.
+# The signal reaches every `ray start --block` before the time limit: they drain, a checkpoint can finish.
 set -euo pipefail
 job=${1:?usage: sbatch cluster/slurm.sh jobs/<job>.toml}
 

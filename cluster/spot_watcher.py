@@ -1,4 +1,4 @@
-"""Turn the cloud's spot interruption notice into `ray drain-node`, so Ray Train saves before the VM is gone.
+"""Turn the cloud's spot interruption notice into `ray drain-node`, so Ray leaves the VM before it is gone.
 
 Runs beside the raylet of each worker VM: open-source Ray does not poll the notice. Standard library only.
 """

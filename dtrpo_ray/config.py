@@ -192,6 +192,7 @@ class EvalConfig(_Section):
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
     batch_size: int = Field(500, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
     num_examples: int = Field(4, ge=0)
     """Denoisings kept for the report."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 
 from dtrpo_ray.config import TrainConfig
@@ -54,7 +55,7 @@ def _epoch_order(row_ids: list[str], seed: int, epoch: int) -> np.ndarray:
 def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> tuple[list[ray.data.Dataset], int]:
     """One materialised dataset a rank, and the number of optimizer steps."""
     files = sorted(str(p) for p in table_dir.glob("*.parquet"))
-    ids = [r["row_id"] for r in ray.data.read_parquet(files, columns=["row_id"]).take_all()]
+    ids = pq.read_table(files, columns=["row_id"])["row_id"].to_pylist()
     plan = make_plan(ids, config, seed)
     places: dict[str, list[int]] = {}
     for ordinal, row in enumerate(plan.row.tolist()):

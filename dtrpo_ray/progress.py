@@ -1,10 +1,9 @@
 """A growing metrics file -> a progress bar on a terminal, plain lines elsewhere."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,10 +22,10 @@ def bar() -> Progress:
 
 
 @contextmanager
-def watch(metrics: Path, label: str, total: int, on_step: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Follow a metrics file from a thread until the block ends; `on_step` sees each row once, in order."""
+def watch(metrics: Path, label: str, total: int) -> Iterator[None]:
+    """Follow a metrics file from a thread until the block ends."""
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(metrics, label, total, on_step, stop), daemon=True)
+    thread = threading.Thread(target=_follow, args=(metrics, label, total, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -35,9 +34,7 @@ def watch(metrics: Path, label: str, total: int, on_step: Callable[[dict[str, An
         thread.join()
 
 
-def _follow(
-    metrics: Path, label: str, total: int, on_step: Callable[[dict[str, Any]], None], stop: threading.Event
-) -> None:
+def _follow(metrics: Path, label: str, total: int, stop: threading.Event) -> None:
     seen, printed = 0, 0
     with bar() as progress:
         task = progress.add_task(label, total=total, note="", visible=console.is_terminal)
@@ -47,7 +44,6 @@ def _follow(
                 if row["step"] <= seen:
                     continue
                 seen = row["step"]
-                on_step(row)
                 note = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
                 progress.update(task, completed=seen, note=note)
                 if not console.is_terminal and seen * PLAIN_LINES // total > printed:

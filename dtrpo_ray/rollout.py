@@ -1,7 +1,7 @@
 """Ray Data shell: prompts -> decoded, scored responses by a pool of actors that hold the engine.
 
-`rollout` writes whole trajectories (the table trajectory/v1); `decode` returns rows for evaluation.
-A response's seed comes from (seed, prompt, sample), so batches and actors change nothing.
+A prompt row has `row_id`, `prompt_id`, `prompt` and `denoising_steps`; what comes back is the table trajectory/v1.
+A response's seed comes from (seed, row id), so batches and actors change nothing.
 """
 
 import importlib
@@ -17,7 +17,7 @@ import torch
 from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
-from dtrpo_ray.sampler import SamplingParams
+from dtrpo_ray.sampler import Generation, SamplingParams
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 from dtrpo_ray.trajectory import row_generator
 
@@ -26,11 +26,12 @@ ENGINE_NAME = "dtrpo_ray.sampler/1"  # raise the number when decoding changes wh
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """One pass over prompts: with which model, how, and who scores. `scorer` is "module:function" or empty."""
+    """One pass over prompts: with which model, how, and who scores; `scorer` is "module:function"."""
 
     model: Path
     model_hash: str
-    params: SamplingParams
+    max_new_tokens: int
+    temperature: float
     scorer: str
     seed: int
 
@@ -42,49 +43,49 @@ class _Decoder:
         torch.set_num_threads(cpu_threads(sharers))
         self.job, self.engine = job, Engine.load(job.model)
         module, _, function = job.scorer.partition(":")
-        self.score = getattr(importlib.import_module(module), function) if module else None
+        self.score = getattr(importlib.import_module(module), function)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        job, engine = self.job, self.engine
         rows = batch.to_pylist()
-        prompts = [engine.encode(row["prompt"]) for row in rows]
-        seeds = [int(row_generator(job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
-        generations = engine.generate(prompts, job.params, seeds)
-        texts = [engine.decode(g.text_ids) for g in generations]
-        rewards = [self.score(r["prompt"], t) if self.score else None for r, t in zip(rows, texts, strict=True)]
-        facts = {
-            "contract_version": CONTRACT_VERSION,
-            "reward_source": job.scorer,
-            "block_size": engine.model.block_size,
-            "block_origin": "global",
-            "mask_id": engine.model.mask_id,
-            "temperature": job.params.temperature,
-            "denoising_steps": job.params.denoising_steps,
-            "engine": ENGINE_NAME,
-            "model_hash": job.model_hash,
-        }
-        made = [
-            {
-                **facts,
-                "row_id": row["row_id"],
-                "prompt_id": row["prompt_id"],
-                "prompt": row["prompt"],
-                "response": text,
-                "prompt_ids": prompt,
-                "response_ids": g.ids,
-                "steps": g.steps,
-                "logps": g.logps,
-                "num_forwards": g.num_forwards,
-                "reward": reward,
-                "seed": seed,
-            }
-            for row, prompt, g, text, reward, seed in zip(rows, prompts, generations, texts, rewards, seeds, strict=True)
-        ]
+        made: list[dict[str, Any]] = []
+        for steps in sorted({row["denoising_steps"] for row in rows}):
+            made += self._decode([row for row in rows if row["denoising_steps"] == steps], steps)
         return pa.Table.from_pylist(made, schema=TRAJECTORY)
 
+    def _decode(self, rows: list[dict[str, Any]], denoising_steps: int) -> list[dict[str, Any]]:
+        job = self.job
+        params = SamplingParams(job.max_new_tokens, denoising_steps, job.temperature)
+        prompts = [self.engine.encode(row["prompt"]) for row in rows]
+        seeds = [int(row_generator(job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
+        done = self.engine.generate(prompts, params, seeds)
+        whole = zip(rows, prompts, seeds, done, strict=True)
+        return [self._trajectory(row, prompt, seed, generation) for row, prompt, seed, generation in whole]
 
-def decode(prompts: Sequence[dict[str, str]], job: DecodeJob, cluster: ClusterConfig, batch_size: int) -> ray.data.Dataset:
-    """A lazy dataset of trajectories, one for each prompt row {row_id, prompt_id, prompt}."""
+    def _trajectory(self, row: dict[str, Any], prompt: list[int], seed: int, generation: Generation) -> dict[str, Any]:
+        text = self.engine.decode(generation.text_ids)
+        return {
+            "contract_version": CONTRACT_VERSION,
+            **{name: row[name] for name in ("row_id", "prompt_id", "prompt", "denoising_steps")},
+            "response": text,
+            "prompt_ids": prompt,
+            "response_ids": generation.ids,
+            "steps": generation.steps,
+            "logps": generation.logps,
+            "num_forwards": generation.num_forwards,
+            "reward": self.score(row["prompt"], text),
+            "reward_source": self.job.scorer,
+            "block_size": self.engine.model.block_size,
+            "block_origin": "global",
+            "mask_id": self.engine.model.mask_id,
+            "temperature": self.job.temperature,
+            "seed": seed,
+            "engine": ENGINE_NAME,
+            "model_hash": self.job.model_hash,
+        }
+
+
+def decode(prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int) -> ray.data.Dataset:
+    """A lazy dataset of trajectories, one for each prompt row."""
     gpu = uses_gpu(cluster)
     blocks = -(-len(prompts) // batch_size)
     return (
@@ -103,3 +104,17 @@ def decode(prompts: Sequence[dict[str, str]], job: DecodeJob, cluster: ClusterCo
     )
 
 
+def decode_to_table(
+    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int
+) -> pa.Table:
+    """Decode and gather on the driver: for evaluations, whose size is bounded."""
+    return pa.concat_tables(ray.get(decode(prompts, job, cluster, batch_size).to_arrow_refs()))
+
+
+def decode_to_folder(
+    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int, out: Path
+) -> None:
+    """Decode and write Parquet files from the workers, named by their place alone: same rows, same files."""
+    decode(prompts, job, cluster, batch_size).write_parquet(str(out.resolve()))
+    for number, file in enumerate(sorted(out.glob("*.parquet"))):  # Ray's names are a random id, then the place
+        file.rename(out / f"part-{number:05d}.parquet")

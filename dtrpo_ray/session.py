@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.data
+from ray.data.context import ShuffleStrategy
 
 from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.progress import console
 
 # a fresh page for every tensor costs a fifth of a small step on CPU: let glibc keep its arenas
 CPU_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -22,7 +25,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # ray.train.report waits for one such poll
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": True}
     if cluster.address == "local":
         # room for the Ray Data tasks beside the workers: logical CPUs, the threads of each worker are bounded
         num_cpus = max(os.cpu_count() or 1, cluster.num_workers + 2, cluster.num_actors + 2)
@@ -35,7 +38,13 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
                 f"cluster.address = {cluster.address!r}: no Ray cluster answers ({str(error).splitlines()[0]}); "
                 'start one, or set cluster.address = "local"'
             ) from None
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = console.is_terminal
+    # the default shuffle starts 200 aggregators: 20 s on two cores for a table of a thousand rows
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         yield
     finally:

@@ -4,8 +4,8 @@ The driver lays out the data (`dataset.shard`), Ray Train runs `_worker` on ever
 `loop.run` over a DeepSpeed engine. A stage that was cut off resumes from the last checkpoint in its folder.
 """
 
+import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class TrainStage:
     seed: int
 
 
-def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run the stage to its end; returns its last metrics. `on_step` is called with every metrics row.
+def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
+    """Run the stage to its end; returns its last metrics.
 
     Raises TrainError with the workers' own message when the run has failed more often than `max_failures`.
     """
@@ -73,7 +73,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig, on_ste
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already
     )
     metrics = stage.out / METRICS
-    with watch(metrics, stage.label, num_steps, on_step):
+    with watch(metrics, stage.label, num_steps):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -140,6 +140,7 @@ def _write_model(backend: DeepSpeedBackend, base: Path, out: Path, rank: int) ->
             if file.name not in ("model.safetensors", "config.json"):
                 (partial / file.name).write_bytes(file.read_bytes())
         save_model(model, partial)
+        shutil.rmtree(out, ignore_errors=True)
         partial.replace(out)
 
 

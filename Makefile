@@ -1,0 +1,33 @@
+# One command for each chore, the same here and in CI. `make demo` and `make test` need nothing but Python 3.11 and make.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.deps-stamp
+JOB ?= jobs/demo.toml
+
+.PHONY: demo test lint setup clean
+
+demo: $(STAMP)
+	$(BIN)/dtrpo run $(JOB) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check dtrpo_ray tests jobs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(STAMP)
+
+# torch first: alone, pip finds the CPU build here and the CUDA build on a GPU machine; deepspeed builds against it
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0 numpy setuptools wheel ninja
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

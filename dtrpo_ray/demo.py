@@ -1,0 +1,44 @@
+"""One real question to the served, aligned model over HTTP: the last step of `dtrpo run`."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dtrpo_ray import prepare, server
+from dtrpo_ray.pipeline import HELD_OUT_SEED, River
+from dtrpo_ray.progress import console
+
+TIMEOUT_SECONDS = 120
+
+
+@contextmanager
+def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Serve the aligned model, ask it one held-out prompt, and keep it up for the time of the block."""
+    job = stages.job
+    config = job.serve.model_copy(update={"checkpoint": str(stages.aligned.path.resolve())})
+    prompt, score = "Hello", None
+    if job.task.type != "preferences":
+        prompt = prepare.generate_puzzles(job, 1, "test", HELD_OUT_SEED)[0]["prompt"]
+        score = prepare.puzzle(job).score
+    with console.status("serving the aligned model"):
+        url = server.start(config)
+    try:
+        body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(stages), "temperature": 0}
+        text = _post(f"{url}/v1/completions", body)["choices"][0]["text"]
+        yield url, {"url": url, "prompt": prompt, "text": text, "correct": score and bool(score(prompt, text) >= 1)}
+    finally:
+        server.stop()
+
+
+def _max_tokens(stages: River) -> int:
+    return stages.job.eval.max_new_tokens if stages.job.eval else 32
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        value: dict[str, Any] = json.load(response)
+    return value

@@ -1,0 +1,255 @@
+"""The river: a `Job` -> base, rollouts, pairs, aligned model, evaluation. Each stage is found finished or is made.
+
+`River` names what each stage depends on and calls the shell that makes it; nothing here computes.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dtrpo_ray import evaluation, prepare, trainer
+from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
+from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.metrics import read_metrics
+from dtrpo_ray.models.registry import build_model, read_config, save_model
+from dtrpo_ray.pairs import make_pairs
+from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
+from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
+from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
+from dtrpo_ray.tokenizer import load_tokenizer, mask_token_id
+
+TABLE, MODEL, METRICS = "table", trainer.MODEL, trainer.METRICS
+HELD_OUT_SEED = 1  # added to the job's seed: held-out prompts are the same for every round and variant
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model directory and the hash of its files."""
+
+    path: Path
+    digest: str
+
+
+class River:
+    """The stages of one job. `made` lists every stage in the order it was asked for, for the lineage."""
+
+    def __init__(self, job: Job, store: Store) -> None:
+        self.job, self.store = job, store
+        self.made: list[Stage] = []
+
+    def _stage(self, *args: Any) -> Stage:
+        stage = self.store.stage(*args)
+        self.made.append(stage)
+        return stage
+
+    @cached_property
+    def initial(self) -> ModelRef:
+        """The given model directory, or a new one with random weights."""
+        job = self.job
+        if job.model.path:
+            files = {f.name: sha256_file(f) for f in sorted(job.model.path.iterdir()) if f.is_file()}
+            return ModelRef(job.model.path, sha256_json(files))
+        source = job.model.tokenizer
+        tokenizer = {f.name: sha256_file(f) for f in sorted(source.iterdir()) if f.is_file()} if source else job.task.type
+        inputs = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
+        return _model_of(self._stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
+
+    def _make_initial(self, out: Path) -> dict[str, Any]:
+        init = self.job.model.init
+        assert init is not None
+        tokenizer = prepare.job_tokenizer(self.job)
+        (out / MODEL).mkdir(exist_ok=True)
+        tokenizer.save_pretrained(out / MODEL)
+        eos = tokenizer.eos_token_id
+        config = {
+            "architectures": ["SDARForCausalLM"],
+            "model_type": "sdar",
+            "vocab_size": -(-max(len(tokenizer), mask_token_id(tokenizer) + 1) // 8) * 8,
+            "hidden_size": init.hidden_size,
+            "intermediate_size": init.intermediate_size,
+            "num_hidden_layers": init.num_layers,
+            "num_attention_heads": init.num_heads,
+            "num_key_value_heads": init.num_kv_heads or init.num_heads,
+            "head_dim": init.hidden_size // init.num_heads,
+            "block_size": init.block_size,
+            "mask_token_id": mask_token_id(tokenizer),
+            "eos_token_id": eos,
+            "bos_token_id": eos,
+            "pad_token_id": eos,
+            "tie_word_embeddings": False,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": 4096,
+        }
+        model = build_model(config, self.job.seed)
+        save_model(model, out / MODEL)
+        return {"parameters": sum(p.numel() for p in model.parameters())}
+
+    @cached_property
+    def base(self) -> ModelRef:
+        """The model to align: the initial one, trained on generated examples if the job has [sft]."""
+        job = self.job
+        if job.sft is None:
+            return self.initial
+        inputs = {"task": job.task.model_dump(mode="json", exclude={"public_tests"}), "count": job.sft.num_examples}
+        inputs |= {"seed": job.seed, "block_size": job.model.init and job.model.init.block_size}
+        examples = self._stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
+        return self._train("base", job.sft, self.initial, examples, job.seed)
+
+    def _make_examples(self, out: Path) -> dict[str, Any]:
+        (out / TABLE).mkdir(exist_ok=True)
+        summary = prepare.write_examples(self.job, load_tokenizer(self.initial.path), out / TABLE)
+        read_table(out / TABLE, EXAMPLE)
+        return summary
+
+    def trajectories(self, number: int) -> Stage:
+        """The recorded trajectories of a round, decoded by the policy that enters it."""
+        job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
+        if config is None:
+            raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
+        inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": job.seed, "round": number}
+        inputs["task"] = job.task.model_dump(mode="json", exclude={"public_tests"})
+
+        def make(out: Path) -> dict[str, Any]:
+            shutil.rmtree(out / TABLE, ignore_errors=True)  # a cut-off attempt
+            prompts = self._rollout_prompts(config, number)
+            decode = self._decode_job(policy, config.max_new_tokens, config.temperature)
+            decode_to_folder(prompts, decode, job.cluster, config.batch_size, out / TABLE)
+            table = read_table(out / TABLE, TRAJECTORY)
+            if len(table) != len(prompts):
+                raise DataError(f"{out}: {len(table)} trajectories of {len(prompts)} prompts; run it again with --fresh")
+            return {"trajectories": len(table), "mean_reward": float(table["reward"].to_numpy().mean())}
+
+        return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
+
+    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[dict[str, Any]]:
+        seed = int.from_bytes(bytes.fromhex(sha256_json([self.job.seed, number])[:12]))
+        puzzles = prepare.generate_puzzles(self.job, config.num_prompts, "train", seed)
+        return [
+            {
+                "row_id": f"r{number}-{i:06d}-{sample:02d}",
+                "prompt_id": f"r{number}-{i:06d}",
+                "prompt": puzzle["prompt"],
+                "denoising_steps": config.denoising_steps[sample % len(config.denoising_steps)],
+            }
+            for sample in range(config.num_samples)
+            for i, puzzle in enumerate(puzzles)
+        ]
+
+    def _decode_job(self, model: ModelRef, max_new_tokens: int, temperature: float) -> DecodeJob:
+        scorer = f"{prepare.PUZZLES[self.job.task.type]}:score"
+        return DecodeJob(model.path, model.digest, max_new_tokens, temperature, scorer, self.job.seed)
+
+    def pairs(self, number: int) -> Stage:
+        """The preference pairs of a round: from its rollouts, or from the job's files."""
+        job = self.job
+        if job.task.type == "preferences":
+            files = {str(f): sha256_file(f) for f in job.task.files}
+            inputs = {"task": job.task.model_dump(mode="json"), "files": files, "model": self.base.digest}
+            return self._stage("pairs", inputs, [f"{TABLE}/*.parquet"], self._make_imported_pairs)
+        trajectories = self.trajectories(number)
+        inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
+
+        def make(out: Path) -> dict[str, Any]:
+            table = make_pairs(read_table(trajectories.path / TABLE, TRAJECTORY), job.pair)
+            if not len(table):
+                raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
+            (out / TABLE).mkdir(exist_ok=True)
+            prepare.write_shards(table, out / TABLE)
+            return {"pairs": len(table)}
+
+        return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
+
+    def _make_imported_pairs(self, out: Path) -> dict[str, Any]:
+        (out / TABLE).mkdir(exist_ok=True)
+        block_size = read_config(self.base.path)["block_size"]
+        summary = prepare.write_preferences(self.job, load_tokenizer(self.base.path), block_size, out / TABLE)
+        read_table(out / TABLE, PREFERENCE)
+        return summary
+
+    def policy(self, number: int) -> ModelRef:
+        """The policy after `number` rounds; 0 is the base. It is the reference of the next round."""
+        if number == 0:
+            return self.base
+        reference, pairs = self.policy(number - 1), self.pairs(number)
+        return self._train(f"train-{number}", self.job.train, reference, pairs, self.job.seed + number)
+
+    @property
+    def aligned(self) -> ModelRef:
+        """The policy after the last round."""
+        return self.policy(self.job.rounds)
+
+    def _train(self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int) -> ModelRef:
+        keep_out = {"log_every", "save_every", "keep_checkpoints"}  # they change no weight
+        inputs = {"config": config.model_dump(mode="json", exclude=keep_out), "base": base.digest, "seed": seed}
+        inputs |= {"table": table.digest, "num_workers": self.job.cluster.num_workers}
+
+        def make(out: Path) -> dict[str, Any]:
+            stage = trainer.TrainStage(name, base.path, table.path / TABLE, out, seed)
+            plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
+            last = trainer.train(stage, plain, self.job.cluster)
+            return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
+
+        return _model_of(self._stage(name, inputs, [f"{MODEL}/*", METRICS], make))
+
+    def evaluate(self) -> dict[str, Any]:
+        """The evaluation of base and aligned: {"table", "examples", "comparison"}."""
+        table: list[dict[str, Any]] = []
+        kept: list[dict[str, Any]] = []
+        for name, model in (("base", self.base), ("aligned", self.aligned)):
+            stage = self._evaluate_model(name, model)
+            record = json.loads((stage.path / "eval.json").read_text())
+            table += [{"model": name, **row} for row in record["table"]]
+            kept += [{"model": name, **row} for row in record["examples"]]
+        return {"table": table, "examples": kept, "comparison": evaluation.compare(table)}
+
+    def _evaluate_model(self, name: str, model: ModelRef) -> Stage:
+        job, config = self.job, self.job.eval
+        if config is None or job.task.type == "preferences":
+            raise ConfigError("nothing to evaluate: the job has no [eval] section, or its task has no verifier")
+        sets = self._test_sets()
+        sizes = {title: sha256_json(rows) for title, rows in sets.items()}
+        inputs = {"eval": config.model_dump(mode="json"), "model": model.digest, "sets": sizes, "seed": job.seed}
+
+        def make(out: Path) -> dict[str, Any]:
+            prompts = [
+                {"row_id": f"{title}/{k}/{i:06d}", "prompt_id": f"{title}/{i:06d}", "prompt": row["prompt"], "denoising_steps": k}
+                for k in config.budgets
+                for title, rows in sets.items()
+                for i, row in enumerate(rows)
+            ]
+            decode = self._decode_job(model, config.max_new_tokens, config.temperature)
+            done = decode_to_table(prompts, decode, job.cluster, config.batch_size)
+            pq.write_table(done, out / "trajectories.parquet")
+            answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
+            record = evaluation.summarise(done, answers, config, load_tokenizer(model.path))
+            (out / "eval.json").write_text(json.dumps(record))
+            return {f"{r['set']}@{r['budget']}": r["accuracy"] for r in record["table"]}
+
+        return self._stage(f"eval-{name}", inputs, ["eval.json"], make)
+
+    def _test_sets(self) -> dict[str, list[dict[str, str]]]:
+        config, task = self.job.eval, self.job.task
+        assert config is not None and task.type != "preferences"
+        held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
+        module = prepare.puzzle(self.job)
+        public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
+        return {prepare.HELD_OUT: held_out, **public}
+
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Stage name -> metrics rows of every training stage asked for so far."""
+        trained = (s for s in self.made if (s.path / METRICS).exists())
+        return {stage.name: read_metrics(stage.path / METRICS) for stage in trained}
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """Every stage asked for so far, once, as rows for a report."""
+        return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+
+
+def _model_of(stage: Stage) -> ModelRef:
+    models = {name: digest for name, digest in stage.outputs.items() if name.startswith(f"{MODEL}/")}
+    return ModelRef(stage.path / MODEL, sha256_json(models))

@@ -1,0 +1,120 @@
+"""Finished work on disk: a stage is a folder named by the hash of all it depends on, sealed by a manifest.
+
+A stage is made in `NAME-KEY.partial` and renamed when its manifest is written, so what has its final name is whole.
+A `.partial` folder of the same key may be resumed (training does), never taken for finished.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrpo_ray.errors import DataError
+
+MANIFEST = "stage.json"
+CODE_CONTRACT = 1  # raise it when a stage's output for the same inputs changes
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage: `key` names its inputs, `digest` its outputs."""
+
+    name: str
+    key: str
+    path: Path
+    seconds: float
+    reused: bool
+    outputs: dict[str, str]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all output hashes: what later stages depend on."""
+        return sha256_json(self.outputs)
+
+    def lineage(self) -> dict[str, Any]:
+        """The stage as one JSON-able row."""
+        facts = {"stage": self.name, "key": self.key, "directory": str(self.path), "seconds": self.seconds}
+        return {**facts, "reused": self.reused, "outputs": self.outputs, "summary": self.summary}
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Store:
+    """The folder of stages of a storage path. `fresh` ignores what is finished, once for each stage."""
+
+    def __init__(self, root: Path, fresh: bool = False, announce: Callable[[str], None] = print) -> None:
+        self.root, self.fresh, self.announce = root / "stages", fresh, announce
+
+    def stage(
+        self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: Callable[[Path], dict[str, Any]]
+    ) -> Stage:
+        """Return the finished stage of these inputs, or make it: `make(folder)` writes and returns a summary.
+
+        `outputs` are the globs of files that later stages read, hashed into the manifest; a finished stage is reused
+        only if each hash still holds.
+        """
+        key = sha256_json({"stage": name, "inputs": inputs, "contract": CODE_CONTRACT})
+        path = self.root / f"{name}-{key[:12]}"
+        if self.fresh:
+            for old in (path, _partial(path)):
+                shutil.rmtree(old, ignore_errors=True)
+        elif found := self._finished(name, key, path):
+            self.announce(f"{name}: reused {key[:12]} ({path})")
+            return found
+        partial = _partial(path)
+        partial.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        summary = make(partial)
+        seconds = time.perf_counter() - began
+        hashes = {str(f.relative_to(partial)): sha256_file(f) for glob in outputs for f in sorted(partial.glob(glob))}
+        record = {"name": name, "key": key, "inputs": inputs, "seconds": seconds, "outputs": hashes, "summary": summary}
+        write_json(partial / MANIFEST, record)
+        partial.replace(path)
+        self.announce(f"{name}: made {key[:12]} in {seconds:.1f} s ({path})")
+        return Stage(name, key, path, seconds, False, hashes, summary)
+
+    def _finished(self, name: str, key: str, path: Path) -> Stage | None:
+        with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+            record = json.loads((path / MANIFEST).read_text())
+            broken = [f for f, digest in record["outputs"].items() if sha256_file(path / f) != digest]
+            if record["key"] == key and not broken:
+                return Stage(name, key, path, record["seconds"], True, record["outputs"], record["summary"])
+        if path.exists():
+            self.announce(f"{name}: {path} is damaged (its hashes do not hold); making it anew")
+            shutil.rmtree(path)
+        return None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: never half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours. Raises DataError naming it."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: missing or damaged ({error})") from None
