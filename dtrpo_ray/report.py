@@ -10,9 +10,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Row = dict[str, Any]
+Theme = dict[str, str]
 
 HELD_OUT = "held-out"
-STEP_SHADES = 6  # classes s0..s5 of report.html.jinja
-PLOTS = "base_loss train_loss margin reward_accuracy log_ratios grad_norm accuracy accuracy_public".split()
 
-
-@dataclass(frozen=True, slots=True)
-class Theme:
-    """Colours of one rendering of a plot; each stands out from `paper` by 4.5:1, except the grid."""
-
-    paper: str
-    ink: str
-    grid: str
-    base: str
-    aligned: str
-    chosen: str
-    rejected: str
-
-
-LIGHT = Theme("#ffffff", "#1c2430", "#dde3ea", "#b4500f", "#1d5fbf", "#08735a", "#a3318a")
-DARK = Theme("#171c24", "#e3e8ef", "#333d4b", "#f5a15c", "#7db3ff", "#4fd1ac", "#f08fd8")
+# every colour but the grid stands out from the paper by 4.5:1 or more
+LIGHT: Theme = {"paper": "#ffffff", "ink": "#1c2430", "grid": "#dde3ea", "base": "#b4500f", "aligned": "#1d5fbf",
+                "chosen": "#08735a", "rejected": "#a3318a"}  # fmt: skip
+DARK: Theme = {"paper": "#171c24", "ink": "#e3e8ef", "grid": "#333d4b", "base": "#f5a15c", "aligned": "#7db3ff",
+               "chosen": "#4fd1ac", "rejected": "#f08fd8"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One figure of the page: `uris` are its light and dark PNG, empty where `note` says why there is none."""
+    """One figure of the page: its light and dark PNG as data URIs, none where `note` says why it was not drawn."""
 
-    name: str
     title: str
     note: str
     alt: str = ""
@@ -59,47 +46,41 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What one curve plot shows: metric key -> (legend label, theme colour), and a level to compare with."""
+    """One plot of metrics: key -> colour, and a level to compare with."""
 
     name: str
     title: str
     unit: str
-    lines: dict[str, tuple[str, str]]
+    colors: dict[str, str]
     level: tuple[float, str] | None = None
 
 
 def write_report(
-    out: Path,
-    job: Row,
-    lineage: list[Row],
-    curves: dict[str, list[Row]],
-    evaluation: Row | None,
-    answer: Row | None,
+    out: Path, job: Row, lineage: list[Row], curves: dict[str, list[Row]], evaluation: Row | None, answer: Row | None
 ) -> Path:
     """Write the plots and report.html into the existing directory `out`; return the page's path.
 
-    Every file is complete or absent; plots that this run cannot have are removed, so `out` never mixes two runs.
+    Every file appears whole or not at all. A plot this run cannot have is removed, so `out` never mixes two runs.
     """
-    base, rounds = {"base": curves.get("base", [])}, _rounds(curves)
-    specs = _curves(job)
-    training = [_curve_plot(out, specs[0], base), *(_curve_plot(out, spec, rounds) for spec in specs[1:])]
+    first, *others = _curves(job)
+    training = [_curve_plot(out, first, [curves.get("base", [])])]
+    training += [_curve_plot(out, curve, _rounds(curves)) for curve in others]
     pairs = pair_up(evaluation)
-    scores = [_accuracy_plot(out, "accuracy", [p for p in pairs if p["set"] == HELD_OUT])]
-    scores.append(_accuracy_plot(out, "accuracy_public", [p for p in pairs if p["set"] != HELD_OUT]))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(percent=percent, points=points, duration=duration)
+    held_out, public = [p for p in pairs if p["set"] == HELD_OUT], [p for p in pairs if p["set"] != HELD_OUT]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters.update(solved=_solved, points=points, visible=_visible)
     page = environment.get_template("report.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
-        context=_context(pairs),
-        facts=_facts(job),
-        scores=scores,
-        training=training,
-        table={name: [p for p in pairs if p["set"] == name] for name in dict.fromkeys(p["set"] for p in pairs)},
+        held_out=held_out,
+        scores=[
+            _accuracy_plot(out, "accuracy", "Accuracy on held-out prompts", held_out),
+            _accuracy_plot(out, "accuracy_public", "Accuracy on public test sets", public),
+        ],
+        sets={name: [p for p in pairs if p["set"] == name] for name in dict.fromkeys(p["set"] for p in pairs)},
         examples=[_example(job, example) for example in (evaluation or {}).get("examples", [])],
+        training=training,
         answer=answer,
         lineage=lineage,
         job_text=json.dumps(job, indent=2, ensure_ascii=False, default=str),
@@ -107,11 +88,7 @@ def write_report(
     return _write(out / "report.html", page.encode())
 
 
-# ---- numbers into words
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+# ---- the evaluation in words and pairs
 
 
 def points(difference: float) -> str:
@@ -120,36 +97,29 @@ def points(difference: float) -> str:
     return "0.0" if text[1:] == "0.0" else text
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+def _solved(row: Row) -> str:
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * row[key] for key in ("accuracy", "low", "high")))
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _solved(row: Row) -> str:
-    return f"{percent(row['accuracy'])} % [{percent(row['low'])}, {percent(row['high'])}]"
-
-
 def pair_up(evaluation: Row | None) -> list[Row]:
-    """Rows of the evaluation -> base beside aligned per set, budget and temperature; the held-out set first.
+    """Rows of an evaluation (one temperature) -> base beside aligned per set and budget; the held-out set first.
 
     `gain` is aligned minus base in points (None if either is missing); `apart`: their intervals do not overlap.
     """
     cells: dict[tuple[Any, ...], Row] = {}
     for row in (evaluation or {}).get("table", []):
-        key = (row["set"], row["budget"], row["temperature"])
-        cells.setdefault(key, dict(zip(("set", "budget", "temperature"), key, strict=True)))[row["model"]] = row
+        key = (row["set"] != HELD_OUT, row["set"], row["budget"])
+        cell = {"set": row["set"], "budget": row["budget"], "base": None, "aligned": None}
+        cells.setdefault(key, cell)[row["model"]] = row
     for cell in cells.values():
-        base, aligned = cell.setdefault("base", None), cell.setdefault("aligned", None)
-        both = base is not None and aligned is not None
-        cell["gain"] = 100 * (aligned["accuracy"] - base["accuracy"]) if both else None
-        cell["apart"] = both and (aligned["low"] > base["high"] or aligned["high"] < base["low"])
-    return sorted(cells.values(), key=lambda c: (c["set"] != HELD_OUT, c["set"], c["temperature"], c["budget"]))
+        base, aligned = cell["base"], cell["aligned"]
+        cell["gain"] = 100 * (aligned["accuracy"] - base["accuracy"]) if base and aligned else None
+        cell["apart"] = bool(base and aligned) and (aligned["low"] > base["high"] or aligned["high"] < base["low"])
+    return [cells[key] for key in sorted(cells)]
 
 
 def headline(job: Row, curves: dict[str, list[Row]], evaluation: Row | None) -> str:
@@ -158,99 +128,68 @@ def headline(job: Row, curves: dict[str, list[Row]], evaluation: Row | None) -> 
     if not pairs:
         return _unevaluated(curves, evaluation)
     best = max(pairs, key=lambda p: p["gain"])
-    base, aligned, gain = best["base"], best["aligned"], points(best["gain"])
+    base, aligned, overlap = best["base"], best["aligned"], "" if best["apart"] else "; the intervals overlap"
     steps = _count(best["budget"], "denoising step") + " per block"
-    if len({p["temperature"] for p in pairs}) > 1:
-        steps += f" and temperature {best['temperature']}"
-    noun = "prompt" if job.get("task", {}).get("type") == "preferences" else "puzzle"
-    result = f"{_solved(aligned)} of {_count(aligned['num_prompts'], f'held-out {noun}')}, the base {_solved(base)}"
-    overlap = "" if best["apart"] else "; the intervals overlap"
-    if gain == "0.0":
-        aside = ", its best budget" if len(pairs) > 1 else ""
-        return f"No gain from alignment: at {steps}{aside}, the aligned model solves {result}."
+    noun = "prompt" if (job.get("task") or {}).get("type") == "preferences" else "puzzle"
+    prompts = _count(aligned["num_prompts"], f"held-out {noun}")
+    result = f"at {steps} the aligned model solves {_solved(aligned)} of {prompts}, the base {_solved(base)}"
+    if points(best["gain"]) == "0.0":
+        return f"No gain from alignment: {'at its best, ' if len(pairs) > 1 else ''}{result}."
     if best["gain"] < 0:
-        start = "A loss at every budget; the smallest" if len(pairs) > 1 else "A loss"
-        return f"{start}: at {steps} the aligned model solves {result}{overlap}."
-    return f"At {steps} the aligned model solves {result}{overlap + ', so this may be chance' if overlap else ''}."
+        return f"{'A loss at every budget; the smallest' if len(pairs) > 1 else 'A loss'}: {result}{overlap}."
+    return f"A{result[1:]}{overlap and overlap + ', so this may be chance'}."
 
 
 def _unevaluated(curves: dict[str, list[Row]], evaluation: Row | None) -> str:
-    why = "No evaluation was run" if evaluation is None else "No held-out set was evaluated for both models"
-    segments, _ = _segments(list(_rounds(curves).values()), "loss")
+    why = "No held-out set was evaluated for both models" if evaluation else "No evaluation was run"
+    segments = _segments(_rounds(curves), "loss")
     if not segments:
         return f"{why}, and no training loss was logged."
-    steps, loss = np.concatenate(segments).T
-    return f"{why}; the training loss was {loss[0]:.3f} at step {steps[0]:.0f} and {loss[-1]:.3f} at step {steps[-1]:.0f}."
+    (start, first), (end, last) = segments[0][0], segments[-1][-1]
+    return f"{why}; the training loss was {first:.3f} at step {start:.0f} and {last:.3f} at step {end:.0f}."
 
 
-def _context(pairs: list[Row]) -> str:
-    """All held-out gains, so that the headline's choice of one is open to view."""
-    held = [p for p in pairs if p["set"] == HELD_OUT and p["gain"] is not None]
-    if len(held) < 2:
-        return ""
-    gains = ", ".join(f"{points(p['gain'])} at {p['budget']}" for p in held)
-    apart = sum(p["apart"] for p in held)
-    return (
-        f"This is the largest gain of {len(held)}. Aligned minus base in points, by denoising steps per block: {gains}. "
-        f"The 95 % intervals are apart at {apart} of {len(held)}."
-    )
-
-
-def _facts(job: Row) -> dict[str, str]:
-    train = job.get("train") or {}
-    objective = train.get("objective") or {}
-    facts = {
-        "Task": (job.get("task") or {}).get("type"), "Rounds": job.get("rounds"), "Objective": objective.get("type"),
-        "β": objective.get("beta"), "Learning rate": train.get("lr"), "Seed": job.get("seed"),
-    }  # fmt: skip
-    return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-# ---- curves
-
-
-def _rounds(curves: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    def number(stage: str) -> int:
-        return int("".join(re.findall(r"\d+", stage)) or 0)
-
-    return {stage: curves[stage] for stage in sorted((s for s in curves if s.startswith("train")), key=number)}
+# ---- training curves
 
 
 def _curves(job: Row) -> list[Curve]:
     objective = (job.get("train") or {}).get("objective") or {}
-    preference = objective.get("type", "dtrpo") != "sft" and not objective.get("sft_weight")
-    start = (math.log(2), "log 2: policy = reference") if objective.get("loss_type", "sigmoid") == "sigmoid" else None
-    ratios = {"log_ratio_chosen": ("chosen", "chosen"), "log_ratio_rejected": ("rejected", "rejected")}
+    plain = objective.get("type") != "sft" and objective.get("loss_type", "sigmoid") == "sigmoid"
+    start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("sft_weight") else None
+    ratios = {"log_ratio_chosen": "chosen", "log_ratio_rejected": "rejected"}
     return [
-        Curve("base_loss", "Base model: training loss", "loss", {"loss": ("loss", "base")}),
-        Curve("train_loss", "Alignment: training loss", "loss", {"loss": ("loss", "aligned")}, start if preference else None),
-        Curve("margin", "Margin: β × (chosen − rejected log-ratio)", "margin", {"margin": ("margin", "aligned")}, (0.0, "")),
+        Curve("base_loss", "Base model: training loss", "loss", {"loss": "base"}),
+        Curve("train_loss", "Alignment: training loss", "loss", {"loss": "aligned"}, start),
+        Curve("margin", "Margin: β × (chosen − rejected log-ratio)", "margin", {"margin": "aligned"}, (0, "")),
         Curve("reward_accuracy", "Reward accuracy: pairs with a positive margin", "share of pairs",
-              {"reward_accuracy": ("reward accuracy", "aligned")}, (0.5, "one half")),
-        Curve("log_ratios", "Log-ratio of policy to reference", "nats per response", ratios, (0.0, "")),
-        Curve("grad_norm", "Alignment: gradient norm", "norm", {"grad_norm": ("gradient norm", "aligned")}),
+              {"reward_accuracy": "aligned"}, (0.5, "one half")),
+        Curve("log_ratios", "Log-ratio of policy to reference", "nats per response", ratios, (0, "")),
+        Curve("grad_norm", "Alignment: gradient norm", "norm", {"grad_norm": "aligned"}),
     ]  # fmt: skip
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _rounds(curves: dict[str, list[Row]]) -> list[list[Row]]:
+    names = [name for name in curves if name.startswith("train")]
+    return [curves[name] for name in sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))]
 
 
-def _bounds(rounds: Sequence[list[Row]]) -> list[float]:
+def _bounds(rounds: list[list[Row]]) -> list[float]:
     """Where each round begins on the common step axis; the last entry is where the last one ends."""
     lasts = [max((row["step"] for row in rows if _finite(row.get("step"))), default=0) for rows in rounds]
     return [0, *accumulate(lasts)]
 
 
-def _segments(rounds: Sequence[list[Row]], key: str) -> tuple[list[np.ndarray], int]:
-    """Arrays [n, 2] of (step on the common axis, value), one per round that has any; and the count of unusable rows."""
-    segments, missing = [], 0
-    for start, rows in zip(_bounds(rounds), rounds, strict=False):
-        usable = [(start + r["step"], r[key]) for r in rows if _finite(r.get("step")) and _finite(r.get(key))]
-        missing += len(rows) - len(usable)
-        if usable:
-            segments.append(np.array(usable, dtype=float))
-    return segments, missing
+def _segments(rounds: list[list[Row]], key: str) -> list[np.ndarray]:
+    """Arrays [n, 2] of (step on the common axis, value), one per round that has any usable row."""
+    found = [
+        [(start + row["step"], row[key]) for row in rows if _finite(row.get("step")) and _finite(row.get(key))]
+        for start, rows in zip(_bounds(rounds), rounds, strict=False)
+    ]
+    return [np.array(segment, dtype=float) for segment in found if segment]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -260,56 +199,171 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _curve_plot(out: Path, curve: Curve, rounds: dict[str, list[Row]]) -> Plot:
-    data = {key: _segments(list(rounds.values()), key) for key in curve.lines}
-    empty = [key for key, (segments, _) in data.items() if not segments]
-    num_rows = sum(map(len, rounds.values()))
-    if empty:
-        why = f"none of the {_count(num_rows, 'logged row')} has {' or '.join(empty)}" if num_rows else "nothing was logged"
-        return _skip(out, curve.name, curve.title, f"Not drawn: {why}.")
-    longest = max(len(segment) for segments, _ in data.values() for segment in segments)
-    window = 2 * (longest // 30) + 1
-    bounds = _bounds(list(rounds.values()))
+def _curve_plot(out: Path, curve: Curve, rounds: list[list[Row]]) -> Plot:
+    data = {key: _segments(rounds, key) for key in curve.colors}
+    num_rows, bounds = sum(map(len, rounds)), _bounds(rounds)
+    if not all(data.values()):
+        lacking = " or ".join(key for key, segments in data.items() if not segments)
+        why = f"none of the {_count(num_rows, 'logged row')} has {lacking}" if num_rows else "nothing was logged"
+        return _skip(out, curve.name, curve.title, why)
+    window = 2 * (max(len(segment) for segments in data.values() for segment in segments) // 30) + 1
     note = f"Light: each logged row. Strong: centred mean of {window} rows." if window > 1 else "Each logged row."
-    for key, (_, missing) in data.items():
+    alt = f"Line plot over {_count(int(bounds[-1]), 'optimizer step')}:"
+    for key, segments in data.items():
+        missing = num_rows - sum(map(len, segments))
         note += f" {missing} of {_count(num_rows, 'row')} without a usable {key} left out." if missing else ""
-    ends = [(label, smooth(np.concatenate(data[key][0])[:, 1], window)) for key, (label, _) in curve.lines.items()]
-    alt = f"Line plot over {_count(int(bounds[-1]), 'optimizer step')} in {_count(len(rounds), 'stage')}: "
-    alt += "; ".join(f"{label} begins at {mean[0]:.3g} and ends at {mean[-1]:.3g}" for label, mean in ends) + "."
+        first, last = smooth(segments[0][:, 1], window)[0], smooth(segments[-1][:, 1], window)[-1]
+        alt += f" {key.replace('_', ' ')} begins at {first:.3g} and ends at {last:.3g}."
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, figure.subplots(), theme, "optimizer step", curve.unit)
-        for key, (label, color) in curve.lines.items():
-            name = f"{label}, mean of {window} rows" if window > 1 else label
-            _lines(axes, data[key][0], window, getattr(theme, color), name)
+        axes = figure.subplots()
+        for key, color in curve.colors.items():
+            label = key.removeprefix("log_ratio_").replace("_", " ") + f", mean of {window} rows" * (window > 1)
+            _draw_segments(axes, data[key], window, theme[color], label)
         if curve.level:
-            axes.axhline(curve.level[0], color=theme.ink, lw=1, ls=(0, (4, 3)), label=curve.level[1] or None, zorder=1)
+            axes.axhline(curve.level[0], color=theme["ink"], lw=1, ls=(0, (4, 3)), label=curve.level[1] or None)
         _mark_rounds(axes, bounds, theme)
-        _dress(figure, axes, theme, curve.title)
+        _dress(axes, theme, "optimizer step", curve.unit)
+        _crown(figure, axes, theme, curve.title)
 
-    return _save(out, curve.name, curve.title, note, alt, draw)
+    return _save(out, curve.name, Plot(curve.title, note, alt), draw)
 
 
-def _lines(axes: Axes, segments: list[np.ndarray], window: int, color: str, label: str) -> None:
-    for number, segment in enumerate(segments):
-        steps, values = segment.T
-        marker = "o" if len(steps) < 12 else None
-        name = label if number == 0 else None
+def _draw_segments(axes: Axes, segments: list[np.ndarray], window: int, color: str, label: str) -> None:
+    for number, (steps, values) in enumerate(segment.T for segment in segments):
+        raw = {"lw": 0.8, "alpha": 0.35} if window > 1 else {"lw": 1.4, "marker": "o", "ms": 3}
+        axes.plot(steps, values, color=color, label="" if number or window > 1 else label, **raw)
         if window > 1:
-            axes.plot(steps, values, color=color, lw=0.8, alpha=0.35)
-            axes.plot(steps, smooth(values, window), color=color, lw=1.8, label=name)
-        else:
-            axes.plot(steps, values, color=color, lw=1.4, marker=marker, ms=3.5, label=name)
+            axes.plot(steps, smooth(values, window), color=color, lw=1.8, label="" if number else label)
 
 
 def _mark_rounds(axes: Axes, bounds: list[float], theme: Theme) -> None:
     if len(bounds) < 3:
         return
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.1 * (high - low))  # room for the round labels above the curves
+    axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels above the curves
     for number, start in enumerate(bounds[:-1], 1):
-        if number > 1:
-            axes.axvline(start, color=theme.ink, lw=0.9, ls=":")
-        word = f"round {number}" if number == 1 or len(bounds) < 7 else str(number)
+        axes.axvline(start, color=theme["ink"], lw=0.9, ls=":", alpha=float(number > 1))
+        word = f"round {number}" if number == 1 or len(bounds) < 7 else f"{number}"
         axes.annotate(word, (start, 0.985), xycoords=axes.get_xaxis_transform(), xytext=(4, 0),
-                      textcoords="offset points", va="top", fontsize=8.5, color=theme.ink)  # fmt: skip
+                      textcoords="offset points", va="top", fontsize=8.5, color=theme["ink"])  # fmt: skip
+
+
+# ---- accuracy plots
+
+
+def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Row]) -> Plot:
+    sets = list(dict.fromkeys(p["set"] for p in pairs))
+    if not sets:
+        return _skip(out, name, title, "the evaluation has no such set")
+    columns = min(len(sets), 2)
+    rows = -(-len(sets) // columns)
+    alt = "Points with 95 % intervals by denoising steps per block; the numbers are in the table below."
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axes, name in zip(grid, sets, strict=False):
+            _draw_accuracy(axes, theme, [p for p in pairs if p["set"] == name], labelled=len(sets) == 1)
+            _dress(axes, theme, "denoising steps per block", "solved, %")
+            axes.label_outer()
+            if name != HELD_OUT:
+                axes.set_title(name.removesuffix(".jsonl"), fontsize=9, color=theme["ink"], parse_math=False)
+        for axes in grid[len(sets) :]:
+            axes.set_axis_off()
+        _crown(figure, grid[0], theme, title)
+
+    return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
+
+
+def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[Row], labelled: bool) -> None:
+    for model, marker, side in (("base", "s", -1), ("aligned", "o", 1)):
+        measured = [(place, pair[model]) for place, pair in enumerate(pairs) if pair[model]]
+        x = [place + 0.05 * side for place, _ in measured]
+        mean, low, high = (np.array([100 * row[key] for _, row in measured]) for key in ("accuracy", "low", "high"))
+        reach = np.maximum([mean - low, high - mean], 0)
+        axes.errorbar(x, mean, reach, color=theme[model], marker=marker, ms=5, lw=1.4, capsize=3, label=model)
+        for place, value in zip(x, mean, strict=True) if labelled else ():
+            axes.annotate(f"{value:.1f}", (place, value), xytext=(8 * side, 0), textcoords="offset points", va="center",
+                          ha="left" if side > 0 else "right", fontsize=8.5, color=theme[model])  # fmt: skip
+    axes.set_xticks(range(len(pairs)), [str(pair["budget"]) for pair in pairs])
+    axes.set_xlim(-0.5, len(pairs) - 0.5)
+
+
+# ---- drawing and writing
+
+
+def _dress(axes: Axes, theme: Theme, x_label: str, y_label: str) -> None:
+    axes.set_facecolor(theme["paper"])
+    axes.set_xlabel(x_label, color=theme["ink"], fontsize=9.5)
+    axes.set_ylabel(y_label, color=theme["ink"], fontsize=9.5)
+    axes.tick_params(colors=theme["ink"], labelsize=9, length=3)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y", color=theme["grid"], lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme["ink"])
+
+
+def _crown(figure: Figure, axes: Axes, theme: Theme, title: str) -> None:
+    """Title and legend in rows of their own above the axes, where no curve can run through them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5,
+                  labelcolor=theme["ink"], title=title, title_fontproperties={"size": 11, "weight": "bold"},
+                  alignment="left").get_title().set_color(theme["ink"])  # fmt: skip
+
+
+def _save(out: Path, name: str, plot: Plot, draw: Callable[[Figure, Theme], None], height: float = 3.3) -> Plot:
+    """Draw in both themes; the light one is also the file `name`.png."""
+    images = []
+    for theme in (LIGHT, DARK):
+        figure, buffer = Figure(figsize=(5.4, height), layout="constrained", facecolor=theme["paper"]), io.BytesIO()
+        draw(figure, theme)
+        figure.savefig(buffer, format="png", dpi=200)
+        images.append(buffer.getvalue())
+    _write(out / f"{name}.png", images[0])
+    uris = tuple("data:image/png;base64," + base64.b64encode(image).decode() for image in images)
+    return Plot(plot.title, plot.note, plot.alt, uris)
+
+
+def _skip(out: Path, name: str, title: str, why: str) -> Plot:
+    (out / f"{name}.png").unlink(missing_ok=True)
+    return Plot(title, f"Not drawn: {why}.")
+
+
+def _write(path: Path, content: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# ---- example denoisings
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎").replace(" ", "␣") or "∅"
+
+
+def _example(job: Row, example: Row) -> Row:
+    """One denoising with its tokens as blocks of cells; `rank` is a cell's order within its block.
+
+    `steps` count denoising forwards over the response from 0, negative where none unmasked; `tokens` end on the
+    block grid, as the sampler's do, so blocks are counted back from the end and only the first may be short.
+    """
+    size, tokens, steps, prompt, answer = (example[key] for key in ("block_size", "tokens", "steps", "prompt", "answer"))
+    sudoku = (job.get("task") or {}).get("type") == "sudoku" and len(tokens) == len(prompt) == len(answer) == 16
+    wanted = answer if sudoku and not example["correct"] else tokens
+    edges = [0, *range(len(tokens) % size or size, len(tokens) + 1, size)]
+    blocks = []
+    for start, end in pairwise(edges):
+        order = sorted({step for step in steps[start:end] if step >= 0})
+        blocks.append([
+            {"token": tokens[i], "given": sudoku and prompt[i] != "0", "step": steps[i] + 1,
+             "wanted": wanted[i] if wanted[i] != tokens[i] else "",
+             "rank": order.index(steps[i]) if steps[i] >= 0 else None}
+            for i in range(start, end)
+        ])  # fmt: skip
+    return {**example, "sudoku": sudoku, "blocks": blocks}

@@ -1,0 +1,106 @@
+"""What the tests share: tiny random models, an exact float64 one, and the folder of public data where there is one."""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from dtrpo_ray.models.sdar import SDAR
+
+torch.set_num_threads(1)
+
+BLOCK, VOCAB, EOS, MASK = 4, 23, 21, 22
+
+MakeModel = Callable[..., SDAR]
+
+
+class ExactSDAR(SDAR):
+    """SDAR with every step in float64: the trunk's norms and `log_mu` are float32 whatever the weights are."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, Qwen3RMSNorm):
+                module.forward = _exact_norm(module)  # type: ignore[method-assign]
+        self.double()
+
+    def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        logits = self.head(hidden)
+        logits = logits.index_fill(-1, torch.tensor(self.mask_id), float("-inf"))
+        return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def _exact_norm(norm: Qwen3RMSNorm) -> Callable[[Tensor], Tensor]:
+    return lambda x: norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict[str, Any]:
+    """The `config.json` of a model small enough for milliseconds, its weights large enough to tell inputs apart."""
+    return {
+        "model_type": "sdar",
+        "architectures": ["SDARForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "block_size": BLOCK,
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_config: dict[str, Any]) -> MakeModel:
+    """A new model from (seed, exact, config changes); `exact` computes in float64 throughout."""
+
+    def make(seed: int = 0, exact: bool = False, **changes: Any) -> SDAR:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = (ExactSDAR if exact else SDAR)(copy.deepcopy(tiny_config) | changes)
+            for name, weight in model.named_parameters():
+                if "norm" in name:  # ones by default, which would hide a forgotten weight
+                    torch.nn.init.uniform_(weight, 0.5, 1.5)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_model: MakeModel) -> SDAR:
+    """One float32 model for reading; a test that changes weights makes its own."""
+    return make_model(seed=1).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data sets and upstream layouts, named by the environment variable SHARED_DATA."""
+    folder = os.environ.get("SHARED_DATA")
+    if not folder:
+        pytest.skip("SHARED_DATA is not set; it names a folder of public data sets and upstream configs")
+    if not Path(folder).is_dir():
+        pytest.skip(f"SHARED_DATA = {folder} is not a folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray session on loopback, as a command would start it; tests that start their own do not use it."""
+    from dtrpo_ray.config import ClusterConfig
+    from dtrpo_ray.session import ray_session
+
+    with ray_session(ClusterConfig()):
+        yield

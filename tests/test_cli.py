@@ -1,0 +1,73 @@
+"""The command as a user meets it: quick, one clear message for a mistake, JSON on demand, nothing heavy imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEMO = str(ROOT / "jobs" / "demo.toml")
+
+
+def dtrpo(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dtrpo_ray", *words], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["plan", DEMO], ["check", DEMO, "--json"]])
+def test_light_verbs_import_neither_torch_nor_ray(words: list[str]) -> None:
+    code = (
+        "import sys; from dtrpo_ray.cli import main; sys.argv = ['dtrpo', *%r]\n"
+        "try: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
+    ) % (words,)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_verb() -> None:
+    text = dtrpo("--help").stdout
+    for verb in ("sft", "rollout", "pair", "train", "eval", "export", "serve", "report", "check", "plan", "run"):
+        assert f" {verb} " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.toml"], "error: nowhere.toml: no such job file"),
+        (["train", DEMO, "--set", "train.lrr=1"], "unknown field train.lrr"),
+        (["plan", DEMO, "--set", "train.global_batch=7"], "does not divide"),
+        (["serve", "nowhere"], "no such job file"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(words: list[str], message: str) -> None:
+    done = dtrpo(*words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["trian", DEMO], ["train", DEMO, "--nope"], ["train"]])
+def test_a_wrong_command_line_is_exit_code_2(words: list[str]) -> None:
+    done = dtrpo(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_export_never_overwrites(tmp_path: Path) -> None:
+    done = dtrpo("export", DEMO, str(tmp_path))
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
+
+
+def test_plan_prints_derived_numbers_as_one_json_line() -> None:
+    done = dtrpo("plan", DEMO, "--json", "--set", "train.micro_batch=8")
+    value = json.loads(done.stdout.splitlines()[-1])
+    train = value["stages"]["train"]
+    assert (train["rows_per_worker"], train["accumulation"], train["forwards_per_optimizer_step"]) == (32, 4, 16)
+    assert value["parameters"] == 658_816
+
+
+def test_check_reports_a_valid_job() -> None:
+    assert json.loads(dtrpo("check", DEMO, "--json").stdout.splitlines()[-1]) == {"job": "demo", "task": "sudoku"}

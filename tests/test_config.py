@@ -1,0 +1,79 @@
+"""Every user mistake in a job file gives one message that names the field and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from dtrpo_ray.config import ServeConfig, TrainConfig, load_job
+from dtrpo_ray.errors import ConfigError
+
+JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
+DEMO = JOBS[0].with_name("demo.toml")
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrpo_ray.config._require_files", lambda path, job: None)
+    assert load_job(path).name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["unknown field train.lrr"]),
+        ("train.objective.betta=1", ["unknown field train.objective.betta"]),
+        ("task.blank=3", ["unknown field task", "blank"]),
+        ("train.lr=fast", ["train.lr", "'fast'"]),
+        ("train.lr=-1", ["train.lr", "greater than 0"]),
+        ("train.global_batch=7", ["train.global_batch = 7", "cluster.num_workers = 2"]),
+        ("eval.budgets=[99]", ["99 denoising steps per block exceed block_size = 8"]),
+        ("model.path=/nowhere", ["exactly one of model.path and model.init"]),
+        ("serve.host=0.0.0.0", ["serve.host", "serve.api_key_file"]),
+        ("task.blanks=[9, 3]", ["blanks = [9, 3]"]),
+        ("sft.objective.type=dtrpo", ["sft.objective.type"]),
+        ("name=A B", ["name"]),
+        ("rounds", ["--set rounds: expected dotted.key=value"]),
+        ("name.x=1", ["name is a value, not a section"]),
+    ],
+)
+def test_a_mistake_names_its_field(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(DEMO, [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text('name = "x"\n[task]\ntype = "sudoku"\n[model.init]\n')
+    with pytest.raises(ConfigError, match=r"add a \[rollout\] section"):
+        load_job(job)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such job file"):
+        load_job(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
+        load_job(tmp_path / "bad.toml")
+    job = tmp_path / "text.toml"
+    job.write_text(
+        'name = "t"\n[task]\ntype = "preferences"\nfiles = ["gone.jsonl"]\n[model]\ntokenizer = "."\n[model.init]\n'
+        '[train.objective]\nschedule = "random"\n'
+    )
+    with pytest.raises(ConfigError, match=r"task\.files: gone\.jsonl does not exist"):
+        load_job(job)
+
+
+def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:
+    job = load_job(DEMO, ["train.lr=1e-5", "eval.budgets=[1, 8]", "name=other", "train.objective.type=elbo_dpo"])
+    assert (job.train.lr, job.eval and job.eval.budgets, job.name) == (1e-5, (1, 8), "other")
+    assert job.train.objective.type == "elbo_dpo"
+
+
+@pytest.mark.parametrize(("batch", "micro", "workers", "accumulation"), [(64, 32, 2, 1), (64, 32, 1, 2), (60, 32, 1, 2)])
+def test_accumulation_is_derived(batch: int, micro: int, workers: int, accumulation: int) -> None:
+    assert TrainConfig(global_batch=batch, micro_batch=micro).accumulation(workers) == accumulation
+
+
+def test_serving_is_on_loopback_unless_asked() -> None:
+    assert ServeConfig().host == "127.0.0.1"

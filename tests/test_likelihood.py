@@ -1,0 +1,51 @@
+"""likelihood: the log-probability of each target, whatever the chunks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dtrpo_ray import likelihood
+from dtrpo_ray.models.sdar import SDAR
+
+MakeModel = Callable[..., SDAR]
+
+
+def test_values_are_log_softmax_without_the_mask_token(tiny: SDAR) -> None:
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(9) * 2
+    logits = hidden @ tiny.lm.lm_head.weight.T
+    others = [v for v in range(tiny.vocab_size) if v != tiny.mask_id]
+    expected = logits[torch.arange(9), target] - logits[:, others].logsumexp(-1)
+    assert torch.allclose(likelihood.token_logps(tiny.log_mu, hidden, target), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+def test_chunks_change_neither_values_nor_gradients(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    model = make_model(exact=True)
+    hidden = torch.randn(13, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    target = torch.arange(13)
+
+    def values_and_gradients() -> tuple[torch.Tensor, ...]:
+        logps = likelihood.token_logps(model.log_mu, hidden, target)
+        weighted = logps * torch.arange(1, 14)
+        return (logps.detach(), *torch.autograd.grad(weighted.sum(), [hidden, model.lm.lm_head.weight]))
+
+    whole = values_and_gradients()
+    monkeypatch.setattr(likelihood, "CHUNK_TOKENS", chunk)
+    for a, b in zip(whole, values_and_gradients(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_no_chunk_is_longer_than_the_limit(tiny: SDAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def log_mu(hidden: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(hidden))
+        return tiny.log_mu(hidden)
+
+    monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 5)
+    likelihood.token_logps(log_mu, torch.zeros(13, 32), torch.zeros(13, dtype=torch.long))
+    assert lengths == [5, 5, 3]

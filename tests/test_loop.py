@@ -1,0 +1,120 @@
+"""The loop's laws, without Ray and DeepSpeed: splitting a batch changes nothing, resume is exact, NaN stops the run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrpo_ray import loop
+from dtrpo_ray.backend import PlainBackend, deepspeed_config
+from dtrpo_ray.config import Objective, TrainConfig
+from dtrpo_ray.errors import TrainError
+from dtrpo_ray.models.base import DiffusionLM
+
+CPU = torch.device("cpu")
+
+
+def rows(count: int, start: int = 0, weight: float = 1.0) -> list[dict[str, Any]]:
+    """Pairs of random tokens with recorded steps."""
+    generator = torch.Generator().manual_seed(start)
+    made = []
+    for i in range(count):
+        ids = [torch.randint(0, 20, (8,), generator=generator).tolist() for _ in range(3)]
+        row = {"row_id": f"row-{start + i}", "epoch": 0, "prompt_ids": ids[0], "row_weight": weight, "batch_weight": count}
+        for side, response in (("chosen", ids[1]), ("rejected", ids[2])):
+            row |= {f"{side}_ids": response, f"{side}_steps": [0, 1, 0, 1, 2, 2, 3, 3]}
+        made.append(row)
+    return made
+
+
+def train(
+    model: DiffusionLM, config: TrainConfig, batches: list[Any], reference: DiffusionLM | None = None, **more: Any
+) -> tuple[PlainBackend, list[dict[str, Any]]]:
+    backend = more.pop("backend", None) or PlainBackend(model, config, more.pop("total", len(batches)), CPU)
+    log: list[dict[str, Any]] = []
+    start = more.pop("start", 0)
+    end = more.pop("end", start + len(batches))
+    to_batch = loop.collate(config, model, seed=0)
+    loop.run(config, backend, reference, batches, to_batch, start, end, log.append, lambda step: None)
+    return backend, log
+
+
+def weights(model: DiffusionLM) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def config(**changes: Any) -> TrainConfig:
+    objective = changes.pop("objective", Objective(beta=0.5, sft_weight=0.1))
+    return TrainConfig(lr=1e-3, global_batch=4, micro_batch=4, warmup_ratio=0.0, objective=objective, **changes)
+
+
+def test_micro_batches_do_not_change_the_update(make_model: Any) -> None:
+    after = []
+    for micro in (4, 2, 1):
+        model = make_model(exact=True)
+        train(model, config().model_copy(update={"micro_batch": micro}), [rows(4)], make_model(seed=9, exact=True))
+        after.append(weights(model))
+    torch.testing.assert_close(after[0], after[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(after[0], after[2], rtol=0, atol=1e-9)
+
+
+def test_rows_of_weight_zero_change_nothing(make_model: Any) -> None:
+    full, padded = make_model(exact=True), make_model(exact=True)
+    reference = make_model(seed=9, exact=True)
+    train(full, config(), [rows(3)], reference)
+    filler = [{**row, "batch_weight": 3} for row in rows(2, start=50, weight=0.0)]
+    train(padded, config(), [rows(3) + filler], reference)
+    torch.testing.assert_close(weights(full), weights(padded), rtol=0, atol=1e-9)
+
+
+def test_the_first_step_of_dtrpo_has_loss_log_2(make_model: Any) -> None:
+    _, log = train(make_model(), config(objective=Objective(beta=0.5)), [rows(4)], make_model())
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert log[0]["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_training_lowers_the_loss(make_model: Any) -> None:
+    for objective in (Objective(type="sft"), Objective(beta=0.5), Objective(type="elbo_dpo", beta=0.5)):
+        _, log = train(make_model(), config(objective=objective), [rows(4)] * 30, make_model())
+        first, last = (sum(r["loss"] for r in part) / 5 for part in (log[:5], log[-5:]))
+        assert last < 0.7 * first, objective.type
+
+
+def test_resume_equals_no_interruption(make_model: Any, tmp_path: Path) -> None:
+    batches = [rows(4, start=10 * i) for i in range(6)]
+    straight = make_model()
+    train(straight, config(), batches, make_model(seed=9), total=6)
+    first = make_model()
+    backend, _ = train(first, config(), batches[:3], make_model(seed=9), total=6)
+    backend.save(tmp_path, {"step": 3})
+    second = make_model(seed=5)
+    resumed = PlainBackend(second, config(), 6, CPU)
+    assert resumed.load(tmp_path) == {"step": 3}
+    train(second, config(), batches[3:], make_model(seed=9), backend=resumed, start=3)
+    assert torch.equal(weights(straight), weights(second))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(make_model: Any) -> None:
+    model = make_model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainError, match="not finite.*row-0"):
+        train(model, config(), [rows(4)], make_model())
+
+
+def test_log_and_save_come_at_their_steps(make_model: Any) -> None:
+    model, saved = make_model(), []
+    cfg = config(log_every=2, save_every=3)
+    backend = PlainBackend(model, cfg, 7, CPU)
+    log: list[dict[str, Any]] = []
+    loop.run(cfg, backend, make_model(), [rows(4)] * 7, loop.collate(cfg, model, 0), 0, 7, log.append, saved.append)
+    assert ([row["step"] for row in log], saved) == ([2, 4, 6, 7], [3, 6, 7])
+
+
+def test_the_deepspeed_config_is_derived() -> None:
+    made = deepspeed_config(TrainConfig(global_batch=64, micro_batch=8, zero_stage=3, max_grad_norm=0.5), 2, bf16=True)
+    assert made["gradient_accumulation_steps"] == 4
+    assert made["train_batch_size"] == 8
+    assert made["zero_optimization"] == {"stage": 3}
+    assert (made["gradient_clipping"], made["bf16"]) == (0.5, {"enabled": True})

@@ -1,0 +1,131 @@
+"""The whole river on real parts, small: Ray Data, Ray Train with DeepSpeed, the cache of stages, resume, export.
+
+Another `dtrpo` process for each command, as a user would run it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dtrpo_ray.models.registry import load_model
+from dtrpo_ray.records import PREFERENCE, TRAJECTORY, read_table
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "sft.num_examples=1536", "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
+    "eval.num_prompts=32", "eval.budgets=[1, 8]", "model.init.num_layers=1", "model.init.hidden_size=64",
+    "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 2]",
+    "sft.lr=5e-3", "sft.save_every=6", "serve.port=0",
+]  # fmt: skip
+
+
+def dtrpo(verb: str, storage: Path, *more: str, check: bool = True) -> tuple[dict[str, Any], str]:
+    settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
+    words = [sys.executable, "-m", "dtrpo_ray", verb, str(ROOT / "jobs" / "demo.toml"), "--json", *settings, *more]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CI": "1"}, timeout=280)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) if check else {}, done.stderr
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("river")
+
+
+@pytest.fixture(scope="module")
+def run(storage: Path) -> dict[str, Any]:
+    return dtrpo("run", storage)[0]
+
+
+def stage(run: dict[str, Any], name: str) -> Path:
+    return next(Path(s["directory"]) for s in run["lineage"] if s["stage"] == name)
+
+
+def test_the_run_goes_from_nothing_to_an_answer_and_a_report(run: dict[str, Any]) -> None:
+    names = [s["stage"] for s in run["lineage"]]
+    assert set(names) >= {"init", "examples", "base", "rollout-1", "pair-1", "train-1", "eval-base", "eval-aligned"}
+    assert len(run["answer"]["text"]) == 16
+    page = Path(run["page"])
+    assert page.exists()
+    assert (page.parent / "accuracy.png").exists()
+    assert {(r["model"], r["budget"]) for r in run["table"]} == {(m, k) for m in ("base", "aligned") for k in (1, 8)}
+    assert all(r["num_prompts"] == 32 for r in run["table"])
+    tokens = {r["budget"]: r["tokens_per_forward"] for r in run["table"]}
+    assert tokens[1] == 8.0
+    assert tokens[8] == 1.0
+
+
+def test_trajectories_and_pairs_are_whole_and_valid(run: dict[str, Any]) -> None:
+    trajectories = read_table(stage(run, "rollout-1") / "table", TRAJECTORY)
+    assert len(trajectories) == 64 * 4
+    for steps in trajectories["steps"].to_pylist():
+        assert len(steps) == 16
+        assert min(steps) == 0
+        assert max(steps) == 3  # two blocks of two steps
+    pairs = read_table(stage(run, "pair-1") / "table", PREFERENCE)
+    assert (pairs["chosen_reward"].to_numpy() > pairs["rejected_reward"].to_numpy()).all()
+
+
+def test_sft_and_dtrpo_trained_through_the_same_loop(run: dict[str, Any]) -> None:
+    base = [json.loads(line) for line in (stage(run, "base") / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in base] == list(range(1, 13))
+    assert base[-1]["loss"] < 0.8 * base[0]["loss"]
+    aligned = [json.loads(line) for line in (stage(run, "train-1") / "metrics.jsonl").read_text().splitlines()]
+    first = aligned[0]
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert first["loss"] == pytest.approx(0.693147 + 2.0 * first["nll_chosen"], abs=1e-4)
+
+
+def test_a_second_run_reuses_every_stage(run: dict[str, Any], storage: Path) -> None:
+    again, said = dtrpo("eval", storage)
+    assert "made" not in said
+    assert said.count("reused") >= 8
+    assert again["table"] == run["table"]
+
+
+def test_training_resumes_from_its_last_checkpoint(run: dict[str, Any], storage: Path) -> None:
+    """A stage cut off after step 2 ends with the very weights of the straight run."""
+    done = stage(run, "train-1")
+    straight = load_model(done / "model")
+    other = storage / "resumed"
+    partial = other / "stages" / (done.name + ".partial")
+    partial.parent.mkdir(parents=True)
+    for item in ("init", "examples", "base", "rollout-1", "pair-1"):
+        source = stage(run, item)
+        os.symlink(source, partial.parent / source.name)
+    done_copy = subprocess.run(["cp", "-r", str(done), str(partial)], check=False)
+    assert done_copy.returncode == 0
+    (partial / "stage.json").unlink()
+    subprocess.run(["rm", "-rf", str(partial / "model"), str(partial / "checkpoints" / "step-00000004")], check=True)
+    snapshot = partial / "checkpoints" / "checkpoint_manager_snapshot.json"
+    record = json.loads(snapshot.read_text())
+    record["checkpoint_results"] = [r for r in record["checkpoint_results"] if r["checkpoint_dir_name"] == "step-00000002"]
+    record["latest_checkpoint_result"] = record["checkpoint_results"][0]
+    snapshot.write_text(json.dumps(record))
+    result, _ = dtrpo("train", other)
+    resumed = load_model(Path(result["directory"]) / "model")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    rows = (Path(result["directory"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_an_exported_model_is_the_aligned_one(run: dict[str, Any], storage: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "dtrpo_ray", "export", str(ROOT / "jobs" / "demo.toml"), str(tmp_path / "out")]
+    settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
+    subprocess.run([*words, *settings], check=True, cwd=ROOT, capture_output=True)
+    exported, aligned = load_model(tmp_path / "out"), load_model(stage(run, "train-1") / "model")
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), aligned.parameters(), strict=True))
+    assert "dTRPO" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_parquet_files_name_their_table(run: dict[str, Any]) -> None:
+    file = next((stage(run, "pair-1") / "table").glob("*.parquet"))
+    assert pq.read_schema(file).metadata[b"dtrpo.table"] == b"preference/v1"

@@ -1,0 +1,77 @@
+"""Finished stages are found by their inputs' hash; what was cut off or damaged never passes for whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.stages import MANIFEST, Store, read_json, sha256_json, write_json
+
+
+def quiet(text: str) -> None:
+    del text
+
+
+def make(folder: Path) -> dict[str, Any]:
+    (folder / "out.txt").write_text("made")
+    return {"rows": 1}
+
+
+def fail(folder: Path) -> dict[str, Any]:
+    raise AssertionError(f"{folder} should have been reused")
+
+
+def test_the_same_inputs_are_made_once(tmp_path: Path) -> None:
+    store = Store(tmp_path, announce=quiet)
+    first = store.stage("s", {"a": 1}, ["*.txt"], make)
+    again = store.stage("s", {"a": 1}, ["*.txt"], fail)
+    assert (first.reused, again.reused) == (False, True)
+    assert (first.key, first.digest, first.summary) == (again.key, again.digest, again.summary)
+
+
+def test_other_inputs_are_another_stage(tmp_path: Path) -> None:
+    store = Store(tmp_path, announce=quiet)
+    assert store.stage("s", {"a": 1}, ["*"], make).path != store.stage("s", {"a": 2}, ["*"], make).path
+
+
+def test_an_interrupted_stage_is_not_finished(tmp_path: Path) -> None:
+    store = Store(tmp_path, announce=quiet)
+
+    def interrupted(folder: Path) -> dict[str, Any]:
+        make(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("s", {}, ["*.txt"], interrupted)
+    assert not store.stage("s", {}, ["*.txt"], make).reused
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "manifest"])
+def test_a_damaged_stage_is_made_anew(tmp_path: Path, damage: str) -> None:
+    said: list[str] = []
+    store = Store(tmp_path, announce=said.append)
+    path = store.stage("s", {}, ["*.txt"], make).path
+    if damage == "change":
+        (path / "out.txt").write_text("tampered")
+    elif damage == "remove":
+        (path / "out.txt").unlink()
+    else:
+        (path / MANIFEST).write_text('{"key":')
+    assert not store.stage("s", {}, ["*.txt"], make).reused
+    assert any("damaged" in line for line in said)
+
+
+def test_fresh_starts_anew(tmp_path: Path) -> None:
+    Store(tmp_path, announce=quiet).stage("s", {}, ["*.txt"], make)
+    assert not Store(tmp_path, fresh=True, announce=quiet).stage("s", {}, ["*.txt"], make).reused
+
+
+def test_json_is_written_whole_and_read_with_a_clear_error(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    (tmp_path / "y.json").write_text("{")
+    with pytest.raises(DataError, match=r"y\.json"):
+        read_json(tmp_path / "y.json")
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json(json.loads('{"b": 2, "a": 1}'))

@@ -1,0 +1,93 @@
+"""`ray job submit` against a local head with token authentication: a run that succeeds, and a broken one that fails."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.test_river import SMALL
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 90
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    env: dict[str, str]
+
+    def submit(self, *entrypoint: str) -> subprocess.CompletedProcess[str]:
+        words = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", self.address]
+        words += ["--working-dir", ".", "--", sys.executable, *entrypoint]
+        return subprocess.run(words, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=280)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head node on loopback that answers nobody without the token."""
+    port, dashboard = free_port(), free_port()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
+    words += [f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    log = (tmp_path_factory.mktemp("head") / "log").open("w")
+    process = subprocess.Popen(words, env=env, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + START_SECONDS
+    while (code := status(address, env["RAY_AUTH_TOKEN"])) != 200:
+        assert time.monotonic() < deadline, f"the head did not start (last answer {code})"
+        time.sleep(1)
+    yield Head(address, env)
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def status(address: str, token: str) -> int:
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def test_the_head_is_closed_to_those_without_the_token(head: Head) -> None:
+    assert status(head.address, "") == 401
+    assert status(head.address, "wrong" * 16) == 403
+
+
+def test_a_submitted_run_succeeds_and_leaves_its_checkpoint(head: Head, tmp_path: Path) -> None:
+    settings = [w for item in [f"storage={tmp_path}", "cluster.address=auto", *SMALL] for w in ("--set", item)]
+    done = head.submit("jobs/run.py", "sft", "jobs/demo.toml", *settings)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "succeeded" in done.stdout + done.stderr
+    base = next((tmp_path / "stages").glob("base-*"))
+    assert (base / "model" / "model.safetensors").exists()
+    assert (base / "checkpoints" / "step-00000012").is_dir()
+
+
+def test_a_broken_config_fails_with_its_message(head: Head) -> None:
+    done = head.submit("jobs/run.py", "train", "jobs/demo.toml", "--set", "train.lrr=1")
+    assert done.returncode != 0
+    assert "unknown field train.lrr" in done.stdout + done.stderr
