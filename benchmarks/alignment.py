@@ -58,8 +58,8 @@ def markdown(rows: list[dict[str, Any]], job_file: Path) -> str:
     lines = [
         f"# Alignment on `{job_file}`",
         "",
-        "Accuracy with 95 % Wilson intervals, greedy decoding, by denoising steps per block. **Bold**: the interval lies",
-        "above the base's; ~~struck~~: below it.",
+        "Accuracy with 95 % Wilson intervals, greedy decoding, by denoising steps per block.",
+        "**Bold**: the interval lies above the base's; ~~struck~~: below it.",
         "",
         f"Machine: {platform.machine()}, {platform.platform()}. Command: see `benchmarks/alignment.py`.",
         "",

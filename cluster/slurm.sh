@@ -32,4 +32,4 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
     ray start --block --address="$RAY_ADDRESS" --object-spilling-directory="$spill" &
 fi
 
-python jobs/train.py "$job"
+python jobs/run.py train "$job"

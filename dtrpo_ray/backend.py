@@ -22,7 +22,7 @@ STATE_FILE = "plain.pt"
 class Backend(Protocol):
     """What the loop asks for. `policy` is the module to call; `device` where batches go."""
 
-    policy: nn.Module
+    policy: Any
     device: torch.device
 
     def backward(self, loss: Tensor) -> None: ...

@@ -15,7 +15,6 @@ from dtrpo_ray.attention import PAD, Row, pack_row
 from dtrpo_ray.config import Objective
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.trajectory import (
-    NEVER,
     State,
     block_slices,
     dense_ranks,
@@ -69,7 +68,10 @@ def build_batch(
     for row in rows:
         prompt = np.asarray(row["prompt_ids"], dtype=np.int64)
         responses = [np.asarray(row[f"{side}_ids"], dtype=np.int64) for side in sides]
-        drawn = [_draw_state(row, side, len(prompt), len(r), objective, block_size, seed) for side, r in zip(sides, responses, strict=True)]
+        drawn = [
+            _draw_state(row, side, len(prompt), len(r), objective, block_size, seed)
+            for side, r in zip(sides, responses, strict=True)
+        ]
         noisy = [(r, [np.where(s.hidden, mask_id, r)]) for r, s in zip(responses, drawn, strict=True)]
         packed.append(pack_row(prompt, noisy, block_size))
         states.append((len(prompt), responses, drawn))
@@ -77,7 +79,13 @@ def build_batch(
 
 
 def _draw_state(
-    row: Mapping[str, Any], side: str, prompt_len: int, response_len: int, objective: Objective, block_size: int, seed: int
+    row: Mapping[str, Any],
+    side: str,
+    prompt_len: int,
+    response_len: int,
+    objective: Objective,
+    block_size: int,
+    seed: int,
 ) -> State:
     rng = row_generator(seed, row["row_id"], row["epoch"], side)
     blocks = block_slices(prompt_len, response_len, block_size)
@@ -87,7 +95,7 @@ def _draw_state(
     if objective.schedule == "recorded":
         if steps is None:
             raise DataError(
-                f"row {row['row_id']}: {side}_steps is missing, and train.objective.schedule = \"recorded\" needs it; "
+                f'row {row["row_id"]}: {side}_steps is missing, and train.objective.schedule = "recorded" needs it; '
                 'record trajectories (dtrpo rollout) or set schedule = "random"'
             )
         ranks = dense_ranks(np.asarray(steps, dtype=np.int64), blocks)

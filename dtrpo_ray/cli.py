@@ -1,4 +1,4 @@
-"""The one command, `dtrpo VERB JOB`. Parsing and validation import neither torch nor ray; a verb imports what it runs."""
+"""The one command, `dtrpo VERB JOB`. Parsing imports neither torch nor ray; a verb imports what it runs."""
 
 import json
 import signal
@@ -106,7 +106,9 @@ def evaluation_text(value: dict[str, Any]) -> str:
     """The evaluation as a table of text, with the difference of each row."""
     verdicts = {(c["set"], c["budget"]): c for c in value["comparison"]}
     lines = [f"{'set':<22}{'budget':>7}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward"]
-    for row in sorted(value["table"], key=lambda r: (r["set"] != "held-out", r["set"], r["budget"], r["model"] != "base")):
+    for row in sorted(
+        value["table"], key=lambda r: (r["set"] != "held-out", r["set"], r["budget"], r["model"] != "base")
+    ):
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         line = f"{row['set']:<22}{row['budget']:>7}{row['model']:>9}{row['accuracy']:>10.3f}  {interval:<17}"
         line += f"{row['tokens_per_forward']:>9.2f}"
@@ -162,7 +164,9 @@ def _serve_until_interrupt(config: Any, as_json: bool) -> None:
 
     url = server.start(config)
     try:
-        result({"verb": "serve", "url": url, "model": config.model_name}, as_json, f"serving {config.model_name} at {url}")
+        result(
+            {"verb": "serve", "url": url, "model": config.model_name}, as_json, f"serving {config.model_name} at {url}"
+        )
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     except KeyboardInterrupt:
         pass

@@ -89,7 +89,7 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
 def rank_batches(rows: ray.data.DataIterator, config: TrainConfig, num_workers: int, start_step: int) -> Iterator[Any]:
     """This rank's rows of each optimizer step from `start_step` on, checked against the plan."""
     per_rank = config.rows_per_rank(num_workers)
-    batches = rows.iter_batches(batch_size=per_rank, batch_format="pyarrow", prefetch_batches=2)
+    batches: Any = rows.iter_batches(batch_size=per_rank, batch_format="pyarrow", prefetch_batches=2)
     for step, table in enumerate(batches):
         if step < start_step:
             continue

@@ -1,4 +1,4 @@
-"""A model directory -> an `Engine` that turns texts into decoded responses. Rollout, evaluation and serving use this."""
+"""A model directory -> an `Engine` that turns texts into decoded responses, for rollout, evaluation and serving."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -29,7 +29,7 @@ def summarise(
         test_set, budget, _ = row["row_id"].rsplit("/", 2)
         groups.setdefault((test_set, int(budget)), []).append(row)
     table = [_table_row(rows, *group, config.temperature) for group, rows in groups.items()]
-    smallest = [rows for (test_set, budget), rows in groups.items() if budget == min(config.budgets)][0]
+    smallest = next(rows for (_, budget), rows in groups.items() if budget == min(config.budgets))
     kept = list(_examples(smallest, answers, config.num_examples, tokenizer))
     return {"table": sorted(table, key=lambda r: (r["set"] != "held-out", r["set"], r["budget"])), "examples": kept}
 
@@ -78,5 +78,7 @@ def compare(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         verdict = "better" if row["low"] > other["high"] else "worse" if row["high"] < other["low"] else "same"
         gain = row["accuracy"] - other["accuracy"]
-        rows.append({"model": row["model"], "set": row["set"], "budget": row["budget"], "gain": gain, "verdict": verdict})
+        rows.append(
+            {"model": row["model"], "set": row["set"], "budget": row["budget"], "gain": gain, "verdict": verdict}
+        )
     return rows

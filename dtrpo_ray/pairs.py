@@ -1,4 +1,4 @@
-"""Scored trajectories -> preference pairs: the closest good and bad response of a prompt, ties never, duplicates once."""
+"""Scored trajectories -> preference pairs: the closest good and bad response of a prompt, ties never."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -55,7 +55,9 @@ class River:
             files = {f.name: sha256_file(f) for f in sorted(job.model.path.iterdir()) if f.is_file()}
             return ModelRef(job.model.path, sha256_json(files))
         source = job.model.tokenizer
-        tokenizer = {f.name: sha256_file(f) for f in sorted(source.iterdir()) if f.is_file()} if source else job.task.type
+        tokenizer = (
+            {f.name: sha256_file(f) for f in sorted(source.iterdir()) if f.is_file()} if source else job.task.type
+        )
         inputs = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
         return _model_of(self._stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
 
@@ -121,7 +123,9 @@ class River:
             decode_to_folder(prompts, decode, job.cluster, config.batch_size, out / TABLE)
             table = read_table(out / TABLE, TRAJECTORY)
             if len(table) != len(prompts):
-                raise DataError(f"{out}: {len(table)} trajectories of {len(prompts)} prompts; run it again with --fresh")
+                raise DataError(
+                    f"{out}: {len(table)} trajectories of {len(prompts)} prompts; run it again with --fresh"
+                )
             return {"trajectories": len(table), "mean_reward": float(table["reward"].to_numpy().mean())}
 
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
@@ -217,7 +221,12 @@ class River:
 
         def make(out: Path) -> dict[str, Any]:
             prompts = [
-                {"row_id": f"{title}/{k}/{i:06d}", "prompt_id": f"{title}/{i:06d}", "prompt": row["prompt"], "denoising_steps": k}
+                {
+                    "row_id": f"{title}/{k}/{i:06d}",
+                    "prompt_id": f"{title}/{i:06d}",
+                    "prompt": row["prompt"],
+                    "denoising_steps": k,
+                }
                 for k in config.budgets
                 for title, rows in sets.items()
                 for i, row in enumerate(rows)
@@ -234,7 +243,8 @@ class River:
 
     def _test_sets(self) -> dict[str, list[dict[str, str]]]:
         config, task = self.job.eval, self.job.task
-        assert config is not None and task.type != "preferences"
+        assert config is not None
+        assert task.type != "preferences"
         held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
         module = prepare.puzzle(self.job)
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}

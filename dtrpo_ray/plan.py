@@ -1,4 +1,4 @@
-"""A job -> what it would run: batches, forwards, memory, checkpoint size. Starts nothing and imports neither torch nor ray."""
+"""A job -> what it would run: batches, forwards, memory, checkpoint size. Imports neither torch nor ray."""
 
 import json
 from typing import Any
@@ -39,7 +39,8 @@ def plan(job: Job) -> dict[str, Any]:
         weights = sum(f.stat().st_size for f in job.model.path.glob("*.safetensors"))
         count = weights // BYTES_FP32
     else:
-        assert init is not None and vocab is not None
+        assert init is not None
+        assert vocab is not None
         count = parameters(init, vocab)
     stages: dict[str, Any] = {}
     if job.sft:

@@ -1,4 +1,4 @@
-"""A job's task -> the tables and tokenizer its stages read: examples, prompts, held-out prompts, or preference pairs."""
+"""A job's task -> the tables and tokenizer its stages read: examples, prompts, or preference pairs."""
 
 import importlib
 from pathlib import Path
@@ -41,7 +41,8 @@ def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
 
 def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
     """Generated SFT examples as Parquet (the table example/v1)."""
-    assert job.sft is not None and job.model.init is not None
+    assert job.sft is not None
+    assert job.model.init is not None
     rows = generate_puzzles(job, job.sft.num_examples, "train", job.seed)
     end, size = not puzzle(job).FIXED_LENGTH, job.model.init.block_size
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
@@ -69,10 +70,14 @@ def write_preferences(job: Job, tokenizer: PreTrainedTokenizerBase, block_size: 
         rejected += bad
     rows = rows[: job.task.max_rows]
     task = job.task
-    table, too_long = tokenize_preferences(rows, tokenizer, block_size, task.max_prompt_tokens, task.max_response_tokens)
+    table, too_long = tokenize_preferences(
+        rows, tokenizer, block_size, task.max_prompt_tokens, task.max_response_tokens
+    )
     rejected += too_long
     if not len(table):
-        raise DataError(f"{task.files[0]}: no row is left of {len(rows)}; see the reasons in {out / 'quarantine.jsonl'}")
+        raise DataError(
+            f"{task.files[0]}: no row is left of {len(rows)}; see the reasons in {out / 'quarantine.jsonl'}"
+        )
     write_shards(table, out)
     write_quarantine(rejected, out / "quarantine.jsonl")
     return {"pairs": len(table), "quarantined": len(rejected)}

@@ -5,7 +5,7 @@ the denoising step at which each was unmasked. `PREFERENCE` (pair or an importer
 two sides. `docs/data.md` describes every field.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from dtrpo_ray.errors import DataError
 
 CONTRACT_VERSION = 1
+
+Rule = Callable[[np.ndarray, str], Iterator[tuple[int, str]]]
 
 _IDS, _STEPS = pa.list_(pa.int32()), pa.list_(pa.int32())
 
@@ -136,7 +138,7 @@ def violations(table: pa.Table) -> Iterator[tuple[int, str]]:
         yield from first(np.array(same, dtype=bool), "chosen_ids and rejected_ids are identical: nothing to prefer")
 
 
-def _side_violations(table: pa.Table, ids: str, steps: str | None, first) -> Iterator[tuple[int, str]]:  # type: ignore[no-untyped-def]
+def _side_violations(table: pa.Table, ids: str, steps: str | None, first: Rule) -> Iterator[tuple[int, str]]:
     lengths = pc.list_value_length(table[ids]).to_numpy(zero_copy_only=False)
     yield from first(lengths == 0, f"{ids} is empty")
     if "mask_id" in table.schema.names:
@@ -144,7 +146,9 @@ def _side_violations(table: pa.Table, ids: str, steps: str | None, first) -> Ite
         owner = np.repeat(np.arange(len(table)), lengths)
         masked = np.bincount(owner, flat == table["mask_id"].to_numpy()[owner], minlength=len(table)) > 0
         yield from first(masked, f"{ids} holds the mask token: the response was never finished")
-        whole = (pc.list_value_length(table["prompt_ids"]).to_numpy(zero_copy_only=False) + lengths) % table["block_size"].to_numpy()
+        whole = (pc.list_value_length(table["prompt_ids"]).to_numpy(zero_copy_only=False) + lengths) % table[
+            "block_size"
+        ].to_numpy()
         yield from first(whole != 0, f"{ids} does not end on the block grid: the terminal block must be whole")
     if steps is not None:
         step_lengths = pc.list_value_length(table[steps]).fill_null(-1).to_numpy(zero_copy_only=False)

@@ -353,7 +353,9 @@ def _example(job: Row, example: Row) -> Row:
     `steps` count denoising forwards over the response from 0, negative where none unmasked; `tokens` end on the
     block grid, as the sampler's do, so blocks are counted back from the end and only the first may be short.
     """
-    size, tokens, steps, prompt, answer = (example[key] for key in ("block_size", "tokens", "steps", "prompt", "answer"))
+    size, tokens, steps, prompt, answer = (
+        example[key] for key in ("block_size", "tokens", "steps", "prompt", "answer")
+    )
     sudoku = (job.get("task") or {}).get("type") == "sudoku" and len(tokens) == len(prompt) == len(answer) == 16
     wanted = answer if sudoku and not example["correct"] else tokens
     edges = [0, *range(len(tokens) % size or size, len(tokens) + 1, size)]

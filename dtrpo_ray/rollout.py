@@ -84,7 +84,9 @@ class _Decoder:
         }
 
 
-def decode(prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int) -> ray.data.Dataset:
+def decode(
+    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int
+) -> ray.data.Dataset:
     """A lazy dataset of trajectories, one for each prompt row."""
     gpu = uses_gpu(cluster)
     blocks = -(-len(prompts) // batch_size)

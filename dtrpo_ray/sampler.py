@@ -55,7 +55,8 @@ class BlockCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Called by the trunk's attention: store [R, heads, B, size] at (rows, positions), return the whole cache."""
-        assert self.rows is not None and self.positions is not None
+        assert self.rows is not None
+        assert self.positions is not None
         if layer not in self.layers:
             shape = (int(self.rows.max()) + 1, key.shape[1], self.length, key.shape[3])
             self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
@@ -120,7 +121,7 @@ class _Decoder:
         return [self._generation(row) for row in range(len(self.canvas))]
 
     def _prefill(self, rows: Tensor) -> None:
-        """One pass over every whole prompt block; shorter rows are padded with positions that later blocks overwrite."""
+        """One pass over every whole prompt block; what a shorter row has past them, its later blocks overwrite."""
         width = int(self.start.max())
         if width:
             self._forward(rows, torch.zeros_like(rows), width)
@@ -175,7 +176,9 @@ class _Decoder:
         return masked & (order < count)
 
     def _finished(self, rows: Tensor) -> Tensor:
-        eos = torch.stack([(self.canvas[r, self.prompt_lens[r] : self.start[r]] == self.model.eos_id).any() for r in rows.tolist()])
+        eos = torch.stack(
+            [(self.canvas[r, self.prompt_lens[r] : self.start[r]] == self.model.eos_id).any() for r in rows.tolist()]
+        )
         return eos | (self.start[rows] >= self.end[rows])
 
     def _generation(self, row: int) -> Generation:

@@ -25,14 +25,20 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # ray.train.report waits for one such poll
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": True}
     if cluster.address == "local":
         # room for the Ray Data tasks beside the workers: logical CPUs, the threads of each worker are bounded
         num_cpus = max(os.cpu_count() or 1, cluster.num_workers + 2, cluster.num_actors + 2)
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False, runtime_env={"env_vars": CPU_WORKER_ENV}, **quiet)
+        ray.init(
+            "local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            runtime_env={"env_vars": CPU_WORKER_ENV},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
     else:
         try:
-            ray.init(cluster.address, **quiet)
+            ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
             raise ConfigError(
                 f"cluster.address = {cluster.address!r}: no Ray cluster answers ({str(error).splitlines()[0]}); "

@@ -42,5 +42,3 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
     out = preference_loss(log_ratio_BS, objective.beta, objective.loss_type, objective.label_smoothing)
     metrics = {"nll_chosen": nll_BS[:, 0].detach(), "nll_rejected": nll_BS[:, 1].detach(), **common}
     return LossOutput(out.loss_B + objective.sft_weight * nll_BS[:, 0], {**out.metrics, **metrics})
-
-

@@ -67,7 +67,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             storage_path=str(stage.out.resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            worker_runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
+            worker_runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},  # type: ignore[call-arg]
         ),
         datasets={f"rank-{rank}": rows for rank, rows in enumerate(shards)},
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already
@@ -144,8 +144,5 @@ def _write_model(backend: DeepSpeedBackend, base: Path, out: Path, rank: int) ->
         partial.replace(out)
 
 
-
 def _ignore(row: dict[str, Any]) -> None:
     del row
-
-

@@ -55,9 +55,7 @@ def random_ranks(blocks: list[slice], tokens_per_step: int, rng: np.random.Gener
     return ranks
 
 
-def sample_step_state(
-    ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator
-) -> State:
+def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator) -> State:
     """dTRPO's state: per block b one step t_b of its K_b, scored at the newly unmasked tokens I_t.
 
     Weights of the scored tokens (docs/method.md): `steps` K_b with t_b uniform over steps (unbiased); `tokens`

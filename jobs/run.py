@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python jobs/run.py VERB jobs/NAME.toml`: the `dtrpo` command from a working dir."""
+"""The `dtrpo` command from a working directory: `ray job submit ... -- python jobs/run.py VERB jobs/NAME.toml`."""
 
 import sys
 from pathlib import Path

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from dtrpo_ray.models.sdar import SDAR
 
 torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("suite")
 
 BLOCK, VOCAB, EOS, MASK = 4, 23, 21, 22
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,7 +120,6 @@ def test_mask_is_the_definition(prompt_len: int, lens: tuple[int, ...], draws: i
     assert mask_of(row).tolist() == expected
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     prompt_len=st.integers(0, 11), lens=st.lists(st.integers(1, 11), min_size=1, max_size=2), draws=st.integers(1, 3)
 )

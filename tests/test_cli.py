@@ -17,11 +17,9 @@ def dtrpo(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["plan", DEMO], ["check", DEMO, "--json"]])
 def test_light_verbs_import_neither_torch_nor_ray(words: list[str]) -> None:
-    code = (
-        "import sys; from dtrpo_ray.cli import main; sys.argv = ['dtrpo', *%r]\n"
-        "try: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
-        "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
-    ) % (words,)
+    code = f"import sys; sys.argv = {['dtrpo', *words]}; from dtrpo_ray.cli import main\n"
+    code += "try: main()\nexcept SystemExit as e: assert not e.code, e.code\n"
+    code += "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 

@@ -657,7 +657,7 @@ def test_image_is_pinned_unprivileged_and_without_secrets() -> None:
 def test_image_holds_what_the_job_runs() -> None:
     script = Path(manifest("rayjob")[0]["spec"]["entrypoint"].split()[1])
     workdir = next(text for step, text in dockerfile() if step == "WORKDIR")
-    assert script.relative_to(workdir) == Path("jobs/train.py")
+    assert script.relative_to(workdir) == Path("jobs/run.py")
     assert ("COPY", "jobs ./jobs") in dockerfile()
 
 

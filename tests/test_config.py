@@ -70,7 +70,9 @@ def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:
     assert job.train.objective.type == "elbo_dpo"
 
 
-@pytest.mark.parametrize(("batch", "micro", "workers", "accumulation"), [(64, 32, 2, 1), (64, 32, 1, 2), (60, 32, 1, 2)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "workers", "accumulation"), [(64, 32, 2, 1), (64, 32, 1, 2), (60, 32, 1, 2)]
+)
 def test_accumulation_is_derived(batch: int, micro: int, workers: int, accumulation: int) -> None:
     assert TrainConfig(global_batch=batch, micro_batch=micro).accumulation(workers) == accumulation
 

@@ -32,6 +32,11 @@ def test_better_and_worse_need_intervals_apart() -> None:
     def row(model: str, budget: int, low: float, high: float) -> dict[str, object]:
         return {"model": model, "set": "s", "budget": budget, "accuracy": (low + high) / 2, "low": low, "high": high}
 
-    table = [row("base", 1, 0.4, 0.5), row("aligned", 1, 0.51, 0.6), row("base", 2, 0.4, 0.5), row("aligned", 2, 0.49, 0.6)]
+    table = [
+        row("base", 1, 0.4, 0.5),
+        row("aligned", 1, 0.51, 0.6),
+        row("base", 2, 0.4, 0.5),
+        row("aligned", 2, 0.49, 0.6),
+    ]
     table += [row("base", 4, 0.4, 0.5), row("aligned", 4, 0.2, 0.3)]
     assert [c["verdict"] for c in compare(table)] == ["better", "same", "worse"]

@@ -21,7 +21,13 @@ def rows(count: int, start: int = 0, weight: float = 1.0) -> list[dict[str, Any]
     made = []
     for i in range(count):
         ids = [torch.randint(0, 20, (8,), generator=generator).tolist() for _ in range(3)]
-        row = {"row_id": f"row-{start + i}", "epoch": 0, "prompt_ids": ids[0], "row_weight": weight, "batch_weight": count}
+        row = {
+            "row_id": f"row-{start + i}",
+            "epoch": 0,
+            "prompt_ids": ids[0],
+            "row_weight": weight,
+            "batch_weight": count,
+        }
         for side, response in (("chosen", ids[1]), ("rejected", ids[2])):
             row |= {f"{side}_ids": response, f"{side}_steps": [0, 1, 0, 1, 2, 2, 3, 3]}
         made.append(row)
@@ -99,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(make_model: Any)
     model = make_model()
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainError, match="not finite.*row-0"):
+    with pytest.raises(TrainError, match=r"not finite.*row-0"):
         train(model, config(), [rows(4)], make_model())
 
 

@@ -24,7 +24,10 @@ def trajectories(*rows: tuple[str, list[int], float, int]) -> pa.Table:
 
 def test_the_closest_good_and_bad_responses_meet() -> None:
     table = trajectories(
-        ("a", [1, 1, 1, 1], 1.0, 2), ("a", [2, 2, 2, 2], 1.0, 2), ("a", [2, 2, 2, 3], 0.0, 2), ("a", [4, 4, 4, 4], 0.0, 2)
+        ("a", [1, 1, 1, 1], 1.0, 2),
+        ("a", [2, 2, 2, 2], 1.0, 2),
+        ("a", [2, 2, 2, 3], 0.0, 2),
+        ("a", [4, 4, 4, 4], 0.0, 2),
     )
     pairs = make_pairs(table, PairConfig(max_pairs_per_prompt=1)).to_pylist()
     assert [(p["chosen_ids"], p["rejected_ids"]) for p in pairs] == [([2, 2, 2, 2], [2, 2, 2, 3])]
@@ -34,7 +37,10 @@ def test_the_closest_good_and_bad_responses_meet() -> None:
 
 def test_a_response_is_used_once_and_the_number_is_bounded() -> None:
     table = trajectories(
-        ("a", [1, 1, 1, 1], 1.0, 2), ("a", [2, 2, 2, 2], 1.0, 2), ("a", [3, 3, 3, 3], 0.0, 2), ("a", [4, 4, 4, 4], 0.0, 2)
+        ("a", [1, 1, 1, 1], 1.0, 2),
+        ("a", [2, 2, 2, 2], 1.0, 2),
+        ("a", [3, 3, 3, 3], 0.0, 2),
+        ("a", [4, 4, 4, 4], 0.0, 2),
     )
     pairs = make_pairs(table, PairConfig(max_pairs_per_prompt=5)).to_pylist()
     assert len(pairs) == 2

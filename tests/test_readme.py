@@ -11,7 +11,11 @@ def test_the_map_is_the_package() -> None:
     block = README.split("```text\ndtrpo_ray/")[1].split("```")[0]
     mapped = set(re.findall(r"^  (\w[\w/]*(?:\.py|\.jinja|/))", block, flags=re.MULTILINE))
     package = ROOT / "dtrpo_ray"
-    there = {p.name + ("/" if p.is_dir() else "") for p in package.iterdir() if not p.name.startswith("__") and p.name != "py.typed"}
+    there = {
+        p.name + ("/" if p.is_dir() else "")
+        for p in package.iterdir()
+        if not p.name.startswith("__") and p.name != "py.typed"
+    }
     assert mapped == there - {"__pycache__/"}
 
 

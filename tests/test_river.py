@@ -106,7 +106,9 @@ def test_training_resumes_from_its_last_checkpoint(run: dict[str, Any], storage:
     subprocess.run(["rm", "-rf", str(partial / "model"), str(partial / "checkpoints" / "step-00000004")], check=True)
     snapshot = partial / "checkpoints" / "checkpoint_manager_snapshot.json"
     record = json.loads(snapshot.read_text())
-    record["checkpoint_results"] = [r for r in record["checkpoint_results"] if r["checkpoint_dir_name"] == "step-00000002"]
+    record["checkpoint_results"] = [
+        r for r in record["checkpoint_results"] if r["checkpoint_dir_name"] == "step-00000002"
+    ]
     record["latest_checkpoint_result"] = record["checkpoint_results"][0]
     snapshot.write_text(json.dumps(record))
     result, _ = dtrpo("train", other)

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a row, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from dtrpo_ray.likelihood import token_logps
 class DiffusionLM(nn.Module, ABC):
     """A masked-diffusion language model with block attention.
 
-    `mask_id` is the [MASK] token, `block_size` the tokens of a block on the global grid (position // block_size),
+    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `block_size` the tokens of a block on the global grid (position // block_size),
     `eos_id` ends a response, `vocab_size` bounds every id.
     """
 
+    config: dict[str, Any]
     mask_id: int
     eos_id: int
     block_size: int

@@ -44,7 +44,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, device: str = "cp
     except SafetensorError as error:
         raise ModelError(f"{weights}: not a readable safetensors file ({error})") from None
     own = {name.removeprefix("lm."): value for name, value in model.state_dict().items()}
-    tied = {"lm_head.weight"} if model.config.get("tie_word_embeddings") else set()  # type: ignore[attr-defined]
+    tied = {"lm_head.weight"} if model.config.get("tie_word_embeddings") else set()
     missing, surplus = sorted(own.keys() - tensors.keys() - tied), sorted(tensors.keys() - own.keys())
     shapes = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
     for problem, names in (("missing", missing), ("surplus", surplus), ("misshapen", shapes)):
@@ -57,10 +57,10 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, device: str = "cp
 def save_model(model: DiffusionLM, path: Path) -> None:
     """Write `config.json` and `model.safetensors` in the family's upstream layout into an existing directory."""
     state = {n.removeprefix("lm."): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    if model.config.get("tie_word_embeddings"):  # type: ignore[attr-defined]
+    if model.config.get("tie_word_embeddings"):
         state.pop("lm_head.weight", None)
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")  # type: ignore[attr-defined]
+    (path / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class SDAR(DiffusionLM):
                 "give the id of the mask token in the tokenizer"
             )
         trunk_keys = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type")}
-        trunk = Qwen3Config(**trunk_keys, attn_implementation="sdpa")
+        trunk = Qwen3Config(**{**trunk_keys, "attn_implementation": "sdpa"})
         self.lm = Qwen3ForCausalLM(trunk)
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: object | None = None) -> Tensor:

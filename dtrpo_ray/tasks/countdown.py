@@ -1,4 +1,4 @@
-"""Countdown: reach a target from numbers with + - * /, each number used once; puzzles by running sums backwards.
+"""Countdown: reach a target from numbers with + - * /, each used once; puzzles by combining numbers drawn at random.
 
 A prompt is the numbers and then the target ("15,44,79,50"); a response is one equation per step, results usable
 further on ("44-15=29,79-29=50"). All values are integers from 0 up; the last result is the target.
@@ -16,7 +16,11 @@ ALPHABET = "0123456789,+-*/="
 RESPONSE_CHARS = 36  # the longest answer of `generate`, for four numbers
 FIXED_LENGTH = False  # an end-of-sequence token closes the response
 
-_NUMBERS, _TARGETS, _LARGEST = (1, 99), (10, 99), 9999  # the ranges of the public files, and of our intermediate results
+_NUMBERS, _TARGETS, _LARGEST = (
+    (1, 99),
+    (10, 99),
+    9999,
+)  # the ranges of the public files, and of our intermediate results
 _LONGEST = 128  # characters of a response worth reading; also keeps integers small
 _INTEGER = "(0|[1-9][0-9]{0,8})"
 _PROMPT = re.compile(f"{_INTEGER}(,{_INTEGER}){{2,8}}")
@@ -86,7 +90,9 @@ def _combine(numbers: list[int], rng: random.Random) -> tuple[int, str]:
     while len(pool) > 1:
         rng.shuffle(pool)
         right, left = sorted([pool.pop(), pool.pop()])
-        legal = {sign: value for sign in "+-*/" if (value := _apply(left, sign, right)) is not None and value <= _LARGEST}
+        legal = {
+            sign: value for sign in "+-*/" if (value := _apply(left, sign, right)) is not None and value <= _LARGEST
+        }
         sign = rng.choice(list(legal))
         pool.append(legal[sign])
         equations.append(f"{left}{sign}{right}={legal[sign]}")

@@ -66,5 +66,7 @@ def read_public(path: Path) -> list[dict[str, str]]:
             record = json.loads(line)
             rows.append({"prompt": record["input"].replace("\n", ""), "answer": record["output"].replace("\n", "")})
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: not a row of a Sudoku test file ({error!r}); expected input and output") from None
+            raise DataError(
+                f"{path}:{number}: not a row of a Sudoku test file ({error!r}); expected input and output"
+            ) from None
     return rows

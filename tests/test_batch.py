@@ -1,0 +1,181 @@
+"""batch: what is scored lies where it should, and a row's draws are its own."""
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrpo_ray.attention import PAD
+from dtrpo_ray.batch import Batch, build_batch
+from dtrpo_ray.config import Objective
+from dtrpo_ray.errors import DataError
+
+B, MASK, SEED = 4, 22, 5
+
+Json = dict[str, Any]
+
+
+def row(number: int, prompt_len: int, chosen_len: int, rejected_len: int, **more: Any) -> Json:
+    """Ids are all different within a row, so that a place is known by its id."""
+    start = 100 * number
+    lens = (prompt_len, chosen_len, rejected_len)
+    ids = np.split(np.arange(start + 30, start + 30 + sum(lens)), np.cumsum(lens)[:-1])
+    rng = np.random.default_rng(number)
+    return {
+        "row_id": f"row-{number}",
+        "epoch": 0,
+        "prompt_ids": ids[0].tolist(),
+        "chosen_ids": ids[1].tolist(),
+        "rejected_ids": ids[2].tolist(),
+        "chosen_steps": rng.integers(0, 9, chosen_len).tolist(),
+        "rejected_steps": rng.integers(0, 9, rejected_len).tolist(),
+    } | more
+
+
+ROWS = [row(0, 5, 7, 11), row(1, 0, 3, 4), row(2, 8, 8, 1), row(3, 3, 13, 2)]
+OBJECTIVES = {
+    "steps": Objective(type="dtrpo", weighting="steps"),
+    "tokens": Objective(type="dtrpo", weighting="tokens"),
+    "random": Objective(type="dtrpo", schedule="random", tokens_per_step=2),
+    "elbo": Objective(type="elbo_dpo"),
+    "sft": Objective(type="sft"),
+}
+
+
+def build(rows: list[Json], objective: Objective, seed: int = SEED) -> Batch:
+    return build_batch(rows, objective, B, MASK, seed)
+
+
+def of_row(batch: Batch, b: int) -> Json:
+    """Everything the batch says of one row, free of where it stands and how wide the batch is."""
+    mine, width, sides = batch.scored_row == b, int((batch.side[b] != PAD).sum()), batch.tokens.shape[1]
+    planes = {name: getattr(batch, name)[b, :width].tolist() for name in ("ids", "position", "side", "stream")}
+    scored = {name: getattr(batch, name)[mine].tolist() for name in ("scored_col", "target", "weight")}
+    rest = {"slot": (batch.slot[mine] - b * sides).tolist(), "tokens": batch.tokens[b].tolist()}
+    return planes | scored | rest
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_scored_places_hold_the_mask_of_their_target(name: str) -> None:
+    batch = build(ROWS, OBJECTIVES[name])
+    sides = ("chosen", "rejected")[: batch.tokens.shape[1]]
+    assert batch.tokens.tolist() == [[len(r[f"{s}_ids"]) for s in sides] for r in ROWS]
+    assert len(batch.target) > 0
+    for b, col, target, slot, weight in zip(
+        batch.scored_row.tolist(),
+        batch.scored_col.tolist(),
+        batch.target.tolist(),
+        batch.slot.tolist(),
+        batch.weight.tolist(),
+        strict=True,
+    ):
+        side = slot - b * len(sides)
+        index = ROWS[b][f"{sides[side]}_ids"].index(target)
+        assert batch.ids[b, col] == MASK
+        assert batch.position[b, col] == len(ROWS[b]["prompt_ids"]) + index
+        assert (batch.side[b, col], batch.stream[b, col]) == (side, 1)
+        assert weight > 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_all_that_is_not_masked_is_the_text(name: str) -> None:
+    """Prompt tokens are never masked, clean streams never; a noisy token is the mask or the token of its position."""
+    batch = build(ROWS, OBJECTIVES[name])
+    for b, row_ in enumerate(ROWS):
+        prompt = row_["prompt_ids"]
+        texts = {0: prompt + row_["chosen_ids"], 1: prompt + row_["rejected_ids"], -1: prompt}
+        for token, position, side, stream in zip(
+            *(p[b].tolist() for p in (batch.ids, batch.position, batch.side, batch.stream)), strict=True
+        ):
+            if side != PAD:
+                hidden = token == MASK and stream > 0 and position >= len(prompt)
+                assert hidden or token == texts[side][position]
+            else:
+                assert (token, position, stream) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_rows_draws_ignore_order_and_neighbours(name: str) -> None:
+    objective = OBJECTIVES[name]
+    crowd, shuffled = build(ROWS, objective), build([ROWS[i] for i in (2, 0, 3, 1)], objective)
+    for b, row_ in enumerate(ROWS):
+        alone = of_row(build([row_], objective), 0)
+        assert of_row(crowd, b) == alone
+        assert of_row(shuffled, (2, 0, 3, 1).index(b)) == alone
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_draws_change_with_seed_row_epoch_and_side(name: str) -> None:
+    def hidden(row_: Json, seed: int = SEED) -> list[list[int]]:
+        batch = build([row_], OBJECTIVES[name], seed)
+        sides = range(batch.tokens.shape[1])
+        places = [(batch.side[0] == s) & (batch.stream[0] > 0) & (batch.ids[0] == MASK) for s in sides]
+        return [batch.position[0][place].tolist() for place in places]
+
+    twins = row(7, 4, 32, 32, chosen_steps=list(range(32)), rejected_steps=list(range(32)))
+    first = hidden(twins)
+    assert hidden(twins | {"epoch": 1}) != first
+    assert hidden(twins | {"row_id": "other"}) != first
+    assert hidden(twins, seed=SEED + 1) != first
+    assert hidden(dict(twins)) == first
+    assert len(first) == 1 or first[0] != first[1]
+
+
+def test_elbo_and_sft_hide_the_chosen_side_alike() -> None:
+    """Same row, same draw: an SFT row is the chosen half of the control's pair."""
+    pair, single = build([ROWS[0]], OBJECTIVES["elbo"]), build([ROWS[0]], OBJECTIVES["sft"])
+    chosen = pair.slot == 0
+    assert pair.target[chosen].tolist() == single.target.tolist()
+    assert pair.weight[chosen].tolist() == single.weight.tolist()
+    assert single.tokens.shape == (1, 1)
+    assert set(single.side.flatten().tolist()) == {-1, 0}
+
+
+def test_recorded_steps_decide_what_is_scored() -> None:
+    """One step for the whole block: all of it hidden, all scored, weight 1, whatever the seed."""
+    steps = {"chosen_steps": [6] * 7, "rejected_steps": [0] * 11}
+    for seed in range(5):
+        batch = build([row(0, 5, 7, 11, **steps)], OBJECTIVES["steps"], seed)
+        assert batch.target.tolist() == ROWS[0]["chosen_ids"] + ROWS[0]["rejected_ids"]
+        assert batch.weight.tolist() == [1] * 18
+        assert batch.slot.tolist() == [0] * 7 + [1] * 11
+
+
+@pytest.mark.parametrize("missing", ["chosen_steps", "rejected_steps"])
+def test_missing_steps_name_the_row_and_the_remedy(missing: str) -> None:
+    broken = ROWS[0] | {missing: None}
+    with pytest.raises(DataError, match=rf"row row-0: {missing} is missing.*random"):
+        build([ROWS[1], broken], OBJECTIVES["steps"])
+    for name in ("random", "elbo", "sft"):
+        build([broken], OBJECTIVES[name])
+
+
+def test_row_weight_is_carried_and_defaults_to_one() -> None:
+    batch = build([ROWS[0], ROWS[1] | {"row_weight": 0}, ROWS[2] | {"row_weight": 0.5}], OBJECTIVES["steps"])
+    assert batch.row_weight.tolist() == [1, 0, 0.5]
+
+
+def test_types_and_shapes_are_as_documented() -> None:
+    batch = build(ROWS, OBJECTIVES["steps"])
+    moved = batch.to(torch.device("cpu"))
+    floats = {"weight", "tokens", "row_weight"}
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        assert value.dtype == (torch.float32 if field.name in floats else torch.int64)
+        assert torch.equal(value, getattr(moved, field.name))
+    num_scored = len(batch.target)
+    assert all(len(getattr(batch, n)) == num_scored for n in ("scored_row", "scored_col", "slot", "weight"))
+    assert batch.ids.shape == batch.position.shape == batch.side.shape == batch.stream.shape
+
+
+@given(prompt=st.integers(0, 9), chosen=st.integers(1, 9), rejected=st.integers(1, 9), seed=st.integers(0, 9))
+def test_weights_of_a_side_add_up_to_its_tokens(prompt: int, chosen: int, rejected: int, seed: int) -> None:
+    """The weights of a block add up to its tokens, and so the weights of a side to its length."""
+    for name in ("tokens", "elbo"):
+        batch = build([row(0, prompt, chosen, rejected)], OBJECTIVES[name], seed)
+        total = torch.zeros(2).index_add(0, batch.slot, batch.weight)
+        assert total.tolist() == pytest.approx([chosen, rejected])
