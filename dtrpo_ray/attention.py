@@ -54,8 +54,8 @@ def pack_row(prompt: np.ndarray, sides: list[tuple[np.ndarray, list[np.ndarray]]
             stream.append(np.full(len(tokens), number))
             cursor += len(tokens)
         noisy_at.append(tuple(starts))
-    join = [np.concatenate(parts).astype(np.int64) for parts in (ids, position, side, stream)]
-    return Row(*join, first_position=shared, noisy_at=tuple(noisy_at))
+    joined = (np.concatenate(parts).astype(np.int64) for parts in (ids, position, side, stream))
+    return Row(*joined, shared, tuple(noisy_at))  # type: ignore[arg-type, call-arg]
 
 
 def block_mask(position_BT: Tensor, side_BT: Tensor, stream_BT: Tensor, block_size: int) -> Tensor:

@@ -16,8 +16,8 @@ from dtrpo_ray.likelihood import token_logps
 class DiffusionLM(nn.Module, ABC):
     """A masked-diffusion language model with block attention.
 
-    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `block_size` the tokens of a block on the global grid (position // block_size),
-    `eos_id` ends a response, `vocab_size` bounds every id.
+    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `block_size` the tokens of a block on
+    the global grid (position // block_size), `eos_id` ends a response, `vocab_size` bounds every id.
     """
 
     config: dict[str, Any]
