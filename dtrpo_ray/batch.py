@@ -25,6 +25,7 @@ from dtrpo_ray.trajectory import (
 )
 
 SIDES = ("chosen", "rejected")
+SCORED = ("scored_row", "scored_col", "target", "slot", "weight", "nll_weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,9 @@ class Batch:
 
     ids, position, side, stream: int64 [B, T], the packed rows (see `attention`).
     scored_row, scored_col, target, slot: int64 [N]; where a scored token lies, its id, and row * S + side.
-    weight: float32 [N], the estimator's weight. tokens: float32 [B, S], response tokens per side.
+    weight: float32 [N], the estimator's weight; 0 for a token that only the SFT term reads.
+    nll_weight: float32 [N], the weight in the side's negative log-likelihood.
+    tokens: float32 [B, S], response tokens per side.
     row_weight: float32 [B]; 0 marks rows that only fill the batch.
     """
 
@@ -46,6 +49,7 @@ class Batch:
     target: Tensor
     slot: Tensor
     weight: Tensor
+    nll_weight: Tensor
     tokens: Tensor
     row_weight: Tensor
 
@@ -75,7 +79,7 @@ def build_batch(
         noisy = [(r, [np.where(s.hidden, mask_id, r)]) for r, s in zip(responses, drawn, strict=True)]
         packed.append(pack_row(prompt, noisy, block_size))
         states.append((len(prompt), responses, drawn))
-    return _collate(rows, packed, states, len(sides))
+    return _collate(rows, packed, states, len(sides), objective.type != "dtrpo" or objective.sft_weight > 0)
 
 
 def _draw_state(
@@ -109,29 +113,33 @@ def _collate(
     packed: list[Row],
     states: list[tuple[int, list[np.ndarray], list[State]]],
     num_sides: int,
+    whole_chosen: bool,
 ) -> Batch:
+    """`whole_chosen` takes every hidden token of the chosen side along, for the SFT term; else the scored ones only."""
     width = max(len(p.ids) for p in packed)
     planes = {"ids": 0, "position": 0, "side": PAD, "stream": 0}
     grids = {name: np.full((len(packed), width), fill, dtype=np.int64) for name, fill in planes.items()}
-    scored: dict[str, list[np.ndarray]] = {k: [] for k in ("scored_row", "scored_col", "target", "slot", "weight")}
+    scored: dict[str, list[np.ndarray]] = {k: [] for k in SCORED}
     tokens = np.zeros((len(packed), num_sides), dtype=np.float32)
     for b, (row, (prompt_len, responses, drawn)) in enumerate(zip(packed, states, strict=True)):
         for name, grid in grids.items():
             grid[b, : len(row.ids)] = getattr(row, name)
         for s, (response, state) in enumerate(zip(responses, drawn, strict=True)):
-            where = np.flatnonzero(state.scored)
+            whole = whole_chosen and s == 0
+            where = np.flatnonzero(state.coverage > 0 if whole else state.scored)
             scored["scored_row"].append(np.full(len(where), b))
             scored["scored_col"].append(row.noisy_at[s][0] + prompt_len - row.first_position + where)
             scored["target"].append(response[where])
             scored["slot"].append(np.full(len(where), b * num_sides + s))
             scored["weight"].append(state.weight[where])
+            scored["nll_weight"].append((state.coverage if whole else state.weight)[where])
             tokens[b, s] = len(response)
     joined = {name: np.concatenate(parts) for name, parts in scored.items()}
-    weight = torch.from_numpy(joined.pop("weight").astype(np.float32))
+    floats = {name: joined.pop(name).astype(np.float32) for name in ("weight", "nll_weight")}
     return Batch(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
         **{name: torch.from_numpy(values.astype(np.int64)) for name, values in joined.items()},
-        weight=weight,
+        **{name: torch.from_numpy(values) for name, values in floats.items()},
         tokens=torch.from_numpy(tokens),
         row_weight=torch.tensor([float(row.get("row_weight", 1.0)) for row in rows]),
     )

@@ -160,9 +160,9 @@ def serve(
 
 
 def _serve_until_interrupt(config: Any, as_json: bool) -> None:
-    from dtrpo_ray import server
+    from dtrpo_ray.server import start, stop
 
-    url = server.start(config)
+    url = start(config)
     try:
         result(
             {"verb": "serve", "url": url, "model": config.model_name}, as_json, f"serving {config.model_name} at {url}"
@@ -171,7 +171,7 @@ def _serve_until_interrupt(config: Any, as_json: bool) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        server.stop()
+        stop()
 
 
 @app.command()

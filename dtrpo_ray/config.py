@@ -105,7 +105,7 @@ class Objective(_Section):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """As in TRL's DPOConfig (cDPO); sigmoid only."""
     sft_weight: float = Field(0.0, ge=0)
-    """Weight of the chosen side's negative log-likelihood per token, added to the preference loss."""
+    """Weight of the chosen side's masked-diffusion negative log-likelihood per token, at the sampled states."""
     weighting: Literal["steps", "tokens", "unit"] = "steps"
     """dTRPO's weight of a sampled step: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
     schedule: Literal["recorded", "random"] = "recorded"

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dtrpo_ray import prepare, server
+from dtrpo_ray import prepare
 from dtrpo_ray.pipeline import HELD_OUT_SEED, River
 from dtrpo_ray.progress import console
+from dtrpo_ray.server import start, stop
 
 TIMEOUT_SECONDS = 120
 
@@ -23,13 +24,13 @@ def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
         prompt = prepare.generate_puzzles(job, 1, "test", HELD_OUT_SEED)[0]["prompt"]
         score = prepare.puzzle(job).score
     with console.status("serving the aligned model"):
-        url = server.start(config)
+        url = start(config)
     try:
         body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(stages), "temperature": 0}
         text = _post(f"{url}/v1/completions", body)["choices"][0]["text"]
         yield url, {"url": url, "prompt": prompt, "text": text, "correct": score and bool(score(prompt, text) >= 1)}
     finally:
-        server.stop()
+        stop()
 
 
 def _max_tokens(stages: River) -> int:

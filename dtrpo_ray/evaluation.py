@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrpo_ray.config import EvalConfig
 
 Z95 = 1.959964
+HELD_OUT = "held-out"
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -29,9 +30,9 @@ def summarise(
         test_set, budget, _ = row["row_id"].rsplit("/", 2)
         groups.setdefault((test_set, int(budget)), []).append(row)
     table = [_table_row(rows, *group, config.temperature) for group, rows in groups.items()]
-    smallest = next(rows for (_, budget), rows in groups.items() if budget == min(config.budgets))
-    kept = list(_examples(smallest, answers, config.num_examples, tokenizer))
-    return {"table": sorted(table, key=lambda r: (r["set"] != "held-out", r["set"], r["budget"])), "examples": kept}
+    smallest = min(groups, key=lambda group: (group[1], group[0] != HELD_OUT))
+    kept = list(_examples(groups[smallest], answers, config.num_examples, tokenizer))
+    return {"table": sorted(table, key=lambda r: (r["set"] != HELD_OUT, r["set"], r["budget"])), "examples": kept}
 
 
 def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperature: float) -> dict[str, Any]:

@@ -248,7 +248,7 @@ class River:
         held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
         module = prepare.puzzle(self.job)
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
-        return {prepare.HELD_OUT: held_out, **public}
+        return {evaluation.HELD_OUT: held_out, **public}
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
         """Stage name -> metrics rows of every training stage asked for so far."""

@@ -18,7 +18,6 @@ from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_respo
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
 SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
-HELD_OUT = "held-out"
 
 
 def puzzle(job: Job) -> ModuleType:

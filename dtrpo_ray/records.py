@@ -7,6 +7,7 @@ two sides. `docs/data.md` describes every field.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from dtrpo_ray.errors import DataError
 
 CONTRACT_VERSION = 1
+MAY_BE_NULL = ("chosen_steps", "rejected_steps", "chosen_reward", "rejected_reward", "logps", "reward")
 
 Rule = Callable[[np.ndarray, str], Iterator[tuple[int, str]]]
 
@@ -95,7 +97,11 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         missing = sorted(set(schema.names) - set(table.schema.names))
         if missing:
             raise DataError(f"{file}: column {missing[0]} is missing; expected the table {table_name(schema)}")
-        tables.append(check_table(table.select(schema.names).cast(schema), str(file)))
+        try:
+            table = table.select(schema.names).cast(schema)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(f"{file}: not the types of {table_name(schema)} ({error}); write it anew") from None
+        tables.append(check_table(table, str(file)))
     whole = pa.concat_tables(tables)
     duplicates = len(whole) - pc.count_distinct(whole["row_id"]).as_py()
     if duplicates:
@@ -124,32 +130,51 @@ def violations(table: pa.Table) -> Iterator[tuple[int, str]]:
 
     version = table["contract_version"].to_numpy(zero_copy_only=False)
     yield from first(version != CONTRACT_VERSION, f"contract_version is not {CONTRACT_VERSION}; convert the store")
-    for name in table.schema.names:
-        if table[name].null_count and name not in ("chosen_steps", "rejected_steps", "logps", "reward"):
-            yield from first(table[name].is_null().to_numpy(zero_copy_only=False), f"{name} is null")
-            return
+    if holes := list(_hole_violations(table, first)):
+        yield from holes
+        return  # the rules below compute with these values
     for side in ("response", "chosen", "rejected"):
         ids = f"{side}_ids"
         if ids in table.schema.names:
-            steps = "steps" if side == "response" else f"{side}_steps"
-            yield from _side_violations(table, ids, steps if steps in table.schema.names else None, first)
+            along = ("steps", "logps") if side == "response" else (f"{side}_steps",)
+            yield from _side_violations(table, ids, [name for name in along if name in table.schema.names], first)
+    if "mask_id" in table.schema.names:
+        yield from first(_masked(table, "prompt_ids"), "prompt_ids holds the mask token: nothing would fill it")
     if "rejected_ids" in table.schema.names:
         same = [a == b for a, b in zip(table["chosen_ids"].to_pylist(), table["rejected_ids"].to_pylist(), strict=True)]
         yield from first(np.array(same, dtype=bool), "chosen_ids and rejected_ids are identical: nothing to prefer")
 
 
-def _side_violations(table: pa.Table, ids: str, steps: str | None, first: Rule) -> Iterator[tuple[int, str]]:
-    lengths = pc.list_value_length(table[ids]).to_numpy(zero_copy_only=False)
+def _hole_violations(table: pa.Table, first: Rule) -> Iterator[tuple[int, str]]:
+    for name, column in zip(table.schema.names, table.columns, strict=True):
+        if column.null_count and name not in MAY_BE_NULL:
+            yield from first(column.is_null().to_numpy(zero_copy_only=False), f"{name} is null")
+        elif pa.types.is_list(column.type):
+            yield from first(_rows_where(column, pc.is_null(pc.list_flatten(column))), f"{name} holds a null")
+        elif name == "block_size":
+            yield from first(column.to_numpy() < 1, "block_size is below 1")
+
+
+def _rows_where(column: pa.ChunkedArray, flat: Any) -> np.ndarray:
+    """Which rows of a list column have a True among the flattened values."""
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    owner = np.repeat(np.arange(len(column)), lengths)
+    return np.bincount(owner, np.asarray(flat, dtype=bool), minlength=len(column)) > 0
+
+
+def _masked(table: pa.Table, ids: str) -> np.ndarray:
+    mask_of_value = np.repeat(table["mask_id"].to_numpy(), pc.list_value_length(table[ids]).to_numpy())
+    return _rows_where(table[ids], pc.list_flatten(table[ids]).to_numpy() == mask_of_value)
+
+
+def _side_violations(table: pa.Table, ids: str, along: list[str], first: Rule) -> Iterator[tuple[int, str]]:
+    lengths = pc.list_value_length(table[ids]).to_numpy()
     yield from first(lengths == 0, f"{ids} is empty")
     if "mask_id" in table.schema.names:
-        flat = pc.list_flatten(table[ids]).to_numpy(zero_copy_only=False)
-        owner = np.repeat(np.arange(len(table)), lengths)
-        masked = np.bincount(owner, flat == table["mask_id"].to_numpy()[owner], minlength=len(table)) > 0
-        yield from first(masked, f"{ids} holds the mask token: the response was never finished")
-        whole = (pc.list_value_length(table["prompt_ids"]).to_numpy(zero_copy_only=False) + lengths) % table[
-            "block_size"
-        ].to_numpy()
-        yield from first(whole != 0, f"{ids} does not end on the block grid: the terminal block must be whole")
-    if steps is not None:
-        step_lengths = pc.list_value_length(table[steps]).fill_null(-1).to_numpy(zero_copy_only=False)
-        yield from first((step_lengths != -1) & (step_lengths != lengths), f"{steps} and {ids} differ in length")
+        yield from first(_masked(table, ids), f"{ids} holds the mask token: the response was never finished")
+        ends = pc.list_value_length(table["prompt_ids"]).to_numpy() + lengths
+        rule = f"{ids} does not end on the block grid: the terminal block must be whole"
+        yield from first(ends % table["block_size"].to_numpy() != 0, rule)
+    for name in along:
+        other = pc.list_value_length(table[name]).fill_null(-1).to_numpy()
+        yield from first((other != -1) & (other != lengths), f"{name} and {ids} differ in length")

@@ -112,7 +112,8 @@ def pair_up(evaluation: Row | None) -> list[Row]:
     """
     cells: dict[tuple[Any, ...], Row] = {}
     for row in (evaluation or {}).get("table", []):
-        key = (row["set"] != HELD_OUT, row["set"], row["budget"])
+        natural = tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row["set"]))
+        key = (row["set"] != HELD_OUT, natural, row["budget"])
         cell = {"set": row["set"], "budget": row["budget"], "base": None, "aligned": None}
         cells.setdefault(key, cell)[row["model"]] = row
     for cell in cells.values():
@@ -253,40 +254,44 @@ def _mark_rounds(axes: Axes, bounds: list[float], theme: Theme) -> None:
 
 
 def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Row]) -> Plot:
-    sets = list(dict.fromkeys(p["set"] for p in pairs))
+    sets = {test_set: [p for p in pairs if p["set"] == test_set] for test_set in dict.fromkeys(p["set"] for p in pairs)}
     if not sets:
-        return _skip(out, name, title, "the evaluation has no such set")
-    columns = min(len(sets), 2)
+        return _skip(out, name, title, "no such set was evaluated")
+    columns = 2 if len(sets) == 4 else min(len(sets), 3)
     rows = -(-len(sets) // columns)
-    alt = "Points with 95 % intervals by denoising steps per block; the numbers are in the table below."
 
     def draw(figure: Figure, theme: Theme) -> None:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-        for axes, name in zip(grid, sets, strict=False):
-            _draw_accuracy(axes, theme, [p for p in pairs if p["set"] == name], labelled=len(sets) == 1)
-            _dress(axes, theme, "denoising steps per block", "solved, %")
-            axes.label_outer()
-            if name != HELD_OUT:
-                axes.set_title(name.removesuffix(".jsonl"), fontsize=9, color=theme["ink"], parse_math=False)
+        for place, (axes, (test_set, members)) in enumerate(zip(grid, sets.items(), strict=False)):
+            _draw_accuracy(axes, theme, members, labelled=columns == 1)
+            _dress(axes, theme, "", "solved, %" if place % columns == 0 else "")
+            short = test_set.removesuffix(".jsonl")
+            short = "" if test_set == HELD_OUT else short if len(short) <= 20 else short[:19] + "…"
+            axes.set_title(short, fontsize=9, color=theme["ink"], parse_math=False)
         for axes in grid[len(sets) :]:
             axes.set_axis_off()
+        figure.supxlabel("denoising steps per block", fontsize=9.5, color=theme["ink"])
         _crown(figure, grid[0], theme, title)
 
+    alt = "Points with 95 % intervals by denoising steps per block; the numbers are in the table below."
     return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
 
 
 def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[Row], labelled: bool) -> None:
     for model, marker, side in (("base", "s", -1), ("aligned", "o", 1)):
-        measured = [(place, pair[model]) for place, pair in enumerate(pairs) if pair[model]]
-        x = [place + 0.05 * side for place, _ in measured]
-        mean, low, high = (np.array([100 * row[key] for _, row in measured]) for key in ("accuracy", "low", "high"))
+        measured = [(place, pair, pair[model]) for place, pair in enumerate(pairs) if pair[model]]
+        x = [place + 0.05 * side for place, _, _ in measured]
+        mean, low, high = (np.array([100 * row[key] for *_, row in measured]) for key in ("accuracy", "low", "high"))
         reach = np.maximum([mean - low, high - mean], 0)
         axes.errorbar(x, mean, reach, color=theme[model], marker=marker, ms=5, lw=1.4, capsize=3, label=model)
-        for place, value in zip(x, mean, strict=True) if labelled else ():
-            axes.annotate(f"{value:.1f}", (place, value), xytext=(8 * side, 0), textcoords="offset points", va="center",
-                          ha="left" if side > 0 else "right", fontsize=8.5, color=theme[model])  # fmt: skip
+        for index, (_, pair, _) in enumerate(measured if labelled else ()):
+            above = side * (pair["gain"] or 0) >= 0  # the better model's number above its bar, the other's below
+            axes.annotate(f"{mean[index]:.1f}", (x[index], (high if above else low)[index]), color=theme[model],
+                          xytext=(0, 4 if above else -4), textcoords="offset points", ha="center",
+                          va="bottom" if above else "top", fontsize=8.5)  # fmt: skip
     axes.set_xticks(range(len(pairs)), [str(pair["budget"]) for pair in pairs])
     axes.set_xlim(-0.5, len(pairs) - 0.5)
+    axes.margins(y=0.15 if labelled else 0.05)
 
 
 # ---- drawing and writing
@@ -297,7 +302,7 @@ def _dress(axes: Axes, theme: Theme, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label, color=theme["ink"], fontsize=9.5)
     axes.set_ylabel(y_label, color=theme["ink"], fontsize=9.5)
     axes.tick_params(colors=theme["ink"], labelsize=9, length=3)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color=theme["grid"], lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

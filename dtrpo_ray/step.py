@@ -25,12 +25,13 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
 
     `sft`: the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo`: the preference loss
     on sum_N weight (log mu_theta - log mu_ref), at the same sampled states for both, plus `sft_weight` times the
-    chosen side's weighted negative log-likelihood per token (the SFT term of RPO, arXiv 2404.19733).
+    chosen side's masked-diffusion negative log-likelihood per token: all tokens hidden in the very same states, so
+    no forward is added (an SFT term as in RPO, arXiv 2404.19733).
     """
     num_rows, num_sides = batch.tokens.shape
     logp_N = scored_logps(policy, batch)
-    nll_BS = -sum_by_side(batch.weight * logp_N, batch.slot, num_rows, num_sides) / batch.tokens
-    scored_BS = sum_by_side(torch.ones_like(batch.weight), batch.slot, num_rows, num_sides)
+    nll_BS = -sum_by_side(batch.nll_weight * logp_N, batch.slot, num_rows, num_sides) / batch.tokens
+    scored_BS = sum_by_side((batch.weight > 0).float(), batch.slot, num_rows, num_sides)
     common = {"scored_tokens": scored_BS.sum(1), "scored_fraction": scored_BS.sum(1) / batch.tokens.sum(1)}
     if objective.type == "sft":
         return LossOutput(nll_BS[:, 0], {"nll": nll_BS[:, 0].detach(), **common})

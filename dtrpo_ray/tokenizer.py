@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dtrpo_ray.errors import ModelError
+from dtrpo_ray.errors import DataError, ModelError
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
 
@@ -41,13 +42,27 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ModelError("the tokenizer has no mask token; a diffusion model needs one")
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # the tokenizers library raises no narrower one for text it has no token for
+        raise DataError(f"the tokenizer cannot encode the text {text[:40]!r} ({error})") from None
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Prompt ids: messages go through the chat template with the assistant's opening, text is taken as it is."""
+    """Prompt ids: messages go through the chat template with the assistant's opening, text is taken as it is.
+
+    Raises DataError for text the tokenizer has no token for and messages the template refuses.
+    """
     if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt, add_special_tokens=False))
+        return _encode(tokenizer, prompt)
     if tokenizer.chat_template is None:
         raise ModelError("the tokenizer has no chat template; give the prompt as text")
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the messages ({error})") from None
+    return _encode(tokenizer, text)
 
 
 def encode_response(
@@ -58,5 +73,5 @@ def encode_response(
     With `end` an end-of-sequence token follows the text; what is left of the block is filled with the same token,
     supervised like any other (as LLaDA's SFT does), so that sampler and trainer agree on the terminal block.
     """
-    ids = list(tokenizer.encode(response, add_special_tokens=False)) + [tokenizer.eos_token_id] * end
+    ids = _encode(tokenizer, response) + [tokenizer.eos_token_id] * end
     return ids + [tokenizer.eos_token_id] * (-(prompt_len + len(ids)) % block_size)

@@ -19,11 +19,16 @@ Weighting = Literal["steps", "tokens", "unit"]
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One sampled state of a response of n tokens: `hidden` (bool [n]), `scored` (bool [n]), `weight` (float [n])."""
+    """One sampled state of a response of n tokens.
+
+    `hidden` (bool [n]) is masked in it; `scored` (bool [n]) enters the ratio with `weight` (float [n]); `coverage`
+    (float [n]) is the weight B_b / |hidden in b| of each hidden token in the masked-diffusion likelihood.
+    """
 
     hidden: np.ndarray
     scored: np.ndarray
     weight: np.ndarray
+    coverage: np.ndarray
 
 
 def row_generator(seed: int, row_id: str, epoch: int, tag: str) -> np.random.Generator:
@@ -64,7 +69,7 @@ def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighti
     """
     hidden = ranks == NEVER
     scored = np.zeros(len(ranks), dtype=bool)
-    weight = np.zeros(len(ranks))
+    weight, coverage = np.zeros(len(ranks)), np.zeros(len(ranks))
     for block in blocks:
         rank = ranks[block]
         unmasked = rank[rank != NEVER]
@@ -75,8 +80,9 @@ def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighti
         hidden[block] |= rank >= step
         scored[block] = rank == step
         newly = int(np.count_nonzero(rank == step))
+        coverage[block] = (rank >= step) * len(unmasked) / np.count_nonzero(rank >= step)
         weight[block] = {"steps": num_steps, "tokens": len(unmasked) / newly, "unit": 1.0}[weighting]
-    return State(hidden, scored, weight * scored)
+    return State(hidden, scored, weight * scored, coverage)
 
 
 def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: np.random.Generator) -> State:
@@ -92,4 +98,4 @@ def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: np.random.Gener
         count = int(rng.integers(1, size + 1))
         hidden[block][rng.permutation(size)[:count]] = True
         weight[block] = size / count
-    return State(hidden, hidden.copy(), weight * hidden)
+    return State(hidden, hidden.copy(), weight * hidden, weight * hidden)

@@ -162,13 +162,13 @@ def test_row_weight_is_carried_and_defaults_to_one() -> None:
 def test_types_and_shapes_are_as_documented() -> None:
     batch = build(ROWS, OBJECTIVES["steps"])
     moved = batch.to(torch.device("cpu"))
-    floats = {"weight", "tokens", "row_weight"}
+    floats = {"weight", "nll_weight", "tokens", "row_weight"}
     for field in fields(Batch):
         value = getattr(batch, field.name)
         assert value.dtype == (torch.float32 if field.name in floats else torch.int64)
         assert torch.equal(value, getattr(moved, field.name))
     num_scored = len(batch.target)
-    assert all(len(getattr(batch, n)) == num_scored for n in ("scored_row", "scored_col", "slot", "weight"))
+    assert all(len(getattr(batch, n)) == num_scored for n in ("scored_row", "scored_col", "slot", "weight", "nll_weight"))
     assert batch.ids.shape == batch.position.shape == batch.side.shape == batch.stream.shape
 
 

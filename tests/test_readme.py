@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_map_is_the_package() -> None:
     block = README.split("```text\ndtrpo_ray/")[1].split("```")[0]
-    mapped = set(re.findall(r"^  (\w[\w/]*(?:\.py|\.jinja|/))", block, flags=re.MULTILINE))
+    mapped = set(re.findall(r"^  ([\w.]+(?:\.py|\.jinja|/)) ", block, flags=re.MULTILINE))
     package = ROOT / "dtrpo_ray"
     there = {
         p.name + ("/" if p.is_dir() else "")
@@ -21,7 +21,7 @@ def test_the_map_is_the_package() -> None:
 
 def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"(?:^|`)make (\w+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile, target
 
 

@@ -151,8 +151,11 @@ def test_rows_together_are_rows_alone_in_float32(make_model: MakeModel) -> None:
 def test_the_float32_loss_is_the_exact_loss(make_model: MakeModel, policy: SDAR, reference: SDAR) -> None:
     objective = PAIR_OBJECTIVES["steps"]
     batch = build(ROWS, objective)
+    singles = [make_model(), make_model()]
+    for single, exact in zip(singles, (policy, reference), strict=True):
+        single.load_state_dict(exact.state_dict())
     with torch.no_grad():
-        single = training_step(make_model(seed=1), make_model(seed=2), batch, objective).loss_B
+        single = training_step(*singles, batch, objective).loss_B
         assert torch.allclose(single.double(), training_step(policy, reference, batch, objective).loss_B, atol=1e-4)
 
 
@@ -216,7 +219,7 @@ def test_gradient_is_the_dpo_gradient_times_the_weights(policy: SDAR, reference:
     (grad,) = torch.autograd.grad(out.loss_B.sum(), logps)
     sign = torch.where(batch.slot % 2 == 0, -1.0, 1.0)
     sigma = torch.sigmoid(-out.metrics["margin"])[batch.scored_row]
-    assert torch.allclose(grad, sign * objective.beta * sigma * batch.weight, rtol=0, atol=1e-12)
+    assert torch.allclose(grad, sign * objective.beta * sigma * batch.weight, rtol=0, atol=1e-6)  # weights are float32
 
 
 def test_row_weight_is_the_callers_business(policy: SDAR, reference: SDAR) -> None:

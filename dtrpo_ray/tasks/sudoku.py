@@ -65,7 +65,7 @@ def read_public(path: Path) -> list[dict[str, str]]:
         try:
             record = json.loads(line)
             rows.append({"prompt": record["input"].replace("\n", ""), "answer": record["output"].replace("\n", "")})
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise DataError(
                 f"{path}:{number}: not a row of a Sudoku test file ({error!r}); expected input and output"
             ) from None
