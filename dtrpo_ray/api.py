@@ -94,7 +94,9 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _bounded(self) -> "CompletionRequest":
         if len(self.prompt) * self.n > MAX_CHOICES:
-            raise ValueError(f"{len(self.prompt)} prompts x n = {self.n} exceed {MAX_CHOICES} choices; split the request")
+            raise ValueError(
+                f"{len(self.prompt)} prompts x n = {self.n} exceed {MAX_CHOICES} choices; split the request"
+            )
         return self
 
 

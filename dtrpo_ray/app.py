@@ -173,7 +173,9 @@ class _Service:
                 404, f"model = {_short(body.model)} is not served here; ask for {served!r}", "model", "model_not_found"
             )
         if body.steps is not None and body.steps > size:
-            raise _refusal(400, f"steps = {body.steps} exceeds the model's block of {size} tokens; ask for fewer", "steps")
+            raise _refusal(
+                400, f"steps = {body.steps} exceeds the model's block of {size} tokens; ask for fewer", "steps"
+            )
 
     def _encode(self, prompts: Sequence[Prompt], field: str) -> list[list[int]]:
         ids = []
@@ -193,13 +195,11 @@ class _Service:
         if wanted is not None and wanted > most:
             raise _refusal(400, f"max_tokens = {wanted} exceeds this server's {most}; ask for fewer", "max_tokens")
         if room < (wanted or 1):
-            asked = f"{longest} prompt tokens and max_tokens = {wanted or 1} exceed the model's context of {self.context}"
+            asked = f"{longest} prompt tokens and max_tokens = {wanted or 1} exceed the context of {self.context}"
             raise _refusal(400, f"{asked}; shorten the {field} or ask for fewer", field, "context_length_exceeded")
         return wanted or min(most, room)
 
-    async def _decode(
-        self, rows: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Generation]:
+    async def _decode(self, rows: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[Generation]:
         """Wait for the decoding thread, then for its result. A request that gives up leaves the queue."""
         if not self.slots.acquire(blocking=False):
             message = f"{MAX_PENDING} requests are waiting already; try again"

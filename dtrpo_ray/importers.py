@@ -243,7 +243,7 @@ def _messages(
         if message.get("tool_calls"):
             raise _Refusal("unsupported field", f"tool_calls in {where}")
         if roles.get(str(message.get(role))) is None:
-            raise _Refusal("unknown role", f"{message.get(role)!r} in {where}; known are {', '.join(roles)}")
+            raise _Refusal("unknown role", f"{str(message.get(role))[:40]!r} in {where}; known are {', '.join(roles)}")
     return [{"role": roles[m[role]], "content": _text(m.get(content), f"{where}.{content}")} for m in value]
 
 
@@ -304,7 +304,7 @@ def tokenize_preferences(
     from dtrpo_ray.tokenizer import mask_token_id  # here, since transformers takes seconds that reading need not pay
 
     mask_id = mask_token_id(tokenizer)
-    control = {*tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(mask_id)}
+    control = {*tokenizer.all_special_tokens, str(tokenizer.convert_ids_to_tokens(mask_id))}
     pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
     limits = _Limits(block_size, max_prompt_tokens, max_response_tokens, mask_id, pattern)
     made, rejected, first_seen = [], [], dict[str, str]()

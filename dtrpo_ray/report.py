@@ -69,7 +69,7 @@ def write_report(
     held_out, public = [p for p in pairs if p["set"] == HELD_OUT], [p for p in pairs if p["set"] != HELD_OUT]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(solved=_solved, points=points, visible=_visible)
+    environment.filters.update(solved=_solved, points=points, visible=_visible, unbroken=_unbroken)
     page = environment.get_template("report.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
@@ -99,6 +99,11 @@ def points(difference: float) -> str:
 
 def _solved(row: Row) -> str:
     return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * row[key] for key in ("accuracy", "low", "high")))
+
+
+def _unbroken(text: str) -> str:
+    """No line break within "71.2 %" or "[69.2, 73.2]"."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=\d,) (?=\d)", "\N{NO-BREAK SPACE}", text)
 
 
 def _count(number: int, noun: str) -> str:

@@ -104,7 +104,7 @@ class _Decoder:
         self.logps = torch.zeros(self.canvas.shape, device=self.device)
         self.end = torch.tensor(ends, device=self.device)
         self.start = torch.tensor([n // size * size for n in self.prompt_lens], device=self.device)
-        self.first = self.start.clone()
+        self.prompt_end = torch.tensor(self.prompt_lens, device=self.device)
         self.forwards = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
         self.rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
         self.cache = BlockCache(self.length)
@@ -142,6 +142,7 @@ class _Decoder:
         for step in range(limit):
             positions = self.start[rows][:, None] + torch.arange(size, device=self.device)
             masked = self.canvas[rows[:, None], positions] == self.model.mask_id
+            masked &= positions >= self.prompt_end[rows, None]  # a prompt is read as it is, never filled in
             busy = masked.any(1)
             if not busy.any():
                 break

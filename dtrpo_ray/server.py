@@ -1,87 +1,157 @@
-"""Ray Serve shell: `build` makes the application of a config (also from cluster/serve.yaml), `start` serves it here."""
+"""Ray Serve shell: `app.py` in replicas behind Serve's HTTP proxy.
 
+`build` is what `serve deploy` calls with the `args` of cluster/serve.yaml; `start` and `stop` are what the CLI and the
+demo call in a Ray session of their own.
+"""
+
+import logging
 import socket
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
 
-from dtrpo_ray.app import create_app
+from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING, create_app
 from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.registry import read_config
 
 APP_NAME = "dtrpo"
+READY_SECONDS = 60.0  # from a running replica to the first answer through the proxy
+GRACE_SECONDS = DEADLINE_SECONDS + 10  # a replica told to stop finishes what it has begun
+
+
+class Model:
+    """One replica: an engine and its app, which Serve asks for once the engine is there."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        torch.set_num_threads(max(1, int(cpus)))
+        # here and not in `build`: Serve stores what a builder returns, and keys do not belong there
+        self.config, self.keys = config, read_keys(config.api_key_file)
+        self.engine = Engine.load(Path(config.checkpoint))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.engine, self.config, self.keys)
 
 
 def build(args: ServeConfig) -> serve.Application:
-    """The Serve application of a config: each replica loads the checkpoint and hosts the HTTP application."""
-    read_config(Path(args.checkpoint))  # a wrong path is the deployer's to see, not a replica's
-    keys = read_keys(args.api_key_file)
-
-    def application() -> FastAPI:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
-        return create_app(Engine.load(Path(args.checkpoint)), args, keys)
-
-    gpus = 1 if torch.cuda.is_available() else 0
-
-    @serve.deployment(
-        name="dtrpo",
+    """The Serve application of a config; Serve validates the `args` of a YAML into `ServeConfig`."""
+    if not args.checkpoint:
+        raise ServeError("serve.checkpoint is empty; name a model directory, as `dtrpo export` writes one")
+    gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    deployment = serve.deployment(
+        name="Model",
         num_replicas=args.num_replicas,
-        max_ongoing_requests=16,
-        max_queued_requests=64,
-        graceful_shutdown_timeout_s=30,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
+        # the app refuses by itself what waits beyond MAX_PENDING; the rest is room for health and model queries
+        max_ongoing_requests=2 * MAX_PENDING,
+        max_queued_requests=2 * MAX_PENDING,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=GRACE_SECONDS,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=2,
     )
-    @serve.ingress(application)
-    class Replica:
-        """Holds the application; every route is its own."""
+    application: serve.Application = deployment(serve.ingress()(Model)).bind(args)
+    return application
 
-    return Replica.bind()  # type: ignore[attr-defined]
+
+def start(config: ServeConfig) -> str:
+    """Serve `config` in the Ray session at hand, wait until it answers, and return its base URL.
+
+    Port 0 picks a free one. Raises ServeError for a port in use, unusable keys or a replica that does not come up, and
+    ModelError for a checkpoint that is none.
+    """
+    read_keys(config.api_key_file)
+    application = build(config)
+    read_config(Path(config.checkpoint))
+    if serve.status().proxies:
+        raise ServeError(
+            "Ray Serve runs in this cluster already; stop it with `serve shutdown`, or `serve deploy` to it"
+        )
+    port = _free_port(config.host, config.port)
+    http = HTTPOptions(host=config.host, port=port, request_timeout_s=GRACE_SECONDS)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(ProxyLocation.HeadOnly, http, logging_config=LoggingConfig(log_level="WARNING"))
+        serve.run(application, name=APP_NAME, route_prefix="/")
+        url = _url(config.host, port)
+        _wait_until_ready(url)
+    except (RuntimeError, TimeoutError) as error:
+        message = _failure() or str(error).strip().splitlines()[-1]
+        stop()
+        raise ServeError(f"serving {config.checkpoint} failed: {message}") from None
+    except BaseException:
+        stop()
+        raise
+    return url
+
+
+def stop() -> None:
+    """Finish what the replicas have begun, then take Serve down. Does nothing where it does not run."""
+    serve.shutdown()
 
 
 def read_keys(path: Path | None) -> frozenset[str]:
-    """The keys of a file, one a line. Raises ServeError for a file that is missing or empty."""
+    """The API keys of a file, one a line; none where there is no file to read. Raises ServeError for an empty one."""
     if path is None:
         return frozenset()
     try:
         keys = frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except OSError as error:
-        raise ServeError(f"serve.api_key_file: {path} cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServeError(f"serve.api_key_file = {path}: cannot be read ({error}); write one key a line") from None
     if not keys:
-        raise ServeError(f"serve.api_key_file: {path} holds no key; write one a line")
+        raise ServeError(f"serve.api_key_file = {path}: holds no key; write one a line, or remove the field")
     return keys
 
 
-def start(config: ServeConfig) -> str:
-    """Serve `config` in the Ray session of this process; returns the base URL once requests are answered.
+def _free_port(host: str, port: int) -> int:
+    """The port itself, if nobody listens there, or a free one for 0. Raises ServeError.
 
-    Port 0 takes a free one. Raises ServeError where the port is taken or the model does not load.
+    Serve binds with SO_REUSEPORT and would share a taken port in silence, so this asks first without it.
     """
-    port = _usable_port(config.host, config.port)
-    serve.start(http_options=HTTPOptions(host=config.host, port=port))
-    try:
-        serve.run(build(config), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        raise ServeError(f"{config.checkpoint} cannot be served: {str(error).strip().splitlines()[-1]}") from None
-    return f"http://{config.host}:{port}"
-
-
-def stop() -> None:
-    """Drain and end what `start` started."""
-    serve.shutdown()
-
-
-def _usable_port(host: str, port: int) -> int:
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServeError(
-                f"serve.port = {port} on {host} cannot be used ({error.strerror}); set another, or 0 for any"
-            ) from None
+            remedy = "set serve.port to another, or to 0 for any free one"
+            raise ServeError(f"serve.port = {port} on {host} cannot be used ({error.strerror}); {remedy}") from None
         return int(probe.getsockname()[1])
+
+
+def _url(host: str, port: int) -> str:
+    """The address to reach a listener at; an unspecified one listens on loopback too."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _wait_until_ready(url: str) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's web proxy
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with opener.open(f"{url}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    raise TimeoutError(f"{url}/ready gave no answer within {READY_SECONDS:g} s")
+
+
+def _failure() -> str | None:
+    """Why a replica did not come up: the last line of its traceback, which names the error."""
+    application = serve.status().applications.get(APP_NAME)
+    for deployment in application.deployments.values() if application else ():
+        lines = [line.strip() for line in deployment.message.splitlines() if "Error" in line]
+        if lines:
+            return lines[-1]
+    return None

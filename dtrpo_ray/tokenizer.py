@@ -28,8 +28,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, without remote code. Raises ModelError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a broken file gives anything from KeyError to the tokenizers library's bare Exception
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path}: no usable tokenizer ({reason})") from None
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -59,7 +60,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if tokenizer.chat_template is None:
         raise ModelError("the tokenizer has no chat template; give the prompt as text")
     try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        text = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
         raise DataError(f"the chat template refuses the messages ({error})") from None
     return _encode(tokenizer, text)

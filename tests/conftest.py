@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -30,8 +31,7 @@ class ExactSDAR(SDAR):
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, Qwen3RMSNorm):
-                module.forward = _exact_norm(module)  # type: ignore[method-assign]
-        self.double()
+                module.forward = MethodType(_exact_norm, module)  # type: ignore[method-assign]
 
     def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         logits = self.head(hidden)
@@ -39,8 +39,8 @@ class ExactSDAR(SDAR):
         return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def _exact_norm(norm: Qwen3RMSNorm) -> Callable[[Tensor], Tensor]:
-    return lambda x: norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+def _exact_norm(norm: Qwen3RMSNorm, x: Tensor) -> Tensor:
+    return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def make_model(tiny_config: dict[str, Any]) -> MakeModel:
             for name, weight in model.named_parameters():
                 if "norm" in name:  # ones by default, which would hide a forgotten weight
                     torch.nn.init.uniform_(weight, 0.5, 1.5)
-        return model.eval()
+        return (model.double() if exact else model).eval()
 
     return make
 
@@ -90,13 +90,11 @@ def tiny(make_model: MakeModel) -> SDAR:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of public data sets and upstream layouts, named by the environment variable SHARED_DATA."""
-    folder = os.environ.get("SHARED_DATA")
-    if not folder:
-        pytest.skip("SHARED_DATA is not set; it names a folder of public data sets and upstream configs")
-    if not Path(folder).is_dir():
-        pytest.skip(f"SHARED_DATA = {folder} is not a folder")
-    return Path(folder)
+    """The folder of public data sets and upstream layouts: SHARED_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no public data sets at {folder}; SHARED_DATA names another folder")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ OBJECTIVES = {
     "tokens": Objective(type="dtrpo", weighting="tokens"),
     "random": Objective(type="dtrpo", schedule="random", tokens_per_step=2),
     "elbo": Objective(type="elbo_dpo"),
+    "mixed": Objective(sft_weight=0.5),
     "sft": Objective(type="sft"),
 }
 
@@ -54,7 +55,7 @@ def of_row(batch: Batch, b: int) -> Json:
     """Everything the batch says of one row, free of where it stands and how wide the batch is."""
     mine, width, sides = batch.scored_row == b, int((batch.side[b] != PAD).sum()), batch.tokens.shape[1]
     planes = {name: getattr(batch, name)[b, :width].tolist() for name in ("ids", "position", "side", "stream")}
-    scored = {name: getattr(batch, name)[mine].tolist() for name in ("scored_col", "target", "weight")}
+    scored = {name: getattr(batch, name)[mine].tolist() for name in ("scored_col", "target", "weight", "nll_weight")}
     rest = {"slot": (batch.slot[mine] - b * sides).tolist(), "tokens": batch.tokens[b].tolist()}
     return planes | scored | rest
 
@@ -78,7 +79,7 @@ def test_scored_places_hold_the_mask_of_their_target(name: str) -> None:
         assert batch.ids[b, col] == MASK
         assert batch.position[b, col] == len(ROWS[b]["prompt_ids"]) + index
         assert (batch.side[b, col], batch.stream[b, col]) == (side, 1)
-        assert weight > 0
+        assert weight > 0 or (name == "mixed" and side == 0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -135,6 +136,21 @@ def test_elbo_and_sft_hide_the_chosen_side_alike() -> None:
     assert set(single.side.flatten().tolist()) == {-1, 0}
 
 
+def test_the_sft_term_adds_hidden_chosen_tokens_of_weight_zero() -> None:
+    """Same states; the ratio's tokens and weights stay; the rest of the chosen side's hidden tokens come along."""
+    lean, mixed = build(ROWS, OBJECTIVES["steps"]), build(ROWS, OBJECTIVES["mixed"])
+    assert torch.equal(lean.ids, mixed.ids)
+    kept = mixed.weight > 0
+    for name in ("scored_row", "scored_col", "target", "slot", "weight"):
+        assert torch.equal(getattr(mixed, name)[kept], getattr(lean, name))
+    for b, row_ in enumerate(ROWS):
+        response = (mixed.side[b] == 0) & (mixed.stream[b] == 1) & (mixed.position[b] >= len(row_["prompt_ids"]))
+        hidden = torch.nonzero(response & (mixed.ids[b] == MASK))[:, 0].tolist()
+        chosen = mixed.slot == 2 * b
+        assert mixed.scored_col[chosen].tolist() == hidden
+        assert mixed.nll_weight[chosen].sum().item() == pytest.approx(len(row_["chosen_ids"]))
+
+
 def test_recorded_steps_decide_what_is_scored() -> None:
     """One step for the whole block: all of it hidden, all scored, weight 1, whatever the seed."""
     steps = {"chosen_steps": [6] * 7, "rejected_steps": [0] * 11}
@@ -167,8 +183,8 @@ def test_types_and_shapes_are_as_documented() -> None:
         value = getattr(batch, field.name)
         assert value.dtype == (torch.float32 if field.name in floats else torch.int64)
         assert torch.equal(value, getattr(moved, field.name))
-    num_scored = len(batch.target)
-    assert all(len(getattr(batch, n)) == num_scored for n in ("scored_row", "scored_col", "slot", "weight", "nll_weight"))
+    scored = ("scored_row", "scored_col", "slot", "weight", "nll_weight")
+    assert {getattr(batch, name).shape for name in scored} == {batch.target.shape}
     assert batch.ids.shape == batch.position.shape == batch.side.shape == batch.stream.shape
 
 

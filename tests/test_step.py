@@ -114,17 +114,40 @@ def test_sft_loss_is_the_weighted_nll_per_response_token(policy: SDAR) -> None:
     assert torch.equal(out.metrics["nll"], out.loss_B.detach())
 
 
-def test_sft_weight_adds_the_chosen_nll_per_token(policy: SDAR, reference: SDAR) -> None:
-    plain, mixed = Objective(beta=0.3), Objective(beta=0.3, sft_weight=0.25)
-    batch = build(ROWS, plain)
-    a, b = training_step(policy, reference, batch, plain), training_step(policy, reference, batch, mixed)
-    logps = scored_logps(policy, batch).detach()
-    chosen = batch.slot % 2 == 0
-    nll = torch.zeros(4, dtype=torch.float64)
-    nll.index_add_(0, batch.scored_row[chosen], -(batch.weight * logps)[chosen])
-    expected = nll / torch.tensor([len(r["chosen_ids"]) for r in ROWS])
-    assert torch.allclose(b.loss_B - a.loss_B, 0.25 * expected, rtol=0, atol=1e-12)
-    assert torch.allclose(a.metrics["nll_chosen"], expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+def test_sft_weight_adds_the_nll_of_all_hidden_chosen_tokens(policy: SDAR, reference: SDAR, name: str) -> None:
+    """B_b / |hidden in b| at every hidden token of the chosen side, per response token, in the very same states."""
+    plain = PAIR_OBJECTIVES[name]
+    mixed = plain.model_copy(update={"sft_weight": 0.25})
+    lean, batch = build(ROWS, plain), build(ROWS, mixed)
+    assert torch.equal(lean.ids, batch.ids)
+    a, b = training_step(policy, reference, lean, plain), training_step(policy, reference, batch, mixed)
+    for metric in ("margin", "log_ratio_chosen", "log_ratio_rejected", "scored_tokens"):
+        assert torch.allclose(a.metrics[metric], b.metrics[metric], rtol=0, atol=1e-12)
+    logps = dict(
+        zip(
+            zip(batch.scored_row.tolist(), batch.scored_col.tolist(), strict=True),
+            logps_alone(policy, ROWS, batch),
+            strict=True,
+        )
+    )
+    for r, one in enumerate(ROWS):
+        places, response_start = (
+            torch.nonzero((batch.side[r] == 0) & (batch.stream[r] == 1))[:, 0],
+            len(one["prompt_ids"]),
+        )
+        blocks: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+        for col in places.tolist():
+            position = int(batch.position[r, col])
+            if position >= response_start:
+                blocks[position // B].append((col, bool(batch.ids[r, col] == MASK)))
+        nll = 0.0
+        for block in blocks.values():
+            hidden = [col for col, masked in block if masked]
+            nll -= len(block) / len(hidden) * sum(logps[r, col].item() for col in hidden)
+        nll /= len(one["chosen_ids"])
+        assert (b.loss_B - a.loss_B)[r].item() == pytest.approx(0.25 * nll, abs=1e-6)  # float32 weights such as 4/3
+        assert b.metrics["nll_chosen"][r].item() == pytest.approx(nll, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [*PAIR_OBJECTIVES, "sft"])
@@ -145,17 +168,14 @@ def test_rows_together_are_rows_alone_in_float32(make_model: MakeModel) -> None:
         together = training_step(policy, reference, build(ROWS, objective), objective).loss_B
         for b, one in enumerate(ROWS):
             alone = training_step(policy, reference, build([one], objective), objective).loss_B
-            assert alone[0].item() == pytest.approx(together[b].item(), abs=2e-5)
+            assert alone[0].item() == pytest.approx(together[b].item(), rel=1e-6)
 
 
 def test_the_float32_loss_is_the_exact_loss(make_model: MakeModel, policy: SDAR, reference: SDAR) -> None:
     objective = PAIR_OBJECTIVES["steps"]
     batch = build(ROWS, objective)
-    singles = [make_model(), make_model()]
-    for single, exact in zip(singles, (policy, reference), strict=True):
-        single.load_state_dict(exact.state_dict())
     with torch.no_grad():
-        single = training_step(*singles, batch, objective).loss_B
+        single = training_step(make_model(seed=1), make_model(seed=2), batch, objective).loss_B
         assert torch.allclose(single.double(), training_step(policy, reference, batch, objective).loss_B, atol=1e-4)
 
 
@@ -217,9 +237,9 @@ def test_gradient_is_the_dpo_gradient_times_the_weights(policy: SDAR, reference:
 
     out = training_step(Fixed(), reference, batch, objective)  # type: ignore[arg-type]
     (grad,) = torch.autograd.grad(out.loss_B.sum(), logps)
-    sign = torch.where(batch.slot % 2 == 0, -1.0, 1.0)
+    sign = torch.where(batch.slot % 2 == 0, -1.0, 1.0).double()
     sigma = torch.sigmoid(-out.metrics["margin"])[batch.scored_row]
-    assert torch.allclose(grad, sign * objective.beta * sigma * batch.weight, rtol=0, atol=1e-6)  # weights are float32
+    assert torch.allclose(grad, sign * objective.beta * sigma * batch.weight, rtol=0, atol=1e-12)
 
 
 def test_row_weight_is_the_callers_business(policy: SDAR, reference: SDAR) -> None:

@@ -69,21 +69,22 @@ def every_draw(sample: Callable[[np.random.Generator], T]) -> Iterator[tuple[Fra
         path = [*path[:-1], path[-1] + 1] if path else None
 
 
-def coefficients(state: State, blocks: list[slice]) -> Formal:
-    """What the estimator of one state adds up: the weight of each scored token in its block's hidden set."""
+def coefficients(state: State, blocks: list[slice], kind: str = "weight") -> Formal:
+    """What the estimator of one state adds up: the weight of each token in its block's hidden set."""
     out: Formal = {}
+    weights = getattr(state, kind)
     for block in blocks:
         hidden = frozenset(i for i in range(block.start, block.stop) if state.hidden[i])
         for i in range(block.start, block.stop):
-            if state.scored[i]:
-                out[hidden, i] = Fraction(float(state.weight[i])).limit_denominator(1000)
+            if weights[i]:
+                out[hidden, i] = Fraction(float(weights[i])).limit_denominator(1000)
     return out
 
 
-def mean(sample: Sampler, blocks: list[slice]) -> Formal:
+def mean(sample: Sampler, blocks: list[slice], kind: str = "weight") -> Formal:
     total: Counter[tuple[frozenset[int], int]] = Counter()
     for probability, state in every_draw(sample):
-        for key, weight in coefficients(state, blocks).items():
+        for key, weight in coefficients(state, blocks, kind).items():
             total[key] += probability * weight  # type: ignore[assignment]
     return dict(total)  # type: ignore[arg-type]
 
@@ -355,6 +356,28 @@ def random_schedule(size: int, k: int, weighting: Weighting) -> Sampler:
 def test_random_order_dtrpo_is_the_block_elbo_in_expectation(k: int, weighting: Weighting) -> None:
     """The key identity: unmasking k at a time in a random order, |m| uniform on {k, 2k, .., B}, is an ELBO."""
     assert mean(random_schedule(4, k, weighting), [slice(0, 4)]) == elbo(4, range(k, 5, k))
+
+
+@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
+def test_coverage_weighs_every_hidden_token_of_the_state(ranks: list[int]) -> None:
+    """B_b / |hidden in b| at each token still to come, so that a block's coverage adds up to its tokens."""
+    for _, state in every_draw(step_sampler(ranks, BLOCKS, "steps")):
+        for block in BLOCKS:
+            to_come = state.hidden[block] & (np.array(ranks)[block] != NEVER)
+            size = sum(r != NEVER for r in ranks[block])
+            expected = [size / to_come.sum() if h else 0 for h in to_come]
+            assert state.coverage[block].tolist() == pytest.approx(expected)
+            assert state.coverage[block].sum() == pytest.approx(size)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_coverage_of_a_random_order_is_the_block_elbo(k: int) -> None:
+    assert mean(random_schedule(4, k, "steps"), [slice(0, 4)], "coverage") == elbo(4, range(k, 5, k))
+
+
+def test_coverage_of_an_elbo_state_is_its_weight() -> None:
+    for _, state in every_draw(lambda rng: sample_elbo_state(7, block_slices(1, 7, 4), rng)):
+        assert (state.coverage == state.weight).all()
 
 
 # --- the toy denoiser: ids 0 = mask, 1 and 2; exact fractions ---

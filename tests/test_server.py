@@ -1,0 +1,192 @@
+"""The Ray Serve shell: one real deployment over HTTP, and every refusal to start one."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import torch
+import yaml
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from dtrpo_ray import server
+from dtrpo_ray.app import DEADLINE_SECONDS
+from dtrpo_ray.config import ServeConfig
+from dtrpo_ray.engine import Engine
+from dtrpo_ray.errors import ModelError, ServeError
+from dtrpo_ray.models.registry import build_model, save_model
+from dtrpo_ray.sampler import SamplingParams
+from dtrpo_ray.tokenizer import character_tokenizer
+
+torch.set_num_threads(1)
+
+CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
+CONFIG = {
+    "model_type": "sdar",
+    "vocab_size": 8,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "block_size": 4,
+    "mask_token_id": 6,
+    "eos_token_id": 5,
+    "pad_token_id": 5,
+    "bos_token_id": 5,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_model(build_model(CONFIG, seed=3), path)
+    character_tokenizer("01234").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "api_key"
+    path.write_text("\nfirst-key\n  second-key \n\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def local_cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(local_cluster: None, checkpoint: Path, key_file: Path) -> Iterator[str]:
+    config = ServeConfig(checkpoint=str(checkpoint), model_name="tiny", port=0, api_key_file=key_file)
+    yield server.start(config)
+    server.stop()
+
+
+def post(url: str, key: str = "first-key", **body: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}", "x-request-timeout-seconds": "0"}
+    return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30)
+
+
+# --- a real deployment -----------------------------------------------------------------------------------------
+
+
+def test_answers_over_http_what_the_engine_generates(url: str, checkpoint: Path) -> None:
+    engine = Engine.load(checkpoint)
+    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(12, 2), [0])
+    response = post(url, model="tiny", prompt="0123", temperature=0, max_tokens=12, steps=2)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"] == engine.decode(expected.text_ids)
+    sampled = [post(url, prompt="0123", seed=9, n=4).json()["choices"] for _ in range(2)]
+    assert sampled[0] == sampled[1]
+
+
+def test_keys_of_the_file_open_the_deployment(url: str) -> None:
+    assert post(url, "second-key", prompt="0").status_code == 200
+    assert post(url, "third-key", prompt="0").status_code == 401
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_refusals_pass_serve_unchanged(url: str) -> None:
+    assert post(url, prompt="0", stream=True).json()["error"]["param"] == "stream"
+    assert post(url, prompt="0" * 2**21).status_code == 413
+
+
+def test_the_deployment_is_bounded_and_drains(url: str) -> None:
+    details = serve.status().applications[server.APP_NAME]
+    assert details.status == "RUNNING"
+    config = serve.context._get_global_client().get_serve_details()["applications"][server.APP_NAME]
+    deployment = config["deployments"]["Model"]["deployment_config"]
+    assert 0 < deployment["max_queued_requests"] < 1000
+    assert deployment["graceful_shutdown_timeout_s"] > DEADLINE_SECONDS
+
+
+def test_a_second_server_in_the_cluster_is_refused(url: str, checkpoint: Path) -> None:
+    with pytest.raises(ServeError, match="already"):
+        server.start(ServeConfig(checkpoint=str(checkpoint), port=0))
+
+
+# --- refusals to start, before anything runs ---------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_named_with_its_remedy(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "status", lambda: serve.schema.ServeStatus())
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another Serve would hold it
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=rf"serve\.port = {port} .*set serve\.port to another"):
+            server.start(ServeConfig(checkpoint=str(checkpoint), port=port))
+
+
+def test_a_free_port_is_found_and_a_free_one_kept() -> None:
+    port = server._free_port("127.0.0.1", 0)
+    assert port > 0
+    assert server._free_port("127.0.0.1", port) == port
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("::1", "http://[::1]:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+    ],
+)
+def test_the_url_can_be_reached(host: str, url: str) -> None:
+    assert server._url(host, 80) == url
+
+
+def test_keys_are_the_lines_of_the_file(key_file: Path) -> None:
+    assert server.read_keys(key_file) == {"first-key", "second-key"}
+    assert server.read_keys(None) == frozenset()
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
+def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ServeError, match=rf"serve\.api_key_file = {path}: .*one.* a line|one a line"):
+        server.start(ServeConfig(checkpoint="unused", api_key_file=path))
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match=r"serve\.checkpoint"):
+        server.build(ServeConfig())
+    with pytest.raises(ModelError, match="not a model directory"):
+        server.start(ServeConfig(checkpoint=str(tmp_path), port=0))
+
+
+# --- the files of cluster/ ---------------------------------------------------------------------------------------
+
+
+def deployed() -> list[dict[str, Any]]:
+    manifests = list(yaml.safe_load_all((CLUSTER / "kuberay" / "rayservice.yaml").read_text()))
+    (service,) = [m for m in manifests if m["kind"] == "RayService"]
+    return [yaml.safe_load((CLUSTER / "serve.yaml").read_text()), yaml.safe_load(service["spec"]["serveConfigV2"])]
+
+
+@pytest.mark.parametrize("config", deployed(), ids=["vm", "kubernetes"])
+def test_shipped_serve_configs_build(config: dict[str, Any]) -> None:
+    schema = ServeDeploySchema.model_validate(config)
+    (application,) = schema.applications
+    assert application.import_path == "dtrpo_ray.server:build"
+    args = ServeConfig.model_validate(application.args)
+    built = server.build(args)
+    assert isinstance(built, serve.Application)
+    assert schema.http_options.request_timeout_s is not None
+    assert schema.http_options.request_timeout_s > DEADLINE_SECONDS
