@@ -5,6 +5,7 @@ demo call in a Ray session of their own.
 """
 
 import logging
+import re
 import socket
 import time
 import urllib.error
@@ -78,11 +79,12 @@ def start(config: ServeConfig) -> str:
             "Ray Serve runs in this cluster already; stop it with `serve shutdown`, or `serve deploy` to it"
         )
     port = _free_port(config.host, config.port)
+    quiet = LoggingConfig(log_level="WARNING")
     http = HTTPOptions(host=config.host, port=port, request_timeout_s=GRACE_SECONDS)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(ProxyLocation.HeadOnly, http, logging_config=LoggingConfig(log_level="WARNING"))
-        serve.run(application, name=APP_NAME, route_prefix="/")
+        serve.start(ProxyLocation.HeadOnly, http, logging_config=quiet)
+        serve.run(application, name=APP_NAME, route_prefix="/", logging_config=quiet)
         url = _url(config.host, port)
         _wait_until_ready(url)
     except (RuntimeError, TimeoutError) as error:
@@ -153,5 +155,5 @@ def _failure() -> str | None:
     for deployment in application.deployments.values() if application else ():
         lines = [line.strip() for line in deployment.message.splitlines() if "Error" in line]
         if lines:
-            return lines[-1]
+            return re.sub(r"^dtrpo_ray\.errors\.\w+: ", "", lines[-1])
     return None

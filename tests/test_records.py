@@ -1,5 +1,6 @@
 """The tables: their fields, every rule with the row it names, and the files they are read from."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,14 @@ def test_a_row_id_repeated_within_or_across_files_is_refused(tmp_path: Path) -> 
         read_table(tmp_path, EXAMPLE)
     with pytest.raises(DataError, match=r"1 row\(s\) repeat a row_id"):
         read_table(tmp_path / "part-1.parquet", EXAMPLE)
+
+
+@kinds
+def test_the_page_on_data_lists_the_fields_in_order(kind: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    section = page.split(f"## {kind}:")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| (.*) \|$", section, re.MULTILINE)
+    names = {pa.int32(): "int32", pa.int64(): "int64", pa.string(): "string", pa.float64(): "float64"}
+    names |= {pa.list_(pa.int32()): "list of int32", pa.list_(pa.float32()): "list of float32"}
+    assert [(n, t) for n, t, _ in listed] == [(field.name, names[field.type]) for field in KINDS[kind][0]]
+    assert {n for n, _, meaning in listed if "*may be null*" in meaning} == set(MAY_BE_NULL) & {n for n, _, _ in listed}

@@ -19,10 +19,10 @@ from dtrpo_ray.records import PREFERENCE, TRAJECTORY, read_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "sft.num_examples=1536", "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
+    "sft.num_examples=17920", "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
     "eval.num_prompts=32", "eval.budgets=[1, 8]", "model.init.num_layers=1", "model.init.hidden_size=64",
-    "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 2]",
-    "sft.lr=5e-3", "sft.save_every=6", "serve.port=0",
+    "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 1]",
+    "sft.lr=1e-2", "sft.save_every=70", "serve.port=0",
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_trajectories_and_pairs_are_whole_and_valid(run: dict[str, Any]) -> None
 
 def test_sft_and_dtrpo_trained_through_the_same_loop(run: dict[str, Any]) -> None:
     base = [json.loads(line) for line in (stage(run, "base") / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in base] == list(range(1, 13))
+    assert [row["step"] for row in base] == list(range(1, 141))
     assert base[-1]["loss"] < 0.8 * base[0]["loss"]
     aligned = [json.loads(line) for line in (stage(run, "train-1") / "metrics.jsonl").read_text().splitlines()]
     first = aligned[0]

@@ -7,14 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 import torch
 import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from dtrpo_ray import server
-from dtrpo_ray.app import DEADLINE_SECONDS
+from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING
 from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ModelError, ServeError
@@ -61,14 +60,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local_cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def url(local_cluster: None, checkpoint: Path, key_file: Path) -> Iterator[str]:
+def url(local_ray: None, checkpoint: Path, key_file: Path) -> Iterator[str]:
     config = ServeConfig(checkpoint=str(checkpoint), model_name="tiny", port=0, api_key_file=key_file)
     yield server.start(config)
     server.stop()
@@ -101,15 +93,6 @@ def test_keys_of_the_file_open_the_deployment(url: str) -> None:
 def test_refusals_pass_serve_unchanged(url: str) -> None:
     assert post(url, prompt="0", stream=True).json()["error"]["param"] == "stream"
     assert post(url, prompt="0" * 2**21).status_code == 413
-
-
-def test_the_deployment_is_bounded_and_drains(url: str) -> None:
-    details = serve.status().applications[server.APP_NAME]
-    assert details.status == "RUNNING"
-    config = serve.context._get_global_client().get_serve_details()["applications"][server.APP_NAME]
-    deployment = config["deployments"]["Model"]["deployment_config"]
-    assert 0 < deployment["max_queued_requests"] < 1000
-    assert deployment["graceful_shutdown_timeout_s"] > DEADLINE_SECONDS
 
 
 def test_a_second_server_in_the_cluster_is_refused(url: str, checkpoint: Path) -> None:
@@ -169,6 +152,14 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
         server.build(ServeConfig())
     with pytest.raises(ModelError, match="not a model directory"):
         server.start(ServeConfig(checkpoint=str(tmp_path), port=0))
+
+
+def test_the_deployment_is_bounded_and_drains() -> None:
+    deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=3))._bound_deployment
+    assert deployment.num_replicas == 3
+    assert MAX_PENDING < deployment.max_ongoing_requests < 1000
+    assert 0 < deployment.max_queued_requests < 1000
+    assert deployment._deployment_config.graceful_shutdown_timeout_s > DEADLINE_SECONDS
 
 
 # --- the files of cluster/ ---------------------------------------------------------------------------------------

@@ -94,7 +94,11 @@ def test_the_head_is_closed_to_those_without_the_token(head: Head) -> None:
 
 
 def test_a_submitted_run_succeeds_and_leaves_its_checkpoint(head: Head, tmp_path: Path) -> None:
-    settings = [w for item in [f"storage={tmp_path}", "cluster.address=auto", *SMALL] for w in ("--set", item)]
+    settings = [
+        w
+        for item in [f"storage={tmp_path}", "cluster.address=auto", *SMALL, "sft.num_examples=1536"]
+        for w in ("--set", item)
+    ]
     done = head.submit("jobs/run.py", "sft", "jobs/demo.toml", *settings)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "succeeded" in done.stdout + done.stderr

@@ -67,9 +67,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a model directory."""
     file = path / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path}: not a model directory (no config.json)") from None
     except json.JSONDecodeError as error:
         raise ModelError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: not a JSON object; a model's config is one")
     return config

@@ -14,7 +14,11 @@ from dtrpo_ray.models.base import DiffusionLM
 
 MODEL_TYPE = "sdar"
 ARCHITECTURE = "SDARForCausalLM"
-REQUIRED_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "block_size", "mask_token_id")
+SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "block_size")
+REQUIRED_KEYS = (*SIZE_KEYS, "mask_token_id", "eos_token_id")
+# kept from the trunk; a pad token too: torch would freeze its embedding at zero, and most configs pad with the
+# end-of-sequence token, which is text (our rows are padded by the attention mask)
+NOT_OF_THE_TRUNK = ("architectures", "auto_map", "model_type", "pad_token_id")
 
 
 class SDAR(DiffusionLM):
@@ -25,6 +29,9 @@ class SDAR(DiffusionLM):
         for key in REQUIRED_KEYS:
             if not isinstance(config.get(key), int):
                 raise ModelError(f"config.json: {key} = {config.get(key)!r}; an SDAR config needs an integer here")
+        for key in SIZE_KEYS:
+            if config[key] < 1:
+                raise ModelError(f"config.json: {key} = {config[key]}; an SDAR config needs at least 1 here")
         self.config = dict(config)
         self.mask_id = config["mask_token_id"]
         self.eos_id = config["eos_token_id"]
@@ -35,7 +42,7 @@ class SDAR(DiffusionLM):
                 f"config.json: mask_token_id = {self.mask_id} lies outside the vocabulary of {self.vocab_size}; "
                 "give the id of the mask token in the tokenizer"
             )
-        trunk_keys = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type")}
+        trunk_keys = {key: value for key, value in config.items() if key not in NOT_OF_THE_TRUNK}
         trunk = Qwen3Config(**{**trunk_keys, "attn_implementation": "sdpa"})
         self.lm = Qwen3ForCausalLM(trunk)
 
