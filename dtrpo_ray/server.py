@@ -99,6 +99,8 @@ def start(config: ServeConfig) -> str:
 
 def stop() -> None:
     """Finish what the replicas have begun, then take Serve down. Does nothing where it does not run."""
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME)  # `shutdown` alone takes the proxy away from under the answers
     serve.shutdown()
 
 

@@ -29,7 +29,7 @@ SMALL = [
 def dtrpo(verb: str, storage: Path, *more: str, check: bool = True) -> tuple[dict[str, Any], str]:
     settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
     words = [sys.executable, "-m", "dtrpo_ray", verb, str(ROOT / "jobs" / "demo.toml"), "--json", *settings, *more]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CI": "1"}, timeout=280)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CI": "1"}, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) if check else {}, done.stderr
 

@@ -31,7 +31,7 @@ class Head:
         words += ["--working-dir", ".", "--", sys.executable, *entrypoint]
         deadline = time.monotonic() + START_SECONDS
         while True:
-            done = subprocess.run(words, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=280)
+            done = subprocess.run(words, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=600)
             if "No available agent" not in done.stderr or time.monotonic() > deadline:
                 return done
             time.sleep(2)  # the head answers before its job agent has come up
