@@ -73,12 +73,12 @@ def write_preferences(job: Job, tokenizer: PreTrainedTokenizerBase, block_size: 
         rows, tokenizer, block_size, task.max_prompt_tokens, task.max_response_tokens
     )
     rejected += too_long
+    write_quarantine(rejected, out / "quarantine.jsonl")
     if not len(table):
         raise DataError(
             f"{task.files[0]}: no row is left of {len(rows)}; see the reasons in {out / 'quarantine.jsonl'}"
         )
     write_shards(table, out)
-    write_quarantine(rejected, out / "quarantine.jsonl")
     return {"pairs": len(table), "quarantined": len(rejected)}
 
 

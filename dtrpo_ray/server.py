@@ -4,12 +4,14 @@
 demo call in a Ray session of their own.
 """
 
+import errno
 import logging
 import re
 import socket
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -26,6 +28,7 @@ from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.registry import read_config
 
 APP_NAME = "dtrpo"
+PORT_SECONDS = 3.0  # for a taken port to become free
 READY_SECONDS = 60.0  # from a running replica to the first answer through the proxy
 GRACE_SECONDS = DEADLINE_SECONDS + 10  # a replica told to stop finishes what it has begun
 
@@ -98,9 +101,10 @@ def start(config: ServeConfig) -> str:
 
 
 def stop() -> None:
-    """Finish what the replicas have begun, then take Serve down. Does nothing where it does not run."""
+    """Let the replicas finish what they have begun, then take Serve down. Does nothing where it does not run."""
     if APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)  # `shutdown` alone takes the proxy away from under the answers
+        with suppress(TimeoutError):  # raised after a minute: what still decodes then is cut off
+            serve.delete(APP_NAME)  # `shutdown` alone would take the proxy away from under every answer
     serve.shutdown()
 
 
@@ -120,17 +124,23 @@ def read_keys(path: Path | None) -> frozenset[str]:
 def _free_port(host: str, port: int) -> int:
     """The port itself, if nobody listens there, or a free one for 0. Raises ServeError.
 
-    Serve binds with SO_REUSEPORT and would share a taken port in silence, so this asks first without it.
+    Serve binds with SO_REUSEPORT and would share a taken port in silence, so this asks first without it. It asks for a
+    while: the proxy of a server that has just stopped takes a moment to die.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            remedy = "set serve.port to another, or to 0 for any free one"
-            raise ServeError(f"serve.port = {port} on {host} cannot be used ({error.strerror}); {remedy}") from None
-        return int(probe.getsockname()[1])
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
+            try:
+                probe.bind((host, port))
+                return int(probe.getsockname()[1])
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    remedy = "set serve.port to another, or to 0 for any free one"
+                    place = f"serve.port = {port} on {host}"
+                    raise ServeError(f"{place} cannot be used ({error.strerror or error}); {remedy}") from None
+        time.sleep(0.1)
 
 
 def _url(host: str, port: int) -> str:

@@ -105,6 +105,7 @@ def test_a_second_server_in_the_cluster_is_refused(url: str, checkpoint: Path) -
 
 def test_a_port_in_use_is_named_with_its_remedy(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "status", lambda: serve.schema.ServeStatus())
+    monkeypatch.setattr(server, "PORT_SECONDS", 0)
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another Serve would hold it
         taken.bind(("127.0.0.1", 0))
@@ -112,6 +113,20 @@ def test_a_port_in_use_is_named_with_its_remedy(checkpoint: Path, monkeypatch: p
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=rf"serve\.port = {port} .*set serve\.port to another"):
             server.start(ServeConfig(checkpoint=str(checkpoint), port=port))
+
+
+def test_a_port_that_becomes_free_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    monkeypatch.setattr(server.time, "sleep", lambda _: taken.close())
+    assert server._free_port("127.0.0.1", port) == port
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(ServeError, match=r"serve\.port = 0 on 198\.51\.100\.1"):
+        server._free_port("198.51.100.1", 0)
 
 
 def test_a_free_port_is_found_and_a_free_one_kept() -> None:
