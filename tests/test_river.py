@@ -111,6 +111,7 @@ def test_training_resumes_from_its_last_checkpoint(run: dict[str, Any], storage:
         r for r in record["checkpoint_results"] if r["checkpoint_dir_name"] == "step-00000002"
     ]
     record["latest_checkpoint_result"] = record["checkpoint_results"][0]
+    record |= {"checkpoint_report_indices": [0], "current_report_index": 1}
     snapshot.write_text(json.dumps(record))
     result, _ = dtrpo("train", other)
     resumed = load_model(Path(result["directory"]) / "model")
