@@ -38,12 +38,15 @@ def measure(job_file: Path, seed: int, storage: Path, variants: list[str]) -> li
 
 
 def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of all seeds summed: one accuracy and interval for each (model, set, budget)."""
+    """Rows of all seeds summed, for the models that every seed has: one interval for each (model, set, budget)."""
+    seeds = {row["seed"] for row in rows}
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["set"], row["budget"]), []).append(row)
     made = []
     for (model, test_set, budget), group in groups.items():
+        if {row["seed"] for row in group} != seeds:
+            continue
         correct, total = sum(r["correct"] for r in group), sum(r["num_prompts"] for r in group)
         low, high = wilson_interval(correct, total)
         facts = {"model": model, "set": test_set, "budget": budget, "correct": correct, "num_prompts": total}
