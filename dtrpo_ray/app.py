@@ -33,6 +33,7 @@ from dtrpo_ray.trajectory import row_generator
 DEADLINE_SECONDS = 120.0  # of a request, its wait included; no header of a client lifts it
 MAX_BODY_BYTES = 2**20
 MAX_PENDING = 32  # requests decoding or waiting for it; the next is told to come back
+MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included: they decode side by side in memory
 DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})  # any other path wants a key, where there are keys
 
@@ -150,7 +151,7 @@ class _Service:
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 ids = await loop.run_in_executor(self.tokenizing, self._encode, prompts, field)
-                limit = self._limit(max(map(len, ids)), wanted, field)
+                limit = self._limit(ids, body.n, wanted, field)
                 params = SamplingParams(
                     limit, body.steps or self.config.denoising_steps, body.temperature, body.threshold
                 )
@@ -189,15 +190,20 @@ class _Service:
                 raise _refusal(400, f"{field} holds the mask token, which marks what to decode; remove it", field)
         return ids
 
-    def _limit(self, longest: int, wanted: int | None, field: str) -> int:
-        """The most tokens of each choice, `longest` being the longest prompt's."""
+    def _limit(self, prompts: list[list[int]], n: int, wanted: int | None, field: str) -> int:
+        """The most tokens of each choice."""
+        longest = max(map(len, prompts))
         most, room = self.config.max_new_tokens, self.context - longest
         if wanted is not None and wanted > most:
             raise _refusal(400, f"max_tokens = {wanted} exceeds this server's {most}; ask for fewer", "max_tokens")
         if room < (wanted or 1):
             asked = f"{longest} prompt tokens and max_tokens = {wanted or 1} exceed the context of {self.context}"
             raise _refusal(400, f"{asked}; shorten the {field} or ask for fewer", field, "context_length_exceeded")
-        return wanted or min(most, room)
+        limit = wanted or min(most, room)
+        if len(prompts) * n * (longest + limit) > MAX_BATCH_TOKENS:
+            asked = f"{len(prompts)} prompts x n = {n} of up to {longest + limit} tokens each"
+            raise _refusal(400, f"{asked} exceed {MAX_BATCH_TOKENS} in all; ask for fewer choices or tokens", "n")
+        return limit
 
     async def _decode(self, rows: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[Generation]:
         """Wait for the decoding thread, then for its result. A request that gives up leaves the queue."""

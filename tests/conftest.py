@@ -97,7 +97,7 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """One Ray session on loopback, as a command would start it; tests that start their own do not use it."""
     from dtrpo_ray.config import ClusterConfig

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -304,6 +303,13 @@ def test_a_body_without_a_length_is_bounded_too(client: TestClient) -> None:
     assert client.post(COMPLETIONS, content=chunks).status_code == 413
 
 
+def test_a_request_is_bounded_in_memory(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "MAX_BATCH_TOKENS", 4 * 20)
+    assert complete(client, n=4, max_tokens=16)["usage"]["prompt_tokens"] == 4
+    refused = client.post(COMPLETIONS, json={"prompt": "0123", "n": 5, "max_tokens": 16})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
 def test_a_model_without_a_chat_template_says_so() -> None:
     with client_of(make_engine(chat=False)) as client:
         response = client.post(CHAT, json={"messages": [{"role": "user", "content": "0"}]})
@@ -387,8 +393,3 @@ def test_a_full_queue_asks_clients_to_come_back(blocked: Blocked) -> None:
         blocked.release.set()
         assert {future.result(30).status_code for future in waiting} == {200}
         assert client.get("/ready").status_code == 200
-
-
-def test_knows_nothing_of_ray() -> None:
-    source = Path(app_module.__file__).read_text()
-    assert "import ray" not in source
