@@ -147,7 +147,10 @@ def serve(
 
     if source.is_dir():
         settings = dict(item.partition("=")[::2] for item in overrides or ())
-        config, cluster = ServeConfig.model_validate({**settings, "checkpoint": str(source)}), ClusterConfig()
+        try:
+            config, cluster = ServeConfig.model_validate({**settings, "checkpoint": str(source)}), ClusterConfig()
+        except ValueError as error:
+            raise ConfigError(f"serve {source}: {error}") from None
         from dtrpo_ray.session import ray_session
 
         with ray_session(cluster):
