@@ -167,7 +167,7 @@ class RolloutConfig(_Section):
     num_samples: int = Field(8, ge=2)
     """Samples per prompt."""
     temperature: float = Field(1.0, gt=0)
-    denoising_steps: tuple[int, ...] = (2,)
+    denoising_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((2,), min_length=1)
     """Denoising steps per block; samples of a prompt go through the list in turn."""
     batch_size: int = Field(256, ge=1)
     """Sequences decoded side by side by one actor."""
@@ -187,7 +187,7 @@ class EvalConfig(_Section):
     """Base against aligned on held-out prompts."""
 
     num_prompts: int = Field(2000, ge=1)
-    budgets: tuple[int, ...] = (1, 2, 4)
+    budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4), min_length=1)
     """Denoising steps per block to evaluate at."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""

@@ -161,6 +161,27 @@ def test_recorded_steps_decide_what_is_scored() -> None:
         assert batch.slot.tolist() == [0] * 7 + [1] * 11
 
 
+def test_a_block_hides_what_its_scored_step_and_later_ones_unmasked() -> None:
+    """By recorded step and global block: of the scored step all is scored; of it and later all hidden, earlier none."""
+    for seed in range(8):
+        batch = build(ROWS, OBJECTIVES["steps"], seed)
+        scored = set(zip(batch.scored_row.tolist(), batch.scored_col.tolist(), strict=True))
+        for b, row_ in enumerate(ROWS):
+            for s, side in enumerate(("chosen", "rejected")):
+                blocks: dict[int, list[tuple[int, bool, bool]]] = {}
+                for col in torch.nonzero((batch.side[b] == s) & (batch.stream[b] == 1))[:, 0].tolist():
+                    position, masked = int(batch.position[b, col]), bool(batch.ids[b, col] == MASK)
+                    index = position - len(row_["prompt_ids"])
+                    if index >= 0:
+                        step = row_[f"{side}_steps"][index]
+                        blocks.setdefault(position // B, []).append((step, masked, (b, col) in scored))
+                for block in blocks.values():
+                    (t,) = {step for step, _, is_scored in block if is_scored}
+                    assert [(masked, is_scored) for _, masked, is_scored in block] == [
+                        (r >= t, r == t) for r, _, _ in block
+                    ]
+
+
 @pytest.mark.parametrize("missing", ["chosen_steps", "rejected_steps"])
 def test_missing_steps_name_the_row_and_the_remedy(missing: str) -> None:
     broken = ROWS[0] | {missing: None}

@@ -148,7 +148,13 @@ def test_log_mu_is_float32_at_the_temperature(tiny: SDAR) -> None:
         got = tiny.log_mu(hidden, temperature)
         assert got.dtype == torch.float32
         assert torch.allclose(got[:, others], expected, atol=1e-6)
-    assert tiny.log_mu(hidden.double().to(torch.float32)).dtype == torch.float32
+
+
+def test_log_mu_of_a_bfloat16_model_is_normalised_in_float32(make_model: MakeModel) -> None:
+    model = make_model(seed=5).to(torch.bfloat16)
+    log_mu = model.log_mu(torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16))
+    assert log_mu.dtype == torch.float32
+    assert torch.allclose(log_mu.exp().sum(-1), torch.ones(50), atol=1e-5)
 
 
 def test_forward_scores_the_named_places(tiny: SDAR) -> None:
