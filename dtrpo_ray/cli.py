@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Compare two ways in one run, on the same weights and data, and print the ratio.")
+app.add_typer(bench, name="bench")
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A TOML job file; shipped ones lie in jobs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field, e.g. train.lr=1e-5. Repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
@@ -62,6 +65,11 @@ def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
         result({"verb": name, **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
 
     app.command(name, help=text)(verb)
+
+
+@bench.callback(no_args_is_help=True)
+def bench_group() -> None:
+    """Compare two ways in one run, on the same weights and data, and print the ratio."""
 
 
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)

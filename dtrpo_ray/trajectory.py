@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 NEVER = -1  # rank of a token that was never unmasked
+GIVEN = -2  # rank of a token shown from its block's first step on that no denoising step chose: autoregressive, forced
 
 Weighting = Literal["steps", "tokens", "unit"]
 

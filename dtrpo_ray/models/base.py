@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of a row, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,13 @@ from dtrpo_ray.likelihood import token_logps
 
 
 class DiffusionLM(nn.Module, ABC):
-    """A masked-diffusion language model with block attention.
+    """A masked-diffusion language model.
 
-    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `block_size` the tokens of a block on
-    the global grid (position // block_size), `eos_id` ends a response, `vocab_size` bounds every id.
+    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `eos_id` ends a response, `vocab_size`
+    bounds every id. `block_size` is the tokens of a block, on the grid that starts where `block_origin` says: at
+    position 0 ("global") or at the first response token ("response"). `attention` is "block" (a block sees itself and
+    earlier blocks) or "full" (everything sees everything, later blocks as [MASK]). `shift` is 1 where the hidden state
+    at position p - 1 predicts the token at p, else 0: callers read hidden states at `position - shift`.
     """
 
     config: dict[str, Any]
@@ -25,6 +28,9 @@ class DiffusionLM(nn.Module, ABC):
     eos_id: int
     block_size: int
     vocab_size: int
+    attention: Literal["block", "full"] = "block"
+    block_origin: Literal["global", "response"] = "global"
+    shift: Literal[0, 1] = 0
 
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, row_N: Tensor, col_N: Tensor, target_N: Tensor
@@ -42,7 +48,7 @@ class DiffusionLM(nn.Module, ABC):
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H]; logits at i predict token i (a shift is undone here)."""
+        """Logits [..., V] of hidden states [..., H], for the token that each hidden state predicts (see `shift`)."""
 
     def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Log of the token predictor mu [..., V] in float32, the mask token excluded.
