@@ -3,11 +3,12 @@
 Every field has one default, one unit and one sentence; a field of another variant is an error, never ignored.
 """
 
+import difflib
 import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -329,10 +330,27 @@ def _explain(problem: Any) -> str:
     parts = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "task")]
     where = ".".join(parts) or "job"
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {where}; see `dtrpo plan --help` and docs/jobs.md"
+        return f"unknown field {where}{_suggestion(problem['loc'], where)}"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}"
+
+
+def _suggestion(loc: Sequence[Any], where: str) -> str:
+    """What the section of an unknown field does have: the nearest spelling, or all of it."""
+    section: Any = Job
+    variants: list[Any] = []
+    for part in loc[:-1]:
+        if len(variants) > 1:  # a union on `type`, whose tag is this part
+            section = next(v for v in variants if part in get_args(v.model_fields["type"].annotation))
+            variants = []
+            continue
+        found = section.model_fields[part].annotation
+        variants = [t for t in (found, *get_args(found)) if isinstance(t, type) and issubclass(t, _Section)]
+        section = variants[0]
+    near = difflib.get_close_matches(loc[-1], section.model_fields, 1)
+    known = ", ".join(section.model_fields)
+    return f"; did you mean {where.removesuffix(loc[-1])}{near[0]}?" if near else f"; its section knows {known}"
 
 
 def _require_files(path: Path, job: Job) -> None:

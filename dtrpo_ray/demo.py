@@ -9,7 +9,7 @@ from typing import Any
 from dtrpo_ray import prepare
 from dtrpo_ray.pipeline import HELD_OUT_SEED, River
 from dtrpo_ray.progress import console
-from dtrpo_ray.server import start, stop
+from dtrpo_ray.server import read_keys, start, stop
 
 TIMEOUT_SECONDS = 120
 
@@ -27,7 +27,8 @@ def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
         url = start(config)
     try:
         body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(stages), "temperature": 0}
-        text = _post(f"{url}/v1/completions", body)["choices"][0]["text"]
+        key = min(read_keys(config.api_key_file), default=None)
+        text = _post(f"{url}/v1/completions", body, key)["choices"][0]["text"]
         yield url, {"url": url, "prompt": prompt, "text": text, "correct": score and bool(score(prompt, text) >= 1)}
     finally:
         stop()
@@ -37,9 +38,10 @@ def _max_tokens(stages: River) -> int:
     return stages.job.eval.max_new_tokens if stages.job.eval else 32
 
 
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's web proxy
+    with direct.open(request, timeout=TIMEOUT_SECONDS) as response:
         value: dict[str, Any] = json.load(response)
     return value

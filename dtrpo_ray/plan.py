@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from dtrpo_ray.config import Job, ModelInit, TrainConfig
+from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 
@@ -29,7 +30,8 @@ def vocabulary(job: Job) -> int | None:
                 added = job.model.tokenizer / "added_tokens.json"
                 extra = json.loads(added.read_text()) if added.exists() else {}
                 return -(-len({**base, **extra}) // 8) * 8
-    return 8 * -(-(len("0123456789+-*/=,") + 2) // 8) if job.task.type == "countdown" else 8
+    alphabet = (countdown if job.task.type == "countdown" else sudoku).ALPHABET
+    return 8 * -(-(len(alphabet) + 2) // 8)
 
 
 def plan(job: Job) -> dict[str, Any]:

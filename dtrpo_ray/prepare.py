@@ -1,6 +1,7 @@
 """A job's task -> the tables and tokenizer its stages read: examples, prompts, or preference pairs."""
 
 import importlib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,8 +45,11 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     assert job.model.init is not None
     rows = generate_puzzles(job, job.sft.num_examples, "train", job.seed)
     end, size = not puzzle(job).FIXED_LENGTH, job.model.init.block_size
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    answers = [encode_response(tokenizer, r["answer"], len(p), size, end) for r, p in zip(rows, prompts, strict=True)]
+    # puzzles share their answers: a few hundred texts of a hundred thousand
+    prompt_ids = cache(lambda text: encode_prompt(tokenizer, text))
+    answer_ids = cache(lambda text, prompt_len: encode_response(tokenizer, text, prompt_len, size, end))
+    prompts = [prompt_ids(row["prompt"]) for row in rows]
+    answers = [answer_ids(row["answer"], len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
     table = pa.table(
         {
             "contract_version": np.full(len(rows), CONTRACT_VERSION, dtype=np.int32),

@@ -20,9 +20,11 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.lrr=1", ["unknown field train.lrr"]),
+        ("train.lrr=1", ["unknown field train.lrr; did you mean train.lr?"]),
         ("train.objective.betta=1", ["unknown field train.objective.betta"]),
-        ("task.blank=3", ["unknown field task", "blank"]),
+        ("task.blank=3", ["unknown field task.blank; did you mean task.blanks?"]),
+        ("trian.lr=1", ["unknown field trian; did you mean train?"]),
+        ("model.init.wide=3", ["unknown field model.init.wide; its section knows hidden_size,"]),
         ("train.lr=fast", ["train.lr", "'fast'"]),
         ("train.lr=-1", ["train.lr", "greater than 0"]),
         ("train.global_batch=7", ["train.global_batch = 7", "cluster.num_workers = 2"]),
@@ -40,6 +42,11 @@ def test_a_mistake_names_its_field(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(DEMO, [override])
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_field_of_another_variant_is_unknown_in_this_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown field task\.blanks; its section knows type, numbers, public_tests"):
+        load_job(DEMO, ['task={type = "countdown", blanks = [1, 2]}'])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

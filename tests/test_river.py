@@ -5,8 +5,10 @@ Another `dtrpo` process for each command, as a user would run it.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,13 @@ SMALL = [
 ]  # fmt: skip
 
 
-def dtrpo(verb: str, storage: Path, *more: str, check: bool = True) -> tuple[dict[str, Any], str]:
+def command(verb: str, storage: Path, *more: str) -> list[str]:
     settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
-    words = [sys.executable, "-m", "dtrpo_ray", verb, str(ROOT / "jobs" / "demo.toml"), "--json", *settings, *more]
+    return [sys.executable, "-m", "dtrpo_ray", verb, str(ROOT / "jobs" / "demo.toml"), "--json", *settings, *more]
+
+
+def dtrpo(verb: str, storage: Path, *more: str, check: bool = True) -> tuple[dict[str, Any], str]:
+    words = command(verb, storage, *more)
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CI": "1"}, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) if check else {}, done.stderr
@@ -41,8 +47,37 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(storage: Path) -> dict[str, Any]:
+def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
+    """The run, stopped by Ctrl-C while its base model trains."""
+    process = subprocess.Popen(
+        command("run", storage), stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not any(len(f.read_text().splitlines()) > 20 for f in storage.glob("stages/base-*.partial/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    return subprocess.CompletedProcess(process.args, process.returncode, "", said)
+
+
+@pytest.fixture(scope="module")
+def run(storage: Path, interrupted: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The same command again: it goes on where the first one stopped."""
     return dtrpo("run", storage)[0]
+
+
+def test_ctrl_c_ends_in_one_message_and_nothing_half_made(
+    storage: Path, interrupted: subprocess.CompletedProcess[str], request: pytest.FixtureRequest
+) -> None:
+    assert interrupted.returncode == 130
+    assert "interrupted: finished stages are kept" in interrupted.stderr
+    assert "Traceback" not in interrupted.stderr
+    whole = {p.name.split("-")[0] for p in (storage / "stages").iterdir() if p.suffix != ".partial"}
+    assert whole == {"init", "examples"}
+    for folder in (storage / "stages").iterdir():
+        assert (folder / "stage.json").exists() == (folder.suffix != ".partial")
 
 
 def stage(run: dict[str, Any], name: str) -> Path:
@@ -133,3 +168,18 @@ def test_an_exported_model_is_the_aligned_one(run: dict[str, Any], storage: Path
 def test_parquet_files_name_their_table(run: dict[str, Any]) -> None:
     file = next((stage(run, "pair-1") / "table").glob("*.parquet"))
     assert pq.read_schema(file).metadata[b"dtrpo.table"] == b"preference/v1"
+
+
+def test_real_text_with_the_real_tokenizer_trains_on_two_workers(shared_data: Path, tmp_path: Path) -> None:
+    """jobs/text.toml as it is shipped: real preference pairs, the Qwen2/SDAR tokenizer; the loss falls."""
+    words = [sys.executable, "-m", "dtrpo_ray", "train", str(ROOT / "jobs" / "text.toml"), "--json"]
+    words += ["--set", f"storage={tmp_path}", "--set", f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}"]
+    words += ["--set", f'task.files=["{shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json"}"]']
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = Path(json.loads(done.stdout.splitlines()[-1])["directory"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 33))  # 64 pairs, 4 epochs, 8 pairs a step
+    first, last = ([row["loss"] for row in rows][part] for part in (slice(0, 8), slice(-8, None)))
+    assert sum(last) < 0.8 * sum(first)
+    assert json.loads((folder / "model" / "config.json").read_text())["mask_token_id"] == 151669

@@ -1,7 +1,8 @@
 """Countdown: reach a target from numbers with + - * /, each used once; puzzles by combining numbers drawn at random.
 
-A prompt is the numbers and then the target ("15,44,79,50"); a response is one equation per step, results usable
-further on ("44-15=29,79-29=50"). All values are integers from 0 up; the last result is the target.
+A prompt is the numbers and then the target, closed by a colon ("15,44,79,50:"), without which the target's digits would
+run into the answer's; a response is one equation per step, results usable further on ("44-15=29,79-29=50"). All values
+are integers from 0 up; the last result is the target. `score` and the split rule take a prompt without its colon too.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from dtrpo_ray.errors import DataError
 
-ALPHABET = "0123456789,+-*/="
+ALPHABET = "0123456789,+-*/=:"
+END = ":"  # of a prompt
 RESPONSE_CHARS = 36  # the longest answer of `generate`, for four numbers
 FIXED_LENGTH = False  # an end-of-sequence token closes the response
 
@@ -32,15 +34,16 @@ def is_test_prompt(prompt: str) -> bool:
 
     The numbers are sorted first (as text), so that no reordering of a held-out puzzle is trained on.
     """
-    *numbers, target = prompt.split(",")
+    *numbers, target = prompt.removesuffix(END).split(",")
     return int(hashlib.sha256(",".join([*sorted(numbers), target]).encode()).hexdigest(), 16) % 10 < 3
 
 
 def score(prompt: str, response: str) -> float:
     """1.0 if the equations hold, use every number once and end in the target, else 0.0. Any derivation counts."""
-    if len(response) > _LONGEST or not _PROMPT.fullmatch(prompt):
+    puzzle = prompt.removesuffix(END)
+    if len(response) > _LONGEST or not _PROMPT.fullmatch(puzzle):
         return 0.0
-    *pool, target = map(int, prompt.split(","))
+    *pool, target = map(int, puzzle.split(","))
     for equation in response.split(","):
         parts = _EQUATION.fullmatch(equation)
         if parts is None:
@@ -78,7 +81,7 @@ def generate(count: int, split: str, numbers: int, seed: int) -> list[dict[str, 
     while len(rows) < count:
         drawn = [rng.randint(*_NUMBERS) for _ in range(numbers)]
         target, answer = _combine(drawn, rng)
-        prompt = ",".join(map(str, [*drawn, target]))
+        prompt = ",".join(map(str, [*drawn, target])) + END
         if _TARGETS[0] <= target <= _TARGETS[1] and is_test_prompt(prompt) == (split == "test"):
             rows.append({"prompt": prompt, "answer": answer})
     return rows
@@ -111,9 +114,10 @@ def read_public(path: Path) -> list[dict[str, str]]:
             record = json.loads(line)
             given, output = record["input"], record["output"]
             is_target = re.fullmatch("[0-9]+", output) is not None
-            row = {"prompt": f"{given},{output}", "answer": ""} if is_target else {"prompt": given, "answer": output}
-            if not _PROMPT.fullmatch(row["prompt"]):
+            puzzle, answer = (f"{given},{output}", "") if is_target else (given, output)
+            if not _PROMPT.fullmatch(puzzle):
                 raise ValueError(f"input {given!r}")
+            row = {"prompt": puzzle + END, "answer": answer}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}:{number}: not a row of a Countdown test file ({error!r}); expected input and output"

@@ -38,7 +38,8 @@ def is_test_grid(grid: str) -> bool:
 def all_grids() -> tuple[str, ...]:
     """All 288 completed grids in lexicographic order."""
     rows = ["".join(p) for p in itertools.permutations("1234")]
-    return tuple(g for four in itertools.product(rows, repeat=4) if is_grid(g := "".join(four)))
+    bands = [a + b for a, b in itertools.product(rows, repeat=2) if len({*a[:2], *b[:2]}) == 4]  # two rows, two boxes
+    return tuple(g for a, b in itertools.product(bands, repeat=2) if is_grid(g := a + b))
 
 
 def score(prompt: str, response: str) -> float:

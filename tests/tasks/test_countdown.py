@@ -40,7 +40,7 @@ def derivations(numbers: tuple[int, ...], target: int) -> Iterator[str]:
 
 @cache
 def solutions(prompt: str) -> frozenset[str]:
-    *numbers, target = map(int, prompt.split(","))
+    *numbers, target = map(int, prompt.removesuffix(":").split(","))
     return frozenset(derivations(tuple(numbers), target))
 
 
@@ -111,7 +111,8 @@ def test_generated_puzzles_keep_their_split_their_ranges_and_their_answers(
     assert all(countdown.score(row["prompt"], row["answer"]) == 1.0 for row in rows)
     assert all(countdown.is_test_prompt(row["prompt"]) == (split == "test") for row in rows)
     for row in rows:
-        *given_numbers, target = map(int, row["prompt"].split(","))
+        assert row["prompt"].endswith(":")
+        *given_numbers, target = map(int, row["prompt"][:-1].split(","))
         assert len(given_numbers) == numbers
         assert 1 <= min(given_numbers) <= max(given_numbers) <= 99
         assert 10 <= target <= 99
@@ -149,7 +150,7 @@ def test_the_public_file_without_derivations_is_solvable() -> None:
         pytest.skip(f"{path} is not here")
     rows = countdown.read_public(path)
     assert len(rows) == 256
-    assert rows[0] == {"prompt": "30,100,93,23", "answer": ""}
+    assert rows[0] == {"prompt": "30,100,93,23:", "answer": ""}
     solved = [solutions(row["prompt"]) for row in rows]
     assert sum(map(bool, solved)) == 256
     assert all(countdown.score(r["prompt"], min(found)) == 1.0 for r, found in zip(rows, solved, strict=True))
