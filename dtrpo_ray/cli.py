@@ -43,9 +43,13 @@ def result(value: dict[str, Any], as_json: bool, human: str) -> None:
 
 
 @contextmanager
-def river(path: Path, overrides: list[str] | None, fresh: bool) -> Iterator["River"]:
-    """Validate the job, then bring up Ray and the pipeline."""
+def river(path: Path, overrides: list[str] | None, fresh: bool, needs: str | None = None) -> Iterator["River"]:
+    """Validate the job, then bring up Ray and the pipeline. `needs` names the section that the verb is about."""
     job = load_job(path, overrides or ())
+    if needs and getattr(job, needs) is None:
+        raise ConfigError(f"{path}: there is no [{needs}] section, so there is nothing to do here")
+    if needs == "eval" and job.task.type == "preferences":
+        raise ConfigError(f"{path}: task.type = 'preferences' has no verifier, so there is no accuracy to measure")
     from dtrpo_ray.pipeline import River
     from dtrpo_ray.session import ray_session
     from dtrpo_ray.stages import Store
@@ -58,7 +62,7 @@ def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
     """Register a verb that runs the pipeline up to a stage."""
 
     def verb(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-        with river(job, overrides, fresh) as stages:
+        with river(job, overrides, fresh, name if name in ("sft", "rollout") else None) as stages:
             pick(stages)
             lineage = stages.lineage()
         last = lineage[-1]
@@ -105,7 +109,7 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
 @app.command("eval")
 def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
     """Base against aligned on held-out prompts, at every decoding budget."""
-    with river(job, overrides, fresh) as stages:
+    with river(job, overrides, fresh, "eval") as stages:
         value = stages.evaluate()
     result({"verb": "eval", **value}, as_json, evaluation_text(value))
 

@@ -26,7 +26,7 @@ def vocabulary(job: Job) -> int | None:
         for name in ("tokenizer.json", "vocab.json"):
             if (file := job.model.tokenizer / name).exists():
                 record = json.loads(file.read_text())
-                base = record["model"]["vocab"] if "model" in record else record
+                base = record["model"]["vocab"] if name == "tokenizer.json" else record
                 added = job.model.tokenizer / "added_tokens.json"
                 extra = json.loads(added.read_text()) if added.exists() else {}
                 return -(-len({**base, **extra}) // 8) * 8
@@ -50,7 +50,9 @@ def plan(job: Job) -> dict[str, Any]:
     if job.rollout:
         made = job.rollout.num_prompts * job.rollout.num_samples
         stages["rollout"] = {"trajectories": made, "rounds": job.rounds, "actors": job.cluster.num_actors}
-    rows = job.rollout.num_prompts * job.pair.max_pairs_per_prompt if job.rollout else None
+    rows = None
+    if job.rollout:  # pairs are made within a setting
+        rows = job.rollout.num_prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
     stages["train"] = {**training(job.train, job.cluster.num_workers, count, rows), "rounds": job.rounds}
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"

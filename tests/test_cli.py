@@ -37,6 +37,7 @@ def test_help_names_every_verb() -> None:
         (["train", DEMO, "--set", "train.lrr=1"], "unknown field train.lrr"),
         (["plan", DEMO, "--set", "train.global_batch=7"], "does not divide"),
         (["serve", "nowhere"], "no such job file"),
+        (["sft", DEMO, "--set", "sft={}", "--set", "model={path='.'}"], "[sft] trains model.init from scratch"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(words: list[str], message: str) -> None:
@@ -44,6 +45,22 @@ def test_a_mistake_is_one_message_and_exit_code_2(words: list[str], message: str
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"), [("sft", "no [sft] section"), ("rollout", "no [rollout] section"), ("eval", "has no verifier")]
+)
+def test_a_verb_that_has_nothing_to_do_says_so_before_anything_starts(verb: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("")
+    text = (
+        f'name = "t"\nstorage = "{tmp_path}/runs"\n[task]\ntype = "preferences"\nfiles = ["{tmp_path}/pairs.jsonl"]\n'
+    )
+    text += f'[model]\ntokenizer = "{tmp_path}"\n[model.init]\n[train.objective]\nschedule = "random"\n'
+    (tmp_path / "job.toml").write_text(text)
+    done = dtrpo(verb, str(tmp_path / "job.toml"))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("words", [["trian", DEMO], ["train", DEMO, "--nope"], ["train"]])

@@ -6,7 +6,7 @@ import pytest
 
 from dtrpo_ray.config import ModelInit, TrainConfig, load_job
 from dtrpo_ray.models.registry import build_model
-from dtrpo_ray.plan import parameters, plan, training
+from dtrpo_ray.plan import parameters, plan, training, vocabulary
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
 
@@ -34,3 +34,9 @@ def test_steps_forwards_and_memory() -> None:
 
 def test_the_demo_has_the_models_size() -> None:
     assert plan(load_job(DEMO))["parameters"] < 2_000_000
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_files(shared_data: Path) -> None:
+    settings = [f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}", "task.files=['jobs/text.toml']"]
+    job = load_job(Path(__file__).parents[1] / "jobs" / "text.toml", settings)
+    assert vocabulary(job) == 151_672  # 151,669 tokens and the mask, to a multiple of 8

@@ -1,6 +1,8 @@
 """The README's map is the tree, its commands exist, and no page names a file that is not there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,12 @@ def test_links_to_files_hold() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_job_reference_is_what_the_types_say() -> None:
+    words = [sys.executable, str(ROOT / "docs" / "jobs.py"), "--print"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said == (ROOT / "docs" / "jobs.md").read_text(), "run `python docs/jobs.py`"
 
 
 def test_every_init_is_empty() -> None:
