@@ -63,7 +63,8 @@ def build_batch(
     """Sample one state per block for each side of each row and pack.
 
     A row has `row_id`, `epoch`, `prompt_ids`, `chosen_ids`, `chosen_steps` (or None) and, for pair objectives, the
-    same of `rejected`; `row_weight` defaults to 1. The draws depend on (seed, row_id, epoch, side) alone.
+    same of `rejected`; `row_weight` defaults to 1. The draws depend on (seed, row_id, epoch) alone, and both sides take
+    the same ones: each side's estimate stays what it is, and what the sides share cancels in their difference.
 
     Raises DataError where an objective needs recorded steps and a row has none.
     """
@@ -91,7 +92,7 @@ def _draw_state(
     block_size: int,
     seed: int,
 ) -> State:
-    rng = row_generator(seed, row["row_id"], row["epoch"], side)
+    rng = row_generator(seed, row["row_id"], row["epoch"], "state")
     blocks = block_slices(prompt_len, response_len, block_size)
     if objective.type != "dtrpo":
         return sample_elbo_state(response_len, blocks, rng)
