@@ -215,7 +215,8 @@ def run(
         from dtrpo_ray import demo
 
         with demo.served(stages) as (url, answer):
-            say(f"asked {url}: {answer['prompt']} -> {answer['text']}" + (" (correct)" if answer["correct"] else ""))
+            verdict = {True: " (correct)", False: " (wrong)", None: ""}[answer["correct"]]
+            say(f"asked {url}: {answer['prompt']} -> {answer['text']}{verdict}")
             page = _write_report(stages, answer)
             value |= {"page": str(page), "answer": answer, "lineage": stages.lineage()}
             if keep_serving:

@@ -29,7 +29,10 @@ def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
         body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(stages), "temperature": 0}
         key = min(read_keys(config.api_key_file), default=None)
         text = _post(f"{url}/v1/completions", body, key)["choices"][0]["text"]
-        yield url, {"url": url, "prompt": prompt, "text": text, "correct": score and bool(score(prompt, text) >= 1)}
+        yield (
+            url,
+            {"url": url, "prompt": prompt, "text": text, "correct": bool(score(prompt, text) >= 1) if score else None},
+        )
     finally:
         stop()
 

@@ -98,7 +98,7 @@ def decode(
             fn_constructor_kwargs={"job": job, "sharers": cluster.num_actors},
             batch_size=batch_size,
             batch_format="pyarrow",
-            concurrency=cluster.num_actors,
+            compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
             num_cpus=1,
             num_gpus=1 if gpu else 0,
             runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},

@@ -56,10 +56,11 @@ def sha256_file(path: Path) -> str:
 
 
 class Store:
-    """The folder of stages of a storage path. `fresh` ignores what is finished, once for each stage."""
+    """The folder of stages of a storage path. A stage is looked for, or with `fresh` made anew, once in a command."""
 
     def __init__(self, root: Path, fresh: bool = False, announce: Callable[[str], None] = print) -> None:
         self.root, self.fresh, self.announce = root / "stages", fresh, announce
+        self._known: dict[str, Stage] = {}
 
     def stage(
         self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: Callable[[Path], dict[str, Any]]
@@ -70,6 +71,18 @@ class Store:
         only if each hash still holds.
         """
         key = sha256_json({"stage": name, "inputs": inputs, "contract": CODE_CONTRACT})
+        if key not in self._known:
+            self._known[key] = self._find_or_make(name, key, inputs, outputs, make)
+        return self._known[key]
+
+    def _find_or_make(
+        self,
+        name: str,
+        key: str,
+        inputs: dict[str, Any],
+        outputs: Iterable[str],
+        make: Callable[[Path], dict[str, Any]],
+    ) -> Stage:
         path = self.root / f"{name}-{key[:12]}"
         if self.fresh:
             for old in (path, _partial(path)):

@@ -24,11 +24,21 @@ def fail(folder: Path) -> dict[str, Any]:
 
 
 def test_the_same_inputs_are_made_once(tmp_path: Path) -> None:
-    store = Store(tmp_path, announce=quiet)
-    first = store.stage("s", {"a": 1}, ["*.txt"], make)
-    again = store.stage("s", {"a": 1}, ["*.txt"], fail)
+    first = Store(tmp_path, announce=quiet).stage("s", {"a": 1}, ["*.txt"], make)
+    again = Store(tmp_path, announce=quiet).stage("s", {"a": 1}, ["*.txt"], fail)
     assert (first.reused, again.reused) == (False, True)
     assert (first.key, first.digest, first.summary) == (again.key, again.digest, again.summary)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_command_asks_for_a_stage_many_times_and_makes_it_once(tmp_path: Path, fresh: bool) -> None:
+    Store(tmp_path, announce=quiet).stage("s", {}, ["*.txt"], make)
+    made: list[Path] = []
+    said: list[str] = []
+    store = Store(tmp_path, fresh, said.append)
+    for _ in range(3):
+        assert store.stage("s", {}, ["*.txt"], lambda folder: made.append(folder) or make(folder)).reused != fresh
+    assert (len(made), len(said)) == (int(fresh), 1)
 
 
 def test_other_inputs_are_another_stage(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_rows_together_are_rows_alone_in_float32(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("name", ["steps", "tokens", "unit", "random", "elbo"])
 def test_what_the_sides_share_cancels_at_every_draw(policy: SDAR, reference: SDAR, name: str) -> None:
-    """Sides that were unmasked alike differ in nothing: no draw may tell them apart (with draws of their own it would)."""
+    """Sides that were unmasked alike differ in nothing, so no draw may tell them apart."""
     twins = {**ROWS[0], "rejected_ids": ROWS[0]["chosen_ids"], "rejected_steps": ROWS[0]["chosen_steps"]}
     rows = [{**twins, "epoch": epoch} for epoch in range(8)]
     with torch.no_grad():
