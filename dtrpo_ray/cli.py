@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 bench = typer.Typer(help="Compare two ways in one run, on the same weights and data, and print the ratio.")
 app.add_typer(bench, name="bench")
 
@@ -239,7 +241,7 @@ def _write_report(stages: "River", answer: dict[str, Any] | None) -> Path:
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, Ctrl-C is 130, anything else is ours."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except DtrpoError as error:
         say(f"error: {error}")
         sys.exit(2)
@@ -247,5 +249,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer turns Ctrl-C into the code it returns
         say("interrupted: finished stages are kept, and the same command goes on from here")
-        sys.exit(130)
+    sys.exit(code)

@@ -6,6 +6,7 @@ The driver lays out the data (`dataset.shard`), Ray Train runs `_worker` on ever
 
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,30 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     metrics = stage.out / METRICS
     with watch(metrics, stage.label, num_steps):
         try:
-            trainer.fit()
+            _fit(trainer)
         except TrainingFailedError as error:
             raise TrainError(f"{stage.label}: training failed: {_root_message(error)}") from None
     return read_metrics(metrics)[-1]
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """`trainer.fit()`, in a thread: in the main one Ray puts a handler of its own on Ctrl-C, and leaves it there.
+
+    Ctrl-C is then ours from the first step to the last stage; the run goes down with the Ray session.
+    """
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    thread.join()
+    for error in failures:
+        raise error
 
 
 def _root_message(error: TrainingFailedError) -> str:

@@ -86,3 +86,11 @@ def test_plan_prints_derived_numbers_as_one_json_line() -> None:
 
 def test_check_reports_a_valid_job() -> None:
     assert json.loads(dtrpo("check", DEMO, "--json").stdout.splitlines()[-1]) == {"job": "demo", "task": "sudoku"}
+
+
+def test_ctrl_c_is_one_message_and_exit_code_130() -> None:
+    code = f"import sys, dtrpo_ray.cli as cli; sys.argv = ['dtrpo', 'check', {DEMO!r}]\n"
+    code += "def interrupted(*_): raise KeyboardInterrupt\ncli.load_job = interrupted\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "interrupted: finished stages are kept, and the same command goes on from here"
