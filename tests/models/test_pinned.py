@@ -42,7 +42,6 @@ def test_a_seed_gives_the_weights_it_always_gave() -> None:
     state = {name.removeprefix("lm."): value for name, value in build_model(DEMO, seed=3).state_dict().items()}
     assert len(state) == 47
     assert digest(state) == "97803c632244f350"
-    assert digest(state) != digest(dict(build_model(DEMO, seed=4).state_dict()))
 
 
 @torch.no_grad()
