@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def load_model(
     if config.get("mask_token_id") is None and (cls.facts.mask_id or 0) >= config.get("vocab_size", 0):
         # a family whose config names no mask token, in another size than published: its tokenizer knows
         config |= {"mask_token_id": declared} if declared is not None else {}
-    with sharding.build() if sharding else nullcontext(), torch.device(device if sharding else "meta"):
+    with sharding.build() if sharding else torch.device("meta"):
         model = cls(config)
     if declared not in (None, model.mask_id):
         raise ModelError(
@@ -96,6 +95,15 @@ def save_model(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}  # what other loaders read it as
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy what stands beside the weights: tokenizer, chat template, generation defaults, the release's own code
+    (which is never run here). Not copied: weights of any format, their index, `config.json`, folders, a model card."""
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in ("config.json", "README.md"):
+            (out / file.name).write_bytes(file.read_bytes())
 
 
 def read_config(path: Path) -> dict[str, Any]:

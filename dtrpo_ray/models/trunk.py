@@ -58,6 +58,8 @@ class TrunkLM(DiffusionLM):
         try:
             keys = {k: v for k, v in config.items() if k not in NOT_OF_THE_TRUNK}
             trunk = self.trunk_config({**keys, "attn_implementation": "sdpa"})
+            # the grouped kernel refuses weights that start at odd addresses, as those gathered by ZeRO-3 do
+            trunk._experts_implementation = "eager"
         except ModelError:
             raise
         except Exception as error:  # transformers checks its configs with a library of its own
@@ -105,8 +107,8 @@ class TrunkLM(DiffusionLM):
 
     def pieces(self) -> Iterator[Piece]:
         for name in self.lm.state_dict():
-            if not (self.tied and name == "lm_head.weight"):
-                yield from self.upstream(name)
+            if not (self.tied and name == "lm_head.weight") and ".lora_" not in name:
+                yield from self.upstream(name.replace(".base_layer.", "."))  # a weight under an adapter is itself
 
     def upstream(self, name: str) -> Iterator[Piece]:
         """The pieces of one tensor of the trunk, in the order of its elements; by default its upstream twin."""
