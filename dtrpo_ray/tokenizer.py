@@ -9,13 +9,15 @@ from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dtrpo_ray.errors import DataError, ModelError
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
 # SDAR's, Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
 MASK_SPELLINGS = (MASK, "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
+
+QWEN2_BY_ANOTHER_NAME = ("DreamTokenizer",)  # a copy of Qwen2's class that a release ships as remote code
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -32,10 +34,17 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, without remote code. Raises ModelError if there is none."""
     try:
+        if _named_class(path) in QWEN2_BY_ANOTHER_NAME:
+            return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a broken file gives anything from KeyError to the tokenizers library's bare Exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: no usable tokenizer ({reason})") from None
+
+
+def _named_class(path: Path) -> str | None:
+    file = path / "tokenizer_config.json"
+    return json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

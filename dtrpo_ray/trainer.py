@@ -4,10 +4,7 @@ The driver lays out the data (`dataset.shard`), Ray Train runs `_worker` on ever
 `loop.run` over a DeepSpeed engine. A stage that was cut off resumes from the last checkpoint in its folder.
 """
 
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from dtrpo_ray.metrics import MetricsLog, read_metrics
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
+from dtrpo_ray.stages import whole_folder
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 METRICS, MODEL, ADAPTER = "metrics.jsonl", "model", "adapter"
@@ -143,23 +141,12 @@ def _write_model(backend: DeepSpeedBackend, config: TrainConfig, base: Path, out
     if rank != 0:
         return
     if config.lora:
-        with _complete(out / ADAPTER) as folder:
+        with whole_folder(out / ADAPTER) as folder:
             save_adapter(model, config.lora, str(base), folder)
         merge_adapters(model)
-    with _complete(out / MODEL) as folder:
+    with whole_folder(out / MODEL) as folder:
         copy_companions(base, folder)
         save_model(model, folder)
-
-
-@contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
-    """A folder to fill, under its final name once it is full."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
 
 
 def _ignore(row: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """lora: off is the base to the bit, on is what the adapters say, merged is on, and the PEFT files say the same."""
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,11 @@ def trained(model: DiffusionLM) -> DiffusionLM:
 
 
 @pytest.fixture(params=sorted(FAMILIES))
-def adapted(request: pytest.FixtureRequest) -> Iterator[tuple[DiffusionLM, LoraConfig]]:
+def adapted(request: pytest.FixtureRequest) -> tuple[DiffusionLM, LoraConfig]:
     model = build_model(CONFIGS[request.param], seed=1).eval()
     config = LoraConfig(rank=4, alpha=6.0, targets=targets(request.param))  # type: ignore[arg-type]
     add_adapters(model, config, seed=2)
-    yield model, config
+    return model, config
 
 
 @torch.no_grad()
@@ -97,7 +96,10 @@ def test_the_adapter_file_is_the_difference_of_the_published_tensors(
     model, config = adapted
     trained(model)
     save_adapter(model, config, "a/base", tmp_path)
-    adapter, record = load_file(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
+    adapter, record = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+    )
     assert (record["r"], record["lora_alpha"], record["peft_type"]) == (4, 6.0, "LORA")
     assert record["base_model_name_or_path"] == "a/base"
     for number, lm in enumerate((build_model(model.config, seed=1), model)):
@@ -150,8 +152,10 @@ def test_peft_reads_the_joint_rank_of_a_fused_tensor(tmp_path: Path, cut: str) -
     other: Any = PeftModel.from_pretrained(tree, str(tmp_path)).merge_and_unload()
     for name, value in other.state_dict().items():
         assert torch.allclose(value, expected[name], atol=1e-5), name
-    assert not torch.equal(other.state_dict()["model.layers.0.attention.query_key_value.weight"],
-                           weights["model.layers.0.attention.query_key_value.weight"])
+    assert not torch.equal(
+        other.state_dict()["model.layers.0.attention.query_key_value.weight"],
+        weights["model.layers.0.attention.query_key_value.weight"],
+    )
     assert (tmp_path / cut).is_file()
 
 
@@ -208,9 +212,16 @@ def test_targets_are_the_familys_and_refused_where_they_mean_nothing() -> None:
     for targets_ in ("attention", "mlp", "attention+mlp", "mlp+output"):
         model = build_model(CONFIGS["llada"], seed=1)
         add_adapters(model, LoraConfig(rank=2, targets=targets_), seed=0)  # type: ignore[arg-type]
-        chosen[targets_] = {n.split(".lora_A")[0].rpartition(".")[2] for n, _ in model.named_parameters() if "lora_A" in n}
+        chosen[targets_] = {
+            n.split(".lora_A")[0].rpartition(".")[2] for n, _ in model.named_parameters() if "lora_A" in n
+        }
     attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
-    assert chosen == {"attention": attention, "mlp": mlp, "attention+mlp": attention | mlp, "mlp+output": mlp | {"lm_head"}}
+    assert chosen == {
+        "attention": attention,
+        "mlp": mlp,
+        "attention+mlp": attention | mlp,
+        "mlp+output": mlp | {"lm_head"},
+    }
     with pytest.raises(ConfigError, match=r"lora.targets = 'mlp\+output': sdar_moe has routed experts alone"):
         add_adapters(build_model(CONFIGS["sdar_moe"]), LoraConfig(targets="mlp+output"), seed=0)
     with pytest.raises(ConfigError, match="output head is its embedding"):
