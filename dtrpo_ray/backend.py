@@ -5,6 +5,7 @@ weight of the GLOBAL batch), clip, and answer the same calls, so the loop does n
 """
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,18 +111,44 @@ def deepspeed_config(config: TrainConfig, num_workers: int, bf16: bool) -> dict[
     }
 
 
+class Zero3Sharding:
+    """How a model is built and filled under ZeRO-3: each rank holds its part alone, rank 0 reads the files.
+
+    It is made in a process group, and used as `models.checkpoint.Sharding`.
+    """
+
+    def __init__(self, config: TrainConfig, num_workers: int, device: torch.device) -> None:
+        self._deepspeed = _import_deepspeed(device)
+        self._deepspeed.init_distributed(auto_mpi_discovery=False)  # finds the group that is there
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        self._config = deepspeed_config(config, num_workers, bf16)
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        self.rank = torch.distributed.get_rank()
+
+    def build(self) -> AbstractContextManager[Any]:
+        return self._deepspeed.zero.Init(config_dict_or_path=self._config, dtype=self._dtype)
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError("DeepSpeed is missing; pip install --no-build-isolation 'dtrpo-ray[deepspeed]'") from None
+    return deepspeed
+
+
 class DeepSpeedBackend:
     """A DeepSpeed engine over the process group that Ray Train has set up."""
 
     def __init__(
         self, model: DiffusionLM, config: TrainConfig, num_steps: int, num_workers: int, device: torch.device
     ) -> None:
-        if device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import
-        try:
-            import deepspeed
-        except ImportError:
-            raise ConfigError("DeepSpeed is missing; pip install --no-build-isolation 'dtrpo-ray[deepspeed]'") from None
+        deepspeed = _import_deepspeed(device)
         self.device, self.num_workers = device, num_workers
         bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         optimizer = _optimizer(model, config)

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,17 +138,51 @@ def export(
     job: JobFile,
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
+    merged: Annotated[bool, typer.Option("--merged", help="A LoRA job: the whole model, adapters added in.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as trained if absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the aligned model as a model directory with its tokenizer and a model card."""
+    """Write the aligned model (a LoRA job: its PEFT adapter) with its tokenizer and a model card."""
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
-    from dtrpo_ray.export import export_model
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
+    parsed = load_job(job, overrides or ())
+    adapter = parsed.train.lora is not None and not merged
+    if adapter and parsed.rounds > 1:
+        raise ConfigError(
+            f"{parsed.name}: each of its {parsed.rounds} rounds has its own base: export it with --merged"
+        )
+    from dtrpo_ray.export import export_adapter, export_model
 
     with river(job, overrides, False) as stages:
         aligned = stages.aligned
-        export_model(aligned.path, out, stages.job, stages.lineage())
+        lineage, curves = stages.lineage(), stages.curves()
+        if adapter:
+            export_adapter(aligned.path.parent / "adapter", out, stages.job, lineage, curves)
+        else:
+            export_model(aligned.path, out, stages.job, lineage, curves, dtype)
     result({"verb": "export", "directory": str(out), "model_hash": aligned.digest}, as_json, f"wrote {out}")
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the model families: what is published of them, and where it was read."""
+    from dtrpo_ray.models.registry import FAMILIES, family
+
+    known = [asdict(family(model_type).facts) for model_type in FAMILIES]
+    lines = []
+    for facts in known:
+        block = f"{facts['block_key']}, {facts['block_size'] or 'no default'}"
+        grid = "response" if facts["block_origin"] == "response" else "sequence"
+        lines += [
+            f"{facts['model_type']}  ({facts['releases']})",
+            f"    trunk {facts['trunk']}, attention {facts['attention']}, shift {facts['shift']}",
+            f"    block {block}, on a grid from the start of the {grid}",
+            f"    mask token {facts['mask_id'] or 'from config.json'}, end {facts['eos_id'] or 'from config.json'}",
+            *(f"    source: {source}" for source in facts["sources"]),
+        ]
+    result({"verb": "models", "families": known}, as_json, "\n".join(lines))
 
 
 @app.command()

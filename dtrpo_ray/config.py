@@ -115,6 +115,16 @@ class Objective(_Section):
     """Tokens unmasked per denoising step of the random schedule."""
 
 
+class LoraConfig(_Section):
+    """Train low-rank adapters and leave the base as it is; the reference is then the base itself, without a copy."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    """The adapter's product is scaled by alpha / rank."""
+    targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] = "attention+mlp"
+    """Which linear modules get adapters; the names are the family's."""
+
+
 class TrainConfig(_Section):
     """One training stage. Batches are counted in rows: pairs, or examples for sft."""
 
@@ -134,6 +144,8 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    lora: LoraConfig | None = None
+    """Present: train adapters; absent: train every weight."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPU, fp32 on CPU."""
     log_every: int = Field(1, ge=1)

@@ -16,7 +16,7 @@ from dtrpo_ray import evaluation, prepare, trainer
 from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.metrics import read_metrics
-from dtrpo_ray.models.registry import build_model, read_config, save_model
+from dtrpo_ray.models.registry import build_model, read_config, save_model, skeleton
 from dtrpo_ray.pairs import make_pairs
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
@@ -170,7 +170,7 @@ class River:
 
     def _make_imported_pairs(self, out: Path) -> dict[str, Any]:
         (out / TABLE).mkdir(exist_ok=True)
-        block_size = read_config(self.base.path)["block_size"]
+        block_size = skeleton(read_config(self.base.path)).block_size
         summary = prepare.write_preferences(self.job, load_tokenizer(self.base.path), block_size, out / TABLE)
         read_table(out / TABLE, PREFERENCE)
         return summary
@@ -198,7 +198,8 @@ class River:
             last = trainer.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
 
-        return _model_of(self._stage(name, inputs, [f"{MODEL}/*", METRICS], make))
+        outputs = [f"{MODEL}/*", METRICS, *([f"{trainer.ADAPTER}/*"] if config.lora else [])]
+        return _model_of(self._stage(name, inputs, outputs, make))
 
     def evaluate(self) -> dict[str, Any]:
         """The evaluation of base and aligned: {"table", "examples", "comparison"}."""

@@ -1,16 +1,23 @@
 """Text <-> ids, with the prompt/response boundary exact: both sides are tokenized apart and joined as ids."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dtrpo_ray.errors import DataError, ModelError
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
+# SDAR's, Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
+MASK_SPELLINGS = (MASK, "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
+
+QWEN2_BY_ANOTHER_NAME = ("DreamTokenizer",)  # a copy of Qwen2's class that a release ships as remote code
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -27,20 +34,57 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, without remote code. Raises ModelError if there is none."""
     try:
+        if _named_class(path) in QWEN2_BY_ANOTHER_NAME:
+            return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a broken file gives anything from KeyError to the tokenizers library's bare Exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: no usable tokenizer ({reason})") from None
 
 
+def _named_class(path: Path) -> str | None:
+    file = path / "tokenizer_config.json"
+    return json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+
+
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the mask token: declared, or SDAR's and Fast-dLLM's spelling. Raises ModelError if there is none."""
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
-    for spelling in ("<|MASK|>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>"):
+    for spelling in MASK_SPELLINGS:
         if spelling in tokenizer.get_vocab():
             return int(tokenizer.get_vocab()[spelling])
     raise ModelError("the tokenizer has no mask token; a diffusion model needs one")
+
+
+def declared_mask_id(path: Path) -> int | None:
+    """The mask token's id in the tokenizer files of a directory, read as JSON alone; None if they name none.
+
+    Raises ModelError where two files disagree.
+    """
+    found: dict[int, str] = {}
+    for name in ("tokenizer_config.json", "added_tokens.json", "tokenizer.json"):
+        try:
+            record = json.loads((path / name).read_text())
+        except FileNotFoundError:
+            continue
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path / name}: not valid JSON ({error})") from None
+        for token, token_id in _token_ids(record):
+            if token in MASK_SPELLINGS:
+                found.setdefault(int(token_id), name)
+    if len(found) > 1:
+        raise ModelError(f"{path}: the tokenizer files give the mask token two ids: {found}")
+    return next(iter(found), None)
+
+
+def _token_ids(record: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """(token, id) of the added tokens of any of the three files."""
+    for token_id, token in record.get("added_tokens_decoder", {}).items():
+        yield token["content"], token_id
+    for token in record.get("added_tokens", []):
+        yield token["content"], token["id"]
+    yield from ((token, token_id) for token, token_id in record.items() if isinstance(token_id, int))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

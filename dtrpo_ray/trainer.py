@@ -4,7 +4,6 @@ The driver lays out the data (`dataset.shard`), Ray Train runs `_worker` on ever
 `loop.run` over a DeepSpeed engine. A stage that was cut off resumes from the last checkpoint in its folder.
 """
 
-import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -17,16 +16,18 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dtrpo_ray import dataset, loop
-from dtrpo_ray.backend import DeepSpeedBackend
+from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding
 from dtrpo_ray.config import ClusterConfig, TrainConfig
 from dtrpo_ray.errors import TrainError
+from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.metrics import MetricsLog, read_metrics
-from dtrpo_ray.models.registry import load_model, save_model
+from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
+from dtrpo_ray.stages import whole_folder
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
-METRICS, MODEL = "metrics.jsonl", "model"
+METRICS, MODEL, ADAPTER = "metrics.jsonl", "model", "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,14 @@ def _worker(settings: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(context.get_local_world_size()))
     base, out = Path(settings["base"]), Path(settings["out"])
-    policy, reference = load_model(base), None
-    if config.objective.type != "sft":
-        reference = _frozen_reference(base, config, device)
+    sharding = Zero3Sharding(config, num_workers, device) if config.zero_stage == 3 else None
+    policy, reference = load_model(base, device=str(device), sharding=sharding), None
+    if config.lora:
+        add_adapters(policy, config.lora, settings["seed"])
     backend = DeepSpeedBackend(policy, config, num_steps, num_workers, device)
+    if config.objective.type != "sft":
+        lora = BaseReference(backend.policy, policy) if config.lora else None
+        reference = lora or _frozen_reference(base, config, device)
     start_step = _resume(backend)
     log = MetricsLog(out / METRICS, start_step) if rank == 0 else None
 
@@ -134,7 +139,7 @@ def _worker(settings: dict[str, Any]) -> None:
     batches = dataset.rank_batches(rows, config, num_workers, start_step)
     to_batch = loop.collate(config, policy, settings["seed"])
     loop.run(config, backend, reference, batches, to_batch, start_step, num_steps, log.write if log else _ignore, save)
-    _write_model(backend, base, out / MODEL, rank)
+    _write_model(backend, config, base, out, rank)
 
 
 def _frozen_reference(base: Path, config: TrainConfig, device: torch.device) -> Any:
@@ -151,18 +156,18 @@ def _resume(backend: DeepSpeedBackend) -> int:
         return int(backend.load(Path(folder))["step"])
 
 
-def _write_model(backend: DeepSpeedBackend, base: Path, out: Path, rank: int) -> None:
-    """The trained model beside its tokenizer, written by rank 0 under a temporary name."""
+def _write_model(backend: DeepSpeedBackend, config: TrainConfig, base: Path, out: Path, rank: int) -> None:
+    """The trained model beside its tokenizer, and a LoRA run's adapter, written by rank 0 under temporary names."""
     model = backend.full_model()
-    if rank == 0:
-        partial = out.with_name(out.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        for file in base.iterdir():
-            if file.name not in ("model.safetensors", "config.json"):
-                (partial / file.name).write_bytes(file.read_bytes())
-        save_model(model, partial)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.replace(out)
+    if rank != 0:
+        return
+    if config.lora:
+        with whole_folder(out / ADAPTER) as folder:
+            save_adapter(model, config.lora, str(base), folder)
+        merge_adapters(model)
+    with whole_folder(out / MODEL) as folder:
+        copy_companions(base, folder)
+        save_model(model, folder)
 
 
 def _ignore(row: dict[str, Any]) -> None:

@@ -1,16 +1,63 @@
-"""What the rest of the package knows of a model: four facts and two functions.
+"""What the rest of the package knows of a model: its facts, four numbers and two functions.
 
 A family (one file in this folder) wraps a transformers trunk and ends every quirk of its checkpoints here.
 Shapes: B rows, T tokens of a row, H hidden size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dtrpo_ray.likelihood import token_logps
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is published of a family: `dtrpo models` prints it. `sources` say where each fact was read.
+
+    `model_type` and `architectures` are what its `config.json` says of itself. `mask_id`, `eos_id` and `block_size`
+    count where the config names none; None: the config must. `block_key` is the config's name of the block size.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    releases: str
+    trunk: str
+    attention: Literal["block", "full"]
+    block_origin: Literal["global", "response"]
+    shift: Literal[0, 1]
+    block_key: str
+    block_size: int | None
+    mask_id: int | None
+    eos_id: int | None
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of the tensor `upstream` of a checkpoint are our tensor `ours` at the index `at`.
+
+    `stop` None is the last row; `at` () is all of ours. Most tensors are one piece: the same tensor by another name.
+    """
+
+    upstream: str
+    ours: str
+    start: int = 0
+    stop: int | None = None
+    at: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTargets:
+    """Names of the linear modules that adapters go to, by part of the model."""
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    output: tuple[str, ...] = ("lm_head",)
 
 
 class DiffusionLM(nn.Module, ABC):
@@ -23,6 +70,8 @@ class DiffusionLM(nn.Module, ABC):
     at position p - 1 predicts the token at p, else 0: callers read hidden states at `position - shift`.
     """
 
+    facts: ClassVar[Facts]
+    lora: ClassVar[LoraTargets]
     config: dict[str, Any]
     mask_id: int
     eos_id: int
@@ -49,6 +98,18 @@ class DiffusionLM(nn.Module, ABC):
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H], for the token that each hidden state predicts (see `shift`)."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """Where each tensor of a checkpoint goes, both ways: every element of every tensor of ours exactly once."""
+
+    def tied_tensors(self) -> tuple[str, str] | None:
+        """(head, embedding) in upstream names where the head is the embedding: a checkpoint may hold the head too."""
+        return None
+
+    def finish(self, device: torch.device | str) -> None:
+        """Called once the weights are in place: make what no checkpoint holds."""
+        del device
 
     def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Log of the token predictor mu [..., V] in float32, the mask token excluded.

@@ -6,61 +6,104 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.checkpoint import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
+from dtrpo_ray.tokenizer import declared_mask_id
 
-FAMILIES = {"sdar": "dtrpo_ray.models.sdar:SDAR"}  # config.json model_type -> module:class, imported on demand
+# config.json's model_type -> module:class, imported on demand; a new family is a file here and a line
+FAMILIES = {
+    "sdar": "dtrpo_ray.models.sdar:SDAR",
+    "sdar_moe": "dtrpo_ray.models.sdar_moe:SDARMoe",
+    "Fast_dLLM_Qwen": "dtrpo_ray.models.fast_dllm:FastDLLM",
+    "llada": "dtrpo_ray.models.llada:LLaDA",
+    "llada2_moe": "dtrpo_ray.models.llada2:LLaDA2",
+    "Dream": "dtrpo_ray.models.dream:Dream",
+}
+
+
+def family(model_type: str) -> type[DiffusionLM]:
+    """The class of a family. Raises KeyError for an unknown one."""
+    module, name = FAMILIES[model_type].split(":")
+    found: type[DiffusionLM] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def detect(config: dict[str, Any]) -> type[DiffusionLM]:
+    """The family of a `config.json`. Raises ModelError for an unknown one, or one that contradicts itself."""
+    known = ", ".join(FAMILIES)
+    if str(config.get("model_type")) not in FAMILIES:
+        raise ModelError(
+            f"config.json: model_type = {config.get('model_type')!r} is not supported; known: {known} (`dtrpo models`)"
+        )
+    cls = family(str(config["model_type"]))
+    named = config.get("architectures")
+    if named and not set(named) & set(cls.facts.architectures):
+        raise ModelError(
+            f"config.json: architectures = {named} is another model than model_type = {config['model_type']!r}, "
+            f"which is {', '.join(cls.facts.architectures)} here; known: {known} (`dtrpo models`)"
+        )
+    return cls
 
 
 def build_model(config: dict[str, Any], seed: int = 0) -> DiffusionLM:
     """A randomly initialised model of a `config.json`; the same seed gives the same weights."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise ModelError(f"config.json: model_type = {config.get('model_type')!r} is not supported; known: {known}")
-    module, name = family.split(":")
+    cls = detect(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: DiffusionLM = getattr(importlib.import_module(module), name)(config)
+        return cls(config)
+
+
+def skeleton(config: dict[str, Any]) -> DiffusionLM:
+    """The model of a `config.json` without weights (on the meta device): its numbers, names and shapes."""
+    cls = detect(config)
+    with torch.device("meta"):
+        return cls(config)
+
+
+def load_model(
+    path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", sharding: Sharding | None = None
+) -> DiffusionLM:
+    """Load `config.json` and the safetensors of a directory straight into `dtype` on `device`.
+
+    With `sharding` (ZeRO-3) every rank keeps its part alone. Raises ModelError for a missing file, pickled weights,
+    missing, surplus or misshapen tensors, by name, and a tokenizer of another model beside the weights.
+    """
+    config = read_config(path)
+    cls = detect(config)
+    declared = declared_mask_id(path)
+    if config.get("mask_token_id") is None and (cls.facts.mask_id or 0) >= config.get("vocab_size", 0):
+        # a family whose config names no mask token, in another size than published: its tokenizer knows
+        config |= {"mask_token_id": declared} if declared is not None else {}
+    with sharding.build() if sharding else torch.device("meta"):
+        model = cls(config)
+    if declared not in (None, model.mask_id):
+        raise ModelError(
+            f"{path}: the tokenizer's mask token is {declared}, and config.json's mask_token_id is {model.mask_id}; "
+            "one of them belongs to another model"
+        )
+    load_weights(model, path, dtype, device, sharding)
+    model.finish(device)
     return model
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionLM:
-    """Load `config.json` and `model.safetensors` of a directory.
-
-    Raises ModelError for a missing file, pickled weights, and missing, surplus or misshapen tensors, by name.
-    """
-    model = build_model(read_config(path))
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        pickled = ", ".join(sorted(p.name for p in path.glob("*.bin")))
-        hint = f"found {pickled}: convert it to safetensors first" if pickled else "run `dtrpo export` to write one"
-        raise ModelError(f"{path}: no model.safetensors; {hint}")
-    try:
-        tensors = load_file(weights, device=device)
-    except SafetensorError as error:
-        raise ModelError(f"{weights}: not a readable safetensors file ({error})") from None
-    own = {name.removeprefix("lm."): value for name, value in model.state_dict().items()}
-    tied = {"lm_head.weight"} if model.config.get("tie_word_embeddings") else set()
-    missing, surplus = sorted(own.keys() - tensors.keys() - tied), sorted(tensors.keys() - own.keys())
-    shapes = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    for problem, names in (("missing", missing), ("surplus", surplus), ("misshapen", shapes)):
-        if names:
-            raise ModelError(f"{weights}: {len(names)} {problem} tensor(s), first {names[0]}; is config.json its own?")
-    model.load_state_dict({f"lm.{name}": value for name, value in tensors.items()}, strict=not tied)
-    return model.to(device=device, dtype=dtype)
+def save_model(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `config.json` and the weights in the family's upstream names and keys into an existing directory."""
+    save_weights(model, path, max_shard_bytes)
+    config = dict(model.config)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}  # what other loaders read it as
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_model(model: DiffusionLM, path: Path) -> None:
-    """Write `config.json` and `model.safetensors` in the family's upstream layout into an existing directory."""
-    state = {n.removeprefix("lm."): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    if model.config.get("tie_word_embeddings"):
-        state.pop("lm_head.weight", None)
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy what stands beside the weights: tokenizer, chat template, generation defaults, the release's own code
+    (which is never run here). Not copied: weights of any format, their index, `config.json`, folders, a model card."""
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in ("config.json", "README.md"):
+            (out / file.name).write_bytes(file.read_bytes())
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_broken_files_are_named(saved: Path) -> None:
         load_model(saved)
 
 
-@pytest.mark.parametrize("model_type", [None, "llama", "sdar_moe", "SDAR"])
+@pytest.mark.parametrize("model_type", [None, "llama", "SDAR"])
 def test_an_unknown_family_is_named_with_the_known_ones(tiny_config: Json, model_type: str | None) -> None:
     with pytest.raises(ModelError, match=rf"model_type = {model_type!r} is not supported; known: sdar"):
         build_model(tiny_config | {"model_type": model_type})

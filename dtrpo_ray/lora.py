@@ -1,0 +1,143 @@
+"""LoRA through peft on any family: adapters in, the reference as the same policy without them, PEFT files out.
+
+The adapters sit on the trunk's linear modules; what is written names the modules of the published layout, so that
+peft finds them in the release's own code.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dtrpo_ray.config import LoraConfig
+from dtrpo_ray.errors import ConfigError, ModelError
+from dtrpo_ray.models.base import DiffusionLM, Piece
+
+ADAPTER_FILE = "adapter_model.safetensors"
+NAME = "default"  # peft's name of an only adapter
+
+
+def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
+    """The names of linear modules that `config.targets` means in this family. Raises ConfigError if there are none."""
+    parts = {
+        "attention": model.lora.attention,
+        "mlp": model.lora.mlp,
+        "attention+mlp": (*model.lora.attention, *model.lora.mlp),
+        "mlp+output": (*model.lora.mlp, *model.lora.output),
+    }
+    if config.targets.startswith("mlp") and not model.lora.mlp:
+        raise ConfigError(
+            f"lora.targets = {config.targets!r}: {model.facts.model_type} has routed experts alone, which take no "
+            "adapters; use 'attention'"
+        )
+    if config.targets == "mlp+output" and model.tied_tensors():
+        raise ConfigError(
+            f"lora.targets = {config.targets!r}: this model's output head is its embedding, and merging would change "
+            "both; use 'mlp'"
+        )
+    return list(parts[config.targets])
+
+
+def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
+    """Freeze the model and put trainable adapters on it, which change nothing until they are trained (B is zero).
+
+    The same seed gives the same adapters on every rank.
+    """
+    peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=target_modules(model, config))
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # into our model, not into the trunk: peft rewrites the targets of a mixture of experts that it recognises
+        inject_adapter_in_model(peft, model, NAME)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+
+
+def _layers(model: DiffusionLM) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+@contextmanager
+def adapters_off(model: DiffusionLM) -> Iterator[None]:
+    """Inside, the model is the base it was."""
+    # peft's own switch also turns requires_grad off and on, which DeepSpeed's hooks read
+    layers: list[Any] = [layer for _, layer in _layers(model)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class BaseReference:
+    """The reference of a LoRA run: the policy with its adapters off, so that no second model is held.
+
+    `policy` is what is called (the model, or the engine around it); attributes are the model's.
+    """
+
+    def __init__(self, policy: Callable[..., Tensor], model: DiffusionLM) -> None:
+        self._policy, self._model = policy, model
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with adapters_off(self._model):
+            return self._policy(*inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def merge_adapters(model: DiffusionLM) -> None:
+    """Add each adapter to its weight and take it off; the model is an ordinary one again."""
+    for name, layer in list(_layers(model)):
+        merging: Any = layer
+        merging.merge()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
+
+
+def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder; `base` is named in it.
+
+    Where the published layout fuses what is several modules here (LLaDA2's q, k and v), the adapters become one of
+    their joint rank: A stacked, B block-diagonal, the same product.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for piece in model.pieces():
+        pieces.setdefault(piece.upstream, []).append(piece)
+    layers = {f"{name}.weight": layer for name, layer in _layers(model)}
+    tensors, ranks, modules = dict[str, Tensor](), dict[str, int](), list[str]()
+    for upstream, parts in pieces.items():
+        adapted = [layers[p.ours] for p in parts if p.ours in layers]
+        if not adapted:
+            continue
+        if len(adapted) < len(parts):
+            raise ModelError(f"{upstream}: adapters on a part of it have no PEFT form; target all of its parts")
+        module = upstream.removesuffix(".weight")
+        a, b = ([getattr(layer, f"lora_{x}")[NAME].weight.detach().cpu() for layer in adapted] for x in "AB")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(a).contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.block_diag(*b).contiguous()
+        modules.append(module)
+        if len(adapted) > 1:
+            ranks[rf".*\.{re.escape(module.rpartition('.')[2])}"] = config.rank * len(adapted)
+    save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
+    peft = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=modules,
+        rank_pattern=ranks,
+        alpha_pattern={name: config.alpha * rank / config.rank for name, rank in ranks.items()},
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    peft.save_pretrained(str(path))

@@ -1,0 +1,42 @@
+"""Fast-dLLM v2: a Qwen2.5 trunk with block attention and the autoregressive shift.
+
+Three traps of the release: the mask token is `|<MASK>|` (the pipes outside) and config.json does not name its id; the
+block size is called `bd_size`; padding is the end-of-turn token in config.json and another in generation_config.json.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+
+from dtrpo_ray.models.base import Facts
+from dtrpo_ray.models.trunk import TrunkLM
+
+
+class FastDLLM(TrunkLM):
+    """Block-diffusion Qwen2.5, tokens predicted from the state before them."""
+
+    facts = Facts(
+        model_type="Fast_dLLM_Qwen",
+        architectures=("Fast_dLLM_QwenForCausalLM",),
+        releases="Fast_dLLM_v2_1.5B, Fast_dLLM_v2_7B",
+        trunk="Qwen2",
+        attention="block",
+        block_origin="global",
+        shift=1,
+        block_key="bd_size",
+        block_size=32,
+        mask_id=151665,
+        eos_id=151645,
+        sources=(
+            "Satgoy152/DualDiffusion: config.json, modeling.py, tokenizer and tensor index of Fast_dLLM_v2_7B",
+            "arXiv 2509.26328",
+        ),
+    )
+    trunk = Qwen2ForCausalLM
+
+    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
+        return Qwen2Config(**keys)
+
+    def trunk_mask(self, mask: Tensor) -> Any:
+        return {"full_attention": mask}

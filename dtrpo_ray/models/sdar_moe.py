@@ -1,0 +1,46 @@
+"""SDAR-MoE (SDAR-30B-A3B): SDAR on transformers' Qwen3-MoE trunk, whose experts are stacked in memory.
+
+Its published config.json names neither a block size nor a mask token; block size 4 and mask 151669 are those of the
+release's own generation script and tokenizer. A release with other blocks needs `block_size` in its config.json.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from dtrpo_ray.models.base import Facts, LoraTargets, Piece
+from dtrpo_ray.models.trunk import QWEN_LORA, QWEN_SIZES, TrunkLM, split_experts
+
+
+class SDARMoe(TrunkLM):
+    """Block-diffusion Qwen3-MoE. Adapters reach its attention; the routed experts are no linear modules."""
+
+    facts = Facts(
+        model_type="sdar_moe",
+        architectures=("SDARMoeForCausalLM",),
+        releases="SDAR-30B-A3B-Chat",
+        trunk="Qwen3-MoE",
+        attention="block",
+        block_origin="global",
+        shift=0,
+        block_key="block_size",
+        block_size=4,
+        mask_id=151669,
+        eos_id=151643,
+        sources=(
+            "JetAstra/SDAR: config.json, tokenizer and tensor index of SDAR-30B-A3B-Chat",
+            "transformers: modeling_qwen3_moe.py",
+        ),
+    )
+    trunk = Qwen3MoeForCausalLM
+    sizes = (*QWEN_SIZES, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    lora = LoraTargets(QWEN_LORA.attention, ())
+
+    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
+        return Qwen3MoeConfig(**keys)
+
+    def upstream(self, name: str) -> Iterator[Piece]:
+        if ".experts." not in name:
+            return super().upstream(name)
+        return split_experts(name, self.config["moe_intermediate_size"], self.config["num_experts"])
