@@ -43,7 +43,7 @@ def result(value: dict[str, Any], as_json: bool, human: str) -> None:
 
 
 @contextmanager
-def river(path: Path, overrides: list[str] | None, fresh: bool) -> Iterator["River"]:
+def river(path: Path, overrides: list[str] | None, fresh: bool, resume: Path | None = None) -> Iterator["River"]:
     """Validate the job, then bring up Ray and the pipeline."""
     job = load_job(path, overrides or ())
     from dtrpo_ray.pipeline import River
@@ -51,7 +51,7 @@ def river(path: Path, overrides: list[str] | None, fresh: bool) -> Iterator["Riv
     from dtrpo_ray.stages import Store
 
     with ray_session(job.cluster):
-        yield River(job, Store(job.storage, fresh, say))
+        yield River(job, Store(job.storage, fresh, say), resume)
 
 
 def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
@@ -72,10 +72,58 @@ def bench_group() -> None:
     """Compare two ways in one run, on the same weights and data, and print the ratio."""
 
 
+@bench.command("train")
+def bench_train(
+    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """The stack (Ray Train, Ray Data, DeepSpeed) against the bare loop; two workers against one."""
+    from dtrpo_ray.bench import train as bench_of_train
+
+    value = bench_of_train.run(steps, batch, rounds)
+    result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
+
+
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
-_stage_verb("train", "Align the model: all rounds of rollout, pair and train.", lambda r: r.aligned)
+
+
+@app.command()
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on from the checkpoints of this training stage's folder, cut off with other settings."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Align the model: all rounds of rollout, pair and train. A run cut off goes on by itself."""
+    with river(job, overrides, fresh, resume) as stages:
+        stages.aligned  # noqa: B018 - a cached stage
+        lineage = stages.lineage()
+    if resume and not any(resume.name.startswith(f"{stage['stage']}-") for stage in lineage):
+        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
+    last = lineage[-1]
+    result({"verb": "train", **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The folder of a training stage: STORAGE/stages/train-1-....")],
+    check: Annotated[bool, typer.Option("--check", help="Read every byte of every checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How a training stage stands: live, cut off or finished; its checkpoints; what went wrong."""
+    from dtrpo_ray.status import status as make_status
+    from dtrpo_ray.status import status_text
+
+    value = make_status(run, check)
+    result({"verb": "status", **value}, as_json, status_text(value))
 
 
 @app.command()
@@ -128,14 +176,20 @@ def evaluation_text(value: dict[str, Any]) -> str:
 
 @app.command()
 def export(
-    job: JobFile,
+    job: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a training checkpoint.")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the aligned model as a model directory with its tokenizer and a model card."""
+    """Write the aligned model, or that of a checkpoint, as a model directory with its tokenizer."""
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
+    if job.is_dir():
+        from dtrpo_ray.export import export_checkpoint
+
+        facts = export_checkpoint(job, out)
+        result({"verb": "export", "directory": str(out), "step": facts["step"]}, as_json, f"wrote {out}")
+        return
     from dtrpo_ray.export import export_model
 
     with river(job, overrides, False) as stages:
