@@ -4,7 +4,11 @@ Both use torch's AdamW and transformers' schedules, sum gradients over ranks (th
 weight of the GLOBAL batch), clip, and answer the same calls, so the loop does not know which one it drives.
 """
 
+import math
 import os
+import subprocess
+import sys
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +22,7 @@ from dtrpo_ray.errors import CheckpointError, ConfigError
 from dtrpo_ray.models.base import DiffusionLM
 
 STATE_FILE = "plain.pt"
+TAG = "deepspeed"  # the folder of its files in a checkpoint
 
 
 class Backend(Protocol):
@@ -27,8 +32,12 @@ class Backend(Protocol):
     device: torch.device
 
     def backward(self, loss: Tensor) -> None: ...
-    def step(self) -> tuple[float, float]:
-        """Update after the last micro-batch of an optimizer step; returns (gradient norm, learning rate)."""
+    def step(self, skip: bool = False) -> tuple[float, float]:
+        """Update after the last micro-batch of an optimizer step; returns (gradient norm, learning rate).
+
+        `skip`, or a gradient that is not finite (the norm says so), leaves weights and moments as they are; the
+        schedule goes on either way.
+        """
         ...
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -42,9 +51,31 @@ class Backend(Protocol):
         ...
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+class _AdamW(torch.optim.AdamW):
+    """torch's AdamW that can sit out one step: DeepSpeed offers no way to drop a step whose gradients are finite."""
+
+    skip = False
+    check = False  # without ZeRO nothing in DeepSpeed looks at the gradients before they are used
+
+    def step(self, closure: Any = None) -> Any:
+        self.refused = self.skip or (self.check and not _finite_everywhere(self.param_groups))
+        return None if self.refused else super().step(closure)
+
+
+def _finite_everywhere(groups: list[dict[str, Any]]) -> bool:
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    bad = torch.stack([~g.isfinite().all() for g in grads]).any().to(torch.float32)
+    if torch.distributed.is_initialized():  # with bf16 each rank holds other gradients, and all must agree
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+    return not bool(bad)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "weight_decay": config.weight_decay, "betas": (0.9, 0.95)}
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> _AdamW:
+    return _AdamW([p for p in model.parameters() if p.requires_grad], **_settings(config))
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int) -> Any:
@@ -65,9 +96,10 @@ class PlainBackend:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> tuple[float, float]:
+    def step(self, skip: bool = False) -> tuple[float, float]:
         norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_norm))
         lr = self.schedule.get_last_lr()[0]
+        self.optimizer.skip = skip or not math.isfinite(norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -92,22 +124,27 @@ class PlainBackend:
         return self.policy
 
 
-def deepspeed_config(config: TrainConfig, num_workers: int, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, num_workers: int, bf16: bool, universal: bool = False) -> dict[str, Any]:
     """The DeepSpeed config of a training stage, generated whole: DeepSpeed ignores top-level keys it does not know.
 
-    Batches are packed rows of our own, so DeepSpeed's batch fields only carry the accumulation.
+    Batches are packed rows of our own, so DeepSpeed's batch fields only carry the accumulation. `universal` loads a
+    checkpoint that was written by another number of workers.
     """
     accumulation = config.accumulation(num_workers)
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * num_workers,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        **({"checkpoint": {"load_universal": True}} if universal else {}),
     }
 
 
@@ -118,7 +155,7 @@ class Zero3Sharding:
     """
 
     def __init__(self, config: TrainConfig, num_workers: int, device: torch.device) -> None:
-        self._deepspeed = _import_deepspeed(device)
+        self._deepspeed = _deepspeed(device)
         self._deepspeed.init_distributed(auto_mpi_discovery=False)  # finds the group that is there
         bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         self._config = deepspeed_config(config, num_workers, bf16)
@@ -132,31 +169,27 @@ class Zero3Sharding:
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import
-    try:
-        import deepspeed
-    except ImportError:
-        raise ConfigError("DeepSpeed is missing; pip install --no-build-isolation 'dtrpo-ray[deepspeed]'") from None
-    return deepspeed
-
-
 class DeepSpeedBackend:
     """A DeepSpeed engine over the process group that Ray Train has set up."""
 
     def __init__(
-        self, model: DiffusionLM, config: TrainConfig, num_steps: int, num_workers: int, device: torch.device
+        self,
+        model: DiffusionLM,
+        config: TrainConfig,
+        num_steps: int,
+        num_workers: int,
+        device: torch.device,
+        universal: bool = False,
     ) -> None:
-        deepspeed = _import_deepspeed(device)
+        deepspeed = _deepspeed(device)
         self.device, self.num_workers = device, num_workers
         bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-        optimizer = _optimizer(model, config)
-        self.engine, _, _, self.schedule = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=lambda wrapped: _schedule(wrapped, config, num_steps),
-            config=deepspeed_config(config, num_workers, bf16),
+        self.optimizer = _offloaded(model, config) if config.offload else _optimizer(model, config)
+        self.optimizer.check = config.zero_stage == 0
+        # the schedule is ours alone: DeepSpeed would stop it at a step that it drops
+        self.schedule = _schedule(self.optimizer, config, num_steps)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config, num_workers, bf16, universal)
         )
         self.policy = self.engine
         self.gathered = config.zero_stage == 3
@@ -167,9 +200,15 @@ class DeepSpeedBackend:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self) -> tuple[float, float]:
+    def step(self, skip: bool = False) -> tuple[float, float]:
         lr = self.schedule.get_last_lr()[0]
+        self.optimizer.skip, self.optimizer.refused = skip, False
         self.engine.step()
+        with warnings.catch_warnings():  # a step that DeepSpeed drops never calls the optimizer
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
+        if self.optimizer.refused or not self.engine.was_step_applied():
+            return math.nan, lr
         return float(self.engine.get_global_grad_norm() or 0.0), lr
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -178,13 +217,15 @@ class DeepSpeedBackend:
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         # universal_checkpoint_info lets stages 1 and 2 be converted to another world size later
-        info = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        self.engine.save_checkpoint(str(path), tag="deepspeed", client_state={**state, **info})
+        extra = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+        extra["schedule"] = self.schedule.state_dict()
+        self.engine.save_checkpoint(str(path), tag=TAG, client_state={**state, **extra})
 
     def load(self, path: Path) -> dict[str, Any]:
-        loaded, state = self.engine.load_checkpoint(str(path), tag="deepspeed")
+        loaded, state = self.engine.load_checkpoint(str(path), tag=TAG)
         if loaded is None:
             raise CheckpointError(f"{path}: DeepSpeed found no checkpoint here")
+        self.schedule.load_state_dict(state["schedule"])
         return dict(state)
 
     def full_model(self) -> DiffusionLM:
@@ -199,3 +240,55 @@ class DeepSpeedBackend:
                 parameter.data = parameter.full
         assert isinstance(model, DiffusionLM)
         return model
+
+
+def _deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError("DeepSpeed is missing; pip install --no-build-isolation 'dtrpo-ray[deepspeed]'") from None
+    # an all-reduce in C++ for CPU inference: it is compiled on first use, and a worker killed meanwhile leaves a lock
+    # on which every later run waits
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
+    """DeepSpeed's CPU Adam; it is compiled on first use (g++ and ninja)."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    class CPUAdam(DeepSpeedCPUAdam):
+        skip = check = refused = False
+
+        def step(self, closure: Any = None) -> Any:
+            self.refused = self.skip
+            return None if self.skip else super().step(closure)
+
+    return CPUAdam([p for p in model.parameters() if p.requires_grad], adamw_mode=True, **_settings(config))
+
+
+def to_universal(checkpoint: Path, out: Path) -> None:
+    """Convert a ZeRO checkpoint of any number of workers into one that any number can load (`universal=True`).
+
+    Raises CheckpointError with DeepSpeed's own last line.
+    """
+    words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "2"]
+    words += ["--num_merge_workers", "2", "--input_folder", str(checkpoint / TAG), "--output_folder", str(out / TAG)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise CheckpointError(f"{checkpoint}: not convertible: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    (out / "latest_universal").write_text(TAG)
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The whole float32 parameters of a checkpoint by name, without an engine. It unpickles: only our own files."""
+    _deepspeed(torch.device("cpu"))
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if not list((checkpoint / TAG).glob("*optim_states.pt")):  # without ZeRO the module is whole in one file
+        saved = torch.load(checkpoint / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return {name: tensor.float() for name, tensor in saved["module"].items()}
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    return {name: tensor.clone() for name, tensor in weights.items()}

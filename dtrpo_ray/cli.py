@@ -46,7 +46,9 @@ def result(value: dict[str, Any], as_json: bool, human: str) -> None:
 
 
 @contextmanager
-def river(path: Path, overrides: list[str] | None, fresh: bool, needs: str | None = None) -> Iterator["River"]:
+def river(
+    path: Path, overrides: list[str] | None, fresh: bool, needs: str | None = None, resume: Path | None = None
+) -> Iterator["River"]:
     """Validate the job, then bring up Ray and the pipeline. `needs` names the section that the verb is about."""
     job = load_job(path, overrides or ())
     if needs and getattr(job, needs) is None:
@@ -58,7 +60,7 @@ def river(path: Path, overrides: list[str] | None, fresh: bool, needs: str | Non
     from dtrpo_ray.stages import Store
 
     with ray_session(job.cluster):
-        yield River(job, Store(job.storage, fresh, say))
+        yield River(job, Store(job.storage, fresh, say), resume)
 
 
 def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
@@ -79,10 +81,58 @@ def bench_group() -> None:
     """Compare two ways in one run, on the same weights and data, and print the ratio."""
 
 
+@bench.command("train")
+def bench_train(
+    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """The stack (Ray Train, Ray Data, DeepSpeed) against the bare loop; two workers against one."""
+    from dtrpo_ray.bench import train as bench_of_train
+
+    value = bench_of_train.run(steps, batch, rounds)
+    result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
+
+
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
-_stage_verb("train", "Align the model: all rounds of rollout, pair and train.", lambda r: r.aligned)
+
+
+@app.command()
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on from the checkpoints of this training stage's folder, cut off with other settings."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Align the model: all rounds of rollout, pair and train. A run cut off goes on by itself."""
+    with river(job, overrides, fresh, resume=resume) as stages:
+        stages.aligned  # noqa: B018 - a cached stage
+        lineage = stages.lineage()
+    if resume and not any(resume.name.startswith(f"{stage['stage']}-") for stage in lineage):
+        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
+    last = lineage[-1]
+    result({"verb": "train", **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The folder of a training stage: STORAGE/stages/train-1-....")],
+    check: Annotated[bool, typer.Option("--check", help="Read every byte of every checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How a training stage stands: live, cut off or finished; its checkpoints; what went wrong."""
+    from dtrpo_ray.status import status as make_status
+    from dtrpo_ray.status import status_text
+
+    value = make_status(run, check)
+    result({"verb": "status", **value}, as_json, status_text(value))
 
 
 @app.command()
@@ -135,18 +185,24 @@ def evaluation_text(value: dict[str, Any]) -> str:
 
 @app.command()
 def export(
-    job: JobFile,
+    job: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a training checkpoint.")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
     merged: Annotated[bool, typer.Option("--merged", help="A LoRA job: the whole model, adapters added in.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as trained if absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the aligned model (a LoRA job: its PEFT adapter) with its tokenizer and a model card."""
+    """Write the aligned model (a LoRA job: its PEFT adapter), or a checkpoint's, with tokenizer and model card."""
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
+    if job.is_dir():
+        from dtrpo_ray.export import export_checkpoint
+
+        facts = export_checkpoint(job, out)
+        result({"verb": "export", "directory": str(out), "step": facts["step"]}, as_json, f"wrote {out}")
+        return
     parsed = load_job(job, overrides or ())
     adapter = parsed.train.lora is not None and not merged
     if adapter and parsed.rounds > 1:

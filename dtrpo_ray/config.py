@@ -148,19 +148,32 @@ class TrainConfig(_Section):
     """Present: train adapters; absent: train every weight."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPU, fp32 on CPU."""
+    offload: bool = False
+    """Keep the optimizer's state in CPU memory (DeepSpeed's CPU Adam); ZeRO stages 1 to 3."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or drop the step (never ten in a row). Rows are logged."""
     log_every: int = Field(1, ge=1)
     """Optimizer steps between metric lines."""
     save_every: int = Field(100, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, ge=1)
+    """The newest whole ones that are kept."""
+    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy"] | None = None
+    """Keep the checkpoint with the best such metric too."""
 
     def rows_per_rank(self, num_workers: int) -> int:
-        """Rows of one optimizer step on one rank."""
-        return self.global_batch // num_workers
+        """Rows of one optimizer step on one rank; where it does not divide, the last ranks are filled with weight 0."""
+        return -(-self.global_batch // num_workers)
 
     def accumulation(self, num_workers: int) -> int:
         """Micro-batches of one optimizer step on one rank."""
         return -(-self.rows_per_rank(num_workers) // self.micro_batch)
+
+    @model_validator(mode="after")
+    def _offload_is_of_zero(self) -> "TrainConfig":
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload = true needs zero_stage 1, 2 or 3")
+        return self
 
 
 class SFTConfig(TrainConfig):
@@ -239,14 +252,33 @@ class ClusterConfig(_Section):
 
     address: str = "local"
     """`local` starts Ray here; `auto` joins the cluster this job was submitted to."""
-    num_workers: int = Field(2, ge=1)
-    """Ray Train workers."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
+    """Ray Train workers; [fewest, most]: as many as the cluster has, changing when nodes come and go."""
     num_actors: int = Field(2, ge=1)
     """Decoding actors of rollout and evaluation."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: one GPU a worker if the cluster has any."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of a training stage from its last checkpoint."""
+    """Restarts of a training stage from its last checkpoint; leaving a drained node is not counted."""
+    hang_seconds: int = Field(1800, ge=5)
+    """A worker that finishes no optimizer step or checkpoint for so long dumps its stacks, dies and is restarted."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where metrics go besides metrics.jsonl; each package only if it is named here."""
+    profile_steps: int = Field(0, ge=0)
+    """Optimizer steps of rank 0 that torch's profiler traces, from the third of an attempt on."""
+    checkpoints: str | None = None
+    """Where training checkpoints go: a path or an s3:// or gs:// URI; absent: the stage's own folder."""
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers, or the upper end of the range."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _rising(self) -> "ClusterConfig":
+        if not isinstance(self.num_workers, int) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"num_workers = {list(self.num_workers)} must be [fewest, most]")
+        return self
 
 
 class Job(_Section):
@@ -286,11 +318,13 @@ class Job(_Section):
         if self.sft and self.model.path:
             raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")
         for name, stage in (("sft", self.sft), ("train", self.train)):
-            if stage and stage.global_batch % self.cluster.num_workers:
+            workers = self.cluster.num_workers
+            if stage and isinstance(workers, int) and stage.global_batch % workers:
                 raise ValueError(
-                    f"{name}.global_batch = {stage.global_batch} does not divide by "
-                    f"cluster.num_workers = {self.cluster.num_workers}"
+                    f"{name}.global_batch = {stage.global_batch} does not divide by cluster.num_workers = {workers}"
                 )
+            if stage and stage.global_batch < self.cluster.most_workers:
+                raise ValueError(f"{name}.global_batch = {stage.global_batch} gives some of {workers} workers no row")
         if self.rollout and self.model.init:
             worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
             if worst > self.model.init.block_size:

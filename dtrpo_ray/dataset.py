@@ -86,14 +86,30 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
     return ordered.split_at_indices(cuts) if cuts else [ordered], plan.num_steps
 
 
-def rank_batches(rows: ray.data.DataIterator, config: TrainConfig, num_workers: int, start_step: int) -> Iterator[Any]:
-    """This rank's rows of each optimizer step from `start_step` on, checked against the plan."""
+def rank_batches(
+    rows: ray.data.DataIterator,
+    config: TrainConfig,
+    num_workers: int,
+    start_step: int,
+    share: tuple[int, int] | None = None,
+) -> Iterator[Any]:
+    """This rank's rows of each optimizer step from `start_step` on, checked against the plan.
+
+    `rows` are one rank's, or with `share` = (rank, number of workers) all rows, of which this rank takes its part: so
+    the number of workers may change within a run. A part that comes out short is filled with rows of weight 0.
+    """
     per_rank = config.rows_per_rank(num_workers)
-    batches: Any = rows.iter_batches(batch_size=per_rank, batch_format="pyarrow", prefetch_batches=2)
+    size = config.global_batch if share else per_rank
+    batches: Any = rows.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2)
     for step, table in enumerate(batches):
         if step < start_step:
             continue
         steps = np.unique(table["ordinal"].to_numpy() // config.global_batch)
         if steps.tolist() != [step]:
             raise TrainError(f"data order is broken: optimizer step {step} was given rows of steps {steps.tolist()}")
-        yield table.to_pylist()
+        if share is None:
+            yield table.to_pylist()
+            continue
+        part = table.slice(share[0] * per_rank, per_rank).to_pylist()
+        filler = {**(part or table.slice(0, 1).to_pylist())[0], "row_weight": 0.0}
+        yield part + [filler] * (per_rank - len(part))

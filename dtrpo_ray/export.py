@@ -1,4 +1,4 @@
-"""A finished model directory -> a folder to share: weights in their published layout, tokenizer, defaults, a card."""
+"""A finished model, or a training checkpoint -> a folder to share: published layout, tokenizer, card."""
 
 import json
 import shutil
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from dtrpo_ray import checkpoint
 from dtrpo_ray.config import Job
-from dtrpo_ray.models.registry import copy_companions, load_model, read_config, save_model, skeleton
+from dtrpo_ray.errors import CheckpointError
+from dtrpo_ray.models.registry import build_model, copy_companions, load_model, read_config, save_model, skeleton
 from dtrpo_ray.stages import whole_folder
 
 CARD = """---
@@ -110,3 +112,24 @@ def _card(job: Job, lineage: list[dict[str, Any]], curves: Mapping[str, list[dic
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{value:.6g}"
+
+
+def export_checkpoint(source: Path, out: Path) -> dict[str, Any]:
+    """A verified training checkpoint of any ZeRO stage and number of workers -> safetensors in `out`.
+
+    Tokenizer and config.json come from the base model that the checkpoint names. Returns what its COMPLETE says.
+    Raises CheckpointError where the checkpoint is not whole or its base is gone.
+    """
+    from dtrpo_ray.backend import checkpoint_weights
+
+    filesystem, path = checkpoint.open_storage(str(source))
+    facts = checkpoint.verify(filesystem, checkpoint.Place(0, 0, path))
+    base = Path(facts["base"])
+    if not base.is_dir():
+        raise CheckpointError(f"{source}: its base model {base} is gone; its tokenizer and config.json are needed")
+    model = build_model(read_config(base))
+    model.load_state_dict(checkpoint_weights(source))
+    with whole_folder(out) as folder:
+        copy_companions(base, folder)
+        save_model(model, folder)
+    return facts

@@ -1,8 +1,16 @@
-"""Scalars of a training stage as JSON lines: written as they happen, read back for progress and the report."""
+"""Scalars and events of a training stage as JSON lines: written as they happen, read back for progress and the report.
+
+Metrics are one line an optimizer step. Events are what a person wants to know in the morning: attempts, resumes,
+failures, dropped steps, skipped checkpoints, drains; they are appended by several processes and never rewritten.
+"""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
+
+METRICS, EVENTS, RUN, ERRORS = "metrics.jsonl", "events.jsonl", "run.json", "errors"  # in the folder of a stage
 
 
 class MetricsLog:
@@ -28,3 +36,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def append_event(path: Path, event: str, message: str, **facts: Any) -> None:
+    """Append one event; a line is a single write, so processes may share the file."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, "message": message, **facts}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)

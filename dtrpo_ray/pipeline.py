@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dtrpo_ray import evaluation, prepare, trainer
 from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError
-from dtrpo_ray.metrics import read_metrics
+from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, read_config, save_model, skeleton
 from dtrpo_ray.pairs import make_pairs
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
@@ -23,7 +23,7 @@ from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tokenizer import load_tokenizer, mask_token_id
 
-TABLE, MODEL, METRICS = "table", trainer.MODEL, trainer.METRICS
+TABLE, MODEL = "table", trainer.MODEL
 HELD_OUT_SEED = 1  # added to the job's seed: held-out prompts are the same for every round and variant
 
 
@@ -36,10 +36,13 @@ class ModelRef:
 
 
 class River:
-    """The stages of one job. `made` lists every stage in the order it was asked for, for the lineage."""
+    """The stages of one job. `made` lists every stage in the order it was asked for, for the lineage.
 
-    def __init__(self, job: Job, store: Store) -> None:
-        self.job, self.store = job, store
+    `resume` is the folder of a training stage, of this name but other inputs, whose checkpoints to go on from.
+    """
+
+    def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
+        self.job, self.store, self.resume = job, store, resume
         self.made: list[Stage] = []
 
     def _stage(self, *args: Any) -> Stage:
@@ -188,12 +191,15 @@ class River:
         return self.policy(self.job.rounds)
 
     def _train(self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int) -> ModelRef:
-        keep_out = {"log_every", "save_every", "keep_checkpoints"}  # they change no weight
+        keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite"}  # they change no weight
+        keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
         inputs = {"config": config.model_dump(mode="json", exclude=keep_out), "base": base.digest, "seed": seed}
         inputs |= {"table": table.digest, "num_workers": self.job.cluster.num_workers}
 
         def make(out: Path) -> dict[str, Any]:
-            stage = trainer.TrainStage(name, base.path, table.path / TABLE, out, seed)
+            identity = {"base": base.digest, "table": table.digest}
+            resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
+            stage = trainer.TrainStage(name, base.path, table.path / TABLE, out, seed, identity, resume)
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
             last = trainer.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}

@@ -1,12 +1,14 @@
 """A job -> what it would run: batches, forwards, memory, checkpoint size. Imports neither torch nor ray."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from dtrpo_ray.config import Job, ModelInit, TrainConfig
 from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
+CHUNK_TOKENS = 4096  # as in `likelihood`, which imports torch: scored tokens whose logits exist together
 
 
 def parameters(init: ModelInit, vocab_size: int) -> int:
@@ -45,40 +47,135 @@ def plan(job: Job) -> dict[str, Any]:
         assert vocab is not None
         count = parameters(init, vocab)
     stages: dict[str, Any] = {}
+    workers = job.cluster.most_workers
     if job.sft:
-        stages["base"] = training(job.sft, job.cluster.num_workers, count, job.sft.num_examples)
+        bounds = (Shape.of(job), *row_bounds(job, pair=False))
+        stages["base"] = training(job.sft, workers, count, job.sft.num_examples, bounds)
     if job.rollout:
         made = job.rollout.num_prompts * job.rollout.num_samples
         stages["rollout"] = {"trajectories": made, "rounds": job.rounds, "actors": job.cluster.num_actors}
     rows = None
     if job.rollout:  # pairs are made within a setting
         rows = job.rollout.num_prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
-    stages["train"] = {**training(job.train, job.cluster.num_workers, count, rows), "rounds": job.rounds}
+    bounds = (Shape.of(job), *row_bounds(job, job.train.objective.type != "sft"))
+    stages["train"] = {**training(job.train, workers, count, rows, bounds), "rounds": job.rounds}
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"
     return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": vocab, "stages": stages}
 
 
-def training(config: TrainConfig, num_workers: int, count: int, rows: int | None) -> dict[str, Any]:
-    """Derived numbers of one training stage; memory is of weights, gradients and optimizer, without activations."""
-    pair = config.objective.type != "sft"
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that memory depends on: of a Qwen-like trunk, which every family here is close to."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    queries: int
+    keys: int
+    vocab: int
+
+    @classmethod
+    def of(cls, job: Job) -> "Shape":
+        """From the model directory's config.json, or from model.init."""
+        if job.model.path:
+            config = json.loads((job.model.path / "config.json").read_text())
+            heads = config["num_attention_heads"]
+            size = config.get("head_dim") or config["hidden_size"] // heads
+            kv = config.get("num_key_value_heads") or heads
+            layers, width = config["num_hidden_layers"], config["intermediate_size"]
+            return cls(config["hidden_size"], width, layers, heads * size, kv * size, config["vocab_size"])
+        init, vocab = job.model.init, vocabulary(job)
+        assert init is not None
+        assert vocab is not None
+        size = init.hidden_size // init.num_heads
+        keys = (init.num_kv_heads or init.num_heads) * size
+        return cls(init.hidden_size, init.intermediate_size, init.num_layers, init.hidden_size, keys, vocab)
+
+
+def activation_bytes(shape: Shape, rows: int, row_tokens: int, scored: int, bf16: bool) -> dict[str, int]:
+    """What one micro-batch keeps for its backward pass: of the trunk, and of the head at the scored tokens.
+
+    Counted from the tensors that transformers' Qwen3 saves in a layer: two norms (input, normalised, scaled), queries
+    and keys with their norms, what attention reads and writes, four of the MLP, the mask; the norms upcast to float32.
+    The head keeps the float32 log-softmax; two more of its size live for a moment.
+    """
+    h, q, k, i, tokens = shape.hidden, shape.queries, shape.keys, shape.intermediate, rows * row_tokens
+    if bf16:
+        layer, final = 16 * h + 14 * q + 6 * k + 8 * i + 2 * row_tokens, 8 * h
+    else:
+        layer, final = 4 * (6 * h + 6 * q + 2 * k + 4 * i + row_tokens), 4 * 2 * h
+    head = BYTES_FP32 * shape.vocab + (BYTES_BF16 if bf16 else BYTES_FP32) * shape.hidden
+    kept = min(scored, CHUNK_TOKENS) * head
+    return {
+        "activations": tokens * (shape.layers * layer + final),
+        "scored_logits": kept + 2 * min(scored, CHUNK_TOKENS) * BYTES_FP32 * shape.vocab,
+    }
+
+
+def state_bytes(config: TrainConfig, num_workers: int, count: int, bf16: bool) -> dict[str, int]:
+    """Bytes of one worker for `count` trained parameters: weights, gradients, optimizer, reference.
+
+    The optimizer's are Adam's two moments, and under ZeRO or bf16 its own float32 weights. With `offload` they lie in
+    CPU memory.
+    """
+    width = BYTES_BF16 if bf16 else BYTES_FP32
+    stage, pair = config.zero_stage, config.objective.type != "sft"
+    own_weights = stage > 0 or bf16
+    return {
+        "weights": count * width // (num_workers if stage == 3 else 1),
+        "gradients": count * width // (num_workers if stage >= 2 else 1),
+        "optimizer": count * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 or bf16 else 1),
+        "reference": count * width if pair else 0,
+    }
+
+
+def checkpoint_bytes(config: TrainConfig, count: int, bf16: bool) -> int:
+    """Bytes of one whole checkpoint, of all workers: weights (under ZeRO 3 the optimizer's alone) and optimizer."""
+    width = BYTES_BF16 if bf16 else BYTES_FP32
+    own_weights = config.zero_stage > 0 or bf16
+    return count * ((0 if config.zero_stage == 3 else width) + BYTES_FP32 * (2 + own_weights))
+
+
+def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
+    """(packed tokens, scored tokens) that a row has at most: its prompt, and each response clean and noisy."""
+    if job.task.type == "preferences":
+        prompt, response = job.task.max_prompt_tokens, job.task.max_response_tokens
+    else:
+        prompt = response = job.rollout.max_new_tokens if job.rollout else 16
+    sides = 2 if pair else 1
+    return prompt + 2 * sides * response, sides * response
+
+
+def training(
+    config: TrainConfig, num_workers: int, count: int, rows: int | None, bounds: tuple[Shape, int, int] | None = None
+) -> dict[str, Any]:
+    """Derived numbers of one training stage; `bounds` are (shape, tokens, scored tokens) of a row.
+
+    Memory is of one worker, in bytes, with bf16 as on a GPU if the precision is "auto".
+    """
+    pair, bf16 = config.objective.type != "sft", config.precision != "fp32"
     accumulation = config.accumulation(num_workers)
     steps = None if rows is None else -(-rows * config.num_epochs // config.global_batch)
     if config.max_steps:
         steps = min(steps or config.max_steps, config.max_steps)
-    shards = {0: (1, 1), 1: (1, num_workers), 2: (num_workers, num_workers), 3: (num_workers, num_workers)}
-    gradient_shards, optimizer_shards = shards[config.zero_stage]
-    weight_shards = num_workers if config.zero_stage == 3 else 1
-    memory = count * BYTES_FP32 * (1 / weight_shards + 1 / gradient_shards + 2 / optimizer_shards + (1 if pair else 0))
+    micro = min(config.micro_batch, config.rows_per_rank(num_workers))
+    memory = state_bytes(config, num_workers, count, bf16)
+    in_cpu = memory.pop("optimizer") if config.offload else 0
+    if bounds:
+        memory |= activation_bytes(bounds[0], micro, bounds[1], micro * bounds[2], bf16)
     return {
         "objective": config.objective.type,
         "global_batch": config.global_batch,
         "rows_per_worker": config.rows_per_rank(num_workers),
-        "micro_batch": min(config.micro_batch, config.rows_per_rank(num_workers)),
+        "micro_batch": micro,
         "accumulation": accumulation,
         "forwards_per_optimizer_step": accumulation * num_workers * (2 if pair else 1),
         "optimizer_steps": steps,
         "zero_stage": config.zero_stage,
-        "memory_per_worker_bytes": int(memory),
-        "checkpoint_bytes": count * BYTES_FP32 * 3,
+        "precision": "bf16" if bf16 else "fp32",
+        "memory_bytes": memory,
+        "memory_per_worker_bytes": sum(memory.values()),
+        "cpu_memory_per_worker_bytes": in_cpu,
+        "checkpoint_bytes": checkpoint_bytes(config, count, bf16),
     }

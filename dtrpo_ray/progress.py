@@ -22,10 +22,11 @@ def bar() -> Progress:
 
 
 @contextmanager
-def watch(metrics: Path, label: str, total: int) -> Iterator[None]:
-    """Follow a metrics file from a thread until the block ends."""
+def watch(metrics: Path, label: str, total: int, events: Path | None = None) -> Iterator[None]:
+    """Follow a metrics file, and print what is appended to an events file, from a thread until the block ends."""
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(metrics, label, total, stop), daemon=True)
+    known = len(read_metrics(events)) if events else 0
+    thread = threading.Thread(target=_follow, args=(metrics, label, total, stop, events, known), daemon=True)
     thread.start()
     try:
         yield
@@ -34,12 +35,15 @@ def watch(metrics: Path, label: str, total: int) -> Iterator[None]:
         thread.join()
 
 
-def _follow(metrics: Path, label: str, total: int, stop: threading.Event) -> None:
+def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events: Path | None, known: int) -> None:
     seen, printed = 0, 0
     with bar() as progress:
         task = progress.add_task(label, total=total, note="", visible=console.is_terminal)
         while True:
             last = stop.wait(0.5)
+            for event in read_metrics(events)[known:] if events else ():
+                known += 1
+                console.print(f"{label}: {event['message']}", highlight=False)
             for row in read_metrics(metrics):
                 if row["step"] <= seen:
                     continue

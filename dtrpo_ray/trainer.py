@@ -1,86 +1,185 @@
-"""Ray Train shell: a table, a base model and a TrainConfig -> a trained model directory, with checkpoints and resume.
+"""Ray Train shell: a table, a base model and a TrainConfig -> a trained model directory that survives failures.
 
 The driver lays out the data (`dataset.shard`), Ray Train runs `_worker` on every rank, and each rank drives the same
-`loop.run` over a DeepSpeed engine. A stage that was cut off resumes from the last checkpoint in its folder.
+`loop.run` over a DeepSpeed engine. Every attempt starts from the newest checkpoint that verifies (`checkpoint.py`),
+whoever wrote it: an earlier attempt, a driver that died, another number of workers. `events.jsonl` tells what happened.
 """
 
-import tempfile
+import json
+import shutil
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dtrpo_ray import dataset, loop
+from dtrpo_ray import dataset, loop, recovery, telemetry, trackers
 from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding
 from dtrpo_ray.config import ClusterConfig, TrainConfig
-from dtrpo_ray.errors import TrainError
+from dtrpo_ray.errors import CheckpointError, DtrpoError, TrainError
 from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_adapter
-from dtrpo_ray.metrics import MetricsLog, read_metrics
+from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, RUN, append_event, read_metrics
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 from dtrpo_ray.stages import whole_folder
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
-METRICS, MODEL, ADAPTER = "metrics.jsonl", "model", "adapter"
+MODEL, ADAPTER = "model", "adapter"
+MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "keep_best", "micro_batch", "on_nonfinite")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainStage:
-    """What a training stage reads and where it writes; every path is seen by the driver and all workers."""
+    """What a training stage reads and where it writes; every path is seen by the driver and all workers.
+
+    `identity` are the hashes of base and table; `resume_from` is the folder of another run of the stage to go on from.
+    """
 
     label: str
     base: Path
     table: Path
     out: Path
     seed: int
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    resume_from: Path | None = None
 
 
 def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
     """Run the stage to its end; returns its last metrics.
 
-    Raises TrainError with the workers' own message when the run has failed more often than `max_failures`.
+    Raises CheckpointError where `resume_from` is of another run, field by field, and TrainError with the workers' own
+    message when the run has failed more often than `max_failures` or has an error that a restart cannot mend.
     """
-    gpu = uses_gpu(cluster)
-    shards, num_steps = dataset.shard(stage.table, config, stage.seed, cluster.num_workers)
+    trackers.require(cluster.trackers)
+    gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
+    roots = [_root(stage.out, cluster), *_other_root(stage, config)]
+    _describe(stage, config, roots[0])
+    shards, num_steps = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
+    names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
+    events = stage.out / EVENTS
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "num_workers": cluster.num_workers,
             "num_steps": num_steps,
             "seed": stage.seed,
+            "label": stage.label,
             "base": str(stage.base.resolve()),
             "out": str(stage.out.resolve()),
+            "roots": roots,
+            "hang_seconds": cluster.hang_seconds,
+            "trackers": cluster.trackers,
+            "profile_steps": cluster.profile_steps,
+            "elastic": elastic,
         },
-        torch_config=TorchConfig(timeout_s=600),
+        # the watchdog of each worker comes first: it dumps stacks
+        torch_config=TorchConfig(timeout_s=cluster.hang_seconds + 60),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
         ),
         run_config=RunConfig(
-            name=RAY_RUN,
-            storage_path=str(stage.out.resolve()),
+            name=roots[0].rpartition("/")[2],
+            storage_path=roots[0].rpartition("/")[0],
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             worker_runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},  # type: ignore[call-arg]
+            callbacks=[_Failures(str(events.resolve()))],
         ),
-        datasets={f"rank-{rank}": rows for rank, rows in enumerate(shards)},
+        datasets=dict(zip(names, shards, strict=True)),
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already
     )
-    metrics = stage.out / METRICS
-    with watch(metrics, stage.label, num_steps):
+    with watch(stage.out / METRICS, stage.label, num_steps, events):
         try:
             _fit(trainer)
         except TrainingFailedError as error:
-            raise TrainError(f"{stage.label}: training failed: {_root_message(error)}") from None
-    return read_metrics(metrics)[-1]
+            told = _told(stage.out) or f"training failed: {_root_message(error)}"
+            raise TrainError(f"{stage.label}: {told}") from None
+    if told := _told(stage.out):
+        raise TrainError(f"{stage.label}: {told}")
+    return read_metrics(stage.out / METRICS)[-1]
+
+
+def _root(out: Path, cluster: ClusterConfig) -> str:
+    """Where the checkpoints of a stage lie: its own folder, or one named like it in `cluster.checkpoints`."""
+    if cluster.checkpoints is None:
+        return str(out.resolve() / RAY_RUN)
+    where = cluster.checkpoints if "://" in cluster.checkpoints else str(Path(cluster.checkpoints).resolve())
+    return f"{where.rstrip('/')}/{out.name.removesuffix('.partial')}"
+
+
+def _description(stage: TrainStage, config: TrainConfig) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json"), "seed": stage.seed, "identity": dict(stage.identity)}
+
+
+def _describe(stage: TrainStage, config: TrainConfig, root: str) -> None:
+    """run.json for `status` and for a later `--resume`; errors of an earlier driver are forgotten."""
+    shutil.rmtree(stage.out / ERRORS, ignore_errors=True)
+    record = {**_description(stage, config), "label": stage.label, "checkpoints": root}
+    (stage.out / RUN).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _other_root(stage: TrainStage, config: TrainConfig) -> list[str]:
+    """The checkpoints of the run to go on from. Raises CheckpointError naming every field that must not change."""
+    if stage.resume_from is None:
+        return []
+    file = stage.resume_from / RUN
+    try:
+        old = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise CheckpointError(
+            f"--resume {stage.resume_from}: no readable {RUN}; name a training stage's folder"
+        ) from None
+    changed = _changes(old, _description(stage, config))
+    if changed:
+        lines = "\n".join(f"  {name}: {was!r} then, {now!r} now" for name, was, now in changed)
+        may = ", ".join(f"train.{name}" for name in MAY_CHANGE)
+        raise CheckpointError(
+            f"--resume {stage.resume_from}: this is another run:\n{lines}\n"
+            f"set them back, or start anew without --resume. May change: {may}, and all of [cluster]"
+        )
+    return [str(old["checkpoints"])]
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, then, now) of each field of two runs that differs and must not."""
+    found: list[tuple[str, Any, Any]] = []
+
+    def walk(name: str, was: Any, now: Any) -> None:
+        if isinstance(was, dict) and isinstance(now, dict):
+            for key in sorted({*was, *now}):
+                walk(f"{name}.{key}" if name else key, was.get(key), now.get(key))
+        elif was != now and name.removeprefix("config.") not in MAY_CHANGE:
+            found.append((name.replace("config.", "train.").replace("identity.", ""), was, now))
+
+    walk("", {key: old.get(key) for key in new}, new)
+    return found
+
+
+class _Failures(UserCallback):
+    """In Ray Train's controller: each failed attempt becomes an event."""
+
+    def __init__(self, events: str) -> None:
+        self.events, self.count = events, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.count += 1
+        for rank, error in sorted(worker_exceptions.items()):
+            message = f"worker {rank} failed: {_last_line(error)}"
+            append_event(Path(self.events), "failure", message, rank=rank, failure=self.count)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else repr(error)
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -105,55 +204,132 @@ def _fit(trainer: TorchTrainer) -> None:
 
 def _root_message(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
-    lines = str(next(iter(failures.values()))).strip().splitlines()
-    return lines[-1] if lines else repr(error)
+    return _last_line(next(iter(failures.values())))
+
+
+def _told(out: Path) -> str:
+    """The message of an error that no restart can mend; of the ranks' messages the one that says most."""
+    messages = [file.read_text() for file in sorted((out / ERRORS).glob("rank-*"))]
+    return max(messages, key=lambda text: ("rows of this rank" in text, len(text)), default="")
+
+
+@contextmanager
+def _told_to_the_driver(out: Path, rank: int) -> Iterator[None]:
+    """A user's error is written down, so that the restart that Ray makes of any error ends at once, and cleanly."""
+    try:
+        yield
+    except DtrpoError as error:
+        (out / ERRORS).mkdir(exist_ok=True)
+        (out / ERRORS / f"rank-{rank}").write_text(str(error))
+        raise
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """One rank: build the engine, resume if there is a checkpoint, run the loop, write the model at the end."""
+    """One rank of one attempt: nothing to do if an error was told to the driver, else `_attempt`."""
+    out, rank = Path(settings["out"]), ray.train.get_context().get_world_rank()
+    if broadcast_from_rank_zero((out / ERRORS).exists()):
+        return
+    with _told_to_the_driver(out, rank), recovery.watchdog(out, rank, settings["hang_seconds"]) as alive:
+        _attempt(settings, rank, alive)
+
+
+def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> None:
+    """Build the engine, resume if there is a checkpoint, run the loop, write the model at the end."""
     context = ray.train.get_context()
-    config = TrainConfig.model_validate(settings["config"])
-    rank, num_workers, num_steps = context.get_world_rank(), settings["num_workers"], settings["num_steps"]
+    world, config = context.get_world_size(), TrainConfig.model_validate(settings["config"])
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(context.get_local_world_size()))
-    base, out = Path(settings["base"]), Path(settings["out"])
-    sharding = Zero3Sharding(config, num_workers, device) if config.zero_stage == 3 else None
+    else:
+        torch.cuda.set_device(device)
+    base, out, num_steps = Path(settings["base"]), Path(settings["out"]), settings["num_steps"]
+    found = recovery.choose(settings["roots"], out, rank, world)
+    other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
+    sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
     policy, reference = load_model(base, device=str(device), sharding=sharding), None
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     if config.lora:
         add_adapters(policy, config.lora, settings["seed"])
-    backend = DeepSpeedBackend(policy, config, num_steps, num_workers, device)
+    backend = DeepSpeedBackend(policy, config, num_steps, world, device, universal=other_world)
     if config.objective.type != "sft":
         lora = BaseReference(backend.policy, policy) if config.lora else None
         reference = lora or _frozen_reference(base, config, device)
-    start_step = _resume(backend)
-    log = MetricsLog(out / METRICS, start_step) if rank == 0 else None
+    start = recovery.resume(backend, found, out, other_world)
+    if rank == 0:
+        _announce(out / EVENTS, start, num_steps, world, found)
+    saver = recovery.Saver(backend, config, out, settings, recovery.attempt_number(settings["roots"][0]))
+    rows = ray.train.get_dataset_shard("all" if settings["elastic"] else f"rank-{rank}")
+    share = (rank, world) if settings["elastic"] else None
+    batches = dataset.rank_batches(rows, config, world, start, share)
+    to_batch = loop.collate(config, policy, settings["seed"])
+    # 2 flops a parameter forward, 4 backward, 2 for the reference, over all workers' devices
+    flops = (6.0 + 2.0 * (reference is not None)) * count / world
+    with _callbacks(settings, config, rank, start, alive, saver, flops) as (write, save, hooks):
+        loop.run(config, backend, reference, batches, to_batch, start, num_steps, write, save, hooks)
+    saver.wait()
+    _write_model(backend, config, base, out, rank)
+
+
+@contextmanager
+def _callbacks(
+    settings: dict[str, Any],
+    config: TrainConfig,
+    rank: int,
+    start: int,
+    alive: Callable[[], None],
+    saver: recovery.Saver,
+    flops_per_token: float,
+) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[int], None], loop.Hooks]]:
+    """What the loop calls: a metrics row, a checkpoint, and its hooks."""
+    out, profiled = Path(settings["out"]), settings["profile_steps"]
+    device = saver.backend.device
+    sinks = telemetry.Sinks(out, settings, config, start, device, flops_per_token) if rank == 0 else None
+    profiler = telemetry.profiler(out, profiled) if rank == 0 and profiled else None
+    leaving = recovery.Leaving(out / EVENTS, rank)
+
+    def begin(step: int) -> None:
+        alive()
+        loop.seed_step(settings["seed"], step, rank)
+        if profiler:
+            profiler.step()
+
+    def skipped(step: int, row_ids: list[str]) -> None:
+        if row_ids:
+            message = f"step {step} dropped: loss or gradient not finite; rows {', '.join(row_ids[:8])}"
+            append_event(out / EVENTS, "dropped step", message, step=step, rank=rank, row_ids=row_ids)
+
+    def write(row: dict[str, Any]) -> None:
+        saver.metrics = row
+        if sinks:
+            sinks.write(row)
 
     def save(step: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            backend.save(Path(folder), {"step": step})
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:08d}")
+        alive()
+        saver.save(step, at_once=leaving.now)
+        alive()
 
-    rows = ray.train.get_dataset_shard(f"rank-{rank}")
-    batches = dataset.rank_batches(rows, config, num_workers, start_step)
-    to_batch = loop.collate(config, policy, settings["seed"])
-    loop.run(config, backend, reference, batches, to_batch, start_step, num_steps, log.write if log else _ignore, save)
-    _write_model(backend, config, base, out, rank)
+    yield write, save, loop.Hooks(begin, skipped, leaving.due, leaving.asked)
+    if profiler:
+        profiler.stop()
+    if sinks:
+        sinks.close()
+
+
+def _announce(events: Path, start: int, num_steps: int, world: int, found: recovery.Found | None) -> None:
+    if found is not None:
+        was = found.facts["num_workers"]
+        workers = f"{world} worker(s)" + (f", written by {was}" if was != world else "")
+        message = f"resumed at step {start} of {num_steps} on {workers} ({found.place.path})"
+        append_event(events, "resume", message, step=start, num_steps=num_steps, num_workers=world)
+    else:
+        message = f"step 0 of {num_steps} on {world} worker(s)"
+        append_event(events, "start", message, step=0, num_steps=num_steps, num_workers=world)
 
 
 def _frozen_reference(base: Path, config: TrainConfig, device: torch.device) -> Any:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     reference = load_model(base, torch.bfloat16 if bf16 else torch.float32, str(device))
     return reference.eval().requires_grad_(False)
-
-
-def _resume(backend: DeepSpeedBackend) -> int:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        return int(backend.load(Path(folder))["step"])
 
 
 def _write_model(backend: DeepSpeedBackend, config: TrainConfig, base: Path, out: Path, rank: int) -> None:
@@ -168,7 +344,3 @@ def _write_model(backend: DeepSpeedBackend, config: TrainConfig, base: Path, out
     with whole_folder(out / MODEL) as folder:
         copy_companions(base, folder)
         save_model(model, folder)
-
-
-def _ignore(row: dict[str, Any]) -> None:
-    del row

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from dtrpo_ray import plan as plan_module
 from dtrpo_ray.config import ModelInit, TrainConfig, load_job
+from dtrpo_ray.likelihood import CHUNK_TOKENS
 from dtrpo_ray.models.registry import build_model
-from dtrpo_ray.plan import parameters, plan, training, vocabulary
+from dtrpo_ray.plan import Shape, activation_bytes, parameters, plan, training, vocabulary
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
 
@@ -24,12 +27,54 @@ def test_the_parameter_count_is_the_models(hidden: int, layers: int, heads: int,
 
 
 def test_steps_forwards_and_memory() -> None:
-    config = TrainConfig(global_batch=64, micro_batch=16, num_epochs=2)
+    config = TrainConfig(global_batch=64, micro_batch=16, num_epochs=2, precision="fp32")
     made = training(config, num_workers=2, count=1000, rows=100)
     assert (made["accumulation"], made["forwards_per_optimizer_step"], made["optimizer_steps"]) == (2, 8, 4)
-    # weights and reference whole, gradients and two Adam moments in halves: (1 + 1 + 1/2 + 2/2) * 4 bytes
-    assert made["memory_per_worker_bytes"] == 14_000
-    assert made["checkpoint_bytes"] == 12_000
+    # ZeRO 2: weights and reference whole; gradients, float32 weights and two moments in halves
+    assert made["memory_bytes"] == {"weights": 4000, "gradients": 2000, "optimizer": 6000, "reference": 4000}
+    assert made["memory_per_worker_bytes"] == 16_000
+    assert made["checkpoint_bytes"] == 16_000
+    offloaded = training(config.model_copy(update={"offload": True}), num_workers=2, count=1000, rows=100)
+    assert (offloaded["memory_per_worker_bytes"], offloaded["cpu_memory_per_worker_bytes"]) == (10_000, 6000)
+
+
+def test_a_7b_checkpoint_is_14_bytes_a_parameter() -> None:
+    assert training(TrainConfig(zero_stage=2), 8, 7 * 10**9, None)["checkpoint_bytes"] == 98 * 10**9
+    assert training(TrainConfig(zero_stage=3), 8, 7 * 10**9, None)["memory_bytes"]["weights"] == 7 * 10**9 // 4
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("change", [{}, {"num_hidden_layers": 3}, {"intermediate_size": 512}, {"vocab_size": 4096}])
+def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf16: bool) -> None:
+    """Every tensor that autograd saves in one forward, counted by its storage, within 5 % of the prediction."""
+    config = {
+        "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, **change,
+    }  # fmt: skip
+    rows, tokens, scored = 2, 96, 40
+    model = build_model(config).to(torch.bfloat16 if bf16 else torch.float32)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (where := tensor.untyped_storage().data_ptr()) not in weights:
+            saved[where] = tensor
+        return tensor
+
+    ids, positions = torch.zeros(rows, tokens, dtype=torch.int64), torch.arange(tokens).expand(rows, tokens)
+    picks = [torch.zeros(scored, dtype=torch.int64), torch.arange(scored), torch.ones(scored, dtype=torch.int64)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, positions, torch.ones(rows, 1, tokens, tokens, dtype=torch.bool), *picks)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    shape = Shape(128, config["intermediate_size"], config["num_hidden_layers"], 128, 64, config["vocab_size"])
+    made = activation_bytes(shape, rows, tokens, scored, bf16)
+    momentary = 2 * scored * 4 * config["vocab_size"]
+    assert made["activations"] + made["scored_logits"] - momentary == pytest.approx(real, rel=0.05)
+
+
+def test_the_chunk_of_the_head_is_likelihoods() -> None:
+    assert plan_module.CHUNK_TOKENS == CHUNK_TOKENS
 
 
 def test_the_demo_has_the_models_size() -> None:

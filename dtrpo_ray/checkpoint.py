@@ -1,0 +1,213 @@
+"""Training checkpoints on any filesystem (local, s3, gs): sealed, verified, found. Knows neither torch nor ray.
+
+A checkpoint is a folder `step-00000040` (`step-00000040-2` if a later attempt wrote that step again). Every rank
+uploads its own files and, after them, `rank-R.json` with their sizes and SHA-256; the rank that finds all lists present
+writes COMPLETE, which holds the hashes of the lists: one hash chain covers every byte. What has no COMPLETE, or breaks
+the chain, is never resumed from.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from dtrpo_ray.errors import CheckpointError
+
+COMPLETE = "COMPLETE"
+SCHEMA = 1
+UPLOAD_ATTEMPTS = 5
+LOWER_IS_BETTER = ("loss", "nll", "nll_chosen")
+_NAME = re.compile(r"^step-(\d{8})(?:-(\d+))?$")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A checkpoint folder by name: which optimizer step, written by which attempt of the run."""
+
+    step: int
+    attempt: int
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return folder_name(self.step, self.attempt)
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """The name of a checkpoint folder: unique for each step of each attempt."""
+    return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
+
+
+def open_storage(where: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem and the path in it of a local path or a URI (s3://, gs://, file://).
+
+    Raises CheckpointError for a URI that pyarrow cannot open.
+    """
+    if "://" not in where:
+        return pafs.LocalFileSystem(), str(Path(where).resolve())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(where)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{where}: cannot be opened ({error}); give a path or an s3:// or gs:// URI") from None
+    return filesystem, path
+
+
+def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: dict[str, Any]) -> None:
+    """Upload one rank's files, then its list, then COMPLETE if this was the last rank.
+
+    `facts` are the same on every rank and hold `step` and `num_workers`; COMPLETE carries them. A failing write is
+    tried UPLOAD_ATTEMPTS times, one, two, four, ... seconds apart; then its OSError is raised.
+    """
+    files = {str(f.relative_to(folder)): _local_entry(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    listing = json.dumps({"rank": rank, "files": files}).encode()
+    for name in files:
+        _patiently(lambda name=name: _copy(folder / name, filesystem, f"{path}/{name}"))  # type: ignore[misc]
+    _patiently(lambda: _put(filesystem, f"{path}/rank-{rank}.json", listing))
+    names = [f"rank-{r}.json" for r in range(facts["num_workers"])]
+    if all(_exists(filesystem, f"{path}/{name}") for name in names):
+        hashes = {name: hashlib.sha256(_get(filesystem, f"{path}/{name}")).hexdigest() for name in names}
+        record = {"schema": SCHEMA, **facts, "ranks": hashes}
+        _patiently(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
+
+
+def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
+    """Every checkpoint folder under `root`, complete or not, the newest first."""
+    entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    named = [(_NAME.match(e.base_name), e.path) for e in entries if e.type == pafs.FileType.Directory]
+    found = [Place(int(match[1]), int(match[2] or 0), path) for match, path in named if match]
+    return sorted(found, reverse=True)
+
+
+def facts_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, Any]:
+    """What COMPLETE says. Raises CheckpointError if it is missing, damaged or of another schema."""
+    try:
+        record: dict[str, Any] = json.loads(_get(filesystem, f"{place.path}/{COMPLETE}"))
+        known = record["schema"] == SCHEMA and {"step", "num_workers", "ranks"} <= record.keys()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{place.path}: no readable {COMPLETE}: it was never finished") from None
+    if not known:
+        raise CheckpointError(f"{place.path}: {COMPLETE} has schema {record['schema']}, this version reads {SCHEMA}")
+    return record
+
+
+def verify(filesystem: pafs.FileSystem, place: Place, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Check the whole chain, the contents of every `parts`-th file from `part` on; returns what COMPLETE says.
+
+    Raises CheckpointError naming the first file that is missing, of another size or of another hash.
+    """
+    record = facts_of(filesystem, place)
+    entries: list[tuple[str, dict[str, Any]]] = []
+    for name, digest in sorted(record["ranks"].items()):
+        try:
+            listing = _get(filesystem, f"{place.path}/{name}")
+        except OSError:
+            raise CheckpointError(f"{place.path}: {name} is missing") from None
+        if hashlib.sha256(listing).hexdigest() != digest:
+            raise CheckpointError(f"{place.path}: {name} is not the list that {COMPLETE} was written for")
+        entries += sorted(json.loads(listing)["files"].items())
+    infos = filesystem.get_file_info([f"{place.path}/{name}" for name, _ in entries])
+    for (name, entry), info in zip(entries, infos, strict=True):
+        if info.type != pafs.FileType.File or info.size != entry["bytes"]:
+            raise CheckpointError(f"{place.path}: {name} has {info.size} bytes, {entry['bytes']} were written")
+    for name, entry in entries[part::parts]:
+        if _remote_sha256(filesystem, f"{place.path}/{name}") != entry["sha256"]:
+            raise CheckpointError(f"{place.path}: {name} has changed since it was written (its SHA-256 differs)")
+    return record
+
+
+def newest_whole(
+    filesystem: pafs.FileSystem, root: str, warn: Callable[[str], None]
+) -> tuple[Place, dict[str, Any]] | None:
+    """The newest checkpoint that verifies; each newer one that does not is skipped with a warning."""
+    for place in places(filesystem, root):
+        try:
+            return place, verify(filesystem, place)
+        except CheckpointError as error:
+            warn(f"skipped checkpoint {error}")
+    return None
+
+
+def download(filesystem: pafs.FileSystem, place: Place, to: Path) -> None:
+    """Copy a checkpoint to a local folder."""
+    shutil.rmtree(to, ignore_errors=True)
+    pafs.copy_files(place.path, str(to), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+
+
+def remove(filesystem: pafs.FileSystem, place: Place) -> None:
+    """Delete a checkpoint, COMPLETE first: a deletion that is cut off leaves nothing that looks whole."""
+    if _exists(filesystem, f"{place.path}/{COMPLETE}"):
+        filesystem.delete_file(f"{place.path}/{COMPLETE}")
+    filesystem.delete_dir(place.path)
+
+
+def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None) -> list[Place]:
+    """Remove all whole checkpoints but the newest `keep` and the one with the best metric `best`; returns the removed.
+
+    Unfinished ones are left alone: another rank may be writing there.
+    """
+    whole: list[tuple[Place, dict[str, Any]]] = []
+    for place in places(filesystem, root):
+        with suppress(CheckpointError):
+            whole.append((place, facts_of(filesystem, place)))
+    kept = {place for place, _ in whole[:keep]}
+    scored = [(facts["metrics"][best], place) for place, facts in whole if best in facts.get("metrics", {})]
+    if scored:
+        kept.add((min if best in LOWER_IS_BETTER else max)(scored)[1])
+    removed = [place for place, _ in whole if place not in kept]
+    for place in removed:
+        remove(filesystem, place)
+    return removed
+
+
+def _patiently(action: Callable[[], None]) -> None:
+    for attempt in range(UPLOAD_ATTEMPTS):
+        try:
+            return action()
+        except OSError:
+            if attempt == UPLOAD_ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt)
+
+
+def _local_entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    with file.open("rb") as source, filesystem.open_output_stream(path) as target:
+        shutil.copyfileobj(source, target, _CHUNK_BYTES)
+
+
+def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
+    with filesystem.open_output_stream(path) as target:
+        target.write(content)
+
+
+def _get(filesystem: pafs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_stream(path) as source:
+        content: bytes = source.read()
+    return content
+
+
+def _exists(filesystem: pafs.FileSystem, path: str) -> bool:
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
+
+
+def _remote_sha256(filesystem: pafs.FileSystem, path: str) -> str:
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as source:
+        while chunk := source.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

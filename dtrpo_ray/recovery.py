@@ -1,0 +1,204 @@
+"""What a rank does so that a run survives: choose a checkpoint, load it, save, notice a drain, never hang unseen.
+
+Called by the worker of `trainer`, on all ranks together where the docstring says "a collective". Folders and hashes
+are `checkpoint`'s, the engine's files `backend`'s.
+"""
+
+import faulthandler
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.collective import barrier, broadcast_from_rank_zero
+
+from dtrpo_ray import checkpoint
+from dtrpo_ray.backend import DeepSpeedBackend, to_universal
+from dtrpo_ray.checkpoint import Place
+from dtrpo_ray.config import TrainConfig
+from dtrpo_ray.errors import CheckpointError
+from dtrpo_ray.metrics import EVENTS, append_event
+
+STACKS = "stacks"  # the folder of stack dumps in a stage's
+DRAIN_POLL_SECONDS = 2.0
+
+
+@contextmanager
+def watchdog(out: Path, rank: int, seconds: int) -> Iterator[Callable[[], None]]:
+    """Unless the yielded function is called every `seconds`, dump the stacks of all threads and end the process.
+
+    It is a C thread of Python's faulthandler, so it also fires while the interpreter lock is held. An attempt that ends
+    in another way leaves no file.
+    """
+    (out / STACKS).mkdir(exist_ok=True)
+    with (out / STACKS / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt").open("w") as file:
+
+        def alive() -> None:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+
+        alive()
+        try:
+            yield alive
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            Path(file.name).unlink(missing_ok=True)
+
+
+class Leaving:
+    """Whether a node is about to go. The question is a collective, so it is asked when rank 0's clock says so."""
+
+    def __init__(self, events: Path, rank: int) -> None:
+        self.events, self.rank, self.last, self.now = events, rank, time.monotonic(), False
+        self.seen: set[str] = set()
+
+    def due(self) -> bool:
+        return self.rank == 0 and time.monotonic() - self.last > DRAIN_POLL_SECONDS
+
+    def asked(self) -> bool:
+        """True once for each node that is drained: the checkpoint before it goes."""
+        self.last = time.monotonic()
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self.seen if info else set()
+        self.now = bool(new)
+        self.seen |= new
+        if new and info and self.rank == 0:
+            left = f"{info.deadline_ms / 1000 - time.time():.0f} s left" if info.deadline_ms else "no deadline"
+            message = f"node(s) of worker(s) {info.preempted_ranks} are being drained, {left}: checkpoint now"
+            append_event(self.events, "drain", message, nodes=sorted(new))
+        return self.now
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint that every rank has agreed on; `root` is the URI or path of its run."""
+
+    root: str
+    place: Place
+    facts: dict[str, Any]
+
+
+def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
+    """The newest checkpoint whose every byte verifies, each rank reading its share; others are skipped with a warning.
+
+    Unfinished ones are removed: who wrote them is dead. A collective.
+    """
+    for root in roots:
+        filesystem, path = checkpoint.open_storage(root)
+        for place in broadcast_from_rank_zero(checkpoint.places(filesystem, path) if rank == 0 else None):
+            problem, facts = "", {}
+            try:
+                facts = checkpoint.verify(filesystem, place, rank, world)
+            except CheckpointError as error:
+                problem = str(error)
+            problems: list[Any] = [None] * world
+            torch.distributed.all_gather_object(problems, problem)
+            if not any(problems):
+                return Found(root, place, facts)
+            if rank == 0:
+                message = f"skipped checkpoint {next(filter(None, problems))}"
+                append_event(out / EVENTS, "skipped checkpoint", message, path=place.path)
+                if root == roots[0] and "never finished" in message:
+                    checkpoint.remove(filesystem, place)
+    return None
+
+
+def attempt_number(root: str) -> int:
+    """One more than any attempt that has left a checkpoint here; 0 for the first. A collective."""
+    number = 0
+    if ray.train.get_context().get_world_rank() == 0:
+        filesystem, path = checkpoint.open_storage(root)
+        number = max((place.attempt + 1 for place in checkpoint.places(filesystem, path)), default=0)
+    return int(broadcast_from_rank_zero(number))
+
+
+def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_world: bool) -> int:
+    """Load the chosen checkpoint; returns its step. One rank of a node downloads, one rank of all converts."""
+    if found is None:
+        return 0
+    context = ray.train.get_context()
+    filesystem, _ = checkpoint.open_storage(found.root)
+    folder, scratch = Path(found.place.path), Path(tempfile.gettempdir()) / f"dtrpo-{found.place.name}-{out.name}"
+    if filesystem.type_name != "local":
+        folder = scratch
+        if context.get_local_rank() == 0:
+            checkpoint.download(filesystem, found.place, folder)
+        barrier()
+    universal = out / "universal"
+    if other_world:
+        if context.get_world_rank() == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+            to_universal(folder, universal)
+        barrier()
+        folder = universal
+    step = int(backend.load(folder)["step"])
+    barrier()
+    if context.get_local_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if context.get_world_rank() == 0:
+        shutil.rmtree(universal, ignore_errors=True)
+    return step
+
+
+class Saver:
+    """Writes checkpoints: the engine's files to local scratch, then the upload in Ray Train's background thread.
+
+    One upload at a time: the next save waits for it, so scratch holds one checkpoint and storage sets the pace.
+    """
+
+    def __init__(
+        self, backend: DeepSpeedBackend, config: TrainConfig, out: Path, settings: dict[str, Any], attempt: int
+    ) -> None:
+        self.backend, self.config, self.out, self.settings, self.attempt = backend, config, out, settings, attempt
+        self.rank = ray.train.get_context().get_world_rank()
+        self.world = ray.train.get_context().get_world_size()
+        self.filesystem, self.path = checkpoint.open_storage(settings["roots"][0])
+        self.metrics: dict[str, Any] = {}
+        self.uploaded = threading.Event()
+        self.uploaded.set()
+        self.prefix = f"dtrpo-{out.name}-rank-{self.rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, step: int, at_once: bool = False) -> None:
+        """Write the checkpoint of a step; `at_once` returns when it lies in storage."""
+        self.wait()
+        folder = Path(tempfile.mkdtemp(prefix=self.prefix))
+        self.backend.save(folder, {"step": step})
+        facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
+        facts |= {"label": self.settings["label"], "base": self.settings["base"], "metrics": self.metrics}
+        self.uploaded.clear()
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=checkpoint.folder_name(step, self.attempt),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=lambda local, name: self._upload(Path(local.path), name, facts),
+        )
+        if at_once:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no upload is under way."""
+        self.uploaded.wait()
+
+    def _upload(self, folder: Path, name: str, facts: dict[str, Any]) -> Checkpoint:
+        path = f"{self.path}/{name}"
+        try:
+            checkpoint.write(folder, self.filesystem, path, self.rank, facts)
+            if self.rank == 0:
+                checkpoint.prune(self.filesystem, self.path, self.config.keep_checkpoints, self.config.keep_best)
+        except OSError as error:
+            message = f"checkpoint {path} could not be written: {error}"
+            append_event(self.out / EVENTS, "storage error", message, rank=self.rank, step=facts["step"])
+            raise
+        finally:
+            self.uploaded.set()
+        return Checkpoint(path=path, filesystem=self.filesystem)

@@ -1,0 +1,158 @@
+"""A checkpoint is whole or is never chosen: sealed last, verified by hash, on any filesystem that pyarrow opens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import fs as pafs
+
+from dtrpo_ray import checkpoint
+from dtrpo_ray.checkpoint import COMPLETE, Place, facts_of, folder_name, newest_whole, open_storage, places, verify
+from dtrpo_ray.errors import CheckpointError
+
+LOCAL = pafs.LocalFileSystem()
+
+
+def rank_folder(tmp_path: Path, rank: int) -> Path:
+    folder = tmp_path / f"scratch-{rank}"
+    (folder / "deepspeed").mkdir(parents=True, exist_ok=True)
+    (folder / "deepspeed" / f"optim-{rank}.pt").write_bytes(bytes([rank]) * 5_000_000)
+    return folder
+
+
+def write(tmp_path: Path, root: str, step: int, attempt: int = 0, ranks: int = 2, filesystem: Any = LOCAL) -> str:
+    path = f"{root}/{folder_name(step, attempt)}"
+    for rank in range(ranks):
+        facts = {"step": step, "num_workers": 2, "zero_stage": 2}
+        checkpoint.write(rank_folder(tmp_path, rank), filesystem, path, rank, facts)
+    return path
+
+
+def test_what_was_written_verifies_and_the_newest_is_found(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    for step, attempt in ((4, 0), (8, 0), (8, 2)):
+        write(tmp_path, root, step, attempt)
+    assert [(p.step, p.attempt, p.name) for p in places(LOCAL, root)] == [
+        (8, 2, "step-00000008-2"), (8, 0, "step-00000008"), (4, 0, "step-00000004"),
+    ]  # fmt: skip
+    found = newest_whole(LOCAL, root, pytest.fail)
+    assert found is not None
+    assert (found[0].attempt, found[1]["step"], found[1]["zero_stage"]) == (2, 8, 2)
+    assert newest_whole(LOCAL, str(tmp_path / "nothing"), pytest.fail) is None
+
+
+def test_complete_is_written_by_the_last_rank_and_not_before(tmp_path: Path) -> None:
+    path = write(tmp_path, str(tmp_path / "run"), 4, ranks=1)
+    with pytest.raises(CheckpointError, match=f"no readable {COMPLETE}"):
+        facts_of(LOCAL, Place(4, 0, path))
+    checkpoint.write(rank_folder(tmp_path, 1), LOCAL, path, 1, {"step": 4, "num_workers": 2})
+    assert facts_of(LOCAL, Place(4, 0, path))["ranks"].keys() == {"rank-0.json", "rank-1.json"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("flip", "optim-1.pt has changed"),
+        ("cut", "optim-1.pt has 10 bytes, 5000000 were written"),
+        ("remove", "optim-1.pt has None bytes"),
+        ("list", "rank-1.json is not the list"),
+        ("no list", "rank-1.json is missing"),
+        ("half seal", "no readable COMPLETE"),
+        ("no seal", "no readable COMPLETE"),
+        ("future", "schema 99"),
+    ],
+)
+def test_a_damaged_newest_one_is_skipped_with_a_warning(tmp_path: Path, damage: str, message: str) -> None:
+    root = str(tmp_path / "run")
+    write(tmp_path, root, 4)
+    newest = Path(write(tmp_path, root, 8))
+    file, listing, seal = newest / "deepspeed" / "optim-1.pt", newest / "rank-1.json", newest / COMPLETE
+    match damage:
+        case "flip":
+            content = bytearray(file.read_bytes())
+            content[4_999_999] ^= 1
+            file.write_bytes(content)
+        case "cut":
+            file.write_bytes(b"x" * 10)
+        case "remove":
+            file.unlink()
+        case "list":
+            listing.write_text(listing.read_text() + " ")
+        case "no list":
+            listing.unlink()
+        case "half seal":
+            seal.write_text(seal.read_text()[:20])
+        case "no seal":
+            seal.unlink()
+        case "future":
+            seal.write_text(json.dumps(json.loads(seal.read_text()) | {"schema": 99}))
+    said: list[str] = []
+    found = newest_whole(LOCAL, root, said.append)
+    assert found is not None
+    assert found[0].step == 4
+    assert len(said) == 1
+    assert message in said[0]
+
+
+def test_ranks_share_the_work_of_verifying(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, str(tmp_path / "run"), 4))
+    (path / "deepspeed" / "optim-1.pt").write_bytes(b"\x02" * 5_000_000)
+    place = Place(4, 0, str(path))
+    verify(LOCAL, place, 0, 2)
+    with pytest.raises(CheckpointError, match=r"optim-1\.pt has changed"):
+        verify(LOCAL, place, 1, 2)
+
+
+def test_a_filesystem_that_is_not_local_holds_checkpoints_too(tmp_path: Path) -> None:
+    """pyarrow's in-memory filesystem stands for an object store: no rename, no local path."""
+    remote = pafs._MockFileSystem()
+    write(tmp_path, "bucket/run", 4, filesystem=remote)
+    found = newest_whole(remote, "bucket/run", pytest.fail)
+    assert found is not None
+    checkpoint.download(remote, found[0], tmp_path / "back")
+    assert (tmp_path / "back" / "deepspeed" / "optim-1.pt").read_bytes() == b"\x01" * 5_000_000
+    checkpoint.remove(remote, found[0])
+    assert places(remote, "bucket/run") == []
+
+
+def test_a_write_error_is_tried_again_and_then_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+    real, failures = checkpoint._copy, [OSError(28, "No space left on device")] * 2
+
+    def flaky(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        real(*args)
+
+    monkeypatch.setattr(checkpoint, "_copy", flaky)
+    verify(LOCAL, Place(4, 0, write(tmp_path, str(tmp_path / "run"), 4)))
+    assert pauses == [1, 2]
+    failures += [OSError(28, "No space left on device")] * 9
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, str(tmp_path / "run"), 8)
+    found = newest_whole(LOCAL, str(tmp_path / "run"), lambda text: None)
+    assert found is not None
+    assert found[0].step == 4
+
+
+def test_storage_is_a_path_or_a_uri(tmp_path: Path) -> None:
+    assert open_storage(str(tmp_path)) == (LOCAL, str(tmp_path))
+    assert open_storage(f"file://{tmp_path}")[1] == str(tmp_path)
+    with pytest.raises(CheckpointError, match="nonsense"):
+        open_storage("nonsense://bucket")
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    for step, loss in ((2, 0.5), (4, 0.2), (6, 0.4), (8, 0.3)):
+        path = write(tmp_path, root, step)
+        seal = Path(path) / COMPLETE
+        seal.write_text(json.dumps(json.loads(seal.read_text()) | {"metrics": {"loss": loss, "margin": loss}}))
+    write(tmp_path, root, 10, ranks=1)
+    assert [p.step for p in checkpoint.prune(LOCAL, root, 2, "loss")] == [2]
+    assert [p.step for p in places(LOCAL, root)] == [10, 8, 6, 4]
+    assert [p.step for p in checkpoint.prune(LOCAL, root, 1, "margin")] == [4]
+    assert [p.step for p in checkpoint.prune(LOCAL, root, 1, None)] == [6]
+    assert [p.step for p in places(LOCAL, root)] == [10, 8]

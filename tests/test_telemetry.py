@@ -1,0 +1,59 @@
+"""What is shown of a run: every gauge of the dashboard is one that training sets."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrpo_ray import telemetry
+from dtrpo_ray.config import TrainConfig
+from dtrpo_ray.metrics import METRICS, read_metrics
+
+ROOT = Path(__file__).parents[1]
+ROW = {
+    "step": 3, "loss": 0.5, "margin": 0.1, "reward_accuracy": 1.0, "grad_norm": 2.0, "lr": 1e-3, "skipped": 1.0,
+    "step_seconds": 2.0, "data_seconds": 0.1, "tokens_per_second": 1000.0, "seconds": 9.0,
+}  # fmt: skip
+
+
+class FakeGauge:
+    """Stands for ray.util.metrics.Gauge, which needs a running Ray to be read back."""
+
+    made: dict[str, "FakeGauge"] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        assert re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name)
+        self.made[name] = self
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.value, self.tags = value, tags
+
+
+def test_every_panel_shows_a_gauge_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "Gauge", FakeGauge)
+    monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e6)
+    settings: dict[str, Any] = {"trackers": (), "label": "train-1"}
+    sinks = telemetry.Sinks(tmp_path, settings, TrainConfig(), 0, torch.device("cpu"), 80.0)
+    sinks.write(ROW)
+    sinks.close()
+    board = json.loads((ROOT / "cluster" / "grafana.json").read_text())
+    shown = {re.match(r"ray_(\w+)", panel["targets"][0]["expr"])[1] for panel in board["panels"]}  # type: ignore[index]
+    assert shown <= FakeGauge.made.keys()
+    assert FakeGauge.made["dtrpo_train_loss"].value == 0.5
+    assert FakeGauge.made["dtrpo_train_loss"].tags == {"stage": "train-1"}
+    # 1000 tokens a second of 80 flops each, on a device of a million
+    assert FakeGauge.made["dtrpo_train_mfu"].value == pytest.approx(0.08)
+    assert read_metrics(tmp_path / METRICS)[0]["memory_bytes"] > 1e7
+
+
+def test_a_profile_of_a_few_steps_is_a_trace(tmp_path: Path) -> None:
+    profiler = telemetry.profiler(tmp_path, num_steps=2)
+    for _ in range(6):
+        profiler.step()
+        torch.ones(4).sum()
+    profiler.stop()
+    trace = json.loads(next((tmp_path / "profile").glob("*.json")).read_text())
+    assert any(event.get("name") == "aten::sum" for event in trace["traceEvents"])

@@ -1,0 +1,287 @@
+"""The fault table: what goes wrong in a run, what is lost, and that the weights come out as if nothing had happened.
+
+Two workers on Ray Train with DeepSpeed. The faulty run suffers one fault after another, each once, and must end in the
+very weights of the straight run; what a person is told lies in `events.jsonl`.
+"""
+
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.cloudpickle
+import torch
+
+from dtrpo_ray import checkpoint, loop, trainer
+from dtrpo_ray.config import ClusterConfig, Objective, TrainConfig
+from dtrpo_ray.errors import CheckpointError, TrainError
+from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
+from dtrpo_ray.models.registry import load_model, save_model
+from dtrpo_ray.recovery import STACKS
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find the tests
+
+STEPS = 8
+CONFIG = TrainConfig(
+    objective=Objective(beta=0.5), lr=1e-2, global_batch=4, micro_batch=2, num_epochs=2, save_every=2, zero_stage=2
+)
+
+
+def write_table(folder: Path) -> Path:
+    """16 pairs: four optimizer steps an epoch."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{name: torch.randint(0, 20, (8,), generator=generator).tolist() for name in columns} for _ in range(16)]
+    steps = [0, 1, 0, 1, 2, 2, 3, 3]
+    rows = [{"row_id": f"row-{i}", **row, "chosen_steps": steps, "rejected_steps": steps} for i, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "part-0.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_stage(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Callable[..., trainer.TrainStage]:
+    """A stage of a new folder, of the same model and table."""
+    folder = tmp_path_factory.mktemp("trainer")
+    (folder / "base").mkdir()
+    save_model(make_model(), folder / "base")
+    table = write_table(folder / "table")
+
+    def make(name: str, **more: Any) -> trainer.TrainStage:
+        out = folder / f"{name}.partial"
+        out.mkdir(exist_ok=True)
+        return trainer.TrainStage(name, folder / "base", table, out, 0, {"base": "b", "table": "t"}, **more)
+
+    return make
+
+
+def cluster(**changes: Any) -> ClusterConfig:
+    return ClusterConfig(**{"num_workers": 2, "max_failures": 0, "use_gpu": "no", **changes})
+
+
+def weights(stage: trainer.TrainStage) -> dict[str, torch.Tensor]:
+    return dict(load_model(stage.out / "model").named_parameters())
+
+
+def equal(one: trainer.TrainStage, other: trainer.TrainStage) -> bool:
+    theirs = weights(other)
+    return all(torch.equal(value, theirs[name]) for name, value in weights(one).items())
+
+
+def events(stage: trainer.TrainStage, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(stage.out / EVENTS) if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def straight(local_ray: None, make_stage: Any) -> trainer.TrainStage:
+    stage: trainer.TrainStage = make_stage("straight")
+    last = trainer.train(stage, CONFIG, cluster())
+    assert last["step"] == STEPS
+    return stage
+
+
+def once(folder: Path, fault: str) -> bool:
+    """Whether this fault is still to come; from now on it is not."""
+    if (folder / fault).exists():
+        return False
+    (folder / fault).touch()
+    return True
+
+
+def flip_a_byte_of_the_newest(root: str) -> None:
+    filesystem, path = checkpoint.open_storage(root)
+    newest = checkpoint.places(filesystem, path)[0]
+    file = next(Path(newest.path).rglob("*optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def faulty(folder: str, settings: dict[str, Any]) -> None:
+    """`trainer._worker` in a world where things go wrong; runs in the worker process."""
+    faults, rank = Path(folder), ray.train.get_context().get_world_rank()
+    real_seed, real_copy = loop.seed_step, checkpoint._copy
+
+    def seed_step(seed: int, step: int, rank: int) -> None:
+        real_seed(seed, step, rank)
+        if step == 3 and rank == 1 and once(faults, "exception"):
+            raise RuntimeError("a bug in a worker")
+        if step == 5 and rank == 0 and once(faults, "killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 7 and rank == 1 and once(faults, "memory"):
+            limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            torch.zeros(2**30)
+        if step == 8 and rank == 1 and once(faults, "hang"):
+            time.sleep(3600)
+
+    def copy(file: Path, filesystem: Any, path: str) -> None:
+        if "step-00000006" in path and rank == 1 and once(faults, "storage"):
+            checkpoint.UPLOAD_ATTEMPTS = 1
+            raise OSError(28, "No space left on device")
+        real_copy(file, filesystem, path)
+
+    loop.seed_step, checkpoint._copy = seed_step, copy  # type: ignore[assignment]
+    if rank == 0 and (faults / "killed").exists() and once(faults, "corrupt"):
+        flip_a_byte_of_the_newest(settings["roots"][0])
+    trainer._worker(settings)
+
+
+@pytest.fixture(scope="module")
+def survived(straight: trainer.TrainStage, make_stage: Any, tmp_path_factory: Any) -> trainer.TrainStage:
+    stage: trainer.TrainStage = make_stage("faulty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_worker", functools.partial(faulty, str(tmp_path_factory.mktemp("faults"))))
+        trainer.train(stage, CONFIG, cluster(max_failures=9, hang_seconds=40))
+    return stage
+
+
+def test_a_run_that_suffers_every_fault_ends_in_the_weights_of_the_straight_run(
+    survived: trainer.TrainStage, straight: trainer.TrainStage
+) -> None:
+    assert equal(survived, straight)
+    assert [row["step"] for row in read_metrics(survived.out / METRICS)] == list(range(1, STEPS + 1))
+    one, other = (read_metrics(stage.out / METRICS) for stage in (survived, straight))
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("failure", "worker 1 failed: RuntimeError: a bug in a worker"),
+        ("failure", "worker 0 failed: "),
+        ("failure", "can't allocate memory"),
+        ("failure", "worker 1 failed: "),
+        ("skipped checkpoint", "has changed since it was written"),
+        ("storage error", "No space left on device"),
+    ],
+)
+def test_each_fault_is_told(survived: trainer.TrainStage, kind: str, message: str) -> None:
+    assert any(message in event["message"] for event in events(survived, kind)), events(survived, kind)
+
+
+def test_at_most_the_steps_since_the_last_checkpoint_are_lost(survived: trainer.TrainStage) -> None:
+    """Fault by fault: step 3 -> 2; killed at 5, 4 corrupt -> 2; no 6 written -> 4; 7 -> 6; 8 -> 6."""
+    resumed = [event["step"] for event in events(survived, "resume")]
+    assert [step for i, step in enumerate(resumed) if not i or resumed[i - 1] != step] == [2, 4, 6]
+    assert resumed.count(2) >= 2
+    assert resumed.count(6) >= 2
+
+
+def test_a_rank_that_hangs_leaves_the_stacks_of_its_threads(survived: trainer.TrainStage) -> None:
+    """A hang is bounded by hang_seconds, and its dump says where each rank stood."""
+    dumps = [file.read_text() for file in (survived.out / STACKS).glob("*-rank-1.txt")]
+    assert any("most recent call first" in text and "seed_step" in text for text in dumps)
+
+
+def test_what_no_restart_mends_ends_the_run_at_once(
+    local_ray: None, make_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hopeless(settings: dict[str, Any]) -> None:
+        def seed_step(seed: int, step: int, rank: int) -> None:
+            if step == 2 and rank == 1:
+                raise TrainError("the loss is not finite at step 2; rows of this rank: row-7")
+
+        loop.seed_step = seed_step  # type: ignore[assignment]
+        trainer._worker(settings)
+
+    stage = make_stage("hopeless")
+    monkeypatch.setattr(trainer, "_worker", hopeless)
+    with pytest.raises(TrainError, match=r"hopeless: the loss is not finite at step 2; rows of this rank: row-7"):
+        trainer.train(stage, CONFIG, cluster(max_failures=9))
+    assert {event["failure"] for event in events(stage, "failure")} == {1}
+    assert not events(stage, "resume")
+
+
+def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: trainer.TrainStage, make_stage: Any) -> None:
+    stage = make_stage("killed-driver")
+    driver = subprocess.Popen(
+        [sys.executable, __file__, str(stage.base), str(stage.table), str(stage.out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while len(read_metrics(stage.out / METRICS)) < 5:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+        time.sleep(0.2)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    trainer.train(stage, CONFIG, cluster())
+    assert [event["step"] for event in events(stage, "resume")] == [4]
+    assert equal(stage, straight)
+
+
+def test_a_finished_run_resumed_trains_nothing(straight: trainer.TrainStage) -> None:
+    before = {name: value.clone() for name, value in weights(straight).items()}
+    trainer.train(straight, CONFIG, cluster())
+    assert events(straight, "resume")[-1]["message"].startswith(f"resumed at step {STEPS} of {STEPS}")
+    assert all(torch.equal(value, before[name]) for name, value in weights(straight).items())
+    assert len(read_metrics(straight.out / METRICS)) == STEPS
+
+
+def test_one_worker_goes_on_where_two_left_off(straight: trainer.TrainStage, make_stage: Any) -> None:
+    """Universal checkpoint, 2 -> 1: the same batches, so the float32 weights differ by the order of sums alone."""
+    filesystem, root = checkpoint.open_storage(str(straight.out / trainer.RAY_RUN))
+    cut = make_stage("cut")
+    (cut.out / trainer.RAY_RUN).mkdir()
+    (cut.out / "run.json").write_text((straight.out / "run.json").read_text().replace(str(straight.out), str(cut.out)))
+    six = next(place for place in checkpoint.places(filesystem, root) if place.step == 6)
+    checkpoint.download(filesystem, six, cut.out / trainer.RAY_RUN / six.name)
+    stage = make_stage("one-worker", resume_from=cut.out)
+    trainer.train(stage, CONFIG, cluster(num_workers=1))
+    assert "resumed at step 6 of 8 on 1 worker(s), written by 2" in events(stage, "resume")[0]["message"]
+    theirs = weights(straight)
+    assert max(float((v - theirs[n]).abs().max()) for n, v in weights(stage).items()) < 1e-4
+
+
+def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:
+    old = make_stage("old")
+    trainer._describe(old, CONFIG, "somewhere")
+    changed = CONFIG.model_copy(update={"lr": 5e-3, "save_every": 7, "objective": Objective(beta=0.1)})
+    with pytest.raises(CheckpointError) as caught:
+        trainer._other_root(make_stage("new", resume_from=old.out), changed)
+    text = str(caught.value)
+    assert "train.lr: 0.01 then, 0.005 now" in text
+    assert "train.objective.beta: 0.5 then, 0.1 now" in text
+    assert "save_every:" not in text
+    assert "May change: train.log_every, train.save_every" in text
+    same = make_stage("new", resume_from=old.out)
+    assert trainer._other_root(same, CONFIG.model_copy(update={"save_every": 7})) == ["somewhere"]
+    with pytest.raises(CheckpointError, match="no readable run"):
+        trainer._other_root(make_stage("new", resume_from=Path("/nowhere")), CONFIG)
+
+
+def _slow_at_step_6(settings: dict[str, Any]) -> None:
+    real = loop.seed_step
+
+    def seed_step(seed: int, step: int, rank: int) -> None:
+        real(seed, step, rank)
+        time.sleep(3600 if step == 6 else 0)
+
+    loop.seed_step = seed_step  # type: ignore[assignment]
+    trainer._worker(settings)
+
+
+def _drive(base: str, table: str, out: str) -> None:
+    """A driver process that never gets beyond step 5."""
+    from dtrpo_ray.session import ray_session
+
+    trainer._worker = _slow_at_step_6
+    stage = trainer.TrainStage("killed-driver", Path(base), Path(table), Path(out), 0, {"base": "b", "table": "t"})
+    with ray_session(cluster()):
+        trainer.train(stage, CONFIG, cluster())
+
+
+if __name__ == "__main__":
+    _drive(*sys.argv[1:])
