@@ -75,6 +75,9 @@ def bench_group() -> None:
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
+_stage_verb(
+    "ref-logps", "Write the reference's log-probs of the last round's pairs.", lambda r: r.reference_logps(r.job.rounds)
+)
 _stage_verb("train", "Align the model: all rounds of rollout, pair and train.", lambda r: r.aligned)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import ray.train
 import torch
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -22,7 +23,9 @@ from dtrpo_ray.errors import TrainError
 from dtrpo_ray.metrics import MetricsLog, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.progress import watch
+from dtrpo_ray.reference import ReferenceCache, write_reference
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
+from dtrpo_ray.step import checkpoint_layers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 METRICS, MODEL = "metrics.jsonl", "model"
@@ -37,6 +40,8 @@ class TrainStage:
     table: Path
     out: Path
     seed: int
+    cache: tuple[Path, str] | None = None
+    """Reference log-probs written beforehand and the reference's hash (`write_reference_logps`), if not computed."""
 
 
 def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
@@ -55,6 +60,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             "seed": stage.seed,
             "base": str(stage.base.resolve()),
             "out": str(stage.out.resolve()),
+            "cache": stage.cache and (str(stage.cache[0].resolve()), stage.cache[1]),
         },
         torch_config=TorchConfig(timeout_s=600),
         scaling_config=ScalingConfig(
@@ -96,9 +102,13 @@ def _worker(settings: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(context.get_local_world_size()))
     base, out = Path(settings["base"]), Path(settings["out"])
-    policy, reference = load_model(base), None
-    if config.objective.type != "sft":
+    policy, reference, fill = load_model(base), None, None
+    if settings["cache"]:
+        fill = ReferenceCache.load(Path(settings["cache"][0]), settings["seed"], settings["cache"][1]).fill
+    elif config.objective.type != "sft":
         reference = _frozen_reference(base, config, device)
+    if config.gradient_checkpointing:
+        checkpoint_layers(policy)
     backend = DeepSpeedBackend(policy, config, num_steps, num_workers, device)
     start_step = _resume(backend)
     log = MetricsLog(out / METRICS, start_step) if rank == 0 else None
@@ -111,7 +121,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     rows = ray.train.get_dataset_shard(f"rank-{rank}")
     batches = dataset.rank_batches(rows, config, num_workers, start_step)
-    to_batch = loop.collate(config, policy, settings["seed"])
+    to_batch = loop.collate(config, policy, settings["seed"], reference, fill, device)
     loop.run(config, backend, reference, batches, to_batch, start_step, num_steps, log.write if log else _ignore, save)
     _write_model(backend, base, out / MODEL, rank)
 
@@ -120,6 +130,23 @@ def _frozen_reference(base: Path, config: TrainConfig, device: torch.device) -> 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     reference = load_model(base, torch.bfloat16 if bf16 else torch.float32, str(device))
     return reference.eval().requires_grad_(False)
+
+
+def write_reference_logps(stage: TrainStage, config: TrainConfig, reference_hash: str) -> int:
+    """Write the log-probs of the stage's base at every state its training will draw into the file `stage.out`.
+
+    Returns the number of (row, side, epoch) values. One process computes them, on a GPU if it sees one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = _frozen_reference(stage.base, config, device)
+    files = sorted(str(p) for p in stage.table.glob("*.parquet"))
+    table = pq.read_table(files).to_pylist()
+    plan = dataset.make_plan([row["row_id"] for row in table], config, stage.seed)
+    drawn = sorted(set(zip(plan.epoch.tolist(), plan.row.tolist(), strict=True)))
+    rows = [{**table[row], "epoch": epoch} for epoch, row in drawn]
+    micro_batches = (rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch))
+    to_batch = loop.collate(config, reference, stage.seed, reference, device=device)
+    return write_reference(stage.out, reference, micro_batches, to_batch, stage.seed, reference_hash, device)
 
 
 def _resume(backend: DeepSpeedBackend) -> int:
