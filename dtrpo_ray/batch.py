@@ -1,146 +1,307 @@
 """Rows -> one `Batch` of tensors: states sampled, rows packed, shapes checked here and nowhere else.
 
-Legend: B rows, S sides, T tokens of a packed row, N scored tokens.
+Legend: P pairs (single examples for sft), S sides, R packed rows of T tokens, N scored tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtrpo_ray.attention import PAD, Row, pack_row
+from dtrpo_ray.attention import CLEAN, LEFT_OUT, PAD, Planes, Row, grid_offset, pack_row, pack_whole
 from dtrpo_ray.config import Objective
-from dtrpo_ray.errors import DataError
+from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.trajectory import (
+    GIVEN,
     State,
     block_slices,
+    confidence_ranks,
     dense_ranks,
+    left_to_right_ranks,
     random_ranks,
     row_generator,
-    sample_elbo_state,
-    sample_step_state,
+    sample_elbo_states,
+    sample_step_states,
+    sequential_ranks,
 )
 
 SIDES = ("chosen", "rejected")
-SCORED = ("scored_row", "scored_col", "target", "slot", "weight", "nll_weight")
+PLANES = {"ids": 0, "position": 0, "block": 0, "side": PAD, "stream": 0, "pair": 0}  # name -> value of padding
+WHOLE = -1  # `draw` of a scored token that belongs to no draw
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a batch depends on of the model: its block grid and where the hidden state of a token lies."""
+
+    block_size: int
+    mask_id: int
+    attention: Literal["block", "full"] = "block"
+    block_origin: Literal["global", "response"] = "global"
+    shift: Literal[0, 1] = 0
+
+    @classmethod
+    def of(cls, model: Any) -> "Layout":
+        """The layout of a `DiffusionLM`, or of an engine around one."""
+        return cls(**{f.name: getattr(model, f.name) for f in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch. A pair is a row, so an unpaired side cannot be expressed.
+    """One micro-batch. A pair's sides lie in one row, so an unpaired side cannot be expressed.
 
-    ids, position, side, stream: int64 [B, T], the packed rows (see `attention`).
-    scored_row, scored_col, target, slot: int64 [N]; where a scored token lies, its id, and row * S + side.
+    ids, position, block, side, stream, pair: int64 [R, T], the packed rows (see `attention`).
+    scored_row, scored_col, target, slot: int64 [N]; where the hidden state of a scored token lies, its id, and
+        pair * S + side. Tokens of a slot follow each other.
+    draw: int64 [N], which of the m draws scores it; WHOLE for a token scored once whatever the draw.
     weight: float32 [N], the estimator's weight; 0 for a token that only the SFT term reads.
     nll_weight: float32 [N], the weight in the side's negative log-likelihood.
-    tokens: float32 [B, S], response tokens per side.
-    row_weight: float32 [B]; 0 marks rows that only fill the batch.
+    tokens: float32 [P, S], response tokens per side.
+    row_weight: float32 [P]; 0 marks pairs that only fill the batch.
+    ref_logp: float32 [N] or None, the reference's log mu where it was computed beforehand (`reference`).
+    layout: of the model that it was built for.
     """
 
     ids: Tensor
     position: Tensor
+    block: Tensor
     side: Tensor
     stream: Tensor
+    pair: Tensor
     scored_row: Tensor
     scored_col: Tensor
     target: Tensor
     slot: Tensor
+    draw: Tensor
     weight: Tensor
     nll_weight: Tensor
     tokens: Tensor
     row_weight: Tensor
+    ref_logp: Tensor | None
+    layout: Layout
+
+    @property
+    def planes(self) -> Planes:
+        """What the attention mask is made of."""
+        return Planes(self.block, self.side, self.stream, self.pair)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """The scored tokens of one side [n]: index in the response, and the stream and position of the state to read."""
+
+    index: np.ndarray
+    stream: np.ndarray
+    position: np.ndarray
+    draw: np.ndarray
+    weight: np.ndarray
+    nll_weight: np.ndarray
 
 
 def build_batch(
-    rows: Sequence[Mapping[str, Any]], objective: Objective, block_size: int, mask_id: int, seed: int
+    rows: Sequence[Mapping[str, Any]],
+    objective: Objective,
+    block_size: int,
+    mask_id: int,
+    seed: int,
+    *,
+    attention: Literal["block", "full"] = "block",
+    block_origin: Literal["global", "response"] = "global",
+    shift: Literal[0, 1] = 0,
+    row_tokens: int | None = None,
 ) -> Batch:
-    """Sample one state per block for each side of each row and pack.
+    """Sample the states of each side of each row and pack. The model's facts are those of `models.base.DiffusionLM`.
 
     A row has `row_id`, `epoch`, `prompt_ids`, `chosen_ids`, `chosen_steps` (or None) and, for pair objectives, the
     same of `rejected`; `row_weight` defaults to 1. The draws depend on (seed, row_id, epoch) alone, and both sides take
-    the same ones: each side's estimate stays what it is, and what the sides share cancels in their difference.
+    the same ones: each side's estimate stays what it is, and what the sides share cancels in their difference. Pairs
+    share packed rows of up to `row_tokens` tokens; None gives each a row of its own.
 
-    Raises DataError where an objective needs recorded steps and a row has none.
+    Raises DataError where an objective needs recorded steps and a row has none, or a shifted model a prompt;
+    ConfigError where the objective does not fit the model.
     """
+    layout = Layout(block_size, mask_id, attention, block_origin, shift)
+    if objective.given_tokens == "clean" and (shift == 0 or attention == "full"):
+        raise ConfigError(
+            'train.objective.given_tokens = "clean" reads the state before a block; this model has no such state '
+            f"(shift = {shift}, attention = {attention!r}): leave it at 'exclude'"
+        )
     sides = SIDES[: 1 if objective.type == "sft" else 2]
-    packed, states = [], []
+    packed, scored = [], []
     for row in rows:
-        prompt = np.asarray(row["prompt_ids"], dtype=np.int64)
-        responses = [np.asarray(row[f"{side}_ids"], dtype=np.int64) for side in sides]
-        drawn = [
-            _draw_state(row, side, len(prompt), len(r), objective, block_size, seed)
-            for side, r in zip(sides, responses, strict=True)
-        ]
-        noisy = [(r, [np.where(s.hidden, mask_id, r)]) for r, s in zip(responses, drawn, strict=True)]
-        packed.append(pack_row(prompt, noisy, block_size))
-        states.append((len(prompt), responses, drawn))
-    return _collate(rows, packed, states, len(sides), objective.type != "dtrpo" or objective.sft_weight > 0)
+        drawn = [_draw(row, side, objective, layout, seed, whole=_reads_all(objective, side)) for side in sides]
+        prompt, noisy = np.asarray(row["prompt_ids"], dtype=np.int64), [(ids, versions) for ids, versions, _ in drawn]
+        packed.append(
+            pack_whole(prompt, noisy) if attention == "full" else pack_row(prompt, noisy, block_size, block_origin)
+        )
+        scored.append([(ids, tokens) for ids, _, tokens in drawn])
+    return _collate(rows, packed, scored, layout, row_tokens)
 
 
-def _draw_state(
-    row: Mapping[str, Any],
-    side: str,
-    prompt_len: int,
-    response_len: int,
-    objective: Objective,
-    block_size: int,
-    seed: int,
-) -> State:
+def _reads_all(objective: Objective, side: str) -> bool:
+    """Whether every hidden token of the side is scored, for a likelihood; else the newly unmasked ones only."""
+    return side == "chosen" and (objective.type != "dtrpo" or objective.sft_weight > 0)
+
+
+def _draw(
+    row: Mapping[str, Any], side: str, objective: Objective, layout: Layout, seed: int, whole: bool
+) -> tuple[np.ndarray, list[np.ndarray], _Scored]:
+    """Response ids, its noisy versions and its scored tokens, of one side."""
+    prompt_len, response = len(row["prompt_ids"]), np.asarray(row[f"{side}_ids"], dtype=np.int64)
+    first = opens_block(prompt_len, len(response), layout)
+    states, given = _states(row, side, objective, layout, seed, first)
+    scored = _scored(states, given & first, first, prompt_len, objective, layout, whole)
+    if (scored.position < 0).any():
+        raise DataError(
+            f"row {row['row_id']}: prompt_ids is empty, and this model predicts a token from the one before it "
+            "(shift = 1): begin prompts with a token, such as the tokenizer's first"
+        )
+    offset = grid_offset(prompt_len, layout.block_size, layout.block_origin)
+    block = (prompt_len + np.arange(len(response)) + offset) // layout.block_size
+    noisy = []
+    for draw, state in enumerate(states, start=1):
+        version = np.where(state.hidden, layout.mask_id, response)
+        if layout.attention == "block":
+            read = (scored.position[scored.stream == draw] + offset) // layout.block_size
+            version = np.where(np.isin(block, read), version, LEFT_OUT)
+        noisy.append(version)
+    return response, noisy, scored
+
+
+def opens_block(prompt_len: int, response_len: int, layout: Layout) -> np.ndarray:
+    """Which response tokens are the first of their block (bool [n])."""
+    offset = grid_offset(prompt_len, layout.block_size, layout.block_origin)
+    first: np.ndarray = (prompt_len + np.arange(response_len) + offset) % layout.block_size == 0
+    return first
+
+
+def _states(
+    row: Mapping[str, Any], side: str, objective: Objective, layout: Layout, seed: int, first: np.ndarray
+) -> tuple[list[State], np.ndarray]:
+    """The sampled states of one side, and which tokens no denoising step chose (bool [n])."""
     rng = row_generator(seed, row["row_id"], row["epoch"], "state")
-    blocks = block_slices(prompt_len, response_len, block_size)
+    length = len(first)
+    blocks = block_slices(len(row["prompt_ids"]), length, layout.block_size, layout.block_origin)
+    whole = [slice(0, length)]  # one state shows the whole response to a full-attention model: its only block
+    full = layout.attention == "full"
     if objective.type != "dtrpo":
-        return sample_elbo_state(response_len, blocks, rng)
-    steps = row.get(f"{side}_steps")
+        assert objective.num_draws != "all"
+        states = sample_elbo_states(length, whole if full else blocks, rng, objective.num_draws)
+        return states, np.zeros(length, dtype=bool)
     if objective.schedule == "recorded":
-        if steps is None:
-            raise DataError(
-                f'row {row["row_id"]}: {side}_steps is missing, and train.objective.schedule = "recorded" needs it; '
-                'record trajectories (dtrpo rollout) or set schedule = "random"'
-            )
-        ranks = dense_ranks(np.asarray(steps, dtype=np.int64), blocks)
+        ranks = dense_ranks(_column(row, f"{side}_steps", "recorded"), whole if full else blocks)
     else:
-        ranks = random_ranks(blocks, objective.tokens_per_step, rng)
-    return sample_step_state(ranks, blocks, objective.weighting, rng)
+        given = first if layout.shift and not full else None  # as its decoder does
+        if objective.schedule == "random":
+            ranks = random_ranks(blocks, objective.tokens_per_step, rng, given)
+        elif objective.schedule == "left_to_right":
+            ranks = left_to_right_ranks(blocks, objective.tokens_per_step, given)
+        else:
+            confidence = _column(row, f"{side}_confidence", "confidence")
+            ranks = confidence_ranks(confidence, blocks, objective.tokens_per_step, given)
+        ranks = sequential_ranks(ranks, blocks) if full else ranks
+    states = sample_step_states(ranks, whole if full else blocks, objective.weighting, rng, objective.num_draws)
+    return states, ranks == GIVEN
+
+
+def _column(row: Mapping[str, Any], name: str, schedule: str) -> np.ndarray:
+    values = row.get(name)
+    if values is None:
+        remedy = (
+            "record trajectories (dtrpo rollout)" if schedule == "recorded" else "run step.order_by_confidence first"
+        )
+        raise DataError(
+            f'row {row["row_id"]}: {name} is missing, and train.objective.schedule = "{schedule}" needs it; '
+            f'{remedy} or set schedule = "random"'
+        )
+    return np.asarray(values, dtype=np.int64 if schedule == "recorded" else np.float64)
+
+
+def _scored(
+    states: list[State],
+    given: np.ndarray,
+    first: np.ndarray,
+    prompt_len: int,
+    objective: Objective,
+    layout: Layout,
+    whole: bool,
+) -> _Scored:
+    """Which tokens are scored, with what weight, and where their hidden states lie.
+
+    A shifted model reads the state before the token. Before the first token of a block that is the clean block before
+    it, as in its decoder, or with `first_token` = "noisy" that block in the token's own stream, as in its training.
+    """
+    parts = []
+    for draw, state in enumerate(states):
+        index = np.flatnonzero(state.coverage > 0 if whole else state.scored)
+        stream = np.full(len(index), draw + 1)
+        if layout.shift and layout.attention == "block" and objective.first_token == "clean":
+            stream[first[index]] = CLEAN
+        weight, nll_weight = state.weight[index], (state.coverage if whole else state.weight)[index]
+        parts.append((index, stream, np.full(len(index), draw), weight, nll_weight))
+    if objective.given_tokens == "clean":
+        index = np.flatnonzero(given)
+        once = np.ones(len(index))
+        parts.append((index, np.full(len(index), CLEAN), np.full(len(index), WHOLE), once, once))
+    index, stream, draw_of, weight, nll_weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _Scored(index, stream, prompt_len + index - layout.shift, draw_of, weight, nll_weight)
+
+
+def _share_rows(lengths: list[int], row_tokens: int | None) -> list[tuple[int, int]]:
+    """(row, first column) of each pair: longest first, into the first row that has room. A longer pair stands alone."""
+    if row_tokens is None:
+        return [(b, 0) for b in range(len(lengths))]
+    filled: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        row = next((r for r, used in enumerate(filled) if used + lengths[b] <= row_tokens), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[b] = (row, filled[row])
+        filled[row] += lengths[b]
+    return places
 
 
 def _collate(
     rows: Sequence[Mapping[str, Any]],
     packed: list[Row],
-    states: list[tuple[int, list[np.ndarray], list[State]]],
-    num_sides: int,
-    whole_chosen: bool,
+    scored: list[list[tuple[np.ndarray, _Scored]]],
+    layout: Layout,
+    row_tokens: int | None,
 ) -> Batch:
-    """`whole_chosen` takes every hidden token of the chosen side along, for the SFT term; else the scored ones only."""
-    width = max(len(p.ids) for p in packed)
-    planes = {"ids": 0, "position": 0, "side": PAD, "stream": 0}
-    grids = {name: np.full((len(packed), width), fill, dtype=np.int64) for name, fill in planes.items()}
-    scored: dict[str, list[np.ndarray]] = {k: [] for k in SCORED}
-    tokens = np.zeros((len(packed), num_sides), dtype=np.float32)
-    for b, (row, (prompt_len, responses, drawn)) in enumerate(zip(packed, states, strict=True)):
+    lengths, num_sides = [len(p.ids) for p in packed], len(scored[0])
+    places = _share_rows(lengths, row_tokens)
+    shape = (1 + max(r for r, _ in places), max(first + n for (_, first), n in zip(places, lengths, strict=True)))
+    grids = {name: np.full(shape, fill, dtype=np.int64) for name, fill in PLANES.items()}
+    parts: list[tuple[np.ndarray, ...]] = []
+    for b, (row, (r, first), sides) in enumerate(zip(packed, places, scored, strict=True)):
         for name, grid in grids.items():
-            grid[b, : len(row.ids)] = getattr(row, name)
-        for s, (response, state) in enumerate(zip(responses, drawn, strict=True)):
-            whole = whole_chosen and s == 0
-            where = np.flatnonzero(state.coverage > 0 if whole else state.scored)
-            scored["scored_row"].append(np.full(len(where), b))
-            scored["scored_col"].append(row.noisy_at[s][0] + prompt_len - row.first_position + where)
-            scored["target"].append(response[where])
-            scored["slot"].append(np.full(len(where), b * num_sides + s))
-            scored["weight"].append(state.weight[where])
-            scored["nll_weight"].append((state.coverage if whole else state.weight)[where])
-            tokens[b, s] = len(response)
-    joined = {name: np.concatenate(parts) for name, parts in scored.items()}
-    floats = {name: joined.pop(name).astype(np.float32) for name in ("weight", "nll_weight")}
+            values = getattr(row, name) if name != "pair" else sum(r == other for other, _ in places[:b])
+            grid[r, first : first + len(row.ids)] = values
+        for s, (response, tokens) in enumerate(sides):
+            column = np.zeros(len(tokens.index), dtype=np.int64)
+            for stream in np.unique(tokens.stream).tolist():
+                here = tokens.stream == stream
+                column[here] = first + row.columns(s, stream, tokens.position[here])
+            slot = np.full(len(column), b * num_sides + s)
+            where = (np.full(len(column), r), column, response[tokens.index], slot, tokens.draw)
+            parts.append((*where, tokens.weight, tokens.nll_weight))
+    names = ("scored_row", "scored_col", "target", "slot", "draw", "weight", "nll_weight")
+    joined = dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
+    types = {"weight": np.float32, "nll_weight": np.float32}
     return Batch(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
-        **{name: torch.from_numpy(values.astype(np.int64)) for name, values in joined.items()},
-        **{name: torch.from_numpy(values) for name, values in floats.items()},
-        tokens=torch.from_numpy(tokens),
+        **{name: torch.from_numpy(values.astype(types.get(name, np.int64))) for name, values in joined.items()},
+        tokens=torch.tensor([[len(ids) for ids, _ in sides] for sides in scored], dtype=torch.float32),
         row_weight=torch.tensor([float(row.get("row_weight", 1.0)) for row in rows]),
+        ref_logp=None,
+        layout=layout,
     )

@@ -98,6 +98,9 @@ def bench_train(
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
+_stage_verb(
+    "ref-logps", "Write the reference's log-probs of the last round's pairs.", lambda r: r.reference_logps(r.job.rounds)
+)
 
 
 @app.command()

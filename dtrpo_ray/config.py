@@ -98,7 +98,7 @@ class Objective(_Section):
     """What a training stage minimises."""
 
     type: Literal["sft", "dtrpo", "elbo_dpo"] = "dtrpo"
-    """dtrpo; or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks, one draw)."""
+    """dtrpo; or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks)."""
     beta: float = Field(0.1, gt=0)
     """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -109,10 +109,22 @@ class Objective(_Section):
     """Weight of the chosen side's masked-diffusion negative log-likelihood per token, at the sampled states."""
     weighting: Literal["steps", "tokens", "unit"] = "steps"
     """dTRPO's weight of a sampled step: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
-    schedule: Literal["recorded", "random"] = "recorded"
-    """Where the unmasking order comes from: the row's recorded steps, or a random order."""
+    num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    """Denoising steps sampled per block, stratified; "all" takes every step (exact, dtrpo only); ELBO draws else."""
+    schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
+    """Where the unmasking order comes from: the row's recorded steps, or one made up (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
-    """Tokens unmasked per denoising step of the random schedule."""
+    """Tokens unmasked per denoising step of a made-up schedule."""
+    given_tokens: Literal["exclude", "clean"] = "exclude"
+    """Tokens no denoising step chose (autoregressive firsts of blocks): unscored, or scored from the clean stream."""
+    first_token: Literal["clean", "noisy"] = "clean"
+    """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
+
+    @model_validator(mode="after")
+    def _draws_of_steps(self) -> "Objective":
+        if self.num_draws == "all" and self.type != "dtrpo":
+            raise ValueError(f"num_draws = 'all' takes the steps of a trajectory, which {self.type} lacks")
+        return self
 
 
 class LoraConfig(_Section):
@@ -138,6 +150,12 @@ class TrainConfig(_Section):
     """Rows per optimizer step, over all workers."""
     micro_batch: int = Field(32, ge=1)
     """Most rows per forward of one worker; gradient accumulation is derived."""
+    row_tokens: int | None = Field(None, ge=1)
+    """Pairs of a micro-batch share packed rows of up to this many tokens; absent: one pair a row, padded."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping it: less memory, about a third more time."""
+    reference: Literal["frozen", "cache"] = "frozen"
+    """The reference's log-probs: from a frozen copy in the same step, or written beforehand (dtrpo ref-logps)."""
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -160,6 +178,14 @@ class TrainConfig(_Section):
     """The newest whole ones that are kept."""
     keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy"] | None = None
     """Keep the checkpoint with the best such metric too."""
+
+    @model_validator(mode="after")
+    def _cache_of_a_reference(self) -> "TrainConfig":
+        if self.reference == "cache" and self.objective.type == "sft":
+            raise ValueError("reference = 'cache': the objective sft has no reference")
+        if self.reference == "cache" and self.objective.schedule == "confidence":
+            raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
+        return self
 
     def rows_per_rank(self, num_workers: int) -> int:
         """Rows of one optimizer step on one rank; where it does not divide, the last ranks are filled with weight 0."""

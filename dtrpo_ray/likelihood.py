@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 1024
 
 
 def token_logps(log_mu: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor) -> Tensor:

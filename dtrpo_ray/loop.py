@@ -3,17 +3,17 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from dtrpo_ray.backend import Backend
-from dtrpo_ray.batch import Batch, build_batch
+from dtrpo_ray.batch import Batch, Layout, build_batch
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.step import training_step
+from dtrpo_ray.step import order_by_confidence, training_step
 from dtrpo_ray.trajectory import row_generator
 
 MAX_DROPPED = 10  # dropped steps in a row that end the run whatever the policy
@@ -22,10 +22,29 @@ Rows = Sequence[Mapping[str, Any]]
 Collate = Callable[[Rows], Batch]
 
 
-def collate(config: TrainConfig, model: DiffusionLM, seed: int) -> Collate:
-    """The function that turns rows into the `Batch` of this objective and model."""
-    block_size, mask_id = model.block_size, model.mask_id
-    return lambda rows: build_batch(rows, config.objective, block_size, mask_id, seed)
+def collate(
+    config: TrainConfig,
+    model: DiffusionLM,
+    seed: int,
+    reference: DiffusionLM | None = None,
+    fill: Callable[[Batch, Rows], Batch] | None = None,
+    device: torch.device | None = None,
+) -> Collate:
+    """The function that turns rows into the `Batch` of this objective and model.
+
+    `reference` orders rows for the schedule "confidence" and lies on `device`; `fill` adds its log-probs from a cache.
+    """
+    layout, objective = asdict(Layout.of(model)), config.objective
+
+    def to_batch(rows: Rows) -> Batch:
+        if objective.schedule == "confidence" and objective.type == "dtrpo":
+            if reference is None:
+                raise TrainError('train.objective.schedule = "confidence" orders by the reference: it must be at hand')
+            rows = order_by_confidence(reference, rows, device or torch.device("cpu"), config.row_tokens)
+        batch = build_batch(rows, objective, seed=seed, row_tokens=config.row_tokens, **layout)
+        return fill(batch, rows) if fill else batch
+
+    return to_batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tokenizer import load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
+REF_LOGPS = "ref-logps.parquet"
 HELD_OUT_SEED = 1  # added to the job's seed: held-out prompts are the same for every round and variant
 
 
@@ -183,14 +184,30 @@ class River:
         if number == 0:
             return self.base
         reference, pairs = self.policy(number - 1), self.pairs(number)
-        return self._train(f"train-{number}", self.job.train, reference, pairs, self.job.seed + number)
+        cache = self.reference_logps(number) if self.job.train.reference == "cache" else None
+        return self._train(f"train-{number}", self.job.train, reference, pairs, self.job.seed + number, cache)
+
+    def reference_logps(self, number: int) -> Stage:
+        """The reference's log-probs of a round's pairs, at the very states that its training will draw."""
+        config, reference, pairs = self.job.train, self.policy(number - 1), self.pairs(number)
+        seed, draws = self.job.seed + number, {"objective", "num_epochs", "max_steps", "global_batch", "precision"}
+        inputs = {"config": config.model_dump(mode="json", include=draws), "reference": reference.digest, "seed": seed}
+        inputs |= {"table": pairs.digest}
+
+        def make(out: Path) -> dict[str, Any]:
+            stage = trainer.TrainStage(f"ref-{number}", reference.path, pairs.path / TABLE, out / REF_LOGPS, seed)
+            return {"values": trainer.write_reference_logps(stage, config, reference.digest)}
+
+        return self._stage(f"ref-{number}", inputs, [REF_LOGPS], make)
 
     @property
     def aligned(self) -> ModelRef:
         """The policy after the last round."""
         return self.policy(self.job.rounds)
 
-    def _train(self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int) -> ModelRef:
+    def _train(
+        self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
+    ) -> ModelRef:
         keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite"}  # they change no weight
         keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
         inputs = {"config": config.model_dump(mode="json", exclude=keep_out), "base": base.digest, "seed": seed}
@@ -199,7 +216,8 @@ class River:
         def make(out: Path) -> dict[str, Any]:
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
-            stage = trainer.TrainStage(name, base.path, table.path / TABLE, out, seed, identity, resume)
+            written = (cache.path / REF_LOGPS, base.digest) if cache else None
+            stage = trainer.TrainStage(name, base.path, table.path / TABLE, out, seed, identity, resume, written)
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
             last = trainer.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}

@@ -1,45 +1,131 @@
 """Policy + reference + `Batch` -> `LossOutput`: one policy forward over both sides, one reference forward, no more.
 
-Legend: B rows, S sides, N scored tokens.
+Legend: P pairs, S sides, N scored tokens.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from dtrpo_ray.attention import block_mask
-from dtrpo_ray.batch import Batch
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from dtrpo_ray.attention import FLEX_BUCKET, dense_mask, sparse_mask
+from dtrpo_ray.batch import SIDES, WHOLE, Batch, Layout, build_batch, opens_block
 from dtrpo_ray.config import Objective
 from dtrpo_ray.loss import LossOutput, preference_loss, sum_by_side
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.trajectory import GIVEN
 
 
 def scored_logps(model: DiffusionLM, batch: Batch) -> Tensor:
-    """log mu of the scored tokens [N] from one forward pass over the packed rows."""
-    mask = block_mask(batch.position, batch.side, batch.stream, model.block_size)
-    logps: Tensor = model(batch.ids, batch.position, mask, batch.scored_row, batch.scored_col, batch.target)
+    """log mu of the scored tokens [N] from one forward pass over the packed rows.
+
+    On a GPU the mask is block-sparse and rows are padded to a multiple of `FLEX_BUCKET`; on a CPU it is dense.
+    Raises ValueError for a batch built for another block grid, kind of attention or shift than the model's.
+    """
+    if Layout.of(model) != batch.layout:
+        raise ValueError(f"the batch was built for {batch.layout}, and the model is {Layout.of(model)}")
+    ids, position, planes = batch.ids, batch.position, batch.planes
+    if ids.device.type == "cuda":
+        length = -(-ids.shape[1] // FLEX_BUCKET) * FLEX_BUCKET
+        extra = (0, length - ids.shape[1])
+        ids, position, planes = F.pad(ids, extra), F.pad(position, extra), planes.padded(length)
+        mask: Tensor | BlockMask = sparse_mask(planes)
+        if model.lm.config._attn_implementation != "flex_attention":
+            model.lm.set_attn_implementation("flex_attention")
+    else:
+        mask = dense_mask(planes)
+    logps: Tensor = model(ids, position, mask, batch.scored_row, batch.scored_col, batch.target)
     return logps
 
 
 def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Batch, objective: Objective) -> LossOutput:
-    """The loss of each row [B] and its metrics.
+    """The loss of each pair [P] and its metrics.
 
     `sft`: the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo`: the preference loss
     on sum_N weight (log mu_theta - log mu_ref), at the same sampled states for both, plus `sft_weight` times the
     chosen side's masked-diffusion negative log-likelihood per token: all tokens hidden in the very same states, so
-    no forward is added (an SFT term as in RPO, arXiv 2404.19733).
+    no forward is added (an SFT term as in RPO, arXiv 2404.19733). The reference's log-probs are the batch's own
+    (`ref_logp`) where it carries them; else `reference` computes them: a frozen model, or anything that answers
+    like one, such as the policy with its adapters off.
     """
-    num_rows, num_sides = batch.tokens.shape
+    num_pairs, num_sides = batch.tokens.shape
+
+    def by_side(values_N: Tensor) -> Tensor:
+        return sum_by_side(values_N, batch.slot, num_pairs, num_sides)
+
     logp_N = scored_logps(policy, batch)
-    nll_BS = -sum_by_side(batch.nll_weight * logp_N, batch.slot, num_rows, num_sides) / batch.tokens
-    scored_BS = sum_by_side((batch.weight > 0).float(), batch.slot, num_rows, num_sides)
-    common = {"scored_tokens": scored_BS.sum(1), "scored_fraction": scored_BS.sum(1) / batch.tokens.sum(1)}
+    nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
+    scored_PS = by_side((batch.weight > 0).float())
+    common = {"scored_tokens": scored_PS.sum(1), "scored_fraction": scored_PS.sum(1) / batch.tokens.sum(1)}
     if objective.type == "sft":
-        return LossOutput(nll_BS[:, 0], {"nll": nll_BS[:, 0].detach(), **common})
-    if reference is None:
-        raise ValueError(f"objective {objective.type} needs a reference model")
-    with torch.no_grad():
-        ref_logp_N = scored_logps(reference, batch)
-    log_ratio_BS = sum_by_side(batch.weight * (logp_N - ref_logp_N), batch.slot, num_rows, num_sides)
-    out = preference_loss(log_ratio_BS, objective.beta, objective.loss_type, objective.label_smoothing)
-    metrics = {"nll_chosen": nll_BS[:, 0].detach(), "nll_rejected": nll_BS[:, 1].detach(), **common}
-    return LossOutput(out.loss_B + objective.sft_weight * nll_BS[:, 0], {**out.metrics, **metrics})
+        return LossOutput(nll_PS[:, 0], {"nll": nll_PS[:, 0].detach(), **common})
+    ref_logp_N = batch.ref_logp
+    if ref_logp_N is None:
+        if reference is None:
+            raise ValueError(f"objective {objective.type} needs a reference model")
+        with torch.no_grad():
+            ref_logp_N = scored_logps(reference, batch)
+    ratio_N = batch.weight * (logp_N - ref_logp_N)
+    out = preference_loss(by_side(ratio_N), objective.beta, objective.loss_type, objective.label_smoothing)
+    logp_PS = by_side(batch.weight * logp_N.detach())
+    for side, name in enumerate(SIDES):
+        common |= {f"nll_{name}": nll_PS[:, side].detach(), f"logp_{name}": logp_PS[:, side]}
+    if objective.num_draws != "all" and objective.num_draws > 1:
+        common["spread"] = _spread(ratio_N.detach(), batch, objective.num_draws)
+    return LossOutput(out.loss_B + objective.sft_weight * nll_PS[:, 0], {**out.metrics, **common})
+
+
+def checkpoint_layers(policy: DiffusionLM) -> None:
+    """Recompute each layer of the trunk in the backward pass (gradient checkpointing), in training mode."""
+    policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _spread(ratio_N: Tensor, batch: Batch, num_draws: int) -> Tensor:
+    """Standard error [P] of Delta(y_w) - Delta(y_l) in nats, estimated from how the m draws differ.
+
+    Each draw adds up to c_j, and the estimate is their sum: sqrt(m / (m - 1) sum_j (c_j - mean c)^2). For independent
+    draws its square is unbiased; strata that differ among themselves make it too large, never too small on average.
+    """
+    num_pairs, num_sides = batch.tokens.shape
+    drawn = batch.draw != WHOLE
+    sign = torch.where(batch.slot % num_sides == 0, 1.0, -1.0).to(ratio_N.dtype)
+    place = torch.div(batch.slot, num_sides, rounding_mode="floor") * num_draws + batch.draw
+    parts = torch.zeros(num_pairs * num_draws, dtype=ratio_N.dtype, device=ratio_N.device)
+    parts = parts.index_add(0, place[drawn], (sign * ratio_N)[drawn]).view(num_pairs, num_draws)
+    return (num_draws * parts.var(1, unbiased=True)).sqrt()
+
+
+@torch.no_grad()
+def order_by_confidence(
+    reference: DiffusionLM, rows: Sequence[Mapping[str, Any]], device: torch.device, row_tokens: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows with `chosen_confidence` and `rejected_confidence` [n], which the schedule "confidence" sorts by.
+
+    One extra forward of the reference over both sides: each block wholly hidden (but for tokens that its decoder
+    takes autoregressively), earlier blocks clean; a token's confidence is its log mu there. It stands for the
+    decoder's order, which would be recomputed after each step.
+    """
+    layout = Layout.of(reference)
+    blank = []
+    for row in rows:
+        steps = {}
+        for side in SIDES:
+            first = opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]), layout)
+            steps[f"{side}_steps"] = np.where(first & bool(layout.shift) & (layout.attention == "block"), GIVEN, 0)
+        blank.append({**row, **steps})
+    batch = build_batch(blank, Objective(), seed=0, row_tokens=row_tokens, **asdict(layout))
+    logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
+    slots, out = batch.slot.numpy(), []
+    for b, row in enumerate(blank):
+        confidence = {}
+        for s, side in enumerate(SIDES):
+            values = np.zeros(len(row[f"{side}_steps"]))
+            values[row[f"{side}_steps"] != GIVEN] = logps[slots == b * len(SIDES) + s]
+            confidence[f"{side}_confidence"] = values
+        out.append({**rows[b], **confidence})
+    return out

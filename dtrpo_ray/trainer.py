@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import ray.train
 import torch
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
@@ -28,8 +29,10 @@ from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_ada
 from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, RUN, append_event, read_metrics
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
+from dtrpo_ray.reference import ReferenceCache, write_reference
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 from dtrpo_ray.stages import whole_folder
+from dtrpo_ray.step import checkpoint_layers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 MODEL, ADAPTER = "model", "adapter"
@@ -50,6 +53,8 @@ class TrainStage:
     seed: int
     identity: Mapping[str, Any] = field(default_factory=dict)
     resume_from: Path | None = None
+    cache: tuple[Path, str] | None = None
+    """Reference log-probs written beforehand and the reference's hash (`write_reference_logps`), if not computed."""
 
 
 def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
@@ -79,6 +84,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             "trackers": cluster.trackers,
             "profile_steps": cluster.profile_steps,
             "elastic": elastic,
+            "cache": stage.cache and (str(stage.cache[0].resolve()), stage.cache[1]),
         },
         # the watchdog of each worker comes first: it dumps stacks
         torch_config=TorchConfig(timeout_s=cluster.hang_seconds + 60),
@@ -246,12 +252,16 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     found = recovery.choose(settings["roots"], out, rank, world)
     other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
     sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
-    policy, reference = load_model(base, device=str(device), sharding=sharding), None
+    policy, reference, fill = load_model(base, device=str(device), sharding=sharding), None, None
     count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     if config.lora:
         add_adapters(policy, config.lora, settings["seed"])
+    if config.gradient_checkpointing:
+        checkpoint_layers(policy)
     backend = DeepSpeedBackend(policy, config, num_steps, world, device, universal=other_world)
-    if config.objective.type != "sft":
+    if settings["cache"]:
+        fill = ReferenceCache.load(Path(settings["cache"][0]), settings["seed"], settings["cache"][1]).fill
+    elif config.objective.type != "sft":
         lora = BaseReference(backend.policy, policy) if config.lora else None
         reference = lora or _frozen_reference(base, config, device)
     start = recovery.resume(backend, found, out, other_world)
@@ -261,7 +271,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     rows = ray.train.get_dataset_shard("all" if settings["elastic"] else f"rank-{rank}")
     share = (rank, world) if settings["elastic"] else None
     batches = dataset.rank_batches(rows, config, world, start, share)
-    to_batch = loop.collate(config, policy, settings["seed"])
+    to_batch = loop.collate(config, policy, settings["seed"], reference, fill, device)
     # 2 flops a parameter forward, 4 backward, 2 for the reference, over all workers' devices
     flops = (6.0 + 2.0 * (reference is not None)) * count / world
     with _callbacks(settings, config, rank, start, alive, saver, flops) as (write, save, hooks):
@@ -330,6 +340,23 @@ def _frozen_reference(base: Path, config: TrainConfig, device: torch.device) -> 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     reference = load_model(base, torch.bfloat16 if bf16 else torch.float32, str(device))
     return reference.eval().requires_grad_(False)
+
+
+def write_reference_logps(stage: TrainStage, config: TrainConfig, reference_hash: str) -> int:
+    """Write the log-probs of the stage's base at every state its training will draw into the file `stage.out`.
+
+    Returns the number of (row, side, epoch) values. One process computes them, on a GPU if it sees one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = _frozen_reference(stage.base, config, device)
+    files = sorted(str(p) for p in stage.table.glob("*.parquet"))
+    table = pq.read_table(files).to_pylist()
+    plan = dataset.make_plan([row["row_id"] for row in table], config, stage.seed)
+    drawn = sorted(set(zip(plan.epoch.tolist(), plan.row.tolist(), strict=True)))
+    rows = [{**table[row], "epoch": epoch} for epoch, row in drawn]
+    micro_batches = (rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch))
+    to_batch = loop.collate(config, reference, stage.seed, reference, device=device)
+    return write_reference(stage.out, reference, micro_batches, to_batch, stage.seed, reference_hash, device)
 
 
 def _write_model(backend: DeepSpeedBackend, config: TrainConfig, base: Path, out: Path, rank: int) -> None:

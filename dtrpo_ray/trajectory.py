@@ -1,12 +1,14 @@
-"""A finished response and the order it was unmasked in -> one sampled state per block, what to score there, how much.
+"""A finished response and the order it was unmasked in -> sampled states of its blocks, what to score there, how much.
 
 State Reduction (arXiv 2603.18806): one denoising step per block, drawn at random, stands for the whole trajectory.
-`ranks` give that order: within each block 0 is unmasked first; NEVER marks tokens that no step unmasked.
-The state before step t of a block hides every token of rank >= t; the newly unmasked tokens have rank == t.
+`ranks` give that order: within each block 0 is unmasked first; NEVER marks tokens that no step unmasked, GIVEN those
+that no denoising step chose. The state before step t of a block hides every token of rank >= t; the newly unmasked
+tokens have rank == t. A model that cannot show later blocks as absent (full attention) has one block: the response.
 Everything random comes from a `numpy.random.Generator`; `row_generator` derives it from (seed, row id, epoch).
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +18,8 @@ NEVER = -1  # rank of a token that was never unmasked
 GIVEN = -2  # rank of a token shown from its block's first step on that no denoising step chose: autoregressive, forced
 
 Weighting = Literal["steps", "tokens", "unit"]
+Origin = Literal["global", "response"]
+NumDraws = int | Literal["all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,8 @@ class State:
     """One sampled state of a response of n tokens.
 
     `hidden` (bool [n]) is masked in it; `scored` (bool [n]) enters the ratio with `weight` (float [n]); `coverage`
-    (float [n]) is the weight B_b / |hidden in b| of each hidden token in the masked-diffusion likelihood.
+    (float [n]) is the weight B_b / |hidden in b| of each hidden token in the masked-diffusion likelihood, times the
+    share of the block's steps that this draw stands for (1 for a single draw).
     """
 
     hidden: np.ndarray
@@ -38,52 +43,135 @@ def row_generator(seed: int, row_id: str, epoch: int, tag: str) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def block_slices(prompt_len: int, response_len: int, block_size: int) -> list[slice]:
-    """The response's blocks on the global grid, as slices of the response; the first and last may be short."""
-    edges = range(prompt_len // block_size * block_size, prompt_len + response_len, block_size)
+def block_slices(prompt_len: int, response_len: int, block_size: int, origin: Origin = "global") -> list[slice]:
+    """The response's blocks on the grid that starts at position 0, or at the response, as slices of the response.
+
+    The last one may be short, and on the global grid the first one too.
+    """
+    start = prompt_len if origin == "response" else prompt_len // block_size * block_size
+    edges = range(start, prompt_len + response_len, block_size)
     return [slice(max(e - prompt_len, 0), min(e + block_size - prompt_len, response_len)) for e in edges]
 
 
 def dense_ranks(raw_steps: np.ndarray, blocks: list[slice]) -> np.ndarray:
-    """Recorded step numbers (any base, any gaps, NEVER kept) -> dense ranks 0..K_b-1 within each block."""
-    ranks = np.full(len(raw_steps), NEVER, dtype=np.int64)
+    """Recorded step numbers (any base, any gaps) -> dense ranks 0..K_b-1 within each block; NEVER, GIVEN stay."""
+    ranks = np.array(raw_steps, dtype=np.int64)
     for block in blocks:
-        done = raw_steps[block] != NEVER
+        done = raw_steps[block] >= 0
         ranks[block][done] = np.unique(raw_steps[block][done], return_inverse=True)[1]
     return ranks
 
 
-def random_ranks(blocks: list[slice], tokens_per_step: int, rng: np.random.Generator) -> np.ndarray:
-    """A random order for text that has none: each block shuffled into groups of `tokens_per_step`."""
-    ranks = np.empty(blocks[-1].stop if blocks else 0, dtype=np.int64)
+def random_ranks(
+    blocks: list[slice], tokens_per_step: int, rng: np.random.Generator, given: np.ndarray | None = None
+) -> np.ndarray:
+    """A random order for text that has none: each block shuffled into groups of `tokens_per_step`.
+
+    `given` (bool [n]) marks tokens that no step chooses; they get GIVEN and the groups are made of the others.
+    """
+    return _group(blocks, tokens_per_step, given, lambda free: rng.permutation(len(free)))
+
+
+def left_to_right_ranks(blocks: list[slice], tokens_per_step: int, given: np.ndarray | None = None) -> np.ndarray:
+    """Each block from left to right in sub-blocks of `tokens_per_step`."""
+    return _group(blocks, tokens_per_step, given, lambda free: np.arange(len(free)))
+
+
+def confidence_ranks(
+    confidence: np.ndarray, blocks: list[slice], tokens_per_step: int, given: np.ndarray | None = None
+) -> np.ndarray:
+    """Each block by falling `confidence` (float [n]) in groups of `tokens_per_step`; ties from left to right."""
+
+    def order(free: np.ndarray) -> np.ndarray:
+        return np.argsort(np.argsort(-confidence[free], kind="stable"), kind="stable")
+
+    return _group(blocks, tokens_per_step, given, order)
+
+
+def _group(
+    blocks: list[slice], size: int, given: np.ndarray | None, order: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """`order` maps a block's free positions to their places 0, 1, ..; each `size` of them make one step."""
+    ranks = np.full(blocks[-1].stop if blocks else 0, GIVEN, dtype=np.int64)
     for block in blocks:
-        ranks[block] = rng.permutation(block.stop - block.start) // tokens_per_step
+        free = np.arange(block.start, block.stop)
+        free = free if given is None else free[~given[block]]
+        ranks[free] = order(free) // size
     return ranks
 
 
-def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator) -> State:
-    """dTRPO's state: per block b one step t_b of its K_b, scored at the newly unmasked tokens I_t.
-
-    Weights of the scored tokens (docs/method.md): `steps` K_b with t_b uniform over steps (unbiased); `tokens`
-    B_b / |I_t| with t_b the step of a uniformly drawn token (unbiased); `unit` 1 with t_b uniform (the figure of the
-    paper; biased where K_b differs between blocks).
-    """
-    hidden = ranks == NEVER
-    scored = np.zeros(len(ranks), dtype=bool)
-    weight, coverage = np.zeros(len(ranks)), np.zeros(len(ranks))
+def sequential_ranks(ranks: np.ndarray, blocks: list[slice]) -> np.ndarray:
+    """Ranks within blocks -> ranks within the response, whose blocks are finished one after the other."""
+    out, done = ranks.copy(), 0
     for block in blocks:
-        rank = ranks[block]
-        unmasked = rank[rank != NEVER]
-        if not len(unmasked):
-            continue
-        num_steps = int(unmasked.max()) + 1
-        step = int(rng.choice(unmasked)) if weighting == "tokens" else int(rng.integers(num_steps))
-        hidden[block] |= rank >= step
-        scored[block] = rank == step
-        newly = int(np.count_nonzero(rank == step))
-        coverage[block] = (rank >= step) * len(unmasked) / np.count_nonzero(rank >= step)
-        weight[block] = {"steps": num_steps, "tokens": len(unmasked) / newly, "unit": 1.0}[weighting]
-    return State(hidden, scored, weight * scored, coverage)
+        free = ranks[block] >= 0
+        out[block][free] += done
+        done += int(ranks[block][free].max()) + 1 if free.any() else 0
+    return out
+
+
+def sample_step_states(
+    ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator, num_draws: NumDraws = 1
+) -> list[State]:
+    """dTRPO's states: m of the K_b denoising steps of each block b, one in each `State`, scored at I_t.
+
+    The steps of a block are cut into m strata of neighbours, sizes differing by one at most, and one step is drawn
+    in each: without replacement, and with weight the stratum's size unbiased. A block of fewer steps than draws, or
+    `num_draws` = "all", takes every step once: the exact sum. For m = 1 (docs/method.md) the weights are: `steps` K_b
+    with t_b uniform over steps; `tokens` B_b / |I_t| with t_b the step of a uniformly drawn token, the strata being
+    made of tokens in the order they were unmasked; `unit` is `steps` divided by K_b (the figure of the paper; biased
+    where K_b differs between blocks).
+    """
+    drawn = [_draw_steps(ranks[block], weighting, rng, num_draws) for block in blocks]
+    states = []
+    for draw in range(max([1, *map(len, drawn)])):
+        hidden, scored = ranks == NEVER, np.zeros(len(ranks), dtype=bool)
+        weight, coverage = np.zeros(len(ranks)), np.zeros(len(ranks))
+        for block, steps in zip(blocks, drawn, strict=True):
+            if draw < len(steps):
+                step, step_weight, share = steps[draw]
+                rank = ranks[block]
+                to_come = rank >= step
+                hidden[block] |= to_come
+                scored[block] = rank == step
+                weight[block] = step_weight
+                coverage[block] = to_come * share * np.count_nonzero(rank >= 0) / np.count_nonzero(to_come)
+        states.append(State(hidden, scored, weight * scored, coverage))
+    return states
+
+
+def _draw_steps(
+    rank: np.ndarray, weighting: Weighting, rng: np.random.Generator, num_draws: NumDraws
+) -> list[tuple[int, float, float]]:
+    """(step, weight, share of the block it stands for) of each draw in one block."""
+    unmasked = rank[rank >= 0]
+    if not len(unmasked):
+        return []
+    num_steps = int(unmasked.max()) + 1
+    if num_draws == "all" or 1 < num_draws >= num_steps:
+        return [(t, 1 / num_steps if weighting == "unit" else 1.0, 1 / num_steps) for t in range(num_steps)]
+    if weighting == "tokens":
+        # a single stratum keeps the text's order: the draws of m = 1 stay what they were
+        strata = np.array_split(np.sort(unmasked) if num_draws > 1 else unmasked, num_draws)
+        steps = [int(rng.choice(tokens)) for tokens in strata]
+        sizes = [np.count_nonzero(rank == step) for step in steps]
+        return [(t, len(s) / n, len(s) / len(unmasked)) for t, s, n in zip(steps, strata, sizes, strict=True)]
+    strata = np.array_split(np.arange(num_steps), num_draws)
+    scale = num_steps if weighting == "unit" else 1
+    return [(int(s[0] + rng.integers(len(s))), len(s) / scale, len(s) / num_steps) for s in strata]
+
+
+def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator) -> State:
+    """`sample_step_states` with one draw: one state of all blocks."""
+    return sample_step_states(ranks, blocks, weighting, rng)[0]
+
+
+def sample_elbo_states(
+    num_tokens: int, blocks: list[slice], rng: np.random.Generator, num_draws: int = 1
+) -> list[State]:
+    """n independent Monte-Carlo draws of the block ELBO, each with its share 1 / n (VRPO, arXiv 2505.19223)."""
+    states = [sample_elbo_state(num_tokens, blocks, rng) for _ in range(num_draws)]
+    return [State(s.hidden, s.scored, s.weight / num_draws, s.coverage / num_draws) for s in states]
 
 
 def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: np.random.Generator) -> State:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrpo_ray.attention import PAD
-from dtrpo_ray.batch import Batch, build_batch
+from dtrpo_ray.batch import PLANES, Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
 from dtrpo_ray.errors import DataError
 
@@ -200,13 +200,15 @@ def test_types_and_shapes_are_as_documented() -> None:
     batch = build(ROWS, OBJECTIVES["steps"])
     moved = batch.to(torch.device("cpu"))
     floats = {"weight", "nll_weight", "tokens", "row_weight"}
-    for field in fields(Batch):
+    assert batch.ref_logp is None
+    assert batch.layout == moved.layout == Layout(B, MASK)
+    for field in fields(Batch)[:-2]:
         value = getattr(batch, field.name)
         assert value.dtype == (torch.float32 if field.name in floats else torch.int64)
         assert torch.equal(value, getattr(moved, field.name))
-    scored = ("scored_row", "scored_col", "slot", "weight", "nll_weight")
+    scored = ("scored_row", "scored_col", "slot", "draw", "weight", "nll_weight")
     assert {getattr(batch, name).shape for name in scored} == {batch.target.shape}
-    assert batch.ids.shape == batch.position.shape == batch.side.shape == batch.stream.shape
+    assert len({getattr(batch, name).shape for name in PLANES}) == 1
 
 
 @given(prompt=st.integers(0, 9), chosen=st.integers(1, 9), rejected=st.integers(1, 9), seed=st.integers(0, 9))

@@ -241,7 +241,7 @@ def test_gradient_is_the_dpo_gradient_times_the_weights(policy: SDAR, reference:
     logps = scored_logps(policy, batch).detach().requires_grad_()
 
     class Fixed(torch.nn.Module):
-        block_size = B
+        block_size, mask_id, attention, block_origin, shift = B, MASK, "block", "global", 0
 
         def forward(self, *_: Tensor) -> Tensor:
             return logps

@@ -1,0 +1,305 @@
+"""One optimizer step's forward and backward, our way and the common ways, on the same weights, data and draws.
+
+    packed   one row holds the pair, each scored hidden state alone meets the vocabulary (this package's training step)
+    common   each side and each draw by itself as [noisy | clean] of the whole sequence, logits of the whole noisy half
+
+Both compute the same loss, and the bench stops if they do not. Times and memory are those of fresh processes, one for
+each variant and round, the rounds interleaved; `peak` is what a step takes beyond weights and gradients.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dtrpo_ray.batch import SIDES, Batch, Layout, build_batch
+from dtrpo_ray.config import Objective
+from dtrpo_ray.errors import TrainError
+from dtrpo_ray.loss import preference_loss, sum_by_side
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.registry import build_model
+from dtrpo_ray.step import training_step
+
+Json = dict[str, Any]
+OURS, COMMON = "dtrpo packed", "dtrpo common"
+VARIANTS = {  # name -> (way, objective)
+    OURS: ("packed", Objective()),
+    COMMON: ("common", Objective()),
+    "vrpo n=4 common": ("common", Objective(type="elbo_dpo", num_draws=4)),
+    "vrpo n=8 common": ("common", Objective(type="elbo_dpo", num_draws=8)),
+    "all rounds common": ("common", Objective(num_draws="all")),
+    "vrpo n=4 packed": ("packed", Objective(type="elbo_dpo", num_draws=4)),
+    "all rounds packed": ("packed", Objective(num_draws="all")),
+}
+BARS = (  # what, of which variant over ours, at least
+    ("seconds", COMMON, 2.5),
+    ("peak_bytes", COMMON, 3.0),
+    ("seconds", "vrpo n=4 common", 5.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of the comparison, in tokens and units; the defaults are those of the bars."""
+
+    prompt: int = 256
+    response: int = 256
+    block: int = 32
+    steps: int = 4
+    width: int = 256
+    layers: int = 4
+    vocab: int = 32768
+    pairs: int = 1
+
+    def model(self, seed: int) -> DiffusionLM:
+        """A random model of this shape."""
+        heads = max(self.width // 64, 1)
+        return build_model(
+            {
+                "model_type": "sdar",
+                "architectures": ["SDARForCausalLM"],
+                "vocab_size": self.vocab,
+                "hidden_size": self.width,
+                "intermediate_size": 3 * self.width,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
+                "head_dim": self.width // heads,
+                "block_size": self.block,
+                "mask_token_id": self.vocab - 1,
+                "eos_token_id": self.vocab - 2,
+                "tie_word_embeddings": False,
+            },
+            seed,
+        )
+
+    def rows(self) -> list[Json]:
+        """Random pairs; each block of a response unmasked in `steps` steps of equal size, in a random order."""
+        rng = np.random.default_rng(0)
+        rows = []
+        for i in range(self.pairs):
+            row: Json = {"row_id": f"row-{i}", "epoch": 0}
+            for name, length in (("prompt", self.prompt), ("chosen", self.response), ("rejected", self.response)):
+                row[f"{name}_ids"] = rng.integers(0, self.vocab - 2, length)
+                if name != "prompt":
+                    orders = [rng.permutation(self.block) for _ in range(-(-length // self.block))]
+                    row[f"{name}_steps"] = np.concatenate(orders)[:length] * self.steps // self.block
+            rows.append(row)
+        return rows
+
+
+# --- the common way ---
+
+
+def two_stream_mask(length: int, block_size: int) -> Tensor:
+    """The mask of [noisy | clean] (BD3-LM, arXiv 2503.09573; SDAR): boolean [1, 1, 2 length, 2 length]."""
+    block = torch.arange(length).repeat(2) // block_size
+    clean = torch.arange(2 * length) >= length
+    query, key = block[:, None], block[None, :]
+    diagonal = (query == key) & (clean[:, None] == clean[None, :])
+    offset = (query > key) & clean[None, :] & ~clean[:, None]
+    causal = (query >= key) & clean[None, :] & clean[:, None]
+    return (diagonal | offset | causal)[None, None]
+
+
+def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch) -> tuple[Tensor, int, int]:
+    """log mu of the batch's scored tokens [N] the common way, with the trunk tokens and head rows it takes.
+
+    Needs blocks that begin with the prompt's end, and shift 0: then a noisy half is the prompt and a noisy stream.
+    """
+    out = torch.zeros(len(batch.target), dtype=torch.float32)
+    trunk = head = 0
+    for slot in range(batch.tokens.numel()):
+        row, side = divmod(slot, batch.tokens.shape[1])
+        prompt, response = (torch.as_tensor(rows[row][f"{name}_ids"]) for name in ("prompt", SIDES[side]))
+        length = len(prompt) + len(response)
+        mask = two_stream_mask(length, model.block_size)
+        positions = torch.arange(length).repeat(2)[None]
+        for draw in batch.draw[batch.slot == slot].unique().tolist():
+            mine = (batch.slot == slot) & (batch.draw == draw)
+            here = (batch.side[row] == side) & (batch.stream[row] == draw + 1)
+            ids = torch.cat([prompt, batch.ids[row][here], prompt, response])[None]
+            hidden = model.hidden(ids, positions, mask)[0, :length]
+            logits = model.head(hidden).float()
+            logits[..., model.mask_id] = float("-inf")
+            at = batch.position[row, batch.scored_col[mine]]
+            logp = torch.log_softmax(logits, -1)[at, batch.target[mine]]
+            out = out.index_put((torch.nonzero(mine)[:, 0],), logp)
+            trunk, head = trunk + 2 * length, head + length
+    return out, trunk, head
+
+
+def common_step(policy: DiffusionLM, reference: DiffusionLM, rows: list[Json], batch: Batch, beta: float) -> Tensor:
+    """The loss of each pair: four kinds of forwards, chosen and rejected by policy and reference, each by itself."""
+    logp = common_logps(policy, rows, batch)[0]
+    with torch.no_grad():
+        ref_logp = common_logps(reference, rows, batch)[0]
+    ratio = sum_by_side(batch.weight * (logp - ref_logp), batch.slot, *batch.tokens.shape)
+    return preference_loss(ratio, beta).loss_B
+
+
+# --- one variant in a process of its own ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """A variant ready to run: `step` does forward and backward and returns the loss."""
+
+    step: Callable[[], float]
+    policy: DiffusionLM
+    trunk_tokens: int
+    head_rows: int
+
+
+def _setup(name: str, shape: Shape) -> _Setup:
+    way, objective = VARIANTS[name]
+    policy, reference, rows = shape.model(0), shape.model(1).requires_grad_(False), shape.rows()
+    batch = build_batch(rows, objective, seed=0, **asdict(Layout.of(policy)))
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> float:
+        if way == "packed":
+            loss = training_step(policy, reference, batch, objective).loss_B
+        else:
+            loss = common_step(policy, reference, rows, batch, objective.beta)
+        loss.mean().backward()
+        return float(loss.detach().mean())
+
+    if way == "packed":  # policy and reference read the same
+        return _Setup(step, policy, 2 * batch.ids.numel(), 2 * len(batch.target))
+    draws = len(set(zip(batch.slot.tolist(), batch.draw.tolist(), strict=True)))
+    length = shape.prompt + shape.response
+    return _Setup(step, policy, 4 * draws * length, 2 * draws * length)
+
+
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def time_variant(name: str, shape: Shape, repeats: int) -> Json:
+    """Median wall and processor seconds of a step, after one to warm up."""
+    setup = _setup(name, shape)
+    loss, wall, processor = setup.step(), [], []
+    for _ in range(repeats):
+        began, cpu = time.perf_counter(), time.process_time()
+        setup.step()
+        wall.append(time.perf_counter() - began)
+        processor.append(time.process_time() - cpu)
+    return {"loss": loss, "seconds": statistics.median(wall), "cpu_seconds": statistics.median(processor)}
+
+
+def weigh_variant(name: str, shape: Shape) -> Json:
+    """Peak memory of a step beyond what stands before it (weights and gradients), and its FLOPs."""
+    small = Shape(**{**asdict(shape), "prompt": shape.block, "response": shape.block})
+    _setup(name, small).step()  # libraries load what they load at first use
+    setup = _setup(name, shape)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    setup.step()
+    peak = _resident("VmHWM")
+    with FlopCounterMode(display=False) as counter:
+        setup.step()
+    counts = {"trunk_tokens": setup.trunk_tokens, "head_rows": setup.head_rows, "flops": counter.get_total_flops()}
+    weights = sum(p.numel() * p.element_size() for p in setup.policy.parameters())
+    return {"peak_bytes": peak - before, "process_bytes": peak, "weight_bytes": weights, **counts}
+
+
+def _in_process(job: str, name: str, shape: Shape, repeats: int) -> Json:
+    """Run `time` or `weigh` in a fresh interpreter; to weigh, large freed tensors go back to the system."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if job == "weigh":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    call = json.dumps({"job": job, "name": name, "shape": asdict(shape), "repeats": repeats})
+    command = [sys.executable, "-W", "ignore", "-m", "dtrpo_ray.bench.forward", call]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TrainError(f"bench forward: {name} failed: {done.stderr.strip().splitlines()[-1:]}")
+    answer: Json = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+# --- the comparison ---
+
+
+def compare(shape: Shape, rounds: int, repeats: int, say: Callable[[str], None]) -> Json:
+    """Every variant: {"variants": [..], "ratios": {name: {..over ours}}, "bars": [..], "machine", "shape"}."""
+    if shape.prompt % shape.block or shape.response % shape.block or shape.steps > shape.block:
+        raise TrainError("bench forward: prompt and response must be whole blocks, steps no more than a block's tokens")
+    timed: dict[str, list[Json]] = {name: [] for name in VARIANTS}
+    for number in range(rounds):
+        for name in VARIANTS:
+            timed[name].append(_in_process("time", name, shape, repeats))
+            say(f"round {number + 1}: {name}: {timed[name][-1]['seconds']:.3f} s")
+    rows = []
+    for name, runs in timed.items():
+        weighed = _in_process("weigh", name, shape, repeats)
+        seconds = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds")}
+        spread = [round(f(run["seconds"] for run in runs), 4) for f in (min, max)]
+        rows.append({"variant": name, "loss": runs[0]["loss"], **seconds, "seconds_range": spread, **weighed})
+    by_name = {row["variant"]: row for row in rows}
+    for objective in ("dtrpo", "vrpo n=4", "all rounds"):
+        ours, theirs = (by_name[f"{objective} {way}"]["loss"] for way in ("packed", "common"))
+        if abs(ours - theirs) > 1e-3 * max(abs(theirs), 1):
+            raise TrainError(f"bench forward: {objective}: loss {ours} packed, {theirs} the common way")
+    keys = ("seconds", "cpu_seconds", "peak_bytes", "process_bytes", "trunk_tokens", "head_rows", "flops")
+    ratios = {name: {key: row[key] / by_name[OURS][key] for key in keys} for name, row in by_name.items()}
+    bars = [
+        {"what": what, "of": name, "bar": bar, "measured": ratios[name][what], "met": ratios[name][what] >= bar}
+        for what, name, bar in BARS
+    ]
+    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"shape": asdict(shape), "machine": machine, "variants": rows, "ratios": ratios, "bars": bars}
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(value: Json) -> str:
+    """The comparison as a Markdown table, and whether each bar is met."""
+    head = "| variant | seconds | CPU s | peak MiB | process MiB | trunk tokens | head rows | GFLOP | time / ours |"
+    lines = [head, "|---" * 9 + "|"]
+    for row in value["variants"]:
+        mib = [f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "process_bytes")]
+        ratio = f"{value['ratios'][row['variant']]['seconds']:.2f}"
+        cells = [row["variant"], f"{row['seconds']:.3f}", f"{row['cpu_seconds']:.3f}", *mib]
+        cells += [str(row["trunk_tokens"]), str(row["head_rows"]), f"{row['flops'] / 1e9:.1f}", ratio]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for bar in value["bars"]:
+        met = "met" if bar["met"] else "NOT met"
+        lines.append(f"- {bar['what']} of `{bar['of']}` over ours: {bar['measured']:.2f}, bar {bar['bar']}: {met}")
+    return "\n".join(lines)
+
+
+def main(call: str) -> None:
+    """One job of `_in_process`."""
+    given = json.loads(call)
+    shape = Shape(**{f.name: given["shape"][f.name] for f in fields(Shape)})
+    made = (
+        time_variant(given["name"], shape, given["repeats"])
+        if given["job"] == "time"
+        else weigh_variant(given["name"], shape)
+    )
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,138 @@
+"""The reference's log-probabilities written beforehand: a Parquet folder keyed by what each value depends on.
+
+A value belongs to (row id, side, epoch), the seed of the draws and the reference's hash. `draws` is a digest of the
+very states and tokens that were scored, so that another objective, table or code cannot pass unnoticed.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dtrpo_ray.batch import SIDES, Batch
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.step import scored_logps
+
+Rows = Sequence[Mapping[str, Any]]
+Key = tuple[str, str, int]  # row id, side, epoch
+
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("side", pa.string()),
+        ("epoch", pa.int32()),
+        ("seed", pa.int64()),
+        ("reference", pa.string()),
+        ("draws", pa.string()),
+        ("logps", pa.list_(pa.float32())),
+    ],
+    metadata={"dtrpo.table": "reference/v1"},
+)
+REMEDY = "write it anew with dtrpo ref-logps"
+
+
+def write_reference(
+    path: Path,
+    reference: DiffusionLM,
+    micro_batches: Iterable[Rows],
+    to_batch: Callable[[Rows], Batch],
+    seed: int,
+    reference_hash: str,
+    device: torch.device,
+) -> int:
+    """Write `path`, one Parquet file, from one no-grad forward a micro-batch; returns the number of values (sides)."""
+    count = 0
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for rows in micro_batches:
+            batch = to_batch(rows)
+            with torch.no_grad():
+                logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
+            made = [
+                {
+                    "row_id": row_id,
+                    "side": side,
+                    "epoch": epoch,
+                    "seed": seed,
+                    "reference": reference_hash,
+                    "draws": draws,
+                    "logps": logps[where],
+                }
+                for (row_id, side, epoch), where, draws in _sides(batch, rows)
+            ]
+            writer.write_table(pa.Table.from_pylist(made, schema=SCHEMA))
+            count += len(made)
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCache:
+    """The log-probs of a cache by key, each with the digest of the draws they belong to."""
+
+    path: Path
+    values: dict[Key, tuple[str, np.ndarray]]
+
+    @classmethod
+    def load(cls, path: Path, seed: int, reference_hash: str) -> "ReferenceCache":
+        """Read a cache. Raises DataError if it is missing, or of another seed or reference."""
+        try:
+            table = pq.read_table(path)
+        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: no readable cache of reference log-probs ({error}); {REMEDY}") from None
+        if table.schema.names != SCHEMA.names:
+            raise DataError(f"{path}: columns {table.schema.names} are not those of a reference cache; {REMEDY}")
+        for name, wanted in (("seed", seed), ("reference", reference_hash)):
+            found = table[name].unique().to_pylist()
+            if found != [wanted]:
+                raise DataError(f"{path}: {name} = {found[0] if found else None}, this run has {wanted}; {REMEDY}")
+        keys = zip(*(table[name].to_pylist() for name in ("row_id", "side", "epoch")), strict=True)
+        logps = table["logps"].combine_chunks()
+        ends = logps.offsets.to_numpy()
+        flat = logps.values.to_numpy(zero_copy_only=False)
+        values = [flat[a:b] for a, b in itertools.pairwise(ends)]
+        return cls(path, dict(zip(keys, zip(table["draws"].to_pylist(), values, strict=True), strict=True)))
+
+    def fill(self, batch: Batch, rows: Rows) -> Batch:
+        """The batch with its `ref_logp`. Raises DataError for a row that is missing or was scored at other states."""
+        ref_logp = torch.empty(len(batch.target))
+        for key, where, draws in _sides(batch, rows):
+            row_id, side, epoch = key
+            name = f"{self.path}: row {row_id}, {side}, epoch {epoch}"
+            if key not in self.values:
+                raise DataError(f"{name}: no reference log-probs here; {REMEDY}")
+            kept, logps = self.values[key]
+            if kept != draws:
+                raise DataError(
+                    f"{name}: written for draws {kept}, this run's are {draws}: the table or the objective has "
+                    f"changed; {REMEDY}"
+                )
+            ref_logp[where] = torch.from_numpy(logps.copy())
+        return replace(batch, ref_logp=ref_logp)
+
+
+def _sides(batch: Batch, rows: Rows) -> Iterable[tuple[Key, np.ndarray, str]]:
+    """(key, places in the scored tokens, digest of the draws) of each side of each row; packing does not enter."""
+    planes = {name: getattr(batch, name).numpy() for name in ("ids", "side", "stream", "pair")}
+    scored = {n: getattr(batch, n).numpy() for n in ("scored_row", "scored_col", "target", "weight", "nll_weight")}
+    slot, num_sides = batch.slot.numpy(), batch.tokens.shape[1]
+    for b, row in enumerate(rows):
+        for s in range(num_sides):
+            where = np.flatnonzero(slot == b * num_sides + s)
+            digest = hashlib.blake2b(digest_size=12)
+            if len(where):
+                r, column = (int(scored[name][where[0]]) for name in ("scored_row", "scored_col"))
+                pair = planes["pair"][r] == planes["pair"][r, column]
+                mine = pair & ((planes["side"][r] == s) | (planes["side"][r] == -1))
+                places = np.cumsum(mine)[scored["scored_col"][where]]
+                parts = (planes["ids"][r][mine], planes["stream"][r][mine], places)
+                values = (*parts, *(scored[name][where] for name in ("target", "weight", "nll_weight")))
+                for value in values:
+                    digest.update(np.ascontiguousarray(value).tobytes())
+            yield (str(row["row_id"]), SIDES[s], int(row["epoch"])), where, digest.hexdigest()
