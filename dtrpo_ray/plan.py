@@ -8,7 +8,7 @@ from dtrpo_ray.config import Job, ModelInit, TrainConfig
 from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
-CHUNK_TOKENS = 4096  # as in `likelihood`, which imports torch: scored tokens whose logits exist together
+CHUNK_TOKENS = 1024  # as in `likelihood`, which imports torch: scored tokens whose logits exist together
 
 
 def parameters(init: ModelInit, vocab_size: int) -> int:
