@@ -475,7 +475,9 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
         scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b""}
         scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
         call = asyncio.ensure_future(app(scope, receive, send))
-        while not service.batchers["tiny"].num_running:
+        for _ in range(1000):
+            if service.batchers["tiny"].num_running:
+                break
             await asyncio.sleep(0.01)
         assert service.pending == 1
         gone.set()
