@@ -4,13 +4,21 @@ A field that would change the meaning of an answer and is not served is refused 
 ignored, since clients send many. `null` means absent.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from dtrpo_ray.generation import Remasking
+
 MAX_CHOICES = 64  # sequences one request may decode: prompts times n
+MAX_ALTERNATIVES = 20  # log-probabilities of other tokens, for each place
 UNSUPPORTED = "unsupported_parameter"
+SCHEDULES: dict[str, Remasking] = {  # the field that says how much -> the policy it is for
+    "threshold": "low_confidence_dynamic",
+    "tokens_per_step": "low_confidence_top_k",
+    "entropy_bound": "entropy_bounded",
+}
 
 
 def _only(*neutral: Any) -> AfterValidator:
@@ -29,75 +37,145 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Request(BaseModel):
-    """What both endpoints share: `steps`, `threshold` and `return_trajectory` are this server's own."""
+def _text_of_parts(value: Any) -> Any:
+    """A message's content as one text, where a client sends it in parts of text."""
+    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    return value
 
+
+class _Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, use_attribute_docstrings=True)
-
-    model: str | None = None
-    """The served model's name; absent: whatever is served."""
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    """0 is greedy."""
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    """The same seed and request give the same text; absent: a random one."""
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    """Choices for each prompt."""
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field([], max_length=16)
-    """The text ends before the first of these."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps per block; fewer are faster. Absent: the server's default."""
-    threshold: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
-    """Instead of `steps`: each step unmasks every token more probable than this."""
-    return_trajectory: bool = False
-    """Also return the denoising step of each token."""
-
-    stream: Annotated[Any, _only(False)] = None
-    echo: Annotated[Any, _only(False)] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-    suffix: Annotated[Any, _only("")] = None
-    top_p: Annotated[Any, _only(1, 1.0)] = None
-    top_k: Annotated[Any, _only(-1, 0)] = None
-    min_p: Annotated[Any, _only(0, 0.0)] = None
-    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
-    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
-    repetition_penalty: Annotated[Any, _only(1, 1.0)] = None
-    min_tokens: Annotated[Any, _only(0)] = None
-    ignore_eos: Annotated[Any, _only(False)] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    tools: Annotated[Any, _only([])] = None
-    functions: Annotated[Any, _only([])] = None
-    block_length: Annotated[Any, _only()] = None
-    remasking: Annotated[Any, _only("low_confidence")] = None
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, body: Any) -> Any:
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
+
+class StreamOptions(_Body):
+    """What a stream holds beside text."""
+
+    include_usage: bool = False
+    """A last chunk with the usage, before `[DONE]`."""
+    include_denoising: bool = False
+    """A chunk without choices for every denoising step: which tokens it unmasked, and how sure the model was."""
+
+
+class _Request(_Body):
+    """What both endpoints share; from `steps` on the fields are this server's own."""
+
+    model: str | None = None
+    """A served model's name; absent: the first one."""
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    """Sample from this many tokens; 0 and -1 are all."""
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed and request give the same text; absent: a random one."""
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Choices for each prompt."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field([], max_length=16)
+    """The text ends before the first of these."""
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=16)
+    """Tokens that end a choice as the end-of-sequence token does."""
+    ignore_eos: bool = False
+    """Decode on after the end-of-sequence token, to `max_tokens`."""
+    stream: bool = False
+    """Send each block when it is finished, as server-sent events."""
+    stream_options: StreamOptions = StreamOptions()
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps per block; fewer are faster. Absent: the server's default."""
+    threshold: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    """Instead of `steps`: each step unmasks every token more probable than this."""
+    tokens_per_step: int | None = Field(None, ge=1)
+    """Instead of `steps`: each step unmasks this many tokens, the most probable."""
+    entropy_bound: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Instead of `steps`: nats of entropy within which tokens are unmasked together (EB-Sampler)."""
+    remasking: Remasking | Literal["low_confidence"] | None = None
+    """The unmasking policy, where the fields above do not say it; `low_confidence` is low_confidence_static."""
+    block_length: int | None = Field(None, ge=1)
+    """Tokens of a block: a full-attention model takes any, a block-trained model its own only."""
+    return_trajectory: bool = False
+    """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
+
+    echo: Annotated[Any, _only(False)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    suffix: Annotated[Any, _only("")] = None
+    min_p: Annotated[Any, _only(0, 0.0)] = None
+    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, _only(1, 1.0)] = None
+    min_tokens: Annotated[Any, _only(0)] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[Any, _only([])] = None
+    functions: Annotated[Any, _only([])] = None
+
     @model_validator(mode="after")
-    def _one_schedule(self) -> "_Request":
-        if self.steps is not None and self.threshold is not None:
-            raise ValueError(f"steps = {self.steps} and threshold = {self.threshold} exclude each other; give one")
+    def _one_schedule(self) -> Self:
+        given = {name: getattr(self, name) for name in ("steps", *SCHEDULES) if getattr(self, name) is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{name} = {value}" for name, value in given.items())
+            raise ValueError(f"{listed} exclude each other; give one")
+        for name, policy in SCHEDULES.items():
+            if self.remasking == policy and name not in given:
+                raise ValueError(f"remasking = {policy} needs {name}; give it")
+            if name in given and self.remasking not in (None, policy):
+                raise ValueError(f"{name} = {given[name]} goes with remasking = {policy}, not {self.remasking}")
         return self
+
+    @property
+    def policy(self) -> Remasking:
+        """The unmasking policy asked for."""
+        for name, policy in SCHEDULES.items():
+            if getattr(self, name) is not None:
+                return policy
+        return "sequential" if self.remasking == "sequential" else "low_confidence_static"
+
+    @property
+    def num_alternatives(self) -> int | None:
+        """Alternatives wanted for each token; None where no log-probabilities are."""
+        raise NotImplementedError
+
+
+def _as_prompts(value: Any) -> Any:
+    """A list of prompts, from one text, one list of ids, or a list of either."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return [value]
+    return value
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1, max_length=MAX_CHOICES)
-    """A text, or several."""
+    prompt: Annotated[
+        list[str | TokenIds],
+        BeforeValidator(_as_prompts, json_schema_input_type=str | TokenIds | list[str] | list[TokenIds]),
+    ] = Field(min_length=1, max_length=MAX_CHOICES)
+    """A text, or its token ids, or several of them."""
     max_tokens: int = Field(16, ge=1)
+    logprobs: int | Literal[False] | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    """Also return the log-probability of each token at the step that unmasked it, and this many alternatives."""
 
     @model_validator(mode="after")
-    def _bounded(self) -> "CompletionRequest":
+    def _bounded(self) -> Self:
         if len(self.prompt) * self.n > MAX_CHOICES:
             raise ValueError(
                 f"{len(self.prompt)} prompts x n = {self.n} exceed {MAX_CHOICES} choices; split the request"
             )
         return self
+
+    @property
+    def num_alternatives(self) -> int | None:
+        return None if self.logprobs is None or self.logprobs is False else self.logprobs
 
 
 class Message(BaseModel):
@@ -106,7 +184,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Annotated[str, BeforeValidator(_text_of_parts)]
 
 
 class ChatRequest(_Request):
@@ -117,33 +195,138 @@ class ChatRequest(_Request):
     """Absent: as many as the server and the model's context allow."""
     max_tokens: int | None = Field(None, ge=1)
     """The older name of `max_completion_tokens`."""
+    logprobs: bool = False
+    """Also return the log-probability of each token at the step that unmasked it."""
+    top_logprobs: int = Field(0, ge=0, le=MAX_ALTERNATIVES)
+    """Alternatives for each token; needs `logprobs`."""
+
+    @model_validator(mode="after")
+    def _alternatives_of_something(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs = {self.top_logprobs} needs logprobs = true")
+        return self
+
+    @property
+    def num_alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class TokenizeRequest(_Body):
+    """The body of POST /tokenize: a prompt, or messages for the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        return self
+
+
+class Tokenized(BaseModel):
+    """The answer of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
 
 
 class Trajectory(BaseModel):
-    """How a choice was decoded: each generated token, and the denoising forward (from 0) that unmasked it.
+    """A choice as a row of the table trajectory/v1 (docs/data.md), and the text of each token.
 
-    It holds every token that `usage` counts, those after a stop text too.
+    `response_ids` go on to the end of the terminal block, past an end of sequence or a stop text. `model_hash` is
+    empty, since the endpoint does not hash weights, and `reward` null.
     """
 
-    token_ids: list[int]
-    tokens: list[str]
+    contract_version: int
+    row_id: str
+    prompt_id: str
+    prompt: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
     steps: list[int]
+    """The denoising forward, from 0, that unmasked each token; -2: given without one."""
+    logps: list[float]
     num_forwards: int
+    reward: None = None
+    reward_source: str = ""
+    block_size: int
+    block_origin: Literal["global", "response"]
+    mask_id: int
+    temperature: float
+    denoising_steps: int
+    seed: int
+    engine: str
+    model_hash: str = ""
+    tokens: list[str]
 
 
-class _Choice(BaseModel):
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a completion's tokens, in the order of the text."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float] = []
+    top_logprobs: list[dict[str, float]] | None = None
+    text_offset: list[int] = []
+
+
+class Alternative(BaseModel):
+    """A token a place could have taken."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Alternative):
+    """A token and its alternatives."""
+
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of a message's tokens."""
+
+    content: list[TokenLogprob]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class CompletionChoice(BaseModel):
+    """One choice, or in a stream a part of one."""
+
     index: int
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None
     trajectory: Trajectory | None = None
 
 
-class CompletionChoice(_Choice):
-    text: str
-
-
-class ChatChoice(_Choice):
+class ChatChoice(BaseModel):
+    index: int
     message: Message
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+    trajectory: Trajectory | None = None
+
+
+class Delta(BaseModel):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    trajectory: Trajectory | None = None
 
 
 class Usage(BaseModel):
@@ -154,15 +337,28 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class Denoising(BaseModel):
+    """One denoising step of one choice: the places it unmasked, counted from the choice's first token."""
+
+    index: int
+    step: int
+    places: list[int]
+    token_ids: list[int]
+    tokens: list[str]
+    probabilities: list[float]
+    block_size: int
+
+
 class Completion(BaseModel):
-    """The answer of /v1/completions."""
+    """The answer of /v1/completions, or a chunk of it."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: Usage | None = None
+    denoising: Denoising | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -176,6 +372,18 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class ChatChunk(BaseModel):
+    """A chunk of /v1/chat/completions as a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    denoising: Denoising | None = None
+
+
 class ModelCard(BaseModel):
     """One served model."""
 
@@ -186,6 +394,8 @@ class ModelCard(BaseModel):
     max_model_len: int
     """Most tokens of a prompt and its answer together."""
     block_size: int
+    attention: Literal["block", "full"]
+    """block: decoded with an exact cache; full: every step runs the whole sequence."""
 
 
 class ModelList(BaseModel):

@@ -1,132 +1,184 @@
-"""An engine -> an ASGI app that speaks OpenAI's HTTP. Knows nothing of Ray; `server.py` puts it into replicas.
+"""Engines -> an ASGI app that speaks OpenAI's HTTP. Knows nothing of Ray; `server.py` puts it into replicas.
 
-A request passes the gate (key, size), the schema (`api.py`) and the limits; then it waits for the one thread that
-decodes, so that the event loop always answers.
+A request passes the gate (`gate.py`), the schema (`api.py`) and the limits; then its choices join the decoding thread
+of their model (`batcher.py`), and blocks come back as they finish. Nothing here blocks the event loop.
 """
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from importlib import metadata
-from threading import Semaphore
-from typing import Any, Literal
+from functools import partial
+from importlib import metadata, resources
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dtrpo_ray import api
+from dtrpo_ray.answers import Choice
 from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
-from dtrpo_ray.sampler import Generation, SamplingParams
+from dtrpo_ray.gate import Gate, error_body, on_http_error, on_invalid_request, refusal, short
+from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.monitor import Monitor
+from dtrpo_ray.replies import (
+    Chunk,
+    Hosted,
+    Work,
+    chat,
+    chat_chunk,
+    completion,
+    completion_chunk,
+    empty_chunk,
+    read,
+    sse,
+)  # fmt: skip
+from dtrpo_ray.streams import EventStream, unless_disconnected
 from dtrpo_ray.trajectory import row_generator
-
-DEADLINE_SECONDS = 120.0  # of a request, its wait included; no header of a client lifts it
-MAX_BODY_BYTES = 2**20
-MAX_PENDING = 32  # requests decoding or waiting for it; the next is told to come back
-MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included: they decode side by side in memory
-DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})  # any other path wants a key, where there are keys
-
-_ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, str]]
+DEADLINE_SECONDS = 120.0  # of a request, its wait included; no header of a client lifts it
+MAX_PENDING = 128  # requests decoding or waiting for it; the next is told to come back
+MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    code: {"model": api.ErrorBody, "description": text}
+    for code, text in {
+        400: "The request cannot be honoured; `param` names the field.",
+        401: "No valid API key.",
+        404: "No such model.",
+        413: "The body is too large.",
+        429: "The queue is full; come back after `Retry-After` seconds.",
+        500: "A failure of the server.",
+        504: "No answer before the server's deadline.",
+    }.items()
+}
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
-def create_app(engine: Engine, config: ServeConfig, keys: frozenset[str]) -> FastAPI:
-    """The app of one engine. With `keys`, clients send one of them as a Bearer token."""
-    service = _Service(engine, config)
+def create_app(
+    engine: Engine, config: ServeConfig, keys: frozenset[str], others: Mapping[str, Engine] | None = None
+) -> FastAPI:
+    """The app of one engine, and of `others` by name. With `keys`, clients send one of them as a Bearer token."""
+    service = Service({config.model_name: engine, **(others or {})}, config)
     app = FastAPI(title="dtrpo", version=_version(), lifespan=service.lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Gate, keys=keys)
-    app.add_exception_handler(StarletteHTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_api_route("/v1/completions", service.complete, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
-    app.add_api_route("/v1/models", service.models)
+    app.state.service = service
+    app.add_middleware(Gate, keys=keys)
+    app.add_exception_handler(StarletteHTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_request)
+    post = partial(app.add_api_route, methods=["POST"])
+    refusals: dict[int | str, dict[str, Any]] = {**REFUSALS, 200: {"content": STREAM}}
+    post("/v1/completions", service.complete, response_model=api.Completion, responses=refusals)
+    post("/v1/chat/completions", service.chat, response_model=api.ChatCompletion, responses=refusals)
+    post("/tokenize", service.tokenize, responses={code: REFUSALS[code] for code in (400, 401, 404, 413, 500)})
+    small = {code: REFUSALS[code] for code in (401, 500)}
+    app.add_api_route("/v1/models", service.models, responses=small)
+    app.add_api_route("/metrics", service.metrics, responses={**small, 200: {"content": {"text/plain": {}}}})
     app.add_api_route("/health", service.health)
-    app.add_api_route("/ready", service.ready)
+    app.add_api_route("/ready", service.ready, responses={503: {"description": "The queue is full."}})
     app.add_api_route("/version", service.version)
+    app.add_api_route("/", service.page, include_in_schema=False)
+    _describe_validation(app)
     return app
 
 
-def context_tokens(engine: Engine) -> int:
-    """Most tokens of a prompt and its answer together, whole blocks."""
-    config: dict[str, Any] = getattr(engine.model, "config", {})
-    size = engine.model.block_size
-    return int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS)) // size * size
+def _describe_validation(app: FastAPI) -> None:
+    """What fails validation is answered with 400, never FastAPI's 422: the specification says so too."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        spec = original()
+        for operations in spec["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return spec
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    """One choice, before it takes an endpoint's shape."""
+class Service:
+    """The endpoints, and the queue before the engines."""
 
-    text: str
-    num_tokens: int
-    finish_reason: Literal["stop", "length"]
-    trajectory: api.Trajectory | None
-
-
-class _Service:
-    """The endpoints, and the queue before the engine."""
-
-    def __init__(self, engine: Engine, config: ServeConfig) -> None:
-        self.engine, self.config = engine, config
-        self.context, self.started = context_tokens(engine), int(time.time())
-        # one thread each: an engine decodes one batch at a time, and tokenizers are not safe to share
-        self.decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
+    def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
+        self.config, self.started = config, int(time.time())
+        self.hosted = {name: self._host(engine) for name, engine in engines.items()}
+        self.batchers = {name: hosted.batcher for name, hosted in self.hosted.items()}
+        self.monitor = Monitor(self.batchers)
+        # tokenizers are not safe to share between threads, and must not hold up the event loop
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self.slots = Semaphore(MAX_PENDING)
+        self.pending = 0
+
+    def _host(self, engine: Engine) -> Hosted:
+        return Hosted(engine, engine.batcher(self.config.max_batch, self.config.cache_tokens))
+
+    def swap(self, name: str, engine: Engine) -> None:
+        """Serve new requests for a name with another engine; those under way end with the one they began with."""
+        old = self.hosted.get(name)
+        self.hosted[name] = self._host(engine)
+        self.batchers[name] = self.hosted[name].batcher
+        if old:
+            old.batcher.close()
+
+    def close(self) -> None:
+        """Let what decodes finish, and end the threads."""
+        for hosted in self.hosted.values():
+            hosted.batcher.close()
+        self.tokenizing.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         yield
-        for executor in (self.decoding, self.tokenizing):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self.close()
 
-    async def complete(self, body: api.CompletionRequest) -> api.Completion:
-        decoded, usage = await self._answer(body, list(body.prompt), body.max_tokens, "prompt")
-        choices = [
-            api.CompletionChoice(index=i, text=d.text, finish_reason=d.finish_reason, trajectory=d.trajectory)
-            for i, d in enumerate(decoded)
-        ]
-        stamp = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.config.model_name}
-        return api.Completion(**stamp, choices=choices, usage=usage)
+    # --- endpoints ---
 
-    async def chat(self, body: api.ChatRequest) -> api.ChatCompletion:
+    async def complete(self, body: api.CompletionRequest, request: Request) -> Any:
+        """Complete prompts; `stream` sends each block as it is finished."""
+        work = await self._begin(body, list(body.prompt), body.max_tokens, "prompt", "cmpl")
+        return await self._respond(work, request, completion, completion_chunk)
+
+    async def chat(self, body: api.ChatRequest, request: Request) -> Any:
+        """Answer a conversation; `stream` sends each block as it is finished."""
         messages = [message.model_dump() for message in body.messages]
         wanted = body.max_completion_tokens or body.max_tokens
-        decoded, usage = await self._answer(body, [messages], wanted, "messages")
-        choices = [
-            api.ChatChoice(
-                index=i,
-                message=api.Message(role="assistant", content=d.text),
-                finish_reason=d.finish_reason,
-                trajectory=d.trajectory,
-            )
-            for i, d in enumerate(decoded)
-        ]
-        stamp = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.config.model_name}
-        return api.ChatCompletion(**stamp, choices=choices, usage=usage)
+        work = await self._begin(body, [messages], wanted, "messages", "chatcmpl")
+        return await self._respond(work, request, chat, chat_chunk)
+
+    async def tokenize(self, body: api.TokenizeRequest) -> api.Tokenized:
+        """Ids of a text, or of messages through the chat template."""
+        engine = self._find(body.model).engine
+        messages = [message.model_dump() for message in body.messages or ()]
+        prompt: Any = messages if body.prompt is None else body.prompt
+        field = "messages" if body.prompt is None else "prompt"
+        ids = await self._tokenizing(self._encode, engine, prompt, field)
+        return api.Tokenized(tokens=ids, count=len(ids), max_model_len=engine.context_tokens)
 
     async def models(self) -> api.ModelList:
-        card = api.ModelCard(
-            id=self.config.model_name,
-            created=self.started,
-            max_model_len=self.context,
-            block_size=self.engine.model.block_size,
-        )
-        return api.ModelList(data=[card])
+        """What is served here."""
+        cards = [
+            api.ModelCard(
+                id=name,
+                created=self.started,
+                max_model_len=hosted.engine.context_tokens,
+                block_size=hosted.engine.model.block_size,
+                attention=hosted.engine.model.attention,
+            )
+            for name, hosted in self.hosted.items()
+        ]
+        return api.ModelList(data=cards)
+
+    async def metrics(self) -> Response:
+        """Counters of this process, for Prometheus."""
+        return Response(self.monitor.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     async def health(self) -> dict[str, str]:
         """The process answers."""
@@ -134,206 +186,209 @@ class _Service:
 
     async def ready(self) -> JSONResponse:
         """A request sent now would be taken."""
-        if not self.slots.acquire(blocking=False):
-            return JSONResponse({"status": "busy"}, 503)
-        self.slots.release()
-        return JSONResponse({"status": "ready"})
+        busy = self.pending >= MAX_PENDING
+        return JSONResponse({"status": "busy" if busy else "ready"}, 503 if busy else 200)
 
     async def version(self) -> dict[str, str]:
+        """The version of this package."""
         return {"version": _version()}
 
-    async def _answer(
-        self, body: api.CompletionRequest | api.ChatRequest, prompts: Sequence[Prompt], wanted: int | None, field: str
-    ) -> tuple[list[_Decoded], api.Usage]:
-        """Decode `n` choices of each prompt; `wanted` is the most tokens of a choice, None as many as there is room."""
-        self._check(body)
+    async def page(self) -> HTMLResponse:
+        """The playground: one page, nothing from elsewhere."""
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        text = resources.files("dtrpo_ray").joinpath("playground.html").read_text()
+        return HTMLResponse(text, headers={"Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'"})
+
+    # --- before decoding ---
+
+    async def _begin(
+        self,
+        body: api.CompletionRequest | api.ChatRequest,
+        prompts: Sequence[Any],
+        wanted: int | None,
+        field: str,
+        prefix: str,
+    ) -> Work:
+        """Check a request, tokenize it and send its choices to the decoding thread."""
+        begun = time.monotonic()
+        hosted = self._find(body.model)
+        model, name = hosted.engine.model, body.model or self.config.model_name
+        self._check(body, hosted)
+        ids = [await self._tokenizing(self._encode, hosted.engine, prompt, field) for prompt in prompts]
+        params = self._params(body, self._limit(hosted.engine, ids, body.n, wanted, field))
+        if model.shift and not all(ids):
+            raise refusal(400, f"{field} has no token, and this model needs one to predict the next from", field)
+        if self.pending >= MAX_PENDING:
+            message = f"{MAX_PENDING} requests are waiting already; try again"
+            raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        rows = [prompt for prompt in ids for _ in range(body.n)]
+        seeds = _row_seeds(seed, len(ids), body.n)
+        wants = body.num_alternatives
+        choices = [
+            Choice(hosted.engine, prompt, params, each, body.stop, wants)
+            for prompt, each in zip(rows, seeds, strict=True)
+        ]
+        work = Work(
+            name, body, hosted, choices, sum(map(len, ids)), asyncio.Queue(), begun, f"{prefix}-{uuid.uuid4().hex}"
+        )
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                ids = await loop.run_in_executor(self.tokenizing, self._encode, prompts, field)
-                limit = self._limit(ids, body.n, wanted, field)
-                params = SamplingParams(
-                    limit, body.steps or self.config.denoising_steps, body.temperature, body.threshold
-                )
-                seed = secrets.randbits(63) if body.seed is None else body.seed
-                rows = [prompt for prompt in ids for _ in range(body.n)]
-                made = await self._decode(rows, params, _row_seeds(seed, len(ids), body.n))
-                decoded = await loop.run_in_executor(self.tokenizing, self._texts, made, body, limit)
-        except TimeoutError:
-            raise _refusal(
-                504, f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices", code="deadline"
-            ) from None
-        num_prompt, num_done = sum(map(len, ids)), sum(d.num_tokens for d in decoded)
-        usage = api.Usage(prompt_tokens=num_prompt, completion_tokens=num_done, total_tokens=num_prompt + num_done)
-        return decoded, usage
+        watch = body.stream and body.stream_options.include_denoising
+        self.pending += 1
+        emit = partial(loop.call_soon_threadsafe, work.events.put_nowait)
+        work.ticket = hosted.batcher.submit(rows, params, seeds, emit, watch)
+        return work
 
-    def _check(self, body: api.CompletionRequest | api.ChatRequest) -> None:
-        served, size = self.config.model_name, self.engine.model.block_size
-        if body.model not in (None, served):
-            raise _refusal(
-                404, f"model = {_short(body.model)} is not served here; ask for {served!r}", "model", "model_not_found"
+    def _find(self, name: str | None) -> Hosted:
+        hosted = self.hosted.get(name or self.config.model_name)
+        if hosted is None:
+            served = ", ".join(map(repr, self.hosted))
+            raise refusal(
+                404, f"model = {short(name)} is not served here; ask for {served}", "model", "model_not_found"
             )
-        if body.steps is not None and body.steps > size:
-            raise _refusal(
-                400, f"steps = {body.steps} exceeds the model's block of {size} tokens; ask for fewer", "steps"
-            )
+        return hosted
 
-    def _encode(self, prompts: Sequence[Prompt], field: str) -> list[list[int]]:
-        ids = []
-        for prompt in prompts:
+    def _check(self, body: api.CompletionRequest | api.ChatRequest, hosted: Hosted) -> None:
+        model = hosted.engine.model
+        size = model.block_size if body.block_length is None else body.block_length
+        if model.attention == "block" and size != model.block_size:
+            only = f"block_length = {size}, but this model was trained on blocks of {model.block_size}; leave it out"
+            raise refusal(400, only, "block_length")
+        if size > hosted.engine.context_tokens:
+            raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
+        for name, value in (("steps", body.steps), ("tokens_per_step", body.tokens_per_step)):
+            if value is not None and value > size:
+                raise refusal(400, f"{name} = {value} exceeds the model's block of {size} tokens; ask for fewer", name)
+
+    def _params(self, body: api.CompletionRequest | api.ChatRequest, limit: int) -> SamplingParams:
+        return SamplingParams(
+            limit,
+            body.steps or self.config.denoising_steps,
+            body.temperature,
+            body.threshold,
+            body.policy,
+            body.tokens_per_step or 1,
+            body.entropy_bound or 0.0,
+            body.top_p,
+            max(body.top_k, 0),
+            tuple(body.stop_token_ids),
+            body.ignore_eos,
+            body.block_length,
+            body.num_alternatives or 0,
+        )
+
+    def _encode(self, engine: Engine, prompt: str | list[int] | list[dict[str, str]], field: str) -> list[int]:
+        if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
+            ids = [int(part) for part in prompt]  # type: ignore[arg-type]
+            if max(ids) >= engine.num_tokens and max(ids) != engine.model.mask_id:
+                raise refusal(400, f"{field} holds the id {max(ids)}; the model has {engine.num_tokens} tokens", field)
+        else:
             try:
-                ids.append(self.engine.encode(prompt))
+                ids = engine.encode(prompt)  # type: ignore[arg-type]
             except Exception as error:  # tokenizers and chat templates raise bare exceptions at text they cannot take
                 cause = (str(error).splitlines() or [type(error).__name__])[0]
-                raise _refusal(400, f"{field} cannot be tokenized ({cause[:200]}); change the text", field) from None
-            if self.engine.model.mask_id in ids[-1]:
-                raise _refusal(400, f"{field} holds the mask token, which marks what to decode; remove it", field)
+                raise refusal(400, f"{field} cannot be tokenized ({cause[:200]}); change the text", field) from None
+        if engine.model.mask_id in ids:
+            raise refusal(400, f"{field} holds the mask token, which marks what to decode; remove it", field)
         return ids
 
-    def _limit(self, prompts: list[list[int]], n: int, wanted: int | None, field: str) -> int:
-        """The most tokens of each choice."""
+    def _limit(self, engine: Engine, prompts: list[list[int]], n: int, wanted: int | None, field: str) -> int:
+        """The most tokens of each choice; `wanted` None is as many as there is room for."""
         longest = max(map(len, prompts))
-        most, room = self.config.max_new_tokens, self.context - longest
+        most, room = self.config.max_new_tokens, engine.context_tokens - longest
         if wanted is not None and wanted > most:
-            raise _refusal(400, f"max_tokens = {wanted} exceeds this server's {most}; ask for fewer", "max_tokens")
+            raise refusal(400, f"max_tokens = {wanted} exceeds this server's {most}; ask for fewer", "max_tokens")
         if room < (wanted or 1):
-            asked = f"{longest} prompt tokens and max_tokens = {wanted or 1} exceed the context of {self.context}"
-            raise _refusal(400, f"{asked}; shorten the {field} or ask for fewer", field, "context_length_exceeded")
+            asked = f"{longest} prompt tokens and max_tokens = {wanted or 1} exceed the context"
+            message = f"{asked} of {engine.context_tokens}; shorten the {field} or ask for fewer"
+            raise refusal(400, message, field, "context_length_exceeded")
         limit = wanted or min(most, room)
         if len(prompts) * n * (longest + limit) > MAX_BATCH_TOKENS:
             asked = f"{len(prompts)} prompts x n = {n} of up to {longest + limit} tokens each"
-            raise _refusal(400, f"{asked} exceed {MAX_BATCH_TOKENS} in all; ask for fewer choices or tokens", "n")
+            raise refusal(400, f"{asked} exceed {MAX_BATCH_TOKENS} in all; ask for fewer choices or tokens", "n")
         return limit
 
-    async def _decode(self, rows: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[Generation]:
-        """Wait for the decoding thread, then for its result. A request that gives up leaves the queue."""
-        if not self.slots.acquire(blocking=False):
-            message = f"{MAX_PENDING} requests are waiting already; try again"
-            raise _refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
-        future = self.decoding.submit(self.engine.generate, rows, params, seeds)
-        future.add_done_callback(lambda _: self.slots.release())
-        return await asyncio.wrap_future(future)
+    async def _tokenizing(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *args)
 
-    def _texts(
-        self, made: list[Generation], body: api.CompletionRequest | api.ChatRequest, limit: int
-    ) -> list[_Decoded]:
-        decoded = []
-        for generation in made:
-            ids = generation.text_ids
-            text = self.engine.decode(ids)
-            cut = min((at for at in map(text.find, body.stop) if at >= 0), default=None)
-            ended = cut is not None or len(ids) < limit  # shorter than its limit: an end of sequence came
-            trajectory = self._trajectory(generation) if body.return_trajectory else None
-            decoded.append(_Decoded(text[:cut], len(ids), "stop" if ended else "length", trajectory))
-        return decoded
+    # --- while it decodes ---
 
-    def _trajectory(self, generation: Generation) -> api.Trajectory:
-        ids = generation.text_ids
-        return api.Trajectory(
-            token_ids=ids,
-            tokens=[self.engine.decode([token]) for token in ids],
-            steps=generation.steps[: len(ids)],
-            num_forwards=generation.num_forwards,
-        )
-
-
-class _Gate:
-    """Before the app: no body without a key, none above its limit; and no failure without an answer."""
-
-    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
-        self.app, self.keys = app, [key.encode() for key in sorted(keys)]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self.keys and path not in OPEN_PATHS and not self._has_key(scope):
-            message = "the API key is missing or wrong; send the header `Authorization: Bearer KEY`"
-            headers = {"WWW-Authenticate": "Bearer"}
-            return await _error(401, message, code="invalid_api_key", headers=headers)(scope, receive, send)
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+    async def _respond(
+        self, work: Work, request: Request, whole: Callable[[Work], BaseModel], chunk: Chunk
+    ) -> Response:
+        if work.body.stream:
+            return EventStream(self._stream(work, chunk))
         try:
-            await self.app(scope, _bounded(receive), watched)
+            answered = await unless_disconnected(request, self._drain(work))
+            if answered is None:
+                return Response(status_code=499)  # nobody is there to read it
+            answer = await self._tokenizing(whole, work)
+        finally:
+            self._end(work)
+        return JSONResponse(answer.model_dump(exclude={"denoising"}))
+
+    async def _drain(self, work: Work) -> bool:
+        try:
+            async with asyncio.timeout_at(_deadline(work)):
+                async for _ in self._happenings(work, None):
+                    pass
+        except TimeoutError:
+            raise refusal(504, _late(), code="deadline") from None
+        return True
+
+    async def _stream(self, work: Work, chunk: Chunk) -> AsyncGenerator[bytes, None]:
+        """Server-sent events; a failure after the first byte is an event too, since the status has been sent."""
+        try:
+            async with asyncio.timeout_at(_deadline(work)):
+                async for events in self._happenings(work, chunk):
+                    for event in events:
+                        yield event
+            if work.body.stream_options.include_usage:
+                yield sse(empty_chunk(work).model_copy(update={"usage": work.usage()}))
+        except TimeoutError:
+            yield sse(error_body(504, _late(), code="deadline"))
         except Exception:
-            if begun:
-                raise
-            logger.exception("%s %s failed", scope["method"], path)
-            await _error(500, "internal error; the server's log names the cause")(scope, receive, send)
+            logger.exception("a stream failed")
+            yield sse(error_body(500, "internal error; the server's log names the cause"))
+        finally:
+            self._end(work)
+        yield b"data: [DONE]\n\n"
 
-    def _has_key(self, scope: Scope) -> bool:
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, given = header.partition(b" ")
-        # every key is compared, in constant time each: the time taken tells nothing of them
-        matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]
-        return scheme.lower() == b"bearer" and any(matches)
+    async def _happenings(self, work: Work, chunk: Chunk | None) -> AsyncGenerator[list[bytes], None]:
+        """What happens to the choices, in order, until all have ended."""
+        first = True
+        while not work.done:
+            events = await work.events.get()
+            if isinstance(events, Exception):
+                raise events
+            yield await self._tokenizing(read, work, events, chunk)
+            if first and any(choice.whole for choice in work.choices):
+                self.monitor.first.labels(work.name).observe(time.monotonic() - work.begun)
+                first = False
+        self.monitor.latency.labels(work.name).observe(time.monotonic() - work.begun)
+
+    def _end(self, work: Work) -> None:
+        """The request is over, however it ended: what it holds is free before the next denoising step."""
+        if work.ticket is None:
+            return
+        work.hosted.batcher.cancel(work.ticket)
+        work.ticket = None
+        self.pending -= 1
+        self.monitor.requests.labels(work.name, "complete" if work.done else "abandoned").inc()
 
 
-def _bounded(receive: Receive) -> Receive:
-    """The same messages, until the body grows too large."""
-    total = 0
+def _deadline(work: Work) -> float:
+    return asyncio.get_running_loop().time() + DEADLINE_SECONDS - (time.monotonic() - work.begun)
 
-    async def counted() -> Message:
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > MAX_BODY_BYTES:
-            raise _refusal(413, f"the body exceeds {MAX_BODY_BYTES} bytes; split the request", code="body_too_large")
-        return message
 
-    return counted
+def _late() -> str:
+    return f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
 
 
 def _row_seeds(seed: int, num_prompts: int, n: int) -> list[int]:
     """A seed for each choice of each prompt; a choice keeps its seed whatever `n` is."""
     places = [f"{prompt}|{choice}" for prompt in range(num_prompts) for choice in range(n)]
     return [int(row_generator(seed, place, 0, "serve").integers(2**63)) for place in places]
-
-
-def _error(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    kind = _ERROR_TYPES.get(status, "invalid_request_error")
-    body = api.ErrorBody(error=api.ErrorDetail(message=message, type=kind, param=param, code=code))
-    return JSONResponse(body.model_dump(), status, headers)
-
-
-def _refusal(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
-) -> HTTPException:
-    return HTTPException(status, {"message": message, "param": param, "code": code}, headers)
-
-
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, StarletteHTTPException)
-    detail: Any = error.detail if isinstance(error.detail, dict) else {"message": str(error.detail)}
-    return _error(error.status_code, **detail, headers=dict(error.headers or {}))
-
-
-async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
-    """The first problem, as OpenAI words it: 400, never 422, with the field as `param`."""
-    assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    if problem["type"] == "json_invalid":
-        return _error(400, "the body is not valid JSON")
-    param = next((str(part) for part in problem["loc"][1:]), None)
-    where = ".".join(str(part) for part in problem["loc"][1:]) or "the body"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return _error(400, message, param)
-    given = "" if problem["type"] == "missing" else f" = {_short(problem['input'])}"
-    code = api.UNSUPPORTED if problem["type"] == api.UNSUPPORTED else None
-    return _error(400, f"{where}{given}: {message}", param, code)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _version() -> str:

@@ -95,6 +95,29 @@ def bench_train(
     result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
 
 
+@bench.command("decode")
+def bench_decode(
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    block: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 32,
+    hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per block.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs against the naive decoder.")] = 3,
+    widest: Annotated[int, typer.Option(min=1, help="Most concurrent requests: 1, 4, 16, 64 up to this.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Our engine against a naive decoder, and against itself at 1, 4, 16 and 64 concurrent requests."""
+    from dtrpo_ray.bench.decode import as_markdown, decode_benchmark
+
+    value = decode_benchmark(prompt_tokens, new_tokens, block, hidden, layers, steps, repeats, widest)
+    if out is not None:
+        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
+        out.with_suffix(".md").write_text("# Decoding\n\n`dtrpo bench decode`\n\n" + as_markdown(value))
+    result(value, as_json, as_markdown(value))
+
+
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))

@@ -258,7 +258,16 @@ class ServeConfig(_Section):
     """The name clients ask for."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    num_replicas: int = Field(1, ge=1)
+    other_models: dict[str, str] = {}
+    """More models of the same endpoint, name to directory: the base beside the aligned one, for example."""
+    num_replicas: int = Field(1, ge=0)
+    """Replicas, or the fewest of them where max_replicas is set; 0 of them wait for a first request."""
+    max_replicas: int | None = Field(None, ge=1)
+    """Most replicas; between the two numbers they follow the requests under way."""
+    max_batch: int = Field(64, ge=1)
+    """Choices that one replica decodes side by side; more wait."""
+    cache_tokens: int = Field(65536, ge=1)
+    """Tokens whose keys and values a replica keeps, those of requests under way included."""
     denoising_steps: int = Field(4, ge=1)
     """Denoising steps per block where a request names none."""
     max_new_tokens: int = Field(1024, ge=1)
@@ -270,6 +279,12 @@ class ServeConfig(_Section):
     def _open_only_with_a_key(self) -> "ServeConfig":
         if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_key_file is None:
             raise ValueError(f"serve.host = {self.host!r} is open to the network: set serve.api_key_file too")
+        if self.num_replicas > (self.max_replicas or max(self.num_replicas, 1)) or not (
+            self.num_replicas or self.max_replicas
+        ):
+            raise ValueError(f"serve.num_replicas = {self.num_replicas} needs a serve.max_replicas of at least as many")
+        if self.model_name in self.other_models:
+            raise ValueError(f"serve.other_models names {self.model_name!r} again; give each model its own name")
         return self
 
 

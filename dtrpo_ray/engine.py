@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dtrpo_ray.batcher import Batcher
 from dtrpo_ray.errors import ModelError
+from dtrpo_ray.generation import Generation, SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
-from dtrpo_ray.sampler import Generation, SamplingParams, generate
+from dtrpo_ray.sampler import generate
 from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+
+DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 
 
 def require_decoding(model: DiffusionLM) -> None:
@@ -53,4 +58,22 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Generation]:
         """Decode prompts [ids] in one batch; see `sampler.generate`."""
-        return generate(self.model, prompts, params, seeds)
+        return generate(self.model, prompts, params, seeds, self.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that have a text: a model's vocabulary may be padded beyond them."""
+        return min(len(self.tokenizer), self.model.vocab_size)
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of a prompt and its answer together, whole blocks."""
+        config: dict[str, Any] = getattr(self.model, "config", {})
+        size = self.model.block_size
+        limit = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_CONTEXT_TOKENS
+        return int(limit) // size * size
+
+    def batcher(self, max_rows: int, max_tokens: int) -> Batcher:
+        """A decoding thread for requests that come one by one; `max_tokens` bounds its keys and values."""
+        longest = max(max_tokens, self.context_tokens)  # one request of the whole context always fits
+        return Batcher(self.model, max_rows, longest // self.model.block_size, self.num_tokens)

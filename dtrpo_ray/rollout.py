@@ -16,12 +16,10 @@ import torch
 
 from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.engine import Engine
+from dtrpo_ray.generation import ENGINE_NAME, Generation, SamplingParams
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
-from dtrpo_ray.sampler import Generation, SamplingParams
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 from dtrpo_ray.trajectory import row_generator
-
-ENGINE_NAME = "dtrpo_ray.sampler/1"  # raise the number when decoding changes what a seed gives
 
 
 @dataclass(frozen=True, slots=True)

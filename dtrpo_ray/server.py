@@ -4,6 +4,7 @@
 demo call in a Ray session of their own.
 """
 
+import asyncio
 import errno
 import logging
 import re
@@ -13,12 +14,13 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING, create_app
@@ -31,20 +33,34 @@ APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free
 READY_SECONDS = 60.0  # from a running replica to the first answer through the proxy
 GRACE_SECONDS = DEADLINE_SECONDS + 10  # a replica told to stop finishes what it has begun
+UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of load before the replicas follow it
 
 
 class Model:
-    """One replica: an engine and its app, which Serve asks for once the engine is there."""
+    """One replica: engines and their app, which Serve asks for once they are there."""
 
     def __init__(self, config: ServeConfig) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
         # here and not in `build`: Serve stores what a builder returns, and keys do not belong there
         self.config, self.keys = config, read_keys(config.api_key_file)
-        self.engine = Engine.load(Path(config.checkpoint))
+        self.checkpoints = {config.model_name: config.checkpoint, **config.other_models}
+        engines = {name: Engine.load(Path(path)) for name, path in self.checkpoints.items()}
+        self.app = create_app(engines.pop(config.model_name), config, self.keys, engines)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.engine, self.config, self.keys)
+        return self.app
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """`user_config: {checkpoints: {name: directory}}`: load what has changed beside what serves, then swap it in.
+
+        Requests under way end with the model they began with, and none is refused meanwhile.
+        """
+        for name, path in user_config.get("checkpoints", {}).items():
+            if self.checkpoints.get(name) != path:
+                engine = await asyncio.to_thread(Engine.load, Path(path))
+                self.app.state.service.swap(name, engine)
+                self.checkpoints[name] = path
 
 
 def build(args: ServeConfig) -> serve.Application:
@@ -54,7 +70,7 @@ def build(args: ServeConfig) -> serve.Application:
     gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
     deployment = serve.deployment(
         name="Model",
-        num_replicas=args.num_replicas,
+        **_replicas(args),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
         # the app refuses by itself what waits beyond MAX_PENDING; the rest is room for health and model queries
         max_ongoing_requests=2 * MAX_PENDING,
@@ -63,9 +79,26 @@ def build(args: ServeConfig) -> serve.Application:
         graceful_shutdown_timeout_s=GRACE_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=2,
+        user_config={"checkpoints": {args.model_name: args.checkpoint, **args.other_models}},
     )
     application: serve.Application = deployment(serve.ingress()(Model)).bind(args)
     return application
+
+
+def _replicas(args: ServeConfig) -> dict[str, Any]:
+    """A fixed number of replicas, or bounds between which they follow the requests under way."""
+    if args.max_replicas is None:
+        return {"num_replicas": args.num_replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=args.num_replicas,
+        initial_replicas=max(args.num_replicas, 1),  # a first replica shows at once whether the checkpoint loads
+        max_replicas=args.max_replicas,
+        target_ongoing_requests=max(1, args.max_batch // 2),  # a batch half full: room for a burst while one starts
+        upscale_delay_s=UPSCALE_SECONDS,
+        downscale_delay_s=DOWNSCALE_SECONDS,
+        look_back_period_s=LOOK_BACK_SECONDS,
+    )
+    return {"num_replicas": None, "autoscaling_config": scaling}
 
 
 def start(config: ServeConfig) -> str:
@@ -76,7 +109,8 @@ def start(config: ServeConfig) -> str:
     """
     read_keys(config.api_key_file)
     application = build(config)
-    read_config(Path(config.checkpoint))
+    for path in (config.checkpoint, *config.other_models.values()):
+        read_config(Path(path))
     if serve.status().proxies:
         raise ServeError(
             "Ray Serve runs in this cluster already; stop it with `serve shutdown`, or `serve deploy` to it"

@@ -10,28 +10,18 @@ from dtrpo_ray.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionReque
 TURN = [{"role": "user", "content": "hi"}]
 
 REFUSED: list[tuple[str, Any]] = [
-    ("stream", True),
     ("echo", True),
-    ("logprobs", 0),  # asks for the chosen token's; only false asks for nothing
-    ("logprobs", 1),
-    ("logprobs", True),
-    ("top_logprobs", 2),
     ("best_of", 2),
     ("logit_bias", {"5": 1}),
     ("suffix", "end"),
-    ("top_p", 0.9),
-    ("top_k", 40),
     ("min_p", 0.1),
     ("frequency_penalty", 0.5),
     ("presence_penalty", -1),
     ("repetition_penalty", 1.2),
     ("min_tokens", 3),
-    ("ignore_eos", True),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
     ("functions", [{}]),
-    ("block_length", 8),
-    ("remasking", "random"),
 ]
 
 NEUTRAL: list[tuple[str, Any]] = [
@@ -71,7 +61,20 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("return_trajectory", "yes"),
     ("prompt", []),
     ("prompt", 3),
-    ("prompt", [[1, 2]]),
+    ("prompt", [[1, -2]]),
+    ("prompt", [[]]),
+    ("prompt", [1, True]),
+    ("prompt", [1, "a"]),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("remasking", "random"),
+    ("tokens_per_step", 0),
+    ("entropy_bound", -1.0),
+    ("stop_token_ids", [-1]),
+    ("stream", 1),
     ("prompt", ["a"] * (MAX_CHOICES + 1)),
 ]
 

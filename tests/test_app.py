@@ -1,21 +1,27 @@
 """The HTTP endpoints over a tiny random model: laws of the answers, and a status and body for every refusal."""
 
+import asyncio
+import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from torch import Tensor
 
 from dtrpo_ray import app as app_module
-from dtrpo_ray.app import MAX_BODY_BYTES, MAX_PENDING, create_app
+from dtrpo_ray.app import MAX_PENDING, create_app
 from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
-from dtrpo_ray.models.registry import build_model
-from dtrpo_ray.sampler import Generation, SamplingParams
+from dtrpo_ray.gate import MAX_BODY_BYTES
+from dtrpo_ray.models.sdar import SDAR
+from dtrpo_ray.records import TRAJECTORY, check_table
+from dtrpo_ray.sampler import SamplingParams
 from dtrpo_ray.tokenizer import character_tokenizer
 
 torch.set_num_threads(1)
@@ -46,33 +52,31 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 Json = dict[str, Any]
 
 
-class Blocked(Engine):
-    """An engine whose decoding waits for `release`."""
+class Blocked(SDAR):
+    """A model whose forwards wait for `release`."""
 
     release: threading.Event
     begun: threading.Event
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
-    ) -> list[Generation]:
+    def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
         self.begun.set()
         self.release.wait(30)
-        return super().generate(prompts, params, seeds)
+        return super().hidden(*args, **kwargs)
 
 
-class Broken(Engine):
-    """An engine whose decoding fails."""
+class Broken(SDAR):
+    """A model whose forwards fail."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
-    ) -> list[Generation]:
+    def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
         raise ValueError("a secret of the inside")
 
 
-def make_engine(kind: type[Engine] = Engine, chat: bool = True) -> Engine:
+def make_engine(kind: type[SDAR] = SDAR, chat: bool = True, seed: int = 3) -> Engine:
     tokenizer = character_tokenizer("01234")
     tokenizer.chat_template = TEMPLATE if chat else None
-    return kind(build_model(CONFIG, seed=3), tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Engine(kind(dict(CONFIG)), tokenizer)
 
 
 def client_of(engine: Engine, *keys: str) -> TestClient:
@@ -91,12 +95,11 @@ def client(engine: Engine) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def blocked() -> Iterator[Blocked]:
+def blocked() -> Iterator[Engine]:
     engine = make_engine(Blocked)
-    assert isinstance(engine, Blocked)
-    engine.release, engine.begun = threading.Event(), threading.Event()
+    engine.model.release, engine.model.begun = threading.Event(), threading.Event()
     yield engine
-    engine.release.set()
+    engine.model.release.set()
 
 
 def complete(client: TestClient, **body: Any) -> Json:
@@ -134,6 +137,11 @@ def test_steps_and_threshold_reach_the_sampler(client: TestClient, engine: Engin
         ({"steps": 1}, SamplingParams(24, 1)),
         ({"steps": 4}, SamplingParams(24, 4)),
         ({"threshold": 0.5}, SamplingParams(24, 2, threshold=0.5)),
+        ({"tokens_per_step": 3}, SamplingParams(24, 2, remasking="low_confidence_top_k", tokens_per_step=3)),
+        ({"entropy_bound": 0.7}, SamplingParams(24, 2, remasking="entropy_bounded", entropy_bound=0.7)),
+        ({"remasking": "sequential", "steps": 3}, SamplingParams(24, 3, remasking="sequential")),
+        ({"stop_token_ids": [1]}, SamplingParams(24, 2, stop_token_ids=(1,))),
+        ({"ignore_eos": True}, SamplingParams(24, 2, ignore_eos=True)),
     ]:
         (expected,) = engine.generate(ids, params, [0])
         answer = complete(client, prompt="01", temperature=0, max_tokens=24, return_trajectory=True, **extra)
@@ -168,7 +176,7 @@ def test_an_empty_prompt_is_a_prompt(client: TestClient) -> None:
 
 def test_usage_counts_each_prompt_once_and_each_choice(client: TestClient) -> None:
     answer = complete(client, prompt=["0", "0123012"], n=3, seed=0, max_tokens=9, return_trajectory=True)
-    lengths = [len(choice["trajectory"]["token_ids"]) for choice in answer["choices"]]
+    lengths = [len(choice["trajectory"]["tokens"]) for choice in answer["choices"]]
     assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": sum(lengths), "total_tokens": 8 + sum(lengths)}
     assert [len(text) for text in texts(answer)] == lengths  # a character is a token here
 
@@ -192,15 +200,44 @@ def test_stop_cuts_before_its_earliest_match(client: TestClient) -> None:
     assert texts(complete(client, **wide, stop="no such text")) == whole
 
 
-def test_trajectory_orders_every_token(client: TestClient, engine: Engine) -> None:
+def test_a_trajectory_is_a_row_of_the_store(client: TestClient, engine: Engine) -> None:
+    """What the endpoint decodes can train: the rows pass the table's rules, and are what rollout would have written."""
     (expected,) = engine.generate([engine.encode("01")], SamplingParams(10, 4), [0])
-    answer = complete(client, prompt="01", temperature=0, max_tokens=10, steps=4, return_trajectory=True)
-    trajectory = answer["choices"][0]["trajectory"]
-    count = len(expected.text_ids)
-    assert trajectory["token_ids"] == expected.text_ids
-    assert trajectory["steps"] == expected.steps[:count]
-    assert "".join(trajectory["tokens"]) == texts(answer)[0]
+    answer = complete(client, prompt="01", temperature=0, max_tokens=10, steps=4, return_trajectory=True, n=2)
+    rows = [choice["trajectory"] for choice in answer["choices"]]
+    table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "tokens"} for row in rows], TRAJECTORY)
+    check_table(table, "the endpoint")
+    assert set(rows[0]) == {*TRAJECTORY.names, "tokens"}
+    for row in rows:
+        assert (row["response_ids"], row["steps"]) == (expected.ids, expected.steps)
+        assert row["logps"] == pytest.approx(expected.logps, abs=1e-5)
+        assert row["num_forwards"] == expected.num_forwards
+        assert "".join(row["tokens"]) == row["response"] == engine.decode(expected.text_ids)
     assert complete(client)["choices"][0]["trajectory"] is None
+
+
+def test_logprobs_are_the_trajectorys(client: TestClient) -> None:
+    asked = {"seed": 3, "max_tokens": 10, "steps": 2, "n": 3}
+    for choice in complete(client, **asked, return_trajectory=True, logprobs=2)["choices"]:
+        found, row = choice["logprobs"], choice["trajectory"]
+        count = len(row["tokens"])
+        assert found["tokens"] == row["tokens"]
+        assert found["token_logprobs"] == row["logps"][:count]
+        assert found["text_offset"] == list(range(count))  # a character is a token here
+        for logp, best in zip(found["token_logprobs"], found["top_logprobs"], strict=True):
+            assert 1 <= len(best) <= 2
+            assert max(best.values()) >= logp - 1e-6
+    content = ask(client, **asked, logprobs=True, top_logprobs=3)["choices"][0]["logprobs"]["content"]
+    assert all(len(entry["top_logprobs"]) == 3 for entry in content)
+    assert all(bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
+    assert complete(client, **asked, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+def test_token_ids_are_a_prompt_too(client: TestClient) -> None:
+    text = complete(client, prompt=["0123", "4"], temperature=0)
+    ids = complete(client, prompt=[[0, 1, 2, 3], [4]], temperature=0)
+    assert texts(text) == texts(ids)
+    assert texts(complete(client, prompt=[0, 1, 2, 3], temperature=0)) == texts(text)[:1]
 
 
 def test_chat_is_the_completion_of_its_template(client: TestClient) -> None:
@@ -238,15 +275,21 @@ def test_small_endpoints(client: TestClient) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------
 
 REFUSALS: list[tuple[Json, int, str | None, str | None]] = [
-    ({"stream": True}, 400, "stream", "unsupported_parameter"),
-    ({"logprobs": 1}, 400, "logprobs", "unsupported_parameter"),
+    ({"logprobs": 21}, 400, "logprobs", None),
+    ({"block_length": 8}, 400, "block_length", None),
+    ({"tokens_per_step": 5}, 400, "tokens_per_step", None),
+    ({"remasking": "entropy_bounded"}, 400, None, None),
+    ({"remasking": "sequential", "threshold": 0.5}, 400, None, None),
+    ({"logprobs": 1, "echo": True, "max_tokens": 1}, 400, "echo", "unsupported_parameter"),  # log-likelihoods
     ({"echo": True}, 400, "echo", "unsupported_parameter"),
     ({"best_of": 3}, 400, "best_of", "unsupported_parameter"),
     ({"logit_bias": {"1": 2}}, 400, "logit_bias", "unsupported_parameter"),
     ({"temperature": 3}, 400, "temperature", None),
     ({"stop": ["1", ""]}, 400, "stop", None),
     ({"prompt": None}, 400, "prompt", None),
-    ({"prompt": [1, 2]}, 400, "prompt", None),
+    ({"prompt": [1, 7]}, 400, "prompt", None),  # no such id
+    ({"prompt": [1, 6]}, 400, "prompt", None),  # the mask token
+    ({"prompt": []}, 400, "prompt", None),
     ({"prompt": "x"}, 400, "prompt", None),  # no such character in the vocabulary
     ({"prompt": "0<|MASK|>"}, 400, "prompt", None),
     ({"n": 33, "prompt": ["0", "1"]}, 400, None, None),
@@ -326,6 +369,149 @@ def test_a_failure_inside_is_a_500_that_tells_nothing() -> None:
         assert client.get("/ready").status_code == 200  # its place in the queue is free again
 
 
+def test_tokenize_is_what_a_request_would_read(client: TestClient) -> None:
+    found = client.post("/tokenize", json={"prompt": "0123"}).json()
+    assert found == {"tokens": [0, 1, 2, 3], "count": 4, "max_model_len": 256}
+    chat = client.post("/tokenize", json={"messages": [{"role": "user", "content": "01"}]}).json()
+    assert chat["tokens"] == [0, 1, 0]
+    assert client.post("/tokenize", json={}).status_code == 400
+    assert client.post("/tokenize", json={"prompt": "x"}).status_code == 400
+
+
+def test_metrics_count_what_was_decoded() -> None:
+    with client_of(make_engine()) as client:
+        answer = complete(client, temperature=0, max_tokens=16, steps=2, return_trajectory=True, ignore_eos=True)
+        row = answer["choices"][0]["trajectory"]
+        lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert float(lines['vllm:diffusion_num_denoising_steps_total{model_name="tiny"}']) == row["num_forwards"] == 8
+    assert float(lines['vllm:diffusion_num_canvas_positions_total{model_name="tiny"}']) == 8 * 4
+    assert float(lines['vllm:diffusion_num_committed_tokens_total{model_name="tiny"}']) == len(row["response_ids"])
+    assert float(lines['dtrpo:requests_total{model_name="tiny",outcome="complete"}']) == 1
+    assert float(lines['vllm:num_requests_running{model_name="tiny"}']) == 0
+
+
+# --- streams ---------------------------------------------------------------------------------------------------
+
+
+def events(client: TestClient, path: str = COMPLETIONS, **body: Any) -> list[Json]:
+    asked = {"prompt": "0123"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "0123"}]}
+    response = client.post(path, json={**asked, "stream": True, **body})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *lines, last = response.text.strip().split("\n\n")
+    assert last == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.mark.parametrize("extra", [{}, {"stop": ["12", "401", "31"], "ignore_eos": True}, {"logprobs": 1}], ids=str)
+def test_a_stream_adds_up_to_the_answer(client: TestClient, extra: Json) -> None:
+    asked = {"seed": 11, "n": 6, "max_tokens": 19, "steps": 2, **extra}
+    whole = complete(client, **asked)
+    chunks = events(client, **asked, stream_options={"include_usage": True})
+    *parts, last = chunks
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for expected in whole["choices"]:
+        mine = [c for chunk in parts for c in chunk["choices"] if c["index"] == expected["index"]]
+        assert "".join(c["text"] for c in mine) == expected["text"]
+        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [expected["finish_reason"]]
+        if "logprobs" in extra:
+            tokens = [t for c in mine for t in c["logprobs"]["tokens"]]
+            assert tokens == expected["logprobs"]["tokens"]
+    assert len(parts) > len(whole["choices"])  # by blocks
+    assert "usage" not in parts[0]
+
+
+def test_a_chat_stream_names_its_role_once(client: TestClient) -> None:
+    asked = {"seed": 1, "max_tokens": 12, "ignore_eos": True, "n": 2}
+    whole, chunks = ask(client, **asked), events(client, CHAT, **asked)
+    for expected in whole["choices"]:
+        deltas = [c["delta"] for chunk in chunks for c in chunk["choices"] if c["index"] == expected["index"]]
+        assert [d["role"] for d in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+        assert "".join(d["content"] for d in deltas) == expected["message"]["content"]
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+
+
+def test_every_denoising_step_can_be_seen(client: TestClient) -> None:
+    asked = {"seed": 2, "max_tokens": 10, "steps": 4, "ignore_eos": True}
+    chunks = events(client, **asked, return_trajectory=True, stream_options={"include_denoising": True})
+    row = next(c["trajectory"] for chunk in chunks for c in chunk["choices"] if c["trajectory"])
+    steps = [chunk["denoising"] for chunk in chunks if "denoising" in chunk]
+    assert [s["step"] for s in steps] == list(range(row["num_forwards"]))
+    shown = {place: token for s in steps for place, token in zip(s["places"], s["token_ids"], strict=True)}
+    assert [shown[place] for place in range(len(row["response_ids"]))] == row["response_ids"]
+    assert all(0 < p <= 1 for s in steps for p in s["probabilities"])
+
+
+def test_a_failure_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    with client_of(make_engine(Broken)) as client:
+        (error,) = events(client)
+        assert error["error"]["type"] == "server_error"
+        assert "secret" not in json.dumps(error)
+        assert client.get("/ready").status_code == 200
+
+
+def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
+    """With the forward it hung up in done, nothing of the request is left: neither in the queue nor in the decoder."""
+    app = create_app(blocked, SERVE, frozenset())
+    service = app.state.service
+    body = {"prompt": "0123", "max_tokens": 64, "ignore_eos": True}
+
+    async def hang_up(stream: bool) -> None:
+        sent: list[Any] = []
+        gone = asyncio.Event()
+        asked = iter(
+            [{"type": "http.request", "body": body.replace("{", f'{{"stream": {str(stream).lower()}, ', 1).encode()}]
+        )
+
+        async def receive() -> Any:
+            for message in asked:
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
+        call = asyncio.ensure_future(app(scope, receive, send))
+        for _ in range(1000):
+            if service.batchers["tiny"].num_running:
+                break
+            await asyncio.sleep(0.01)
+        assert service.pending == 1
+        gone.set()
+        await asyncio.wait_for(call, 10)
+        assert service.pending == 0
+
+    for stream in (True, False):
+        blocked.model.release.clear()
+        asyncio.run(hang_up(stream))
+        blocked.model.release.set()
+        for _ in range(500):
+            if not service.batchers["tiny"].num_running:
+                break
+            time.sleep(0.01)
+        assert service.batchers["tiny"].num_running == 0
+        assert service.batchers["tiny"].counters.denoising_steps < 8
+
+
+# --- models ----------------------------------------------------------------------------------------------------
+
+
+def test_models_are_told_apart_by_name_and_swapped_in_place(engine: Engine) -> None:
+    other = make_engine(seed=4)
+    app = create_app(engine, SERVE, frozenset(), {"base": other})
+    asked = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    with TestClient(app) as client:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "base"]
+        mine, its = (texts(complete(client, model=name, **asked)) for name in ("tiny", "base"))
+        assert mine != its
+        assert texts(complete(client, **asked)) == mine
+        app.state.service.swap("tiny", other)
+        assert texts(complete(client, model="tiny", **asked)) == its
+
+
 # --- keys ------------------------------------------------------------------------------------------------------
 
 
@@ -361,27 +547,27 @@ def test_a_mount_point_does_not_open_the_gate(engine: Engine) -> None:
 
 
 def test_a_slow_generation_blocks_neither_health_nor_the_deadline(
-    blocked: Blocked, monkeypatch: pytest.MonkeyPatch
+    blocked: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app_module, "DEADLINE_SECONDS", 0.3)
     lifted = {"x-request-timeout-seconds": "0"}
     with client_of(blocked) as client, ThreadPoolExecutor(2) as pool:
         slow = pool.submit(client.post, COMPLETIONS, json={"prompt": "0"}, headers=lifted)
-        assert blocked.begun.wait(10)
+        assert blocked.model.begun.wait(10)
         assert client.get("/health").status_code == 200
         assert not slow.done()
         queued = client.post(COMPLETIONS, json={"prompt": "0"})
         assert [slow.result(10).status_code, queued.status_code] == [504, 504]
         assert queued.json()["error"]["type"] == "timeout_error"
-        blocked.release.set()
+        blocked.model.release.set()
         monkeypatch.setattr(app_module, "DEADLINE_SECONDS", 30)
         assert client.post(COMPLETIONS, json={"prompt": "0"}).status_code == 200
 
 
-def test_a_full_queue_asks_clients_to_come_back(blocked: Blocked) -> None:
+def test_a_full_queue_asks_clients_to_come_back(blocked: Engine) -> None:
     with client_of(blocked) as client, ThreadPoolExecutor(MAX_PENDING) as pool:
         waiting = [pool.submit(client.post, COMPLETIONS, json={"prompt": "0"}) for _ in range(MAX_PENDING)]
-        assert blocked.begun.wait(10)
+        assert blocked.model.begun.wait(10)
         for _ in range(200):
             if client.get("/ready").status_code == 503:
                 break
@@ -390,6 +576,6 @@ def test_a_full_queue_asks_clients_to_come_back(blocked: Blocked) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert refused.headers["Retry-After"] == "1"
         assert client.get("/health").status_code == 200
-        blocked.release.set()
+        blocked.model.release.set()
         assert {future.result(30).status_code for future in waiting} == {200}
         assert client.get("/ready").status_code == 200

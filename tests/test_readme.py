@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_map_is_the_package() -> None:
     block = README.split("```text\ndtrpo_ray/")[1].split("```")[0]
-    mapped = set(re.findall(r"^  ([\w.]+(?:\.py|\.jinja|/)) ", block, flags=re.MULTILINE))
+    mapped = set(re.findall(r"^  ([\w.]+(?:\.py|\.jinja|\.html|/)) ", block, flags=re.MULTILINE))
     package = ROOT / "dtrpo_ray"
     there = {
         p.name + ("/" if p.is_dir() else "")

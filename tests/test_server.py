@@ -91,7 +91,7 @@ def test_keys_of_the_file_open_the_deployment(url: str) -> None:
 
 
 def test_refusals_pass_serve_unchanged(url: str) -> None:
-    assert post(url, prompt="0", stream=True).json()["error"]["param"] == "stream"
+    assert post(url, prompt="0", echo=True).json()["error"]["param"] == "echo"
     assert post(url, prompt="0" * 2**21).status_code == 413
 
 

@@ -1,0 +1,135 @@
+"""Keys and values of finished blocks in pages, one block a page, shared by requests that begin alike.
+
+Block-causal attention makes both exact: a block's keys depend on the blocks before it and on nothing later, so a page
+is right for every request whose ids up to its end are the same. `PagePool` keeps the books, `PagedKeys` the tensors.
+Legend: P pages, B tokens of a block, R rows of a pass, T tokens of a row, H heads, D head size.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from torch import Tensor
+
+SCRATCH = 0  # the page that padding is written to and nobody reads
+
+
+def block_digests(ids: Sequence[int], block_size: int) -> list[bytes]:
+    """A digest of each whole block of `ids` together with everything before it."""
+    digests, before = [], b""
+    for start in range(0, len(ids) - block_size + 1, block_size):
+        text = ",".join(map(str, ids[start : start + block_size]))
+        before = blake2b(before + text.encode(), digest_size=16).digest()
+        digests.append(before)
+    return digests
+
+
+class PagePool:
+    """A bounded number of pages: who holds which, and which hold known blocks.
+
+    A page is free, held by one or more requests, or idle: held by none, kept for its content until room is needed.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.free = list(range(num_pages - 1, SCRATCH, -1))
+        self.holders = [0] * num_pages
+        self.idle: OrderedDict[int, None] = OrderedDict()  # least recently held first
+        self.page_of: dict[bytes, int] = {}
+        self.digest_of: dict[int, bytes] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Pages a request could take now."""
+        return len(self.free) + len(self.idle)
+
+    def known(self, digests: Sequence[bytes]) -> list[int]:
+        """The pages of the longest prefix of blocks that is here."""
+        pages = []
+        for digest in digests:
+            page = self.page_of.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def acquire(self, shared: Sequence[int], count: int) -> list[int] | None:
+        """Hold the pages `shared` and `count` fresh ones, forgetting idle content as needed; None if there are too few.
+
+        Returns the fresh pages.
+        """
+        if count > self.num_available - sum(page in self.idle for page in shared):
+            return None
+        for page in shared:
+            self.idle.pop(page, None)
+            self.holders[page] += 1
+        fresh = []
+        for _ in range(count):
+            if self.free:
+                page = self.free.pop()
+            else:
+                page, _ = self.idle.popitem(last=False)
+                del self.page_of[self.digest_of.pop(page)]
+            self.holders[page] = 1
+            fresh.append(page)
+        return fresh
+
+    def publish(self, page: int, digest: bytes) -> bool:
+        """Say that a held page holds, or will once its holder has run it, the block of `digest`; False if known."""
+        if digest in self.page_of or page in self.digest_of:
+            return False
+        self.page_of[digest], self.digest_of[page] = page, digest
+        return True
+
+    def retract(self, page: int) -> None:
+        """Take a published page back: its block was never computed."""
+        if page in self.digest_of:
+            del self.page_of[self.digest_of.pop(page)]
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder fewer of each page."""
+        for page in reversed(pages):  # of one prefix, the last blocks are forgotten first
+            self.holders[page] -= 1
+            if not self.holders[page]:
+                if page in self.digest_of:
+                    self.idle[page] = None
+                else:
+                    self.free.append(page)
+
+
+class PagedKeys:
+    """Keys and values [P, B, H, D] per layer, with the interface of transformers' caches.
+
+    Before a pass, `aim` says where its tokens go and what its rows read. Denoising passes over a block overwrite each
+    other's values, and the pass over the finished block leaves the final ones: committing needs no copy.
+    """
+
+    def __init__(self, num_pages: int, block_size: int) -> None:
+        self.num_pages, self.block_size = num_pages, block_size
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.slots: Tensor | None = None
+        self.table: Tensor | None = None
+
+    def aim(self, slots: Tensor, table: Tensor) -> None:
+        """`slots` [R * T]: page * B + offset of each token; `table` [R, n]: the pages of each row, in order."""
+        self.slots, self.table = slots, table
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Called by the trunk's attention: store [R, H, T, D], return what the rows read, [R, H, n * B, D]."""
+        if layer not in self.layers:
+            shape = (self.num_pages, self.block_size, key.shape[1])
+            self.layers[layer] = (key.new_zeros((*shape, key.shape[3])), value.new_zeros((*shape, value.shape[3])))
+        return self._store(self.layers[layer][0], key), self._store(self.layers[layer][1], value)
+
+    def _store(self, pages: Tensor, new: Tensor) -> Tensor:
+        assert self.table is not None
+        assert self.slots is not None
+        heads, size = new.shape[1], new.shape[3]
+        pages.view(-1, heads, size).index_copy_(0, self.slots, new.transpose(1, 2).reshape(-1, heads, size))
+        rows, count = self.table.shape
+        read = pages.view(self.num_pages, -1).index_select(0, self.table.reshape(-1))
+        return read.view(rows, count * self.block_size, heads, size).transpose(1, 2)
+
+    def get_seq_length(self, *_: object) -> int:
+        """Asked by the trunk where it makes its own positions; ours are given."""
+        return 0

@@ -1,0 +1,11 @@
+"""A fixed number of denoising steps per block, the most confident tokens first (LLaDA, arXiv 2502.09992; SDAR)."""
+
+from torch import Tensor
+
+from dtrpo_ray.unmasking.base import Candidates, rank
+
+
+def select(candidates: Candidates, amount: Tensor) -> Tensor:
+    """`amount` [R] is the denoising steps left: each takes ceil(masked / steps left)."""
+    count = -(-candidates.masked.sum(-1) // amount.long().clamp(min=1))
+    return rank(-candidates.confidence) < count[:, None]

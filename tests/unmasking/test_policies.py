@@ -1,0 +1,62 @@
+"""Each policy on a block written by hand, and the two rules that hold for all of them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrpo_ray.decoder import POLICIES
+from dtrpo_ray.generation import Remasking
+from dtrpo_ray.unmasking.base import Candidates, apply
+
+PROBS = [0.5, 0.9, 0.2, 0.7, 0.95]  # the last is not masked
+ENTROPY = [0.9, 0.2, 1.5, 0.4, 0.1]
+MASKED = [True, True, True, True, False]
+
+
+def taken(name: Remasking, amount: float) -> list[int]:
+    masked = torch.tensor([MASKED])
+    confidence = torch.tensor([PROBS]).log().masked_fill(~masked, -math.inf)
+    entropy = torch.tensor([ENTROPY]).masked_fill(~masked, math.inf)
+    take = apply(POLICIES[name], Candidates(masked, confidence, entropy), torch.tensor([amount], dtype=torch.float64))
+    return take[0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "amount", "expected"),
+    [
+        ("low_confidence_static", 1, [0, 1, 2, 3]),
+        ("low_confidence_static", 2, [1, 3]),
+        ("low_confidence_static", 3, [1, 3]),
+        ("low_confidence_static", 9, [1]),
+        ("low_confidence_dynamic", 0.6, [1, 3]),
+        ("low_confidence_dynamic", 0.99, [1]),
+        ("low_confidence_top_k", 1, [1]),
+        ("low_confidence_top_k", 3, [0, 1, 3]),
+        ("low_confidence_top_k", 99, [0, 1, 2, 3]),
+        ("entropy_bounded", 0.0, [1]),
+        ("entropy_bounded", 0.2, [1, 3]),  # 0.2 <= bound: the sum less the largest
+        ("entropy_bounded", 0.61, [0, 1, 3]),
+        ("entropy_bounded", 1.5, [0, 1, 2, 3]),
+        ("sequential", 1, [0, 1, 2, 3]),
+        ("sequential", 2, [0, 1]),
+        ("sequential", 4, [0]),
+    ],
+)
+def test_what_a_policy_takes(name: Remasking, amount: float, expected: list[int]) -> None:
+    assert taken(name, amount) == expected
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(POLICIES)), rows=st.integers(1, 3), size=st.integers(1, 6))
+def test_only_masked_tokens_and_at_least_one(data: st.DataObject, name: Remasking, rows: int, size: int) -> None:
+    flags = data.draw(st.lists(st.lists(st.booleans(), min_size=size, max_size=size), min_size=rows, max_size=rows))
+    levels = st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=size, max_size=size)
+    masked = torch.tensor(flags)
+    confidence = torch.tensor([data.draw(levels) for _ in range(rows)]).log().masked_fill(~masked, -math.inf)
+    entropy = (-confidence).masked_fill(~masked, math.inf)
+    amount = torch.tensor([data.draw(st.sampled_from([0.0, 0.3, 1.0, 2.0, 50.0]))] * rows, dtype=torch.float64)
+    take = apply(POLICIES[name], Candidates(masked, confidence, entropy), amount)
+    assert not (take & ~masked).any()
+    assert torch.equal(take.any(1), masked.any(1))
