@@ -2,31 +2,37 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-STAMP = $(VENV)/.deps-stamp
+# stamps: what a run needs is installed; and what tests and lint need
+RUN = $(VENV)/.run-stamp
+DEV = $(VENV)/.dev-stamp
 JOB ?= jobs/demo.toml
 
 .PHONY: demo test lint setup clean
 
-demo: $(STAMP)
+demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check dtrpo_ray tests jobs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-setup: $(STAMP)
+setup: $(DEV)
 
 # torch first: alone, pip finds the CPU build here and the CUDA build on a GPU machine; deepspeed builds against it
-$(STAMP): pyproject.toml
+$(RUN): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0 numpy setuptools wheel ninja
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e .
 	$(BIN)/python -m pip install -q --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+$(DEV): $(RUN)
+	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
 clean:
