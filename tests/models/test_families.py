@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dtrpo_ray.cache import PagedKeys
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM, Piece
 from dtrpo_ray.models.checkpoint import INDEX, published_shapes
@@ -26,7 +27,6 @@ from dtrpo_ray.models.registry import (
     save_model,
     skeleton,
 )
-from dtrpo_ray.sampler import BlockCache
 
 Json = dict[str, Any]
 Write = Callable[..., Path]
@@ -262,9 +262,10 @@ def test_the_cache_gives_the_states_of_the_whole_forward(write_upstream: Write, 
     positions = torch.arange(length)[None]
     mask = (positions[0, :, None] // size >= positions[0] // size)[None, None]
     expected = model.hidden(ids, positions, mask)
-    cache = BlockCache(length)
+    cache = PagedKeys(length // size, size)
+    pages = torch.arange(length // size)[None]
     for start in range(0, length, size):
-        cache.rows, cache.positions = torch.tensor([0]), positions[:, start : start + size]
+        cache.aim(positions[0, start : start + size], pages)
         part = slice(start, start + size)
         got = model.hidden(ids[:, part], positions[:, part], mask[:, :, part], cache)
         assert torch.allclose(got, expected[:, part], rtol=0, atol=1e-5)
