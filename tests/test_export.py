@@ -1,4 +1,4 @@
-"""export: the folder holds the weights to the bit, what stood beside them, defaults, and a card that says where from."""
+"""export: the folder holds the weights to the bit, what stood beside them, defaults, and a card with its lineage."""
 
 import json
 from collections.abc import Callable

@@ -180,7 +180,7 @@ def test_a_published_template_ends_the_prompt_where_the_answer_begins(
     tokenizer.chat_template = file.read_text() if file.exists() else published["chat_template"]
     tokenizer.bos_token = published["bos_token"] or tokenizer.eos_token
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    whole = messages + [{"role": "assistant", "content": "Yes."}]
+    whole = [*messages, {"role": "assistant", "content": "Yes."}]
     conversation = str(tokenizer.apply_chat_template(whole, tokenize=False)).replace(EMPTY_THOUGHT, "")
     prompt = encode_prompt(tokenizer, messages)
     response = encode_response(tokenizer, "Yes.", len(prompt), 1, end=False)
