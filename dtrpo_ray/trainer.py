@@ -98,7 +98,8 @@ def _worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(cpu_threads(context.get_local_world_size()))
     base, out = Path(settings["base"]), Path(settings["out"])
     sharding = Zero3Sharding(config, num_workers, device) if config.zero_stage == 3 else None
-    policy, reference = load_model(base, device=str(device), sharding=sharding), None
+    policy = load_model(base, device=str(device), sharding=sharding)
+    reference: Any = None
     if config.lora:
         add_adapters(policy, config.lora, settings["seed"])
     backend = DeepSpeedBackend(policy, config, num_steps, num_workers, device)
