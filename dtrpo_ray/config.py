@@ -131,7 +131,7 @@ class LoraConfig(_Section):
     """Train low-rank adapters and leave the base as it is; the reference is then the base itself, without a copy."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, ge=1)
     """The adapter's product is scaled by alpha / rank."""
     targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] = "attention+mlp"
     """Which linear modules get adapters; the names are the family's."""

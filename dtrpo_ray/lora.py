@@ -135,7 +135,7 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         lora_alpha=config.alpha,
         target_modules=modules,
         rank_pattern=ranks,
-        alpha_pattern={name: config.alpha * rank / config.rank for name, rank in ranks.items()},
+        alpha_pattern={name: config.alpha * (rank // config.rank) for name, rank in ranks.items()},
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
         inference_mode=True,

@@ -252,7 +252,9 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     found = recovery.choose(settings["roots"], out, rank, world)
     other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
     sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
-    policy, reference, fill = load_model(base, device=str(device), sharding=sharding), None, None
+    policy = load_model(base, device=str(device), sharding=sharding)
+    reference: Any = None
+    fill: Any = None
     count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     if config.lora:
         add_adapters(policy, config.lora, settings["seed"])

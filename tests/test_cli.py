@@ -26,7 +26,20 @@ def test_light_verbs_import_neither_torch_nor_ray(words: list[str]) -> None:
 
 def test_help_names_every_verb() -> None:
     text = dtrpo("--help").stdout
-    for verb in ("sft", "rollout", "pair", "train", "eval", "export", "serve", "report", "check", "plan", "run"):
+    for verb in (
+        "sft",
+        "rollout",
+        "pair",
+        "train",
+        "eval",
+        "export",
+        "serve",
+        "report",
+        "check",
+        "plan",
+        "run",
+        "models",
+    ):
         assert f" {verb} " in text
 
 
@@ -94,3 +107,24 @@ def test_ctrl_c_is_one_message_and_exit_code_130() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 130
     assert done.stderr.strip() == "interrupted: finished stages are kept, and the same command goes on from here"
+
+
+def test_models_lists_every_family_with_its_sources() -> None:
+    record = json.loads(dtrpo("models", "--json").stdout.splitlines()[-1])
+    facts = {f["model_type"]: f for f in record["families"]}
+    assert facts.keys() == {"sdar", "sdar_moe", "Fast_dLLM_Qwen", "llada", "llada2_moe", "Dream"}
+    masks = {name: f["mask_id"] for name, f in facts.items()}
+    assert masks["Fast_dLLM_Qwen"] == 151665
+    assert masks["llada"] == 126336
+    assert {name for name, f in facts.items() if f["shift"]} == {"Fast_dLLM_Qwen", "Dream"}
+    assert {name for name, f in facts.items() if f["attention"] == "full"} == {"llada", "Dream"}
+    assert all(f["sources"] and f["releases"] for f in facts.values())
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert all(f"| `{name}` |" in page and str(f["mask_id"] or "mask_token_id") in page for name, f in facts.items())
+
+
+def test_a_lora_job_of_rounds_exports_merged_only(tmp_path: Path) -> None:
+    words = ("export", DEMO, str(tmp_path / "new"), "--set", "train.lora.rank=4", "--set", "rounds=2")
+    done = dtrpo(*words)
+    assert done.returncode == 2
+    assert "export it with --merged" in done.stderr

@@ -22,7 +22,7 @@ from dtrpo_ray.step import training_step
 
 CONFIGS = json.loads((Path(__file__).parent / "models" / "tiny_configs.json").read_text())
 CPU = torch.device("cpu")
-LORA = LoraConfig(rank=4, alpha=6.0)
+LORA = LoraConfig(rank=4, alpha=6)
 
 
 def targets(model_type: str) -> str:
@@ -47,7 +47,7 @@ def trained(model: DiffusionLM) -> DiffusionLM:
 @pytest.fixture(params=sorted(FAMILIES))
 def adapted(request: pytest.FixtureRequest) -> tuple[DiffusionLM, LoraConfig]:
     model = build_model(CONFIGS[request.param], seed=1).eval()
-    config = LoraConfig(rank=4, alpha=6.0, targets=targets(request.param))  # type: ignore[arg-type]
+    config = LoraConfig(rank=4, alpha=6, targets=targets(request.param))  # type: ignore[arg-type]
     add_adapters(model, config, seed=2)
     return model, config
 

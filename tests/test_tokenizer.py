@@ -1,5 +1,7 @@
 """Text <-> ids: the boundary between prompt and response, the fill of the block grid, the real SDAR tokenizer."""
 
+import copy
+import json
 import os
 import unicodedata
 from pathlib import Path
@@ -16,6 +18,7 @@ from dtrpo_ray.attention import pack_row
 from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.tokenizer import (
     character_tokenizer,
+    declared_mask_id,
     encode_prompt,
     encode_response,
     load_tokenizer,
@@ -157,3 +160,57 @@ def test_messages_open_the_assistants_turn(sdar: PreTrainedTokenizerBase) -> Non
     opened = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert sdar.decode(ids) == opened
     assert ids == encode_prompt(sdar, opened)
+
+
+TEMPLATED = ("fast_dllm_v2_7b", "dream_v0_instruct_7b", "sdar_4b_chat", "llada_8b_instruct", "llada2_0_mini")
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # what Qwen3's template writes before an answer, and never asks for
+
+
+@pytest.mark.parametrize("layout", TEMPLATED)
+def test_a_published_template_ends_the_prompt_where_the_answer_begins(
+    sdar: PreTrainedTokenizerBase, layout: str
+) -> None:
+    """Prompt ids, then response ids, read as the template writes the whole conversation, with no token between."""
+    folder = SDAR.parent / "upstream_layouts" / layout
+    file = folder / "chat_template.jinja"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    published = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = copy.deepcopy(sdar)
+    tokenizer.chat_template = file.read_text() if file.exists() else published["chat_template"]
+    tokenizer.bos_token = published["bos_token"] or tokenizer.eos_token
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    whole = [*messages, {"role": "assistant", "content": "Yes."}]
+    conversation = str(tokenizer.apply_chat_template(whole, tokenize=False)).replace(EMPTY_THOUGHT, "")
+    prompt = encode_prompt(tokenizer, messages)
+    response = encode_response(tokenizer, "Yes.", len(prompt), 1, end=False)
+    assert conversation.startswith(tokenizer.decode(prompt + response))
+    assert tokenizer.decode(prompt).count("<|startoftext|>") <= 1
+    assert encode_prompt(tokenizer, tokenizer.decode(prompt)) == prompt
+
+
+@pytest.mark.parametrize(("layout", "mask"), [("dream_v0_instruct_7b", 151666), ("fast_dllm_v2_7b", 151665)])
+def test_the_other_qwen_tokenizers_load_without_remote_code(tmp_path: Path, layout: str, mask: int) -> None:
+    """Dream ships a copy of Qwen2's class as code of its own; Fast-dLLM's mask token has the pipes outside."""
+    folder = SDAR.parent / "upstream_layouts" / layout
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    for source, names in ((SDAR, ("vocab.json", "merges.txt")), (folder, ("tokenizer_config.json",))):
+        for name in names:
+            (tmp_path / name).write_bytes((source / name).read_bytes())
+    (tmp_path / "added_tokens.json").write_bytes((folder / "added_tokens.json").read_bytes())
+    loaded = load_tokenizer(tmp_path)
+    assert mask_token_id(loaded) == declared_mask_id(tmp_path) == mask
+    assert loaded.encode("Hello", add_special_tokens=False) == [9707]
+
+
+def test_the_declared_mask_is_read_from_any_file_and_must_be_one(tmp_path: Path) -> None:
+    assert declared_mask_id(tmp_path) is None
+    DIGITS.save_pretrained(tmp_path)
+    assert declared_mask_id(tmp_path) == MASK
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|mdm_mask|>": 7}))
+    with pytest.raises(ModelError, match="give the mask token two ids"):
+        declared_mask_id(tmp_path)
+    (tmp_path / "added_tokens.json").write_text("{")
+    with pytest.raises(ModelError, match=r"added_tokens\.json: not valid JSON"):
+        declared_mask_id(tmp_path)
