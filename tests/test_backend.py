@@ -337,3 +337,11 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
     assert [sorted(row for mine in ranks for row in mine["rows"][i]) for i in range(STEPS - WORLD_CUT)] == [
         sorted(step) for step in plan
     ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_and_two_workers_are_one_number(
+    shrunk_and_grown: list[list[dict[str, Any]]], folder: Path, stage: int
+) -> None:
+    one, two = (torch.load(folder / f"world-{world}-{stage}.pt", weights_only=True) for world in (1, 2))
+    assert max(float((value - two[name]).abs().max()) for name, value in one.items()) < 1e-4
