@@ -17,8 +17,9 @@ import torch
 import torch.multiprocessing as mp
 
 from dtrpo_ray import loop
-from dtrpo_ray.backend import DeepSpeedBackend, checkpoint_weights, to_universal
+from dtrpo_ray.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, to_universal
 from dtrpo_ray.config import Objective, TrainConfig
+from dtrpo_ray.dataset import make_plan
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.plan import checkpoint_bytes, state_bytes
@@ -55,8 +56,6 @@ def make_rows() -> list[dict[str, Any]]:
 
 def batches(cfg: TrainConfig, start: int, rank: int, world: int) -> list[list[dict[str, Any]]]:
     """The rows of each optimizer step of a rank, in the order of the plan that Ray Data lays out."""
-    from dtrpo_ray.dataset import make_plan
-
     rows, per = make_rows(), cfg.rows_per_rank(world)
     plan = make_plan([row["row_id"] for row in rows], cfg, seed=0)
     firsts = [step * cfg.global_batch + rank * per for step in range(start, plan.num_steps)]
@@ -256,7 +255,9 @@ def worker(rank: int, world: int, folder: str, settings: dict[str, Any], what: s
 
 def spawn(what: str, world: int, folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     (folder / f"store-{what}").unlink(missing_ok=True)
-    context = mp.spawn(worker, (world, str(folder), settings, what), nprocs=world, join=False)
+    _deepspeed(CPU)  # imported before the fork: a process each time costs most of the test
+    context = mp.start_processes(worker, (world, str(folder), settings, what), world, join=False, start_method="fork")
+    assert context is not None
     while not context.join(timeout=120):
         pass
     return [json.loads((folder / f"{what}-{rank}.json").read_text()) for rank in range(world)]
