@@ -138,8 +138,9 @@ def optimizer_step(
         batch = to_batch(rows[first : first + config.micro_batch]).to(backend.device)
         out = training_step(backend.policy, reference, batch, config.objective)
         share = batch.row_weight / global_weight
-        backend.backward((out.loss_B * share).sum())
-        losses.append(out.loss_B.detach())
+        shares = out.loss_B * share
+        backend.backward(shares.sum())
+        losses.append(shares.detach())
         for name, values in {"loss": out.loss_B.detach(), **out.metrics}.items():
             totals[name] = totals.get(name, 0.0) + (values * share).sum()
         totals["trunk_tokens"] = totals.get("trunk_tokens", 0.0) + torch.tensor(float((batch.side != -2).sum()))

@@ -208,9 +208,7 @@ class River:
     def _train(
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
-        keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite"}  # they change no weight
-        keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
-        inputs = {"config": config.model_dump(mode="json", exclude=keep_out), "base": base.digest, "seed": seed}
+        inputs = {"config": weight_fields(config), "base": base.digest, "seed": seed}
         inputs |= {"table": table.digest, "num_workers": self.job.cluster.num_workers}
 
         def make(out: Path) -> dict[str, Any]:
@@ -283,6 +281,13 @@ class River:
     def lineage(self) -> list[dict[str, Any]]:
         """Every stage asked for so far, once, as rows for a report."""
         return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+
+
+def weight_fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a training section that change weights: what names its stage."""
+    keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite"}
+    keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
+    return config.model_dump(mode="json", exclude=keep_out)
 
 
 def _model_of(stage: Stage) -> ModelRef:

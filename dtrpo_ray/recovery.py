@@ -104,7 +104,7 @@ def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
                 return Found(root, place, facts)
             if rank == 0:
                 message = f"skipped checkpoint {next(filter(None, problems))}"
-                append_event(out / EVENTS, "skipped checkpoint", message, path=place.path)
+                append_event(out / EVENTS, "skipped checkpoint", message, checkpoint=place.name)
                 if root == roots[0] and "never finished" in message:
                     checkpoint.remove(filesystem, place)
     return None

@@ -27,7 +27,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if cluster.address == "local":
         # room for the Ray Data tasks beside the workers: logical CPUs, the threads of each worker are bounded
-        num_cpus = max(os.cpu_count() or 1, cluster.num_workers + 2, cluster.num_actors + 2)
+        num_cpus = max(os.cpu_count() or 1, cluster.most_workers + 2, cluster.num_actors + 2)
         ray.init(
             "local",
             num_cpus=num_cpus,

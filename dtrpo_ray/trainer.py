@@ -89,7 +89,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
         # the watchdog of each worker comes first: it dumps stacks
         torch_config=TorchConfig(timeout_s=cluster.hang_seconds + 60),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=cluster.num_workers,  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
         ),
@@ -98,7 +98,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             storage_path=roots[0].rpartition("/")[0],
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},  # type: ignore[call-arg]
-            callbacks=[_Failures(str(events.resolve()))],
+            callbacks=[_Failures(str(events.resolve()))],  # type: ignore[list-item]
         ),
         datasets=dict(zip(names, shards, strict=True)),
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already

@@ -28,6 +28,10 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("train.lr=fast", ["train.lr", "'fast'"]),
         ("train.lr=-1", ["train.lr", "greater than 0"]),
         ("train.global_batch=7", ["train.global_batch = 7", "cluster.num_workers = 2"]),
+        ("cluster.num_workers=[3, 2]", ["num_workers = [3, 2] must be [fewest, most]"]),
+        ("cluster.num_workers=[1, 99]", ["gives some of", "no row"]),
+        ("train.zero.stage=3", ["unknown field train.zero"]),
+        ("cluster.trackers=['comet']", ["cluster.trackers"]),
         ("eval.budgets=[99]", ["99 denoising steps per block exceed block_size = 8"]),
         ("model.path=/nowhere", ["exactly one of model.path and model.init"]),
         ("serve.host=0.0.0.0", ["serve.host", "serve.api_key_file"]),
@@ -82,6 +86,18 @@ def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:
 )
 def test_accumulation_is_derived(batch: int, micro: int, workers: int, accumulation: int) -> None:
     assert TrainConfig(global_batch=batch, micro_batch=micro).accumulation(workers) == accumulation
+
+
+def test_offload_needs_zero() -> None:
+    with pytest.raises(ConfigError, match=r"offload = true needs zero_stage 1, 2 or 3"):
+        load_job(DEMO, ["train.offload=true", "train.zero_stage=0"])
+    assert load_job(DEMO, ["train.offload=true"]).train.offload
+
+
+def test_a_range_of_workers_need_not_divide_the_batch() -> None:
+    job = load_job(DEMO, ["cluster.num_workers=[1, 3]"])
+    assert job.cluster.most_workers == 3
+    assert (job.train.rows_per_rank(3), job.train.accumulation(3)) == (22, 1)
 
 
 def test_serving_is_on_loopback_unless_asked() -> None:

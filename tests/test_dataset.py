@@ -76,5 +76,26 @@ def test_rows_of_another_step_are_an_error_and_not_trained_on() -> None:
         list(rank_batches(Wrong(), TrainConfig(global_batch=4), 2, 0))
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
+def test_any_number_of_workers_shares_a_batch_exactly_once(num_workers: int) -> None:
+    """An elastic run: every rank reads all rows and takes its part, filled with weight 0 where it comes out short."""
+    from dtrpo_ray.dataset import rank_batches
+
+    class Whole:
+        def iter_batches(self, **_: Any) -> list[pa.Table]:
+            table = pa.table({"ordinal": list(range(16)), "row_weight": [1.0] * 16})
+            return [table.slice(0, 8), table.slice(8, 8)]
+
+    config = TrainConfig(global_batch=8)
+    shares: list[Any] = [
+        list(rank_batches(Whole(), config, num_workers, 0, (rank, num_workers)))  # type: ignore[arg-type]
+        for rank in range(num_workers)
+    ]
+    assert {len(rows) for share in shares for rows in share} == {-(-8 // num_workers)}
+    for step in range(2):
+        taken = [row["ordinal"] for share in shares for row in share[step] if row["row_weight"]]
+        assert sorted(taken) == list(range(8 * step, 8 * step + 8))
+
+
 def test_the_default_cluster_is_this_machine() -> None:
     assert ClusterConfig().address == "local"

@@ -1,5 +1,6 @@
 """The loop's laws, without Ray and DeepSpeed: splitting a batch changes nothing, resume is exact, NaN stops the run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,19 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(lr=1e-3, global_batch=4, micro_batch=4, warmup_ratio=0.0, objective=objective, **changes)
 
 
-def test_micro_batches_do_not_change_the_update(make_model: Any) -> None:
-    after = []
-    for micro in (4, 2, 1):
-        model = make_model(exact=True)
-        train(model, config().model_copy(update={"micro_batch": micro}), [rows(4)], make_model(seed=9, exact=True))
+def test_one_by_eight_two_by_four_and_eight_by_one_are_one_number(make_model: Any) -> None:
+    """The loss is normalised over the global batch, so micro-batches change neither it nor the update."""
+    after, losses = [], []
+    for micro in (8, 4, 1):
+        model, cfg = make_model(exact=True), config().model_copy(update={"global_batch": 8, "micro_batch": micro})
+        batch = rows(8)
+        batch[3]["row_weight"], batch[5]["row_weight"] = 0.0, 0.25  # rows need not weigh the same
+        _, log = train(model, cfg, [[{**row, "batch_weight": 6.25} for row in batch]], make_model(seed=9, exact=True))
         after.append(weights(model))
-    torch.testing.assert_close(after[0], after[1], rtol=0, atol=1e-9)
-    torch.testing.assert_close(after[0], after[2], rtol=0, atol=1e-9)
+        losses.append(log[0]["loss"])
+    for other in (1, 2):
+        torch.testing.assert_close(after[0], after[other], rtol=0, atol=1e-9)
+        assert losses[0] == pytest.approx(losses[other], rel=1e-6)
 
 
 def test_rows_of_weight_zero_change_nothing(make_model: Any) -> None:
@@ -124,3 +130,57 @@ def test_the_deepspeed_config_is_derived() -> None:
     assert made["train_batch_size"] == 8
     assert made["zero_optimization"] == {"stage": 3}
     assert (made["gradient_clipping"], made["bf16"]) == (0.5, {"enabled": True})
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_a_dropped_step_changes_no_weight_and_names_its_rows(make_model: Any, policy: str) -> None:
+    model, seen = make_model(), []
+    batches = [rows(4, start=10 * i) for i in range(3)]
+    batches[1][2]["row_weight"] = math.inf
+    cfg, log, states = config(on_nonfinite=policy), [], []
+    backend = PlainBackend(model, cfg, 3, CPU)
+    hooks = loop.Hooks(begin=lambda step: states.append(weights(model)), skipped=lambda *told: seen.append(told))
+    args = (
+        cfg,
+        backend,
+        make_model(),
+        batches,
+        loop.collate(cfg, model, 0),
+        0,
+        3,
+        log.append,
+        lambda step: None,
+        hooks,
+    )
+    if policy == "stop":
+        with pytest.raises(TrainError, match=r"at optimizer step 2; rows of this rank: row-12; lower train.lr, look"):
+            loop.run(*args)
+        assert torch.equal(weights(model), states[1])
+        return
+    loop.run(*args)
+    assert seen == [(2, ["row-12"])]
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[2], weights(model))
+    assert [row.get("skipped") for row in log] == [None, 1.0, None]
+
+
+def test_ten_dropped_steps_in_a_row_end_the_run(make_model: Any) -> None:
+    batches = [rows(4, weight=math.inf)] * 12
+    with pytest.raises(TrainError, match="not finite 10 times in a row"):
+        train(make_model(), config(on_nonfinite="skip"), batches, make_model())
+
+
+def test_a_drain_saves_at_once(make_model: Any) -> None:
+    model, saved, asked = make_model(), [], []
+    cfg = config(save_every=5)
+    backend = PlainBackend(model, cfg, 6, CPU)
+    due = iter([False, True, False, True, False, False])
+
+    def leaving() -> bool:
+        asked.append(len(asked))
+        return len(asked) == 2
+
+    hooks = loop.Hooks(due=lambda: next(due), leaving=leaving)
+    to_batch = loop.collate(cfg, model, 0)
+    loop.run(cfg, backend, make_model(), [rows(4)] * 6, to_batch, 0, 6, lambda row: None, saved.append, hooks)
+    assert (len(asked), saved) == (2, [4, 5, 6])

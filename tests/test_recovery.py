@@ -1,15 +1,21 @@
-"""Nodes that go: a drained one (a checkpoint before its deadline) and a lost one, with an elastic number of workers.
+"""What a rank does to survive: alone, with Ray Train's calls replaced, and on a cluster whose nodes go.
 
-A cluster of small Ray nodes in this machine; the table of faults inside workers is `test_trainer.py`.
+On the cluster (small Ray nodes in this machine) one node is drained, a checkpoint coming before its deadline, and one
+is lost, with an elastic number of workers. Faults inside workers are in `test_trainer.py`.
 """
 
 import functools
 import json
+import re
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,16 +25,181 @@ import ray.cloudpickle
 import torch
 from ray.cluster_utils import Cluster
 
-from dtrpo_ray import dataset, loop, trainer
+from dtrpo_ray import checkpoint, dataset, loop, recovery, trainer
 from dtrpo_ray.backend import PlainBackend
 from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
+from dtrpo_ray.recovery import STACKS
 from dtrpo_ray.session import ray_session
 from tests.test_trainer import CONFIG, write_table
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 ray.cloudpickle.register_pickle_by_value(sys.modules["tests.test_trainer"])
+
+
+class OneRank:
+    """Stands for ray.train in a process that is rank 0 of 1: reports are uploaded at once."""
+
+    def __init__(self) -> None:
+        self.reported: list[str] = []
+        self.info: Any = None
+
+    def get_context(self) -> Any:
+        zero, one = (lambda: 0), (lambda: 1)
+        return SimpleNamespace(get_world_rank=zero, get_local_rank=zero, get_world_size=one)
+
+    def report(
+        self, metrics: Any, checkpoint: Any, checkpoint_dir_name: str, checkpoint_upload_fn: Any, **_: Any
+    ) -> None:
+        self.reported.append(checkpoint_dir_name)
+        with suppress(OSError):  # Ray Train hands it to the training thread
+            checkpoint_upload_fn(checkpoint, checkpoint_dir_name)
+
+    def get_preemption_info(self) -> Any:
+        return self.info
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> OneRank:
+    fake = OneRank()
+    monkeypatch.setattr(recovery, "ray", SimpleNamespace(train=fake))
+    monkeypatch.setattr(recovery, "broadcast_from_rank_zero", lambda data: data)
+    monkeypatch.setattr(recovery, "barrier", lambda: None)
+    monkeypatch.setattr(recovery.torch.distributed, "all_gather_object", lambda out, mine: out.__setitem__(0, mine))
+    return fake
+
+
+class Engine:
+    """A backend that saves a file of its step."""
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        (path / "state").write_text(str(state["step"]))
+
+
+def saver(out: Path, attempt: int = 0, **changes: Any) -> recovery.Saver:
+    settings = {"roots": [str(out / "checkpoints")], "label": "train-1", "base": "base"}
+    config = CONFIG.model_copy(update={"keep_checkpoints": 2, **changes})
+    return recovery.Saver(Engine(), config, out, settings, attempt)  # type: ignore[arg-type]
+
+
+def steps_there(out: Path) -> list[tuple[int, int]]:
+    return [
+        (place.step, place.attempt) for place in checkpoint.places(*checkpoint.open_storage(str(out / "checkpoints")))
+    ]
+
+
+def test_saves_are_whole_kept_by_count_and_best(one_rank: OneRank, tmp_path: Path) -> None:
+    mine = saver(tmp_path, keep_best="loss")
+    for step, loss in ((2, 0.1), (4, 0.5), (6, 0.4), (8, 0.3)):
+        mine.metrics = {"step": step, "loss": loss}
+        mine.save(step, at_once=True)
+    assert steps_there(tmp_path) == [(8, 0), (6, 0), (2, 0)]
+    found = recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1)
+    assert found is not None
+    assert (found.place.step, found.facts["num_workers"], found.facts["metrics"]["loss"]) == (8, 1, 0.3)
+    assert recovery.attempt_number(str(tmp_path / "checkpoints")) == 1
+    assert recovery.attempt_number(str(tmp_path / "none")) == 0
+
+
+def test_a_damaged_checkpoint_is_skipped_and_an_unfinished_one_removed(one_rank: OneRank, tmp_path: Path) -> None:
+    mine, root = saver(tmp_path), str(tmp_path / "checkpoints")
+    for step in (2, 4):
+        mine.save(step)
+    (tmp_path / "checkpoints" / "step-00000004" / "state").write_text("5")
+    (tmp_path / "checkpoints" / "step-00000006").mkdir()
+    found = recovery.choose([root], tmp_path, 0, 1)
+    assert found is not None
+    assert found.place.step == 2
+    told = [event["message"] for event in read_metrics(tmp_path / EVENTS)]
+    assert [text.startswith("skipped checkpoint ") for text in told] == [True, True]
+    assert "never finished" in told[0]
+    assert "has changed since it was written" in told[1]
+    assert steps_there(tmp_path) == [(4, 0), (2, 0)]
+    again = saver(tmp_path, recovery.attempt_number(root))
+    again.save(4)
+    assert steps_there(tmp_path) == [(4, 1), (4, 0)]
+    assert recovery.choose([root], tmp_path, 0, 1) is not None
+
+
+def test_another_runs_checkpoints_are_the_second_choice(one_rank: OneRank, tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    saver(tmp_path / "other").save(6)
+    roots = [str(tmp_path / name / "checkpoints") for name in ("mine", "other")]
+    found = recovery.choose(roots, tmp_path, 0, 1)
+    assert found is not None
+    assert (found.root, found.place.step) == (roots[1], 6)
+    saver(tmp_path / "mine").save(2)
+    found = recovery.choose(roots, tmp_path, 0, 1)
+    assert found is not None
+    assert (found.root, found.place.step) == (roots[0], 2)
+
+
+def test_a_write_error_is_told_and_leaves_nothing_whole(
+    one_rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_copy", full)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    saver(tmp_path).save(2, at_once=True)
+    assert "could not be written: [Errno 28] No space left" in read_metrics(tmp_path / EVENTS)[0]["message"]
+    assert recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1) is None
+
+
+def test_scratch_of_a_killed_attempt_is_removed(one_rank: OneRank, tmp_path: Path) -> None:
+    left = Path(tempfile.mkdtemp(prefix=f"dtrpo-{tmp_path.name}-rank-0-"))
+    saver(tmp_path)
+    assert not left.exists()
+
+
+def test_each_drained_node_asks_for_one_checkpoint(one_rank: OneRank, tmp_path: Path) -> None:
+    leaving = recovery.Leaving(tmp_path / EVENTS, rank=0)
+    assert not leaving.due()
+    leaving.last -= recovery.DRAIN_POLL_SECONDS + 1
+    assert leaving.due()
+    answers = []
+    for nodes in ([], ["a"], ["a"], ["a", "b"]):
+        deadline = (time.time() + 90) * 1000
+        one_rank.info = SimpleNamespace(preempted_node_ids=nodes, preempted_ranks=[1], deadline_ms=deadline)
+        answers.append(leaving.asked())
+    assert answers == [False, True, False, True]
+    assert not leaving.due()
+    assert re.search(
+        r"\[1\] are being drained, (89|90) s left: checkpoint now", read_metrics(tmp_path / EVENTS)[0]["message"]
+    )
+    other = recovery.Leaving(tmp_path / EVENTS, rank=1)
+    other.last -= 60
+    assert not other.due()  # rank 0's clock decides
+
+
+def test_a_process_that_hangs_dumps_its_stacks_and_dies(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from dtrpo_ray.recovery import watchdog
+def waits_for_ever():
+    time.sleep(3600)
+with watchdog(Path({str(tmp_path)!r}), 3, 2) as alive:
+    for _ in range(3):
+        time.sleep(1)
+        alive()
+    waits_for_ever()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert done.returncode == 1
+    [dump] = (tmp_path / STACKS).iterdir()
+    assert dump.name.endswith("-rank-3.txt")
+    assert "in waits_for_ever" in dump.read_text()
+
+
+def test_an_attempt_that_ends_leaves_no_stacks(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), recovery.watchdog(tmp_path, 0, 60):
+        raise KeyError
+    assert not list((tmp_path / STACKS).iterdir())
+
 
 STEPS, STEP_SECONDS, NOTICE_SECONDS = 24, 1.0, 10
 LONG = CONFIG.model_copy(update={"num_epochs": 6, "save_every": 1000, "lr": 1e-3})

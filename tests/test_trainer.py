@@ -97,6 +97,16 @@ def once(folder: Path, fault: str) -> bool:
     return True
 
 
+def until_whole(root: str, step: int) -> None:
+    """Wait for the upload of a step's checkpoint: it goes on beside training."""
+    filesystem, path = checkpoint.open_storage(root)
+    for _ in range(600):
+        for place in checkpoint.places(filesystem, path):
+            if place.step == step and (Path(place.path) / checkpoint.COMPLETE).exists():
+                return
+        time.sleep(0.1)
+
+
 def flip_a_byte_of_the_newest(root: str) -> None:
     filesystem, path = checkpoint.open_storage(root)
     newest = checkpoint.places(filesystem, path)[0]
@@ -113,6 +123,8 @@ def faulty(folder: str, settings: dict[str, Any]) -> None:
 
     def seed_step(seed: int, step: int, rank: int) -> None:
         real_seed(seed, step, rank)
+        if step in (3, 5, 7):
+            until_whole(settings["roots"][0], step - 1)
         if step == 3 and rank == 1 and once(faults, "exception"):
             raise RuntimeError("a bug in a worker")
         if step == 5 and rank == 0 and once(faults, "killed"):
@@ -215,6 +227,7 @@ def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: trainer.Tra
         assert time.monotonic() < deadline
         assert driver.poll() is None
         time.sleep(0.2)
+    until_whole(str(stage.out / trainer.RAY_RUN), 4)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     trainer.train(stage, CONFIG, cluster())
