@@ -163,8 +163,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     r, one = result, result["naive"]
     lines = [
         f"Prompt {r['prompt_tokens']}, {r['new_tokens']} new tokens, block {r['block_size']}, "
-        f"width {r['hidden_size']}, {r['layers']} layers, {r['denoising_steps_per_block']} denoising steps per block; {r['device']}, "
-        f"torch {r['torch']}.",
+        f"width {r['hidden_size']}, {r['layers']} layers, {r['denoising_steps_per_block']} denoising steps per block; "
+        f"{r['device']}, torch {r['torch']}.",
         "",
         "| one request | tokens/s |",
         "|---|---|",
