@@ -26,7 +26,7 @@ from dtrpo_ray import api
 from dtrpo_ray.answers import Choice
 from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
-from dtrpo_ray.gate import Gate, error_body, on_http_error, on_invalid_request, refusal, short
+from dtrpo_ray.gate import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, short
 from dtrpo_ray.generation import Event, SamplingParams
 from dtrpo_ray.monitor import Monitor
 from dtrpo_ray.replies import (
@@ -87,7 +87,7 @@ def create_app(
     app.add_api_route("/ready", service.ready, responses={503: {"description": "The queue is full."}})
     app.add_api_route("/version", service.version)
     app.add_api_route("/", service.page, include_in_schema=False)
-    _describe_validation(app)
+    _describe(app, bool(keys))
     return app
 
 
@@ -95,15 +95,19 @@ def _refused(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: REFUSALS[code] for code in codes}
 
 
-def _describe_validation(app: FastAPI) -> None:
-    """What fails validation is answered with 400, never FastAPI's 422: the specification says so too."""
+def _describe(app: FastAPI, keys: bool) -> None:
+    """Make the specification say what FastAPI cannot know: keys, and 400 where it would answer 422."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
         spec = original()
-        for operations in spec["paths"].values():
+        for path, operations in spec["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if keys and path not in OPEN_PATHS:
+                    operation["security"] = [{"key": []}]
+        if keys:
+            spec["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return spec
 
     app.openapi = openapi  # type: ignore[method-assign]
