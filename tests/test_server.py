@@ -283,6 +283,35 @@ def test_keys_are_the_lines_of_the_file(key_file: Path) -> None:
     assert server.read_keys(None) == frozenset()
 
 
+def test_keys_of_the_environment_count_where_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", " , "):
+        monkeypatch.setenv("DTRPO_API_KEY", value)
+        with pytest.raises(ValueError, match=r"serve\.host = '0\.0\.0\.0' is open"):
+            ServeConfig(host="0.0.0.0")
+    monkeypatch.setenv("DTRPO_API_KEY", "one, two,")
+    assert ServeConfig(host="0.0.0.0").api_key_file is None
+    assert server.read_keys(None) == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_replicas": 0}, "max_replicas"),
+        ({"num_replicas": 3, "max_replicas": 2}, "max_replicas"),
+        ({"model_name": "m", "other_models": {"m": "x"}}, "its own name"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ServeConfig(**fields)
+
+
+def test_replicas_are_bounded_where_they_follow_the_load() -> None:
+    deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=0, max_replicas=3))._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
+
+
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
 def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys"

@@ -183,7 +183,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         "",
         f"Same tokens: {'yes' if one['same_tokens'] else 'NO'}; first block after {one['first_block_s']:.3f} s.",
         "",
-        "| concurrent | tokens/s | ratio to one | in CPU seconds | tokens/forward | first block p50 | latency p50 | p99 |",
+        "| concurrent | tokens/s | ratio to one | in CPU seconds | tokens/forward | first block p50 | p50 | p99 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
