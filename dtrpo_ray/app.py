@@ -26,8 +26,8 @@ from dtrpo_ray import api
 from dtrpo_ray.answers import Choice
 from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
-from dtrpo_ray.gate import Gate, error_body, on_http_error, on_invalid_request, refusal, short
-from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.gate import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, short
+from dtrpo_ray.generation import Event, SamplingParams
 from dtrpo_ray.monitor import Monitor
 from dtrpo_ray.replies import (
     Chunk,
@@ -79,27 +79,35 @@ def create_app(
     refusals: dict[int | str, dict[str, Any]] = {**REFUSALS, 200: {"content": STREAM}}
     post("/v1/completions", service.complete, response_model=api.Completion, responses=refusals)
     post("/v1/chat/completions", service.chat, response_model=api.ChatCompletion, responses=refusals)
-    post("/tokenize", service.tokenize, responses={code: REFUSALS[code] for code in (400, 401, 404, 413, 500)})
-    small = {code: REFUSALS[code] for code in (401, 500)}
+    post("/tokenize", service.tokenize, responses=_refused(400, 401, 404, 413, 500))
+    small = _refused(401, 500)
     app.add_api_route("/v1/models", service.models, responses=small)
     app.add_api_route("/metrics", service.metrics, responses={**small, 200: {"content": {"text/plain": {}}}})
     app.add_api_route("/health", service.health)
     app.add_api_route("/ready", service.ready, responses={503: {"description": "The queue is full."}})
     app.add_api_route("/version", service.version)
     app.add_api_route("/", service.page, include_in_schema=False)
-    _describe_validation(app)
+    _describe(app, bool(keys))
     return app
 
 
-def _describe_validation(app: FastAPI) -> None:
-    """What fails validation is answered with 400, never FastAPI's 422: the specification says so too."""
+def _refused(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: REFUSALS[code] for code in codes}
+
+
+def _describe(app: FastAPI, keys: bool) -> None:
+    """Make the specification say what FastAPI cannot know: keys, and 400 where it would answer 422."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
         spec = original()
-        for operations in spec["paths"].values():
+        for path, operations in spec["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if keys and path not in OPEN_PATHS:
+                    operation["security"] = [{"key": []}]
+        if keys:
+            spec["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return spec
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -235,7 +243,10 @@ class Service:
         loop = asyncio.get_running_loop()
         watch = body.stream and body.stream_options.include_denoising
         self.pending += 1
-        emit = partial(loop.call_soon_threadsafe, work.events.put_nowait)
+
+        def emit(what: list[tuple[int, Event]] | Exception) -> None:
+            loop.call_soon_threadsafe(work.events.put_nowait, what)
+
         work.ticket = hosted.batcher.submit(rows, params, seeds, emit, watch)
         return work
 
@@ -317,7 +328,7 @@ class Service:
         self, work: Work, request: Request, whole: Callable[[Work], BaseModel], chunk: Chunk
     ) -> Response:
         if work.body.stream:
-            return EventStream(self._stream(work, chunk))
+            return EventStream(self._stream(work, chunk), partial(self._end, work))
         try:
             answered = await unless_disconnected(request, self._drain(work))
             if answered is None:
@@ -368,7 +379,7 @@ class Service:
         self.monitor.latency.labels(work.name).observe(time.monotonic() - work.begun)
 
     def _end(self, work: Work) -> None:
-        """The request is over, however it ended: what it holds is free before the next denoising step."""
+        """The request is over, however it ended: what it holds is free before the next denoising step. Idempotent."""
         if work.ticket is None:
             return
         work.hosted.batcher.cancel(work.ticket)

@@ -277,7 +277,11 @@ def serve(
     from dtrpo_ray.config import ClusterConfig, ServeConfig
 
     if source.is_dir():
-        settings = dict(item.partition("=")[::2] for item in overrides or ())
+        settings: dict[str, Any] = {}
+        for item in overrides or ():
+            key, _, value = item.partition("=")
+            field, _, name = key.partition(".")  # other_models.base=DIRECTORY
+            settings[field] = {**settings.get(field, {}), name: value} if name else value
         try:
             config, cluster = ServeConfig.model_validate({**settings, "checkpoint": str(source)}), ClusterConfig()
         except ValueError as error:

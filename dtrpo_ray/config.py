@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dtrpo_ray.errors import ConfigError
 
+KEY_VARIABLE = "DTRPO_API_KEY"  # of the environment: API keys with commas between them
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -273,11 +275,12 @@ class ServeConfig(_Section):
     max_new_tokens: int = Field(1024, ge=1)
     """Most tokens a request may ask for."""
     api_key_file: Path | None = None
-    """A file of keys, one a line; required to listen on any address but loopback."""
+    """A file of keys, one a line; it, or DTRPO_API_KEY, is required to listen on any address but loopback."""
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> "ServeConfig":
-        if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_key_file is None:
+        has_keys = self.api_key_file is not None or os.environ.get(KEY_VARIABLE, "").strip(" ,")
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not has_keys:
             raise ValueError(f"serve.host = {self.host!r} is open to the network: set serve.api_key_file too")
         if self.num_replicas > (self.max_replicas or max(self.num_replicas, 1)) or not (
             self.num_replicas or self.max_replicas

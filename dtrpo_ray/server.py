@@ -7,6 +7,7 @@ demo call in a Ray session of their own.
 import asyncio
 import errno
 import logging
+import os
 import re
 import socket
 import time
@@ -24,7 +25,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions,
 from ray.serve.schema import LoggingConfig
 
 from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING, create_app
-from dtrpo_ray.config import ServeConfig
+from dtrpo_ray.config import KEY_VARIABLE, ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.registry import read_config
@@ -143,9 +144,12 @@ def stop() -> None:
 
 
 def read_keys(path: Path | None) -> frozenset[str]:
-    """The API keys of a file, one a line; none where there is no file to read. Raises ServeError for an empty one."""
+    """The API keys of a file, one a line, or without a file of the variable DTRPO_API_KEY, with commas between them.
+
+    None where there is neither. Raises ServeError for a file that holds none.
+    """
     if path is None:
-        return frozenset()
+        return frozenset(key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip())
     try:
         keys = frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """Answers that take a while: server-sent events, and clients that hang up before the end."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -30,17 +30,16 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends the events of an iterator, and closes it when the client hangs up."""
+    """Sends the events of an iterator until the client hangs up; `done` is called at the end, whatever the end is."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], done: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events = events
+        self.events, self.done = events, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         sending = asyncio.ensure_future(self._send(send))
         watcher = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -51,8 +50,10 @@ class EventStream(Response):
                 with suppress(asyncio.CancelledError):
                     await each
             await self.events.aclose()
+            self.done()  # closing an iterator that never began runs none of it
 
     async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self.events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})

@@ -459,9 +459,7 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
     async def hang_up(stream: bool) -> None:
         sent: list[Any] = []
         gone = asyncio.Event()
-        asked = iter(
-            [{"type": "http.request", "body": body.replace("{", f'{{"stream": {str(stream).lower()}, ', 1).encode()}]
-        )
+        asked = iter([{"type": "http.request", "body": json.dumps({**body, "stream": stream}).encode()}])
 
         async def receive() -> Any:
             for message in asked:

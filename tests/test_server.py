@@ -1,11 +1,16 @@
 """The Ray Serve shell: one real deployment over HTTP, and every refusal to start one."""
 
+import json
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 import yaml
@@ -60,10 +65,25 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: None, checkpoint: Path, key_file: Path) -> Iterator[str]:
-    config = ServeConfig(checkpoint=str(checkpoint), model_name="tiny", port=0, api_key_file=key_file)
+def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("another")
+    save_model(build_model(CONFIG, seed=5), path)
+    character_tokenizer("01234").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path, key_file: Path) -> ServeConfig:
+    return ServeConfig(checkpoint=str(checkpoint), model_name="tiny", port=0, api_key_file=key_file)
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, config: ServeConfig) -> Iterator[str]:
     yield server.start(config)
     server.stop()
+
+
+KEY = {"Authorization": "Bearer first-key"}
 
 
 def post(url: str, key: str = "first-key", **body: Any) -> httpx.Response:
@@ -98,6 +118,116 @@ def test_refusals_pass_serve_unchanged(url: str) -> None:
 def test_a_second_server_in_the_cluster_is_refused(url: str, checkpoint: Path) -> None:
     with pytest.raises(ServeError, match="already"):
         server.start(ServeConfig(checkpoint=str(checkpoint), port=0))
+
+
+def test_streams_pass_serve_block_by_block(url: str) -> None:
+    body = {"prompt": "0123", "seed": 9, "max_tokens": 24, "ignore_eos": True}
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={**body, "stream": True}, headers=KEY, timeout=60
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    parts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-1]]
+    assert len(parts) == 6
+    assert "".join(parts) == post(url, **body).json()["choices"][0]["text"]
+
+
+def load(url: str, seconds: float, workers: int = 4) -> Iterator[Callable[[], list[int]]]:
+    """Requests in a loop while the block runs; what it yields stops them and returns their statuses.
+
+    A connection that breaks is tried again, as a retry policy would: three times, on any status from 500 on too.
+    """
+    stop = threading.Event()
+    statuses: list[int] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            for _ in range(4):
+                with suppress(httpx.TransportError):
+                    status = post(url, prompt="0123", max_tokens=32, ignore_eos=True, temperature=0).status_code
+                    if status < 500:
+                        break
+                time.sleep(0.3)
+            else:
+                status = 0
+            statuses.append(status)
+
+    threads = [threading.Thread(target=ask) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+
+    def finish() -> list[int]:
+        time.sleep(seconds)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        return statuses
+
+    yield finish
+    stop.set()
+
+
+def deploy(config: ServeConfig, **options: Any) -> None:
+    """Deploy over what runs, and wait until the application is healthy again."""
+    built = server.build(config)
+    if options:
+        built = built._bound_deployment.options(**options).bind(config)
+    serve.run(built, name=server.APP_NAME, route_prefix="/")
+
+
+def text_of(url: str) -> str:
+    return str(post(url, prompt="0123", temperature=0, max_tokens=20, ignore_eos=True).json()["choices"][0]["text"])
+
+
+def test_a_new_checkpoint_is_swapped_in_under_load(url: str, config: ServeConfig, another: Path) -> None:
+    """`user_config` alone: the same replica, not one request refused, and the new model's answers."""
+    before = text_of(url)
+    for finish in load(url, 1.0):
+        deploy(config, user_config={"checkpoints": {"tiny": str(another)}})
+        statuses = finish()
+    assert len(statuses) >= 4
+    assert set(statuses) == {200}
+    engine = Engine.load(another)
+    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(20, 4, ignore_eos=True), [0])
+    assert text_of(url) == engine.decode(expected.text_ids) != before
+
+
+def test_a_rolled_or_killed_replica_loses_no_request_that_is_retried(url: str, config: ServeConfig) -> None:
+    """Rolled: Serve drains it, nothing is lost. Killed: what it decoded breaks off, and a retry is answered."""
+    for finish in load(url, 1.0):
+        deploy(config.model_copy(update={"denoising_steps": 2}))  # other arguments: a new replica
+        ours = psutil.Process().children(recursive=True)  # this session's, whatever else runs on the machine
+        next(process for process in ours if "ServeReplica" in " ".join(process.cmdline())).kill()
+        statuses = finish()
+    assert len(statuses) >= 4
+    assert set(statuses) == {200}
+
+
+def replicas() -> int:
+    states = serve.status().applications[server.APP_NAME].deployments["Model"].replica_states
+    return sum(count for state, count in states.items() if str(state) in ("RUNNING", "ReplicaState.RUNNING"))
+
+
+def test_replicas_follow_the_load_up_and_down_to_none(
+    url: str, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("UPSCALE_SECONDS", 0.2), ("DOWNSCALE_SECONDS", 1.0), ("LOOK_BACK_SECONDS", 1.0)):
+        monkeypatch.setattr(server, name, value)
+    scaled = config.model_copy(update={"num_replicas": 0, "max_replicas": 2, "max_batch": 2})
+    deploy(scaled)
+    for finish in load(url, 0.0, workers=8):
+        wait_for(lambda: replicas() == 2)
+        statuses = finish()
+    assert set(statuses) <= {200, 429}
+    wait_for(lambda: replicas() == 0)
+    assert post(url, prompt="0").status_code == 200  # a request starts one again
+
+
+def wait_for(met: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 # --- refusals to start, before anything runs ---------------------------------------------------------------------
@@ -151,6 +281,35 @@ def test_the_url_can_be_reached(host: str, url: str) -> None:
 def test_keys_are_the_lines_of_the_file(key_file: Path) -> None:
     assert server.read_keys(key_file) == {"first-key", "second-key"}
     assert server.read_keys(None) == frozenset()
+
+
+def test_keys_of_the_environment_count_where_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", " , "):
+        monkeypatch.setenv("DTRPO_API_KEY", value)
+        with pytest.raises(ValueError, match=r"serve\.host = '0\.0\.0\.0' is open"):
+            ServeConfig(host="0.0.0.0")
+    monkeypatch.setenv("DTRPO_API_KEY", "one, two,")
+    assert ServeConfig(host="0.0.0.0").api_key_file is None
+    assert server.read_keys(None) == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_replicas": 0}, "max_replicas"),
+        ({"num_replicas": 3, "max_replicas": 2}, "max_replicas"),
+        ({"model_name": "m", "other_models": {"m": "x"}}, "its own name"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ServeConfig(**fields)
+
+
+def test_replicas_are_bounded_where_they_follow_the_load() -> None:
+    deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=0, max_replicas=3))._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
