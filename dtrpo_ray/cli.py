@@ -118,6 +118,24 @@ def bench_decode(
     result(value, as_json, as_markdown(value))
 
 
+@bench.command("forward")
+def bench_forward(
+    rounds: Annotated[int, typer.Option(help="Fresh processes a variant, interleaved.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed steps in each process.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One training step: the packed row against the common ways, VRPO and the replay of all rounds."""
+    from dtrpo_ray.bench import forward
+
+    value = forward.compare(forward.Shape(), rounds, repeats, say)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
+        out.with_suffix(".md").write_text(forward.page(value))
+    result({"bench": "forward", **value}, as_json, forward.table(value))
+
+
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))

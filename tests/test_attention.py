@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtrpo_ray.attention import PAD, PROMPT, Row, block_mask, pack_row
+from dtrpo_ray.attention import (
+    LEFT_OUT,
+    PAD,
+    PROMPT,
+    Planes,
+    Row,
+    block_mask,
+    dense_mask,
+    pack_row,
+    pack_whole,
+    sparse_mask,
+)
 from dtrpo_ray.models.sdar import SDAR
 
 B = 4
@@ -272,3 +283,96 @@ def test_padding_a_row_changes_nothing(exact: SDAR) -> None:
     bare, padded = packed_hidden(exact, row), packed_hidden(exact, row, padding=9)
     assert torch.allclose(bare, padded[: len(bare)], rtol=0, atol=1e-12)
     assert torch.isfinite(padded).all()
+
+
+# --- other rows: blocks left out, blocks counted from the response, full attention, several pairs ---
+
+
+def planes_of(rows: list[Row]) -> Planes:
+    """Rows one after the other in one, each a pair of its own, and two tokens of padding."""
+    names = ("block", "side", "stream")
+    joined = [np.concatenate([*(getattr(r, n) for r in rows), [PAD if n == "side" else 0] * 2]) for n in names]
+    pair = np.concatenate([*(np.full(len(r.ids), i) for i, r in enumerate(rows)), [0, 0]])
+    return Planes(*(torch.from_numpy(v)[None] for v in (*joined, pair)))
+
+
+def test_pairs_of_a_row_do_not_see_each_other() -> None:
+    rows = [pack_row(text(p), sides_of(lens, 2), B) for p, lens in ((5, (7, 3)), (0, (4, 9)), (8, (1, 1)))]
+    whole = dense_mask(planes_of(rows))[0, 0].numpy()
+    expected, first = np.zeros_like(whole), 0
+    for row in rows:
+        n = len(row.ids)
+        expected[first : first + n, first : first + n] = mask_of(row)
+        first += n
+    expected[first:, first:] = np.eye(2, dtype=bool)
+    assert (whole == expected).all()
+
+
+@pytest.mark.parametrize("origin", ["global", "response"])
+def test_the_sparse_mask_is_the_dense_mask(origin: str) -> None:
+    """FlexAttention's tiles and its rule within them, over rows of unequal length with padding, entry by entry."""
+    rows = [pack_row(text(p), sides_of(lens, 2), B, origin) for p, lens in ((61, (70, 33)), (3, (40, 90)))]  # type: ignore[arg-type]
+    first, second = planes_of(rows), planes_of(rows[:1]).padded(planes_of(rows).side.shape[1])
+    planes = Planes(*(torch.cat(pair) for pair in zip(first.at(), second.at(), strict=True)))
+    sparse, dense = sparse_mask(planes), dense_mask(planes)
+    length = planes.side.shape[1]
+    rule = sparse.mask_mod
+    grid = torch.arange(length)
+    for r in range(2):
+        entry = rule(torch.tensor(r), torch.tensor(0), grid[:, None], grid[None, :])
+        assert torch.equal(entry, dense[r, 0])
+    size = sparse.BLOCK_SIZE[0]
+    tiles = -(-length // size)
+    padded = torch.zeros(2, tiles * size, tiles * size, dtype=torch.bool)
+    padded[:, :length, :length] = dense[:, 0]
+    busy = padded.view(2, tiles, size, tiles, size).any(4).any(2)
+    assert torch.equal(sparse.to_dense()[:, 0].bool(), busy)
+    assert not busy.all()
+
+
+def test_blocks_counted_from_the_response_number_by_number() -> None:
+    m = MASK
+    row = pack_row(text(5), [(np.array([11, 12, 13, 14, 15, 16]), [np.array([m, 12, 13, m, m, 16])])], B, "response")
+    #             prompt: a short block and a whole one | clean          | noisy
+    assert row.ids.tolist() == [1, 2, 3, 4, 5, 11, 12, 13, 14, m, 12, 13, m, m, 16]
+    assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10]
+    assert row.block.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3]
+    assert (row.first_position, row.noisy_at) == (5, ((9,),))
+
+
+def test_a_noisy_stream_may_leave_blocks_out() -> None:
+    out = LEFT_OUT
+    noisy = [np.array([out, out, out, MASK, 15, 16, 17]), np.array([MASK, 12, 13, out, out, out, out])]
+    row = pack_row(text(5), [(np.array([11, 12, 13, 14, 15, 16, 17]), noisy)], B)
+    #             prompt      | clean          | draw 1, second block | draw 2, first block and the prompt's tail
+    assert row.ids.tolist() == [1, 2, 3, 4, 5, 11, 12, 13, MASK, 15, 16, 17, 5, MASK, 12, 13]
+    assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 4, 5, 6, 7]
+    assert row.columns(0, 1, np.array([8, 11])).tolist() == [8, 11]
+    assert row.columns(0, 2, np.array([2, 4, 7])).tolist() == [2, 12, 15]
+    assert row.columns(0, 0, np.array([0, 7])).tolist() == [0, 7]
+    with pytest.raises(AssertionError, match="does not hold"):
+        row.columns(0, 2, np.array([8]))
+
+
+def test_full_attention_rows_hold_whole_sequences_that_see_themselves() -> None:
+    sides = sides_of((4, 3), draws=2)
+    row = pack_whole(text(3), sides)
+    assert row.ids.tolist() == [v for _, draws in sides for d in draws for v in [1, 2, 3, *d]]
+    assert row.noisy_at == ((3, 10), (17, 23))
+    segment = np.repeat([0, 1, 2, 3], [7, 7, 6, 6])
+    planes = planes_of([row])
+    assert (dense_mask(planes)[0, 0].numpy()[:26, :26] == (segment[:, None] == segment[None, :])).all()
+
+
+@torch.no_grad()
+def test_flex_attention_reads_the_sparse_mask_as_the_trunk_reads_the_dense_one(make_model: MakeModel) -> None:
+    """The path of a GPU, uncompiled on this CPU, forward only: equal hidden states where there is no padding."""
+    model = make_model(seed=3)
+    row = pack_row(text(5), sides_of((10, 7), 2), B)
+    planes = planes_of([row])
+    ids, position = (torch.from_numpy(np.append(v, [0, 0]))[None] for v in (row.ids, row.position))
+    dense = model.hidden(ids, position, dense_mask(planes))
+    model.lm.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        sparse = model.hidden(ids, position, sparse_mask(planes))  # type: ignore[arg-type]
+    assert torch.allclose(dense, sparse, rtol=0, atol=1e-5)

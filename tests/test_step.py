@@ -1,8 +1,10 @@
 """step: the loss of a packed batch is the loss computed block by block with separate forwards."""
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrpo_ray.batch import Batch, build_batch
+from dtrpo_ray.batch import Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
+from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.step import scored_logps, training_step
+from dtrpo_ray.step import checkpoint_layers, order_by_confidence, scored_logps, training_step
 
 B, MASK = 4, 22
 MakeModel = Callable[..., SDAR]
@@ -276,3 +279,334 @@ def test_scored_counts_are_reported(policy: SDAR, reference: SDAR) -> None:
 def test_a_pair_objective_without_reference_is_refused(tiny: SDAR, name: str) -> None:
     with pytest.raises(ValueError, match="needs a reference"):
         training_step(tiny, None, build(ROWS[:1], PAIR_OBJECTIVES[name]), PAIR_OBJECTIVES[name])
+
+
+# --- the default stays what it was: draws to the bit, the loss to rounding ---
+
+PINNED = {  # SHA-256 over every tensor of the batch, seed 11, before there was more than one draw
+    "steps": "9b674344f11de87f",
+    "tokens": "9f2358417954d597",
+    "unit": "2bc65c23c7867dc8",
+    "random": "eb10efe01cbbd9c0",
+    "elbo": "b3cb121bcce00cb8",
+    "sft": "189086a375217552",
+    "mixed": "fd04502bacb50593",
+}
+MIXED = Objective(beta=0.05, sft_weight=4.0)
+PINNED_FIELDS = (
+    "ids", "position", "side", "stream", "scored_row", "scored_col", "target", "slot", "weight", "nll_weight",
+    "tokens", "row_weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_default_draws_are_bit_for_bit_what_they_were(name: str) -> None:
+    batch = build(ROWS, {**PAIR_OBJECTIVES, "sft": SFT, "mixed": MIXED}[name], seed=11)
+    digest = hashlib.sha256()
+    for field in PINNED_FIELDS:
+        array = getattr(batch, field).numpy()
+        digest.update(field.encode() + str(array.shape).encode() + array.tobytes())
+    assert digest.hexdigest()[:16] == PINNED[name]
+
+
+def test_the_default_loss_is_what_it_was(tiny_config: Json) -> None:
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(SDAR(dict(tiny_config)).eval())
+    with torch.no_grad():
+        loss = training_step(*models, build(ROWS, MIXED, 11), MIXED).loss_B
+    assert loss.tolist() == pytest.approx([24.443084716796875, 6.472962856292725, 19.51698112487793, 21.3144588470459])
+
+
+# --- any model, any packing, any number of draws: the oracle reads each state from a forward of its own ---
+
+TEXTS = [row(10, 5, 7, 11), row(11, 1, 3, 4), row(12, 8, 8, 1), row(13, 3, 13, 2), row(14, 4, 9, 12)]
+
+
+def alone(model: SDAR, rows: list[Json], batch: Batch) -> Tensor:
+    """log mu of each scored token from a plain forward of [clean text before its block | its block in its draw].
+
+    With a shift, the state at the token before it; before a block's first token that is the end of the clean text.
+    """
+    size, shift, full = model.block_size, model.shift, model.attention == "full"
+    out = []
+    for r, col, slot, target, draw in zip(
+        *(getattr(batch, n).tolist() for n in ("scored_row", "scored_col", "target", "slot", "draw")), strict=True
+    ):
+        pair, side = divmod(slot, 2)
+        prompt = rows[pair]["prompt_ids"]
+        whole = prompt + rows[pair][f"{('chosen', 'rejected')[side]}_ids"]
+        offset = -len(prompt) % size if model.block_origin == "response" else 0
+        position = int(batch.position[r, col]) + shift
+        assert whole[position] == target
+        block = 0 if full else (position + offset) // size
+        first = 0 if full else max(block * size - offset, 0)
+        own = (batch.side[r] == side) & (batch.stream[r] == draw + 1) & (batch.block[r] == block)
+        own &= batch.pair[r] == batch.pair[r, col]
+        seen = whole[:first] if shift and position == first else whole[:first] + batch.ids[r][own].tolist()
+        grid = torch.zeros(len(seen)) if full else (torch.arange(len(seen)) + offset) // size
+        mask = (grid[None, :] <= grid[:, None])[None, None]
+        hidden = model.hidden(torch.tensor([seen]), torch.arange(len(seen))[None], mask)[0, position - shift]
+        out.append(model.log_mu(hidden)[target])
+    return torch.stack(out)
+
+
+def like(make_model: MakeModel, seed: int = 1, **facts: Any) -> SDAR:
+    """An exact model with other facts than SDAR's: the trunk is the same, what it means is not."""
+    block_size = facts.pop("block_size", B)
+    model = make_model(seed=seed, exact=True, block_size=block_size).requires_grad_(False)
+    for name, value in facts.items():
+        setattr(model, name, value)
+    return model
+
+
+def build_for(model: SDAR, rows: list[Json], objective: Objective, seed: int = 0, **more: Any) -> Batch:
+    return build_batch(rows, objective, seed=seed, **asdict(Layout.of(model)), **more)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 90, 400])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(),
+        Objective(num_draws=2, weighting="tokens"),
+        Objective(num_draws="all"),
+        Objective(schedule="random", tokens_per_step=2, sft_weight=1.0),
+        Objective(schedule="left_to_right", tokens_per_step=3, num_draws=2),
+        Objective(type="elbo_dpo", num_draws=3),
+    ],
+    ids=lambda o: f"{o.type}-{o.schedule}-{o.num_draws}",
+)
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"shift": 1}, {"block_origin": "response"}, {"shift": 1, "block_origin": "response"}, {"attention": "full"}],
+    ids=str,
+)
+@torch.no_grad()
+def test_every_scored_token_is_read_in_its_own_state(
+    make_model: MakeModel, facts: Json, objective: Objective, row_tokens: int | None
+) -> None:
+    model = like(make_model, **facts)
+    batch = build_for(model, TEXTS, objective, row_tokens=row_tokens)
+    assert (len(batch.ids) < len(TEXTS)) == (row_tokens is not None)
+    assert row_tokens is None or batch.ids.shape[1] <= max(row_tokens, batch.ids.shape[1])
+    assert torch.allclose(scored_logps(model, batch), alone(model, TEXTS, batch), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_packing_pairs_into_rows_changes_no_loss(policy: SDAR, reference: SDAR) -> None:
+    objective = Objective(beta=0.3, num_draws=2)
+    apart = training_step(policy, reference, build(TEXTS, objective), objective)
+    for row_tokens in (60, 120, 1000):
+        batch = build_for(policy, TEXTS, objective, row_tokens=row_tokens)
+        assert len(batch.ids) < len(TEXTS)
+        together = training_step(policy, reference, batch, objective)
+        assert torch.allclose(apart.loss_B, together.loss_B, rtol=0, atol=1e-12)
+        assert apart.metrics.keys() == together.metrics.keys()
+
+
+@pytest.mark.parametrize("first_token", ["clean", "noisy"])
+@torch.no_grad()
+def test_a_blocks_first_token_is_read_where_it_is_said(make_model: MakeModel, first_token: str) -> None:
+    """Shift: the position before a block's first token lies in the clean block before it, or in its own stream."""
+    model = like(make_model, shift=1)
+    objective = Objective(schedule="recorded", first_token=first_token)  # type: ignore[arg-type]
+    steps = {"chosen_steps": [0] * 11, "rejected_steps": [0] * 7}
+    one = row(20, 4, 11, 7) | steps
+    batch = build_for(model, [one], objective)
+    where = {
+        (int(s), int(batch.position[0, c]) + 1): int(batch.stream[0, c])
+        for s, c in zip(batch.slot, batch.scored_col, strict=True)
+    }
+    for (_, position), stream in where.items():
+        shared = position == 4  # before it lies the prompt, in both
+        expected = 0 if shared or (position % B == 0 and first_token == "clean") else 1
+        assert stream == expected
+    assert len(where) == 18
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(beta=0.2), Objective(beta=0.2, schedule="random", given_tokens="clean")],
+    ids=["recorded", "given"],
+)
+def test_blocks_of_one_token_with_a_shift_are_ordinary_causal_dpo(make_model: MakeModel, objective: Objective) -> None:
+    """Loss and gradients of transformers' own causal forward over prompt + response, each side by itself."""
+    models = [like(make_model, seed, shift=1, block_size=1).requires_grad_(seed == 1) for seed in (1, 2)]
+    rows = [
+        r | {"chosen_steps": [0] * len(r["chosen_ids"]), "rejected_steps": [0] * len(r["rejected_ids"])} for r in TEXTS
+    ]
+    ours = training_step(*models, build_for(models[0], rows, objective), objective).loss_B
+
+    def causal_logp(model: SDAR, prompt: list[int], response: list[int]) -> Tensor:
+        logits = model.lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits = logits.index_fill(-1, torch.tensor(MASK), float("-inf"))  # a finished token is never [MASK]
+        return torch.log_softmax(logits, -1)[torch.arange(len(response)), torch.tensor(response)].sum()
+
+    losses = []
+    for r in rows:
+        ratios = []
+        for side in ("chosen", "rejected"):
+            theta, ref = (causal_logp(m, r["prompt_ids"], r[f"{side}_ids"]) for m in models)
+            ratios.append(theta - ref)
+        losses.append(-torch.nn.functional.logsigmoid(objective.beta * (ratios[0] - ratios[1])))
+    theirs = torch.stack(losses)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+    parameters = list(models[0].parameters())
+    for a, b in zip(*(torch.autograd.grad(x.sum(), parameters) for x in (ours, theirs)), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9)
+
+
+def whole_sum(model: SDAR, one: Json, side: str) -> float:
+    """log mu of every token of a side, each in the state before its own step: the whole trajectory, step by step."""
+    prompt, ids, steps = one["prompt_ids"], one[f"{side}_ids"], one[f"{side}_steps"]
+    total, whole = 0.0, prompt + ids
+    for i, step in enumerate(steps):
+        block = (len(prompt) + i) // B
+        first, last = (0, len(whole)) if model.attention == "full" else (block * B, min(block * B + B, len(whole)))
+        seen = whole[:first] + [
+            MASK if p >= len(prompt) and steps[p - len(prompt)] >= step else whole[p] for p in range(first, last)
+        ]
+        grid = torch.zeros(len(seen)) if model.attention == "full" else torch.arange(len(seen)) // B
+        mask = (grid[None, :] <= grid[:, None])[None, None]
+        hidden = model.hidden(torch.tensor([seen]), torch.arange(len(seen))[None], mask)[0, len(prompt) + i]
+        total += model.log_mu(hidden)[ids[i]].item()
+    return total
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+@torch.no_grad()
+def test_all_steps_give_the_log_ratio_of_the_whole_trajectory(make_model: MakeModel, attention: str) -> None:
+    """Exact, whatever the seed; and under full attention the steps are those of the response, not of its blocks."""
+    models = [like(make_model, seed, attention=attention) for seed in (1, 2)]
+    objective = Objective(num_draws="all")
+    for seed in (0, 1):
+        out = training_step(*models, build_for(models[0], TEXTS[:3], objective, seed), objective)
+        for b, one in enumerate(TEXTS[:3]):
+            for side in ("chosen", "rejected"):
+                exact = whole_sum(models[0], one, side) - whole_sum(models[1], one, side)
+                assert out.metrics[f"log_ratio_{side}"][b].item() == pytest.approx(exact, abs=1e-9)
+                logp = whole_sum(models[0], one, side)
+                assert out.metrics[f"logp_{side}"][b].item() == pytest.approx(logp, abs=1e-9)
+
+
+def test_a_full_attention_model_has_one_state_a_forward_and_says_so(make_model: MakeModel) -> None:
+    """One step of the whole response, weight its number of steps; a batch of the block formula is refused."""
+    model = like(make_model, attention="full")
+    batch = build_for(model, TEXTS, Objective())
+    for slot in range(2 * len(TEXTS)):
+        one, side = TEXTS[slot // 2], ("chosen", "rejected")[slot % 2]
+        steps = one[f"{side}_steps"]
+        (weight,) = set(batch.weight[batch.slot == slot].tolist())
+        assert weight == len(set(steps))
+        scored = int((batch.slot == slot).sum())
+        assert scored in {steps.count(t) for t in steps}
+    blocks = build(TEXTS, Objective())
+    with pytest.raises(ValueError, match="built for"):
+        scored_logps(model, blocks)
+    made_up = build_for(model, TEXTS[:1], Objective(schedule="left_to_right", tokens_per_step=B))
+    assert set(made_up.weight.tolist()) == {3.0, 4.0}  # prompt 5: blocks of 3 and 4, and of 3, 4 and 4: steps 2 and 3
+
+
+def test_swapping_sides_negates_the_margin(policy: SDAR, reference: SDAR) -> None:
+    objective = PAIR_OBJECTIVES["steps"]
+    batch = build(ROWS, objective)
+    swapped = replace(batch, slot=batch.slot ^ 1, tokens=batch.tokens.flip(1))
+    with torch.no_grad():
+        a, b = (training_step(policy, reference, x, objective).metrics["margin"] for x in (batch, swapped))
+    assert torch.allclose(a, -b, rtol=0, atol=1e-12)
+    assert (a != 0).all()
+
+
+@torch.no_grad()
+def test_spread_is_the_standard_error_of_the_draws(policy: SDAR, reference: SDAR) -> None:
+    objective = Objective(beta=0.3, num_draws=3)
+    steps = {"chosen_steps": list(range(16)), "rejected_steps": list(range(12))}
+    rows = [row(i, 4, 16, 12) | steps for i in range(3)]
+    batch = build(rows, objective)
+    out = training_step(policy, reference, batch, objective)
+    ratio = batch.weight * (scored_logps(policy, batch) - scored_logps(reference, batch))
+    for b in range(3):
+        parts = []
+        for draw in range(3):
+            at = batch.draw == draw
+            chosen, rejected = (ratio[at & (batch.slot == 2 * b + s)].sum().item() for s in (0, 1))
+            parts.append(chosen - rejected)
+        assert sum(parts) == pytest.approx(
+            (out.metrics["log_ratio_chosen"] - out.metrics["log_ratio_rejected"])[b].item()
+        )
+        # three independent estimates 3 c_j of the margin: the standard error of their mean
+        assert out.metrics["spread"][b].item() == pytest.approx(np.std(3 * np.array(parts), ddof=1) / math.sqrt(3))
+    assert training_step(policy, policy, batch, objective).metrics["spread"].tolist() == [0, 0, 0]
+    assert "spread" not in training_step(policy, reference, build(rows, Objective()), Objective()).metrics
+
+
+@torch.no_grad()
+def test_confidence_order_is_the_references_at_the_hidden_blocks(make_model: MakeModel) -> None:
+    for facts in ({}, {"shift": 1}, {"attention": "full"}):
+        model = like(make_model, 2, **facts)
+        ordered = order_by_confidence(model, TEXTS, torch.device("cpu"))
+        objective = Objective(schedule="confidence", num_draws="all")
+        batch = build_for(model, ordered, objective)
+        blank = [r | {f"{s}_steps": [0] * len(r[f"{s}_ids"]) for s in ("chosen", "rejected")} for r in TEXTS]
+        for one, hidden in zip(ordered, blank, strict=True):
+            for side in ("chosen", "rejected"):
+                confidence, size = one[f"{side}_confidence"], len(one[f"{side}_ids"])
+                assert len(confidence) == size
+                given = [bool(facts.get("shift")) and (len(one["prompt_ids"]) + i) % B == 0 for i in range(size)]
+                assert [c == 0 for c in confidence] == given
+                if not facts:
+                    batch_of_one = build_for(model, [hidden], Objective())
+                    slot = ("chosen", "rejected").index(side)
+                    expected = alone(model, [hidden], batch_of_one)[batch_of_one.slot == slot]
+                    assert confidence.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+        assert torch.isfinite(scored_logps(model, batch)).all()
+    with pytest.raises(DataError, match="chosen_confidence is missing"):
+        build(TEXTS, Objective(schedule="confidence"))
+
+
+def test_given_tokens_are_scored_from_the_clean_stream_if_asked(make_model: MakeModel) -> None:
+    """Fast-dLLM v2's autoregressive firsts: excluded by default; by option weight 1, read before their block."""
+    model = like(make_model, shift=1)
+    steps = [3, 1, 2, -2, 5, 5, 4, -2, 7, 6, 6]  # prompt 5: positions 8 and 12 open blocks
+    one = row(30, 5, 11, 11) | {"chosen_steps": steps, "rejected_steps": steps}
+    plain, with_given = (build_for(model, [one], Objective(given_tokens=g)) for g in ("exclude", "clean"))  # type: ignore[arg-type]
+    extra = with_given.draw == -1
+    assert torch.equal(with_given.target[~extra], plain.target)
+    assert with_given.target[extra].tolist() == [one[f"{s}_ids"][i] for s in ("chosen", "rejected") for i in (3, 7)]
+    assert with_given.weight[extra].tolist() == [1] * 4
+    assert with_given.stream[0, with_given.scored_col[extra]].tolist() == [0] * 4
+    with torch.no_grad():
+        assert torch.allclose(scored_logps(model, with_given), alone(model, [one], with_given), rtol=0, atol=1e-10)
+    with pytest.raises(ConfigError, match="given_tokens"):
+        build(ROWS, Objective(given_tokens="clean"))
+    with pytest.raises(DataError, match="prompt_ids is empty"):
+        build_for(model, [row(1, 0, 3, 4)], Objective())
+
+
+# --- memory and precision ---
+
+
+def test_recomputing_layers_changes_no_gradient(make_model: MakeModel, reference: SDAR) -> None:
+    objective, found = Objective(beta=0.3), []
+    for recompute in (False, True):
+        model = make_model(seed=1, exact=True).train()
+        calls = []
+        model.lm.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if recompute:
+            checkpoint_layers(model)
+        training_step(model, reference, build(ROWS, objective), objective).loss_B.sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert len(calls) == 1 + recompute  # once more in the backward pass
+    assert torch.allclose(*found, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_bf16_models_have_float32_log_probabilities(make_model: MakeModel) -> None:
+    batch = build(ROWS, Objective())
+    single, half = make_model(seed=1), make_model(seed=1).bfloat16()
+    logps = scored_logps(half, batch)
+    assert logps.dtype == torch.float32
+    assert (logps - scored_logps(single, batch)).abs().max() < 0.3
+    assert (logps != logps.bfloat16().float()).any()  # more digits than bf16 holds: the softmax was not in bf16

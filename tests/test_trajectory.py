@@ -17,15 +17,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrpo_ray.trajectory import (
+    GIVEN,
     NEVER,
+    NumDraws,
     State,
     Weighting,
     block_slices,
+    confidence_ranks,
     dense_ranks,
+    left_to_right_ranks,
     random_ranks,
     row_generator,
     sample_elbo_state,
+    sample_elbo_states,
     sample_step_state,
+    sample_step_states,
+    sequential_ranks,
 )
 
 T = TypeVar("T")
@@ -511,3 +518,150 @@ def test_confidence_decoding_does_not_cancel() -> None:
     ref = probability(both, {"a": Fraction(11, 20), "b": Fraction(9, 20)})
     assert (theta, ref) == (Fraction(9, 50), Fraction(3, 5))
     assert theta / ref == Fraction(3, 10) != both["a"] / both["a"] == 1
+
+
+# --- m draws a block ---
+
+
+def total(states: list[State], blocks: list[slice], kind: str = "weight") -> Formal:
+    """What all draws of one outcome add up to."""
+    out: Counter[tuple[frozenset[int], int]] = Counter()
+    for state in states:
+        for key, weight in coefficients(state, blocks, kind).items():
+            out[key] += weight  # type: ignore[assignment]
+    return dict(out)  # type: ignore[arg-type]
+
+
+def mean_of_draws(ranks: list[int], weighting: Weighting, num_draws: NumDraws, kind: str = "weight") -> Formal:
+    out: Counter[tuple[frozenset[int], int]] = Counter()
+    sample = lambda rng: sample_step_states(np.array(ranks), BLOCKS, weighting, rng, num_draws)  # noqa: E731
+    for probability, states in every_draw(sample):
+        for key, weight in total(states, BLOCKS, kind).items():
+            out[key] += probability * weight  # type: ignore[assignment]
+    return dict(out)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, 3, 4, "all"])
+@pytest.mark.parametrize("weighting", ["steps", "tokens"])
+@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL, [0, 1, 2, 3, 1, 0, 1, 2]], ids=str)
+def test_m_strata_are_unbiased_exactly(ranks: list[int], weighting: Weighting, num_draws: NumDraws) -> None:
+    assert mean_of_draws(ranks, weighting, num_draws) == full_sum(np.array(ranks), BLOCKS)
+
+
+@pytest.mark.parametrize("weighting", ["steps", "tokens", "unit"])
+def test_all_steps_are_the_exact_sum_in_one_outcome(weighting: Weighting) -> None:
+    """No chance is left; a block of fewer steps than draws is exact too; unit divides each block by its K_b."""
+    for num_draws in ("all", 3, 7):
+        ((_, states),) = every_draw(
+            lambda rng, m=num_draws: sample_step_states(np.array(UNEQUAL), BLOCKS, weighting, rng, m)
+        )
+        assert len(states) == 3
+        scale = {0: Fraction(1), 1: Fraction(1)} if weighting != "unit" else {0: Fraction(1), 1: Fraction(1, 3)}
+        expected = {key: scale[key[1] // 4] * value for key, value in full_sum(np.array(UNEQUAL), BLOCKS).items()}
+        assert total(states, BLOCKS) == expected
+
+
+def test_draws_of_a_block_are_different_steps_and_spread_over_it() -> None:
+    """Four steps, two draws: one of the first two and one of the last two, each with weight 2."""
+    ranks = np.array([0, 1, 2, 3])
+    seen = set()
+    for probability, (first, second) in every_draw(
+        lambda rng: sample_step_states(ranks, [slice(0, 4)], "steps", rng, 2)
+    ):
+        assert probability == Fraction(1, 4)
+        seen.add((int(ranks[first.scored][0]), int(ranks[second.scored][0])))
+        assert first.weight.max() == second.weight.max() == 2
+    assert seen == {(a, b) for a in (0, 1) for b in (2, 3)}
+
+
+def test_variance_of_m_draws_is_the_sum_over_strata() -> None:
+    """steps: sum over strata of n_s sum l_t^2 - (sum l_t)^2; it falls with m and is 0 at m = K."""
+    ell = [0.3, -1.1, 0.7, 2.0, -0.4, 0.9]
+    ranks, block = np.arange(6), [slice(0, 6)]
+    found = []
+    for m in (1, 2, 3, 6):
+        draws = [
+            (float(p), sum(float((s.weight * np.array(ell)).sum()) for s in states))
+            for p, states in every_draw(lambda rng, m=m: sample_step_states(ranks, block, "steps", rng, m))
+        ]
+        center = sum(p * x for p, x in draws)
+        assert center == pytest.approx(sum(ell))
+        strata = [np.array(part) for part in np.array_split(ell, m)]
+        formula = sum(len(s) * (s**2).sum() - s.sum() ** 2 for s in strata)
+        found.append(sum(p * (x - center) ** 2 for p, x in draws))
+        assert found[-1] == pytest.approx(formula, abs=1e-12)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, "all"])
+def test_shares_of_a_block_add_up_to_its_tokens(num_draws: NumDraws) -> None:
+    """The likelihood's weights too: whatever m is, a block's coverage adds up to its unmasked tokens."""
+    for ranks in (UNEQUAL, EQUAL, PARTIAL):
+        for _, states in every_draw(
+            lambda rng, r=ranks: sample_step_states(np.array(r), BLOCKS, "steps", rng, num_draws)
+        ):
+            for block in BLOCKS:
+                unmasked = sum(r != NEVER for r in ranks[block])
+                assert sum(s.coverage[block].sum() for s in states) == pytest.approx(unmasked)
+
+
+def test_elbo_draws_are_independent_and_share_the_weight() -> None:
+    block = [slice(0, 2)]
+    value: Values = lambda hidden, i: math.sin(1 + 3 * i + sum(7 * j for j in hidden))  # noqa: E731
+    spread = {}
+    for n in (1, 2, 3):
+        draws = [
+            (float(p), sum(evaluate(coefficients(s, block), value) for s in states))
+            for p, states in every_draw(lambda rng, n=n: sample_elbo_states(2, block, rng, n))
+        ]
+        center = sum(p * x for p, x in draws)
+        assert center == pytest.approx(evaluate(any_order(2), value))
+        spread[n] = sum(p * (x - center) ** 2 for p, x in draws)
+    assert spread[2] == pytest.approx(spread[1] / 2)
+    assert spread[3] == pytest.approx(spread[1] / 3)
+
+
+# --- orders that are made up, tokens that no step chose, other grids ---
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, "all"])
+@pytest.mark.parametrize("weighting", ["steps", "tokens"])
+def test_given_tokens_are_shown_and_never_scored(weighting: Weighting, num_draws: NumDraws) -> None:
+    ranks = np.array([GIVEN, 0, 1, 1, GIVEN, GIVEN, NEVER, 0])
+    for _, states in every_draw(lambda rng: sample_step_states(ranks, BLOCKS, weighting, rng, num_draws)):
+        for state in states:
+            given = ranks == GIVEN
+            assert not (state.hidden | state.scored)[given].any()
+            assert not (state.weight + state.coverage)[given].any()
+            assert state.hidden[6]
+    expected = {(frozenset({1, 2, 3}), 1), (frozenset({2, 3}), 2), (frozenset({2, 3}), 3), (frozenset({6, 7}), 7)}
+    found = mean_of_draws(ranks.tolist(), weighting, num_draws)
+    assert found == dict.fromkeys(expected, Fraction(1))
+
+
+def test_made_up_orders_number_by_number() -> None:
+    blocks, given = [slice(0, 3), slice(3, 8)], np.array([0, 0, 0, 1, 0, 0, 0, 0], dtype=bool)
+    assert left_to_right_ranks(blocks, 2).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
+    assert left_to_right_ranks(blocks, 2, given).tolist() == [0, 0, 1, GIVEN, 0, 0, 1, 1]
+    confidence = np.array([-3.0, -1, -2, -9, -4, -1, -1, -0.5])
+    assert confidence_ranks(confidence, blocks, 1).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
+    assert confidence_ranks(confidence, blocks, 2, given).tolist() == [1, 0, 0, GIVEN, 1, 0, 1, 0]
+    ranks = random_ranks(blocks, 2, np.random.default_rng(0), given)
+    assert (ranks == GIVEN).tolist() == given.tolist()
+    assert sorted(ranks[4:].tolist()) == [0, 0, 1, 1]
+
+
+def test_sequential_ranks_finish_one_block_before_the_next() -> None:
+    ranks = np.array([1, 0, NEVER, GIVEN, NEVER, NEVER, 0, 0, 1])
+    blocks = [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert sequential_ranks(ranks, blocks).tolist() == [1, 0, NEVER, GIVEN, NEVER, NEVER, 2, 2, 3]
+
+
+def test_dense_ranks_keep_given() -> None:
+    assert dense_ranks(np.array([GIVEN, 7, 3, NEVER]), [slice(0, 4)]).tolist() == [GIVEN, 1, 0, NEVER]
+
+
+def test_blocks_of_the_response_grid() -> None:
+    assert [(s.start, s.stop) for s in block_slices(5, 10, 4, "response")] == [(0, 4), (4, 8), (8, 10)]
+    assert block_slices(8, 10, 4, "response") == block_slices(8, 10, 4, "global")

@@ -1,9 +1,10 @@
 """One optimizer step's forward and backward, our way and the common ways, on the same weights, data and draws.
 
     packed   one row holds the pair, each scored hidden state alone meets the vocabulary (this package's training step)
-    common   each side and each draw by itself as [noisy | clean] of the whole sequence, logits of the whole noisy half
+    common   each side and each draw by itself as [noisy | clean] of the whole sequence, logits of every position
+    lean     the common way with the logits of the noisy half only: a harder baseline than the bars ask for
 
-Both compute the same loss, and the bench stops if they do not. Times and memory are those of fresh processes, one for
+All compute the same loss, and the bench stops if they do not. Times and memory are those of fresh processes, one for
 each variant and round, the rounds interleaved; `peak` is what a step takes beyond weights and gradients.
 """
 
@@ -37,6 +38,7 @@ OURS, COMMON = "dtrpo packed", "dtrpo common"
 VARIANTS = {  # name -> (way, objective)
     OURS: ("packed", Objective()),
     COMMON: ("common", Objective()),
+    "dtrpo lean": ("lean", Objective()),
     "vrpo n=4 common": ("common", Objective(type="elbo_dpo", num_draws=4)),
     "vrpo n=8 common": ("common", Objective(type="elbo_dpo", num_draws=8)),
     "all rounds common": ("common", Objective(num_draws="all")),
@@ -114,13 +116,12 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
     return (diagonal | offset | causal)[None, None]
 
 
-def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch) -> tuple[Tensor, int, int]:
-    """log mu of the batch's scored tokens [N] the common way, with the trunk tokens and head rows it takes.
+def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch, lean: bool) -> Tensor:
+    """log mu of the batch's scored tokens [N], one forward for each side and draw.
 
     Needs blocks that begin with the prompt's end, and shift 0: then a noisy half is the prompt and a noisy stream.
     """
     out = torch.zeros(len(batch.target), dtype=torch.float32)
-    trunk = head = 0
     for slot in range(batch.tokens.numel()):
         row, side = divmod(slot, batch.tokens.shape[1])
         prompt, response = (torch.as_tensor(rows[row][f"{name}_ids"]) for name in ("prompt", SIDES[side]))
@@ -131,21 +132,22 @@ def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch) -> tuple[Te
             mine = (batch.slot == slot) & (batch.draw == draw)
             here = (batch.side[row] == side) & (batch.stream[row] == draw + 1)
             ids = torch.cat([prompt, batch.ids[row][here], prompt, response])[None]
-            hidden = model.hidden(ids, positions, mask)[0, :length]
-            logits = model.head(hidden).float()
+            hidden = model.hidden(ids, positions, mask)[0]
+            logits = model.head(hidden[:length] if lean else hidden)[:length].float()
             logits[..., model.mask_id] = float("-inf")
             at = batch.position[row, batch.scored_col[mine]]
             logp = torch.log_softmax(logits, -1)[at, batch.target[mine]]
             out = out.index_put((torch.nonzero(mine)[:, 0],), logp)
-            trunk, head = trunk + 2 * length, head + length
-    return out, trunk, head
+    return out
 
 
-def common_step(policy: DiffusionLM, reference: DiffusionLM, rows: list[Json], batch: Batch, beta: float) -> Tensor:
+def common_step(
+    policy: DiffusionLM, reference: DiffusionLM, rows: list[Json], batch: Batch, beta: float, lean: bool
+) -> Tensor:
     """The loss of each pair: four kinds of forwards, chosen and rejected by policy and reference, each by itself."""
-    logp = common_logps(policy, rows, batch)[0]
+    logp = common_logps(policy, rows, batch, lean)
     with torch.no_grad():
-        ref_logp = common_logps(reference, rows, batch)[0]
+        ref_logp = common_logps(reference, rows, batch, lean)
     ratio = sum_by_side(batch.weight * (logp - ref_logp), batch.slot, *batch.tokens.shape)
     return preference_loss(ratio, beta).loss_B
 
@@ -174,7 +176,7 @@ def _setup(name: str, shape: Shape) -> _Setup:
         if way == "packed":
             loss = training_step(policy, reference, batch, objective).loss_B
         else:
-            loss = common_step(policy, reference, rows, batch, objective.beta)
+            loss = common_step(policy, reference, rows, batch, objective.beta, way == "lean")
         loss.mean().backward()
         return float(loss.detach().mean())
 
@@ -182,7 +184,7 @@ def _setup(name: str, shape: Shape) -> _Setup:
         return _Setup(step, policy, 2 * batch.ids.numel(), 2 * len(batch.target))
     draws = len(set(zip(batch.slot.tolist(), batch.draw.tolist(), strict=True)))
     length = shape.prompt + shape.response
-    return _Setup(step, policy, 4 * draws * length, 2 * draws * length)
+    return _Setup(step, policy, 4 * draws * length, (2 if way == "lean" else 4) * draws * length)
 
 
 def _resident(field: str) -> int:
@@ -287,6 +289,18 @@ def table(value: Json) -> str:
         met = "met" if bar["met"] else "NOT met"
         lines.append(f"- {bar['what']} of `{bar['of']}` over ours: {bar['measured']:.2f}, bar {bar['bar']}: {met}")
     return "\n".join(lines)
+
+
+def page(value: Json) -> str:
+    """The comparison as a Markdown page."""
+    shape, machine = value["shape"], value["machine"]
+    text = (
+        "# One training step: packed against the common ways\n\nPrompt {prompt}, response {response}, block {block}, "
+        "{steps} denoising steps a block, width {width}, {layers} layers, vocabulary {vocab}, {pairs} pair, float32, "
+        "forward and backward. Written by `dtrpo bench forward`; `peak` is beyond weights and gradients.\n\n"
+    ).format(**shape)
+    where = "Machine: {cpu}, {cores} cores, {threads} thread(s), torch {torch}.\n\n".format(**machine)
+    return text + where + table(value) + "\n"
 
 
 def main(call: str) -> None:
