@@ -18,16 +18,6 @@ from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 
 
-def require_decoding(model: DiffusionLM) -> None:
-    """Raise ModelError for a family whose way of decoding `sampler` does not have."""
-    if (model.attention, model.block_origin, model.shift) != ("block", "global", 0):
-        raise ModelError(
-            f"{model.facts.model_type} decodes with attention = {model.attention!r}, block_origin = "
-            f"{model.block_origin!r} and shift = {model.shift}; rollout, evaluation and serving know "
-            "attention = 'block', block_origin = 'global' and shift = 0 so far (training and export know all)"
-        )
-
-
 class Engine:
     """A model, its tokenizer and the device they decode on."""
 
@@ -36,7 +26,6 @@ class Engine:
             raise ModelError(
                 f"tokenizer mask id {mask_token_id(tokenizer)} and config.json mask_token_id {model.mask_id} disagree"
             )
-        require_decoding(model)
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @classmethod

@@ -284,6 +284,7 @@ def _dialogue(text: str, where: str) -> Messages:
 @dataclass(frozen=True, slots=True)
 class _Limits:
     block_size: int
+    block_origin: str
     max_prompt_tokens: int
     max_response_tokens: int
     mask_id: int
@@ -296,6 +297,7 @@ def tokenize_preferences(
     block_size: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
+    block_origin: str = "global",
 ) -> tuple[pa.Table, list[Rejected]]:
     """The table preference/v1 (no recorded steps, no rewards) and the rows refused.
 
@@ -306,7 +308,7 @@ def tokenize_preferences(
     mask_id = mask_token_id(tokenizer)
     control = {*tokenizer.all_special_tokens, str(tokenizer.convert_ids_to_tokens(mask_id))}
     pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
-    limits = _Limits(block_size, max_prompt_tokens, max_response_tokens, mask_id, pattern)
+    limits = _Limits(block_size, block_origin, max_prompt_tokens, max_response_tokens, mask_id, pattern)
     made, rejected, first_seen = [], [], dict[str, str]()
     for row in rows:
         row_id = _content_id([row.prompt, row.chosen, row.rejected])
@@ -330,9 +332,9 @@ def _tokenized(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase", limits:
             raise _Refusal("control token", f"{where} holds {found[0]!r}, which the tokenizer reads as a control token")
     try:
         prompt = encode_prompt(tokenizer, row.prompt)[-limits.max_prompt_tokens :]
+        before = len(prompt) if limits.block_origin == "global" else 0
         sides = {
-            s: encode_response(tokenizer, getattr(row, s), len(prompt), limits.block_size)
-            for s in ("chosen", "rejected")
+            s: encode_response(tokenizer, getattr(row, s), before, limits.block_size) for s in ("chosen", "rejected")
         }
     except DataError as error:
         raise _Refusal("cannot be tokenized", str(error)) from None
@@ -352,6 +354,7 @@ def _tokenized(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase", limits:
         "chosen_ids": sides["chosen"],
         "rejected_ids": sides["rejected"],
         "block_size": limits.block_size,
+        "block_origin": limits.block_origin,
         "mask_id": limits.mask_id,
     }
 

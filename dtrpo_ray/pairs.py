@@ -16,7 +16,8 @@ def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
     `min_margin` or more. Pairs that differ in the fewest positions come first (their difference is what the
     preference is about), each response is used once, up to `max_pairs_per_prompt` for each prompt and setting.
     """
-    columns = ["row_id", "prompt_id", "prompt_ids", "response_ids", "steps", "reward", "block_size", "mask_id"]
+    columns = ["row_id", "prompt_id", "prompt_ids", "response_ids", "steps", "reward", "block_size"]
+    columns += ["block_origin", "mask_id"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in trajectories.select([*columns, "denoising_steps", "temperature"]).sort_by("row_id").to_pylist():
         groups.setdefault((row["prompt_id"], row["denoising_steps"], row["temperature"]), []).append(row)
@@ -50,7 +51,7 @@ def _pair(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
     return {
         "contract_version": CONTRACT_VERSION,
         "row_id": f"{chosen['row_id']}>{rejected['row_id']}",
-        **{name: chosen[name] for name in ("prompt_id", "prompt_ids", "block_size", "mask_id")},
+        **{name: chosen[name] for name in ("prompt_id", "prompt_ids", "block_size", "block_origin", "mask_id")},
         **{f"chosen_{name}": chosen[key] for name, key in _SIDE.items()},
         **{f"rejected_{name}": rejected[key] for name, key in _SIDE.items()},
     }

@@ -174,8 +174,8 @@ class River:
 
     def _make_imported_pairs(self, out: Path) -> dict[str, Any]:
         (out / TABLE).mkdir(exist_ok=True)
-        block_size = skeleton(read_config(self.base.path)).block_size
-        summary = prepare.write_preferences(self.job, load_tokenizer(self.base.path), block_size, out / TABLE)
+        model, tokenizer = skeleton(read_config(self.base.path)), load_tokenizer(self.base.path)
+        summary = prepare.write_preferences(self.job, tokenizer, model.block_size, model.block_origin, out / TABLE)
         read_table(out / TABLE, PREFERENCE)
         return summary
 

@@ -63,18 +63,23 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     return {"examples": len(rows)}
 
 
-def write_preferences(job: Job, tokenizer: PreTrainedTokenizerBase, block_size: int, out: Path) -> dict[str, Any]:
-    """Preference files -> the table preference/v1, with what was refused in quarantine.jsonl."""
+def write_preferences(
+    job: Job, tokenizer: PreTrainedTokenizerBase, block_size: int, block_origin: str, out: Path
+) -> dict[str, Any]:
+    """Preference files -> the table preference/v1, with what was refused in quarantine.jsonl.
+
+    The counts add up: pairs, quarantined and left out by `task.max_rows` are the rows of the files.
+    """
     assert isinstance(job.task, PreferencesTask)
     rows, rejected = [], []
     for file in job.task.files:
         good, bad = read_preferences(file)
         rows += good
         rejected += bad
-    rows = rows[: job.task.max_rows]
     task = job.task
+    num_read, rows = len(rows), rows[: task.max_rows]
     table, too_long = tokenize_preferences(
-        rows, tokenizer, block_size, task.max_prompt_tokens, task.max_response_tokens
+        rows, tokenizer, block_size, task.max_prompt_tokens, task.max_response_tokens, block_origin
     )
     rejected += too_long
     write_quarantine(rejected, out / "quarantine.jsonl")
@@ -83,7 +88,7 @@ def write_preferences(job: Job, tokenizer: PreTrainedTokenizerBase, block_size: 
             f"{task.files[0]}: no row is left of {len(rows)}; see the reasons in {out / 'quarantine.jsonl'}"
         )
     write_shards(table, out)
-    return {"pairs": len(table), "quarantined": len(rejected)}
+    return {"pairs": len(table), "quarantined": len(rejected), "left_out": num_read - len(rows)}
 
 
 def write_shards(table: pa.Table, out: Path) -> None:

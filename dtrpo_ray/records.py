@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from dtrpo_ray.errors import DataError
 
 CONTRACT_VERSION = 1
+BLOCK_ORIGINS = ("global", "response")  # the grid of blocks starts at the prompt's first token, or the response's
 MAY_BE_NULL = ("chosen_steps", "rejected_steps", "chosen_reward", "rejected_reward", "logps", "reward")
 
 Rule = Callable[[np.ndarray, str], Iterator[tuple[int, str]]]
@@ -62,6 +63,7 @@ PREFERENCE = pa.schema(
         ("chosen_reward", pa.float64()),
         ("rejected_reward", pa.float64()),
         ("block_size", pa.int32()),
+        ("block_origin", pa.string()),
         ("mask_id", pa.int32()),
     ],
     metadata={"dtrpo.table": f"preference/v{CONTRACT_VERSION}"},
@@ -153,6 +155,9 @@ def _hole_violations(table: pa.Table, first: Rule) -> Iterator[tuple[int, str]]:
             yield from first(_rows_where(column, pc.is_null(pc.list_flatten(column))), f"{name} holds a null")
         elif name == "block_size":
             yield from first(column.to_numpy() < 1, "block_size is below 1")
+        elif name == "block_origin":
+            known = pc.is_in(column, pa.array(BLOCK_ORIGINS)).to_numpy()
+            yield from first(~known, f"block_origin is not {' or '.join(BLOCK_ORIGINS)}")
 
 
 def _rows_where(column: pa.ChunkedArray, flat: Any) -> np.ndarray:
@@ -172,7 +177,8 @@ def _side_violations(table: pa.Table, ids: str, along: list[str], first: Rule) -
     yield from first(lengths == 0, f"{ids} is empty")
     if "mask_id" in table.schema.names:
         yield from first(_masked(table, ids), f"{ids} holds the mask token: the response was never finished")
-        ends = pc.list_value_length(table["prompt_ids"]).to_numpy() + lengths
+        shared_grid = np.array(table["block_origin"].to_pylist()) == "global"  # else the grid starts at the response
+        ends = pc.list_value_length(table["prompt_ids"]).to_numpy() * shared_grid + lengths
         rule = f"{ids} does not end on the block grid: the terminal block must be whole"
         yield from first(ends % table["block_size"].to_numpy() != 0, rule)
     for name in along:

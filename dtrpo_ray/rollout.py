@@ -73,7 +73,7 @@ class _Decoder:
             "reward": self.score(row["prompt"], text),
             "reward_source": self.job.scorer,
             "block_size": self.engine.model.block_size,
-            "block_origin": "global",
+            "block_origin": self.engine.model.block_origin,
             "mask_id": self.engine.model.mask_id,
             "temperature": self.job.temperature,
             "seed": seed,

@@ -51,15 +51,3 @@ def test_a_directory_without_tokenizer_is_refused(tmp_path: Path, tiny: SDAR) ->
     save_model(tiny, tmp_path)
     with pytest.raises(ModelError, match="tokenizer"):
         Engine.load(tmp_path)
-
-
-@pytest.mark.parametrize("facts", [{"attention": "full"}, {"block_origin": "response"}, {"shift": 1}])
-def test_a_way_of_decoding_that_is_not_there_is_refused(tiny: SDAR, facts: dict[str, object]) -> None:
-    name, value = next(iter(facts.items()))
-    before = getattr(tiny, name)
-    try:
-        setattr(tiny, name, value)
-        with pytest.raises(ModelError, match=rf"sdar decodes with .*{name} = {value!r}"):
-            Engine(tiny, character_tokenizer(ALPHABET))
-    finally:
-        setattr(tiny, name, before)

@@ -63,6 +63,7 @@ def preference(row_id: str = "a") -> Row:
         "chosen_reward": 1.0,
         "rejected_reward": 0.0,
         "block_size": BLOCK,
+        "block_origin": "global",
         "mask_id": MASK,
     }
 
@@ -146,6 +147,7 @@ BROKEN: list[tuple[str, Row, str]] = [
         "rejected_ids does not end on the block grid: the terminal block must be whole",
     ),
     *[(kind, {"block_size": size}, "block_size is below 1") for kind in list(KINDS)[:2] for size in (0, -4)],
+    *[(kind, {"block_origin": "prompt"}, "block_origin is not global or response") for kind in list(KINDS)[:2]],
     ("trajectory/v1", {"steps": [0] * 5}, "steps and response_ids differ in length"),
     ("trajectory/v1", {"logps": [0.0] * 7}, "logps and response_ids differ in length"),
     ("preference/v1", {"chosen_steps": [0] * 3}, "chosen_steps and chosen_ids differ in length"),
@@ -217,7 +219,7 @@ def test_read_errors_name_the_file_and_the_fault(tmp_path: Path) -> None:
     file.write_bytes(b"PAR1 not so PAR1")
     refuse(file, EXAMPLE, "not a readable Parquet file")
     pq.write_table(table_of("example/v1", {}), file)
-    refuse(file, PREFERENCE, "column block_size is missing; expected the table preference/v1")
+    refuse(file, PREFERENCE, "column block_origin is missing; expected the table preference/v1")
     pq.write_table(pa.Table.from_pylist([example() | {"prompt_ids": ["one"]}]), file)
     refuse(file, EXAMPLE, "not the types of example/v1")
     pq.write_table(pa.Table.from_pylist([example() | {"prompt_ids": [2**40]}]), file)
