@@ -31,7 +31,11 @@ def run(folder: Path, out: Path, lora: str = "") -> list[dict[str, Any]]:
         )
         for rank in range(2)
     ]
-    logs = [rank.communicate(timeout=420)[0] for rank in ranks]
+    try:
+        logs = [rank.communicate(timeout=600)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], logs[0][-3000:] + logs[1][-3000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
