@@ -57,7 +57,7 @@ def plan(job: Job) -> dict[str, Any]:
 
 def training(config: TrainConfig, num_workers: int, count: int, rows: int | None) -> dict[str, Any]:
     """Derived numbers of one training stage; memory is of weights, gradients and optimizer, without activations."""
-    pair = config.objective.type != "sft"
+    frozen = config.objective.type != "sft" and config.reference == "frozen"
     accumulation = config.accumulation(num_workers)
     steps = None if rows is None else -(-rows * config.num_epochs // config.global_batch)
     if config.max_steps:
@@ -65,14 +65,14 @@ def training(config: TrainConfig, num_workers: int, count: int, rows: int | None
     shards = {0: (1, 1), 1: (1, num_workers), 2: (num_workers, num_workers), 3: (num_workers, num_workers)}
     gradient_shards, optimizer_shards = shards[config.zero_stage]
     weight_shards = num_workers if config.zero_stage == 3 else 1
-    memory = count * BYTES_FP32 * (1 / weight_shards + 1 / gradient_shards + 2 / optimizer_shards + (1 if pair else 0))
+    memory = count * BYTES_FP32 * (1 / weight_shards + 1 / gradient_shards + 2 / optimizer_shards + (1 if frozen else 0))
     return {
         "objective": config.objective.type,
         "global_batch": config.global_batch,
         "rows_per_worker": config.rows_per_rank(num_workers),
         "micro_batch": min(config.micro_batch, config.rows_per_rank(num_workers)),
         "accumulation": accumulation,
-        "forwards_per_optimizer_step": accumulation * num_workers * (2 if pair else 1),
+        "forwards_per_optimizer_step": accumulation * num_workers * (2 if frozen else 1),
         "optimizer_steps": steps,
         "zero_stage": config.zero_stage,
         "memory_per_worker_bytes": int(memory),
