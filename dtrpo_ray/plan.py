@@ -120,13 +120,14 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, bf16: bool) -
     CPU memory.
     """
     width = BYTES_BF16 if bf16 else BYTES_FP32
-    stage, pair = config.zero_stage, config.objective.type != "sft"
+    stage = config.zero_stage
+    held = config.objective.type != "sft" and config.reference == "frozen" and config.lora is None
     own_weights = stage > 0 or bf16
     return {
         "weights": count * width // (num_workers if stage == 3 else 1),
         "gradients": count * width // (num_workers if stage >= 2 else 1),
         "optimizer": count * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 or bf16 else 1),
-        "reference": count * width if pair else 0,
+        "reference": count * width if held else 0,
     }
 
 
@@ -154,7 +155,7 @@ def training(
 
     Memory is of one worker, in bytes, with bf16 as on a GPU if the precision is "auto".
     """
-    pair, bf16 = config.objective.type != "sft", config.precision != "fp32"
+    frozen, bf16 = config.objective.type != "sft" and config.reference == "frozen", config.precision != "fp32"
     accumulation = config.accumulation(num_workers)
     steps = None if rows is None else -(-rows * config.num_epochs // config.global_batch)
     if config.max_steps:
@@ -170,7 +171,7 @@ def training(
         "rows_per_worker": config.rows_per_rank(num_workers),
         "micro_batch": micro,
         "accumulation": accumulation,
-        "forwards_per_optimizer_step": accumulation * num_workers * (2 if pair else 1),
+        "forwards_per_optimizer_step": accumulation * num_workers * (2 if frozen else 1),
         "optimizer_steps": steps,
         "zero_stage": config.zero_stage,
         "precision": "bf16" if bf16 else "fp32",

@@ -333,7 +333,7 @@ def alone(model: SDAR, rows: list[Json], batch: Batch) -> Tensor:
     """
     size, shift, full = model.block_size, model.shift, model.attention == "full"
     out = []
-    for r, col, slot, target, draw in zip(
+    for r, col, target, slot, draw in zip(
         *(getattr(batch, n).tolist() for n in ("scored_row", "scored_col", "target", "slot", "draw")), strict=True
     ):
         pair, side = divmod(slot, 2)
@@ -367,7 +367,7 @@ def build_for(model: SDAR, rows: list[Json], objective: Objective, seed: int = 0
     return build_batch(rows, objective, seed=seed, **asdict(Layout.of(model)), **more)
 
 
-@pytest.mark.parametrize("row_tokens", [None, 90, 400])
+@pytest.mark.parametrize("row_tokens", [None, 400])
 @pytest.mark.parametrize(
     "objective",
     [
@@ -392,7 +392,6 @@ def test_every_scored_token_is_read_in_its_own_state(
     model = like(make_model, **facts)
     batch = build_for(model, TEXTS, objective, row_tokens=row_tokens)
     assert (len(batch.ids) < len(TEXTS)) == (row_tokens is not None)
-    assert row_tokens is None or batch.ids.shape[1] <= max(row_tokens, batch.ids.shape[1])
     assert torch.allclose(scored_logps(model, batch), alone(model, TEXTS, batch), rtol=0, atol=1e-10)
 
 
@@ -508,7 +507,7 @@ def test_a_full_attention_model_has_one_state_a_forward_and_says_so(make_model: 
     with pytest.raises(ValueError, match="built for"):
         scored_logps(model, blocks)
     made_up = build_for(model, TEXTS[:1], Objective(schedule="left_to_right", tokens_per_step=B))
-    assert set(made_up.weight.tolist()) == {3.0, 4.0}  # prompt 5: blocks of 3 and 4, and of 3, 4 and 4: steps 2 and 3
+    assert set(made_up.weight.tolist()) == {2.0, 3.0}  # two and three blocks, each in one step
 
 
 def test_swapping_sides_negates_the_margin(policy: SDAR, reference: SDAR) -> None:
@@ -595,7 +594,7 @@ def test_recomputing_layers_changes_no_gradient(make_model: MakeModel, reference
     for recompute in (False, True):
         model = make_model(seed=1, exact=True).train()
         calls = []
-        model.lm.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if recompute:
             checkpoint_layers(model)
         training_step(model, reference, build(ROWS, objective), objective).loss_B.sum().backward()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dtrpo_ray.batch import SIDES, Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
@@ -34,6 +34,12 @@ from dtrpo_ray.models.registry import build_model
 from dtrpo_ray.step import training_step
 
 Json = dict[str, Any]
+CPU_ATTENTION = {  # torch counts the attention kernels of GPUs; ours too computes every entry under a dense mask
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 OURS, COMMON = "dtrpo packed", "dtrpo common"
 VARIANTS = {  # name -> (way, objective)
     OURS: ("packed", Objective()),
@@ -182,7 +188,7 @@ def _setup(name: str, shape: Shape) -> _Setup:
 
     if way == "packed":  # policy and reference read the same
         return _Setup(step, policy, 2 * batch.ids.numel(), 2 * len(batch.target))
-    draws = len(set(zip(batch.slot.tolist(), batch.draw.tolist(), strict=True)))
+    draws = len(set(zip(batch.slot.tolist(), batch.draw.tolist(), strict=True)))  # of both sides of all pairs
     length = shape.prompt + shape.response
     return _Setup(step, policy, 4 * draws * length, (2 if way == "lean" else 4) * draws * length)
 
@@ -214,7 +220,7 @@ def weigh_variant(name: str, shape: Shape) -> Json:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     setup.step()
     peak = _resident("VmHWM")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         setup.step()
     counts = {"trunk_tokens": setup.trunk_tokens, "head_rows": setup.head_rows, "flops": counter.get_total_flops()}
     weights = sum(p.numel() * p.element_size() for p in setup.policy.parameters())

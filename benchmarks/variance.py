@@ -1,0 +1,146 @@
+"""The estimator's variance against K_b, weights, schedules and m, exactly, on a trained pair of models.
+
+    python benchmarks/variance.py POLICY REFERENCE PAIRS --rows 200 --out docs/variance
+
+POLICY and REFERENCE are model directories, PAIRS a preference table with recorded steps. One forward each with
+`num_draws = "all"` gives every l_t of every block; the variance over the draws is then the closed form of
+docs/method.md, no sampling. The ELBO's is estimated from independent draws. Writes OUT.json, OUT.svg and a table.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+
+from dtrpo_ray.batch import Layout, build_batch
+from dtrpo_ray.config import Objective
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.registry import load_model
+from dtrpo_ray.records import PREFERENCE, read_table
+from dtrpo_ray.step import order_by_confidence, scored_logps
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+DRAWS, ELBO_DRAWS, CHUNK = (1, 2, 4), 16, 20
+Json = dict[str, Any]
+
+
+def blocks(models: list[DiffusionLM], rows: list[Json], objective: Objective) -> Iterator[dict[int, list[float]]]:
+    """{draw: log-ratios of its scored tokens, by token} of each block of each side."""
+    for first in range(0, len(rows), CHUNK):
+        part = rows[first : first + CHUNK]
+        batch = build_batch(part, objective, seed=0, **asdict(Layout.of(models[0])))
+        with torch.no_grad():
+            ratio = (scored_logps(models[0], batch) - scored_logps(models[1], batch)).tolist()
+        found: dict[tuple[int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        block = batch.block[batch.scored_row, batch.scored_col].tolist()
+        for slot, number, draw, value in zip(batch.slot.tolist(), block, batch.draw.tolist(), ratio, strict=True):
+            found[slot, number][draw].append(value)
+        yield from found.values()
+
+
+def variance(steps: list[list[float]], weighting: str, num_draws: int) -> float:
+    """Variance of one block's estimate: the sum over strata of n sum v^2 - (sum v)^2."""
+    if num_draws >= len(steps) and (num_draws > 1 or len(steps) == 1):
+        return 0.0
+    values = [sum(s) for s in steps] if weighting == "steps" else [sum(s) / len(s) for s in steps for _ in s]
+    return float(sum(len(v) * (v**2).sum() - v.sum() ** 2 for v in np.array_split(values, num_draws)))
+
+
+def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
+    """One record for each schedule, K_b, weight and m: mean variance per block in nats^2, and the blocks behind it."""
+    size = models[0].block_size
+    schedules = {"recorded": Objective(num_draws="all")}
+    for name in ("random", "confidence", "left_to_right"):
+        for k in (size, size // 2, size // 4, size // 8):
+            if k:
+                schedules[f"{name}/{k}"] = Objective(schedule=name, tokens_per_step=k, num_draws="all")
+    rows = order_by_confidence(models[1], rows, torch.device("cpu"))
+    out = []
+    for name, objective in schedules.items():
+        groups: dict[int, list[list[list[float]]]] = defaultdict(list)
+        for draws in blocks(models, rows, objective):
+            steps = [draws[d] for d in sorted(draws)]
+            groups[len(steps)].append(steps)
+        for num_steps, found in sorted(groups.items()):
+            signal = float(np.mean([sum(map(sum, steps)) ** 2 for steps in found]))
+            for weighting in ("steps", "tokens"):
+                for m in DRAWS:
+                    mean = float(np.mean([variance(steps, weighting, m) for steps in found]))
+                    out.append(
+                        {"schedule": name.split("/")[0], "steps_per_block": num_steps, "weighting": weighting, "m": m,
+                         "variance": mean, "squared_log_ratio": signal, "blocks": len(found)}
+                    )  # fmt: skip
+    return [*out, elbo(models, rows, size)]
+
+
+def elbo(models: list[DiffusionLM], rows: list[Json], size: int) -> Json:
+    """The block ELBO's variance with one draw: between independent draws, unbiased."""
+    found = []
+    for draws in blocks(models, rows, Objective(type="elbo_dpo", num_draws=ELBO_DRAWS)):
+        if len(draws) == ELBO_DRAWS:
+            found.append(float(np.var([size / len(v) * sum(v) for v in draws.values()], ddof=1)))
+    return {"schedule": "block ELBO", "m": 1, "variance": float(np.mean(found)), "blocks": len(found)}
+
+
+def plot(records: list[Json], file: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, key, choices in ((left, "schedule", None), (right, "m", DRAWS)):
+        names = choices or sorted({r["schedule"] for r in records if "weighting" in r})
+        for name in names:
+            fixed = {"m": 1} if key == "schedule" else {"schedule": "recorded"}
+            line = [
+                r for r in records
+                if r.get("weighting") == "steps" and r[key] == name and all(r[k] == v for k, v in fixed.items())
+            ]  # fmt: skip
+            axis.plot([r["steps_per_block"] for r in line], [r["variance"] for r in line], "o-", label=f"{key} {name}")
+        axis.set_xlabel("denoising steps of a block, $K_b$")
+        axis.legend(fontsize=8)
+    left.axhline(records[-1]["variance"], ls="--", color="grey", label="block ELBO")
+    left.set_ylabel("variance per block, nats$^2$")
+    left.set_title("by schedule, m = 1", fontsize=10)
+    right.set_title("recorded order, by draws m", fontsize=10)
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def table(records: list[Json]) -> str:
+    lines = ["| schedule | K_b | weight | m = 1 | m = 2 | m = 4 | mean (l)^2 | blocks |", "|---" * 8 + "|"]
+    keys = dict.fromkeys((r["schedule"], r["steps_per_block"], r["weighting"]) for r in records if "weighting" in r)
+    for key in keys:
+        same = [r for r in records if (r["schedule"], r.get("steps_per_block"), r.get("weighting")) == key]
+        cells = [f"{r['variance']:.4f}" for r in same]
+        lines.append(
+            f"| {' | '.join(map(str, (*key, *cells)))} | {same[0]['squared_log_ratio']:.4f} | {same[0]['blocks']} |"
+        )
+    last = records[-1]
+    return "\n".join([*lines, f"| block ELBO | - | - | {last['variance']:.4f} | - | - | - | {last['blocks']} |"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policy", type=Path)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("docs/variance"))
+    args = parser.parse_args()
+    models = [load_model(path).eval() for path in (args.policy, args.reference)]
+    rows = [{**row, "epoch": 0} for row in read_table(args.pairs, PREFERENCE).slice(0, args.rows).to_pylist()]
+    records = measure(models, rows)
+    args.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+    plot(records, args.out.with_suffix(".svg"))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

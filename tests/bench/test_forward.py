@@ -1,0 +1,62 @@
+"""bench forward: the ways that are compared compute the same numbers, and the counts are those of what runs."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from dtrpo_ray.batch import Layout, build_batch
+from dtrpo_ray.bench import forward
+from dtrpo_ray.bench.forward import VARIANTS, Shape, common_logps, two_stream_mask
+from dtrpo_ray.step import scored_logps
+
+SMALL = Shape(prompt=8, response=12, block=4, steps=2, width=64, layers=2, vocab=64, pairs=2)
+
+
+def test_the_common_mask_is_the_published_one() -> None:
+    picture = "11...... 11...... ..1111.. ..1111.. ....11.. ....11.. ....1111 ....1111"
+    assert two_stream_mask(4, 2)[0, 0].tolist() == [[c == "1" for c in line] for line in picture.split()]
+
+
+@pytest.mark.parametrize("name", [n for n, (way, _) in VARIANTS.items() if way != "packed"])
+@torch.no_grad()
+def test_both_ways_read_the_same_log_probabilities(name: str) -> None:
+    way, objective = VARIANTS[name]
+    model, rows = SMALL.model(0), SMALL.rows()
+    batch = build_batch(rows, objective, seed=0, **asdict(Layout.of(model)))
+    common = common_logps(model, rows, batch, way == "lean")
+    assert torch.allclose(common, scored_logps(model, batch), rtol=0, atol=1e-4)
+
+
+def test_every_block_takes_its_steps_evenly() -> None:
+    for row in SMALL.rows():
+        for side in ("chosen", "rejected"):
+            for first in range(0, 12, 4):
+                assert sorted(row[f"{side}_steps"][first : first + 4].tolist()) == [0, 0, 1, 1]
+
+
+def test_gradients_and_counts_of_the_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both steps leave the same gradient; trunk tokens and head rows are what meets the trunk and the head."""
+    gradients = []
+    for name in (forward.OURS, forward.COMMON, "dtrpo lean"):
+        setup, seen = forward._setup(name, SMALL), [0, 0]
+        kind = type(setup.policy)
+        hidden, head = kind.hidden, kind.head
+
+        def counted_hidden(self: Any, ids: Any, *args: Any, hidden: Any = hidden, seen: Any = seen) -> Any:
+            seen[0] += ids.numel()
+            return hidden(self, ids, *args)
+
+        def counted_head(self: Any, states: Any, head: Any = head, seen: Any = seen) -> Any:
+            seen[1] += states.numel() // states.shape[-1]
+            return head(self, states)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "hidden", counted_hidden)
+            patch.setattr(kind, "head", counted_head)
+            setup.step()
+        assert seen == [setup.trunk_tokens, setup.head_rows]
+        gradients.append(torch.cat([p.grad.flatten() for p in setup.policy.parameters() if p.grad is not None]))
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, rtol=1e-3, atol=1e-5)
