@@ -71,6 +71,7 @@ class DiffusionLM(nn.Module, ABC):
     """
 
     facts: ClassVar[Facts]
+    lm: Any  # the trunk: a causal language model of transformers
     lora: ClassVar[LoraTargets]
     config: dict[str, Any]
     mask_id: int
