@@ -65,7 +65,7 @@ def training(config: TrainConfig, num_workers: int, count: int, rows: int | None
     shards = {0: (1, 1), 1: (1, num_workers), 2: (num_workers, num_workers), 3: (num_workers, num_workers)}
     gradient_shards, optimizer_shards = shards[config.zero_stage]
     weight_shards = num_workers if config.zero_stage == 3 else 1
-    memory = count * BYTES_FP32 * (1 / weight_shards + 1 / gradient_shards + 2 / optimizer_shards + (1 if frozen else 0))
+    memory = count * BYTES_FP32 * (1 / weight_shards + 1 / gradient_shards + 2 / optimizer_shards + int(frozen))
     return {
         "objective": config.objective.type,
         "global_batch": config.global_batch,
