@@ -65,7 +65,7 @@ class TrunkLM(DiffusionLM):
         except Exception as error:  # transformers checks its configs with a library of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(f"config.json: not a config of the {facts.trunk} trunk ({reason})") from None
-        self.lm: Any = self.trunk(trunk)
+        self.lm = self.trunk(trunk)
         # transformers renames the argument within version 5
         named = signature(self.lm.model.forward).parameters
         self.cache_name = "cache" if "cache" in named else "past_key_values"
