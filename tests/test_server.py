@@ -1,5 +1,6 @@
 """The Ray Serve shell: one real deployment over HTTP, and every refusal to start one."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from fastapi.testclient import TestClient
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -310,6 +313,28 @@ def test_replicas_are_bounded_where_they_follow_the_load() -> None:
     deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=0, max_replicas=3))._bound_deployment
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
+
+
+def test_a_replica_swaps_what_user_config_changes(
+    config: ServeConfig, another: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica's class by itself, without Ray: another directory for a name is loaded, the same one is not."""
+    context = SimpleNamespace(get_assigned_resources=dict)
+    monkeypatch.setattr(server.ray, "get_runtime_context", lambda: context)
+    model = server.Model(config.model_copy(update={"api_key_file": None, "other_models": {"base": config.checkpoint}}))
+    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    with TestClient(model.__serve_build_asgi_app__()) as client:
+
+        def texts() -> list[str]:
+            answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in ("tiny", "base")]
+            return [answer.json()["choices"][0]["text"] for answer in answers]
+
+        before, kept = texts(), model.app.state.service.hosted["base"]
+        assert before[0] == before[1]
+        asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
+        assert model.app.state.service.hosted["base"] is kept
+        after = texts()
+    assert after[1] == before[1] != after[0]
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
