@@ -8,6 +8,7 @@ from dtrpo_ray.config import Job, ModelInit, TrainConfig
 from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
+REDUCE_BUCKET = 5 * 10**8  # gradients that DeepSpeed's ZeRO 3 makes room for at the start, by default
 CHUNK_TOKENS = 1024  # as in `likelihood`, which imports torch: scored tokens whose logits exist together
 
 
@@ -114,7 +115,7 @@ def activation_bytes(shape: Shape, rows: int, row_tokens: int, scored: int, bf16
 
 
 def state_bytes(config: TrainConfig, num_workers: int, count: int, bf16: bool) -> dict[str, int]:
-    """Bytes of one worker for `count` trained parameters: weights, gradients, optimizer, reference.
+    """Bytes of one worker for `count` trained parameters: weights, gradients, optimizer, reference, buffers.
 
     The optimizer's are Adam's two moments, and under ZeRO or bf16 its own float32 weights. With `offload` they lie in
     CPU memory.
@@ -128,6 +129,7 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, bf16: bool) -
         "gradients": count * width // (num_workers if stage >= 2 else 1),
         "optimizer": count * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 or bf16 else 1),
         "reference": count * width if held else 0,
+        "buffers": REDUCE_BUCKET * width if stage == 3 else 0,
     }
 
 

@@ -321,12 +321,17 @@ def measured(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_plan_is_what_a_run_takes(measured: list[dict[str, Any]], stage: int) -> None:
-    """Between steps there are no gradients; everything else, and the checkpoint's files, within 15 %."""
+    """Between steps gradients are gone, but for ZeRO 3's; everything else, and the checkpoint's files, within 15 %.
+
+    Beside its share ZeRO 3 holds every tensor below 100,000 elements whole, which in this model is all of them.
+    """
     cfg = config(zero_stage=stage)
     for rank in (0, 1):
         real = measured[rank][str(stage)]
         wanted = state_bytes(cfg, 2, real["count"], bf16=False)
-        assert real["memory"] == pytest.approx(sum(wanted.values()) - wanted["gradients"], rel=0.15)
+        held = wanted["weights"] + wanted["optimizer"] + wanted["reference"]
+        held += wanted["gradients"] + 4 * real["count"] if stage == 3 else 0
+        assert real["memory"] - wanted["buffers"] == pytest.approx(held, rel=0.15)
         assert real["checkpoint"] == pytest.approx(checkpoint_bytes(cfg, real["count"], bf16=False), rel=0.15)
 
 
