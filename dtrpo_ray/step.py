@@ -35,8 +35,9 @@ def scored_logps(model: DiffusionLM, batch: Batch) -> Tensor:
         extra = (0, length - ids.shape[1])
         ids, position, planes = F.pad(ids, extra), F.pad(position, extra), planes.padded(length)
         mask: Tensor | BlockMask = sparse_mask(planes)
-        if model.lm.config._attn_implementation != "flex_attention":
-            model.lm.set_attn_implementation("flex_attention")
+        trunk: Any = model.lm  # a transformers model, in every family
+        if trunk.config._attn_implementation != "flex_attention":
+            trunk.set_attn_implementation("flex_attention")
     else:
         mask = dense_mask(planes)
     logps: Tensor = model(ids, position, mask, batch.scored_row, batch.scored_col, batch.target)
@@ -82,7 +83,8 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
 
 def checkpoint_layers(policy: DiffusionLM) -> None:
     """Recompute each layer of the trunk in the backward pass (gradient checkpointing), in training mode."""
-    policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trunk: Any = policy.lm
+    trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _spread(ratio_N: Tensor, batch: Batch, num_draws: int) -> Tensor:
