@@ -74,7 +74,6 @@ class DiffusionLM(nn.Module, ABC):
     lm: Any  # the trunk: a causal language model of transformers
     lora: ClassVar[LoraTargets]
     config: dict[str, Any]
-    lm: Any  # the trunk: a causal language model of transformers
     mask_id: int
     eos_id: int
     block_size: int
