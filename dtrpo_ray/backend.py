@@ -159,11 +159,11 @@ class Zero3Sharding:
         self._deepspeed.init_distributed(auto_mpi_discovery=False)  # finds the group that is there
         bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         self._config = deepspeed_config(config, num_workers, bf16)
-        self._dtype = torch.bfloat16 if bf16 else torch.float32
         self.rank = torch.distributed.get_rank()
 
     def build(self) -> AbstractContextManager[Any]:
-        return self._deepspeed.zero.Init(config_dict_or_path=self._config, dtype=self._dtype)
+        # without `dtype`: 0.19.8 turns an explicit float32 into bfloat16 where the device has no float16 (the CPU)
+        return self._deepspeed.zero.Init(config_dict_or_path=self._config)
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
