@@ -184,8 +184,12 @@ class _Failures(UserCallback):
 
 
 def _last_line(error: BaseException) -> str:
+    """The kind and the message of an error; of a traceback in text, its last line."""
     lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else repr(error)
+    if not lines:
+        return repr(error)
+    kind = type(error).__name__
+    return lines[-1].strip() if len(lines) > 1 else f"{kind}: {lines[0].strip()}"
 
 
 def _fit(trainer: TorchTrainer) -> None:
