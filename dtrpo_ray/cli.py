@@ -348,13 +348,14 @@ def run(
 ) -> None:
     """The whole river: base, rollout, pair, train, eval, one question to the served model, report."""
     with river(job, overrides, fresh) as stages:
+        from dtrpo_ray import demo
+
+        demo.require_port(stages.job.serve)  # now, and not after ten minutes
         stages.aligned  # noqa: B018 - a cached stage
         value: dict[str, Any] = {"verb": "run"}
         if stages.job.eval and stages.job.task.type != "preferences":
             value |= stages.evaluate()
             say(evaluation_text(value))
-        from dtrpo_ray import demo
-
         with demo.served(stages) as (url, answer):
             verdict = {True: " (correct)", False: " (wrong)", None: ""}[answer["correct"]]
             say(f"asked {url}: {answer['prompt']} -> {answer['text']}{verdict}")

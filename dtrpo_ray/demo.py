@@ -7,11 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from dtrpo_ray import prepare
+from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.pipeline import HELD_OUT_SEED, River
 from dtrpo_ray.progress import console
-from dtrpo_ray.server import read_keys, start, stop
+from dtrpo_ray.server import free_port, read_keys, start, stop
 
 TIMEOUT_SECONDS = 120
+
+
+def require_port(config: ServeConfig) -> None:
+    """Raise ServeError if the endpoint could not listen, or has no readable keys: before the work, not after it."""
+    free_port(config.host, config.port)
+    read_keys(config.api_key_file)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def start(config: ServeConfig) -> str:
         raise ServeError(
             "Ray Serve runs in this cluster already; stop it with `serve shutdown`, or `serve deploy` to it"
         )
-    port = _free_port(config.host, config.port)
+    port = free_port(config.host, config.port)
     quiet = LoggingConfig(log_level="WARNING")
     http = HTTPOptions(host=config.host, port=port, request_timeout_s=GRACE_SECONDS)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -159,7 +159,7 @@ def read_keys(path: Path | None) -> frozenset[str]:
     return keys
 
 
-def _free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int) -> int:
     """The port itself, if nobody listens there, or a free one for 0. Raises ServeError.
 
     Serve binds with SO_REUSEPORT and would share a taken port in silence, so this asks first without it. It asks for a

@@ -254,18 +254,18 @@ def test_a_port_that_becomes_free_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     taken.listen()
     port = taken.getsockname()[1]
     monkeypatch.setattr(server.time, "sleep", lambda _: taken.close())
-    assert server._free_port("127.0.0.1", port) == port
+    assert server.free_port("127.0.0.1", port) == port
 
 
 def test_a_host_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ServeError, match=r"serve\.port = 0 on 198\.51\.100\.1"):
-        server._free_port("198.51.100.1", 0)
+        server.free_port("198.51.100.1", 0)
 
 
-def test_a_free_port_is_found_and_a_free_one_kept() -> None:
-    port = server._free_port("127.0.0.1", 0)
+def test_afree_port_is_found_and_a_free_one_kept() -> None:
+    port = server.free_port("127.0.0.1", 0)
     assert port > 0
-    assert server._free_port("127.0.0.1", port) == port
+    assert server.free_port("127.0.0.1", port) == port
 
 
 @pytest.mark.parametrize(
