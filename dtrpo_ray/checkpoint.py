@@ -22,6 +22,7 @@ from pyarrow import fs as pafs
 from dtrpo_ray.errors import CheckpointError
 
 COMPLETE = "COMPLETE"
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train 2.60 calls its own list
 SCHEMA = 1
 UPLOAD_ATTEMPTS = 5
 LOWER_IS_BETTER = ("loss", "nll", "nll_chosen")
@@ -60,6 +61,16 @@ def open_storage(where: str) -> tuple[pafs.FileSystem, str]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{where}: cannot be opened ({error}); give a path or an s3:// or gs:// URI") from None
     return filesystem, path
+
+
+def forget_ray_snapshot(where: str) -> None:
+    """Remove Ray Train's own list of a run's checkpoints, if it is there.
+
+    A new driver chooses among the checkpoints that verify; Ray would refuse to start over one that `prune` removed.
+    """
+    filesystem, path = open_storage(where)
+    with suppress(FileNotFoundError):
+        filesystem.delete_file(f"{path}/{RAY_SNAPSHOT}")
 
 
 def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dtrpo_ray import dataset, loop, recovery, telemetry, trackers
+from dtrpo_ray import checkpoint, dataset, loop, recovery, telemetry, trackers
 from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding
 from dtrpo_ray.config import ClusterConfig, TrainConfig
 from dtrpo_ray.errors import CheckpointError, DtrpoError, TrainError
@@ -67,6 +67,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     roots = [_root(stage.out, cluster), *_other_root(stage, config)]
     _describe(stage, config, roots[0])
+    checkpoint.forget_ray_snapshot(roots[0])
     shards, num_steps = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
     events = stage.out / EVENTS

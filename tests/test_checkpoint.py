@@ -156,3 +156,13 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [p.step for p in checkpoint.prune(LOCAL, root, 1, "margin")] == [4]
     assert [p.step for p in checkpoint.prune(LOCAL, root, 1, None)] == [6]
     assert [p.step for p in places(LOCAL, root)] == [10, 8]
+
+
+def test_rays_own_list_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    checkpoint.forget_ray_snapshot(root)  # of a run that never began
+    write(tmp_path, root, 4)
+    (tmp_path / "run" / checkpoint.RAY_SNAPSHOT).write_text("{}")
+    checkpoint.forget_ray_snapshot(root)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-00000004"]
+    assert newest_whole(LOCAL, root, pytest.fail) is not None
