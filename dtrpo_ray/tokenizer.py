@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.utils import logging as hf_logging
 
 from dtrpo_ray.errors import DataError, ModelError
 
@@ -33,6 +34,8 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, without remote code. Raises ModelError if there is none."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # it would warn of a model_type that is ours to know
     try:
         if _named_class(path) in QWEN2_BY_ANOTHER_NAME:
             return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
@@ -40,6 +43,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # a broken file gives anything from KeyError to the tokenizers library's bare Exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: no usable tokenizer ({reason})") from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
 
 
 def _named_class(path: Path) -> str | None:
