@@ -235,19 +235,19 @@ def test_top_k_and_top_p_keep_what_they_say(model: SDAR, top_p: float, top_k: in
 class Shifted(SDAR):
     """Block attention, states predict the next token: Fast-dLLM v2's shape."""
 
-    shift = 1
+    facts = replace(SDAR.facts, shift=1)
 
 
 class Full(SDAR):
     """Full attention, blocks from the response on: LLaDA's shape."""
 
-    attention, block_origin = "full", "response"
+    facts = replace(SDAR.facts, attention="full", block_origin="response")
 
 
 class FullShifted(Full):
     """Dream's shape."""
 
-    shift = 1
+    facts = replace(Full.facts, shift=1)
 
 
 def build(kind: type[SDAR], config: dict[str, Any]) -> SDAR:
