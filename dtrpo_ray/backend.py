@@ -233,11 +233,12 @@ class DeepSpeedBackend:
         if self.gathered:
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters(list(model.parameters())):
-                for parameter in model.parameters():
-                    parameter.full = parameter.data.detach().cpu().clone()
-            for parameter in model.parameters():
-                parameter.data = parameter.full
+            whole = []
+            for parameter in model.parameters():  # one at a time: no device holds more than its part and one parameter
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    whole.append(parameter.data.detach().cpu().clone())
+            for parameter, value in zip(model.parameters(), whole, strict=True):
+                parameter.data = value
         assert isinstance(model, DiffusionLM)
         return model
 

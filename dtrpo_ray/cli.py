@@ -236,7 +236,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as trained if absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the aligned model (a LoRA job: its PEFT adapter), or a checkpoint's, with tokenizer and model card."""
+    """Write the aligned model (a LoRA job: its PEFT adapter) with its model card, or that of a checkpoint."""
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
     if dtype not in (None, "float32", "bfloat16"):

@@ -58,6 +58,8 @@ class LLaDA2(TrunkLM):
         no, yes = (False,), (True,)
         refuse(keys, self.facts, use_bias=no, use_rmsnorm=yes, use_qk_norm=yes, norm_topk_prob=yes, norm_head=no)
         refuse(keys, self.facts, score_function=("sigmoid",), moe_router_enable_expert_bias=yes, router_dtype=("fp32",))
+        if keys["num_experts_per_tok"] == 1:  # upstream leaves a single expert's weight as it is; the trunk does not
+            refuse(keys, self.facts, num_experts_per_tok=("2 and more",))
         copied = [*self.sizes, "intermediate_size", "routed_scaling_factor", "first_k_dense_replace", "rms_norm_eps"]
         copied += ["hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings"]
         copied += ["attn_implementation"]

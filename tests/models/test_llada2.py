@@ -1,5 +1,6 @@
 """llada2: logits are those of the published layers written out: fused q/k/v, half-rotary heads, the grouped router."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,3 +141,12 @@ def test_a_variant_that_is_not_built_is_named(upstream: Upstream, key: str, valu
     config, _ = upstream("llada2_moe", **{key: value})
     with pytest.raises(ModelError, match=rf"config.json: {key} = ({value!r}|true)"):
         skeleton(config)
+
+
+def test_a_single_expert_a_token_is_refused(write_upstream: Callable[..., Path]) -> None:
+    """Upstream normalises the chosen weights only where there are several; the trunk always does."""
+    path = write_upstream("llada2_moe")
+    config = json.loads((path / "config.json").read_text()) | {"num_experts_per_tok": 1}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="num_experts_per_tok = 1 is not supported"):
+        load_model(path)
