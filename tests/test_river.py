@@ -51,7 +51,12 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
     """The run, stopped by Ctrl-C while its base model trains."""
     process = subprocess.Popen(
-        command("run", storage), stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        command("run", storage),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignore"
     )
     try:
         while not any(
