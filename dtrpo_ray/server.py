@@ -47,10 +47,11 @@ class Model:
         self.config, self.keys = config, read_keys(config.api_key_file)
         self.checkpoints = {config.model_name: config.checkpoint, **config.other_models}
         engines = {name: Engine.load(Path(path)) for name, path in self.checkpoints.items()}
-        self.app = create_app(engines.pop(config.model_name), config, self.keys, engines)
+        # not `app`: Serve gives the class a property of that name
+        self.asgi = create_app(engines.pop(config.model_name), config, self.keys, engines)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self.app
+        return self.asgi
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config: {checkpoints: {name: directory}}`: load what has changed beside what serves, then swap it in.
@@ -60,7 +61,7 @@ class Model:
         for name, path in user_config.get("checkpoints", {}).items():
             if self.checkpoints.get(name) != path:
                 engine = await asyncio.to_thread(Engine.load, Path(path))
-                self.app.state.service.swap(name, engine)
+                self.asgi.state.service.swap(name, engine)
                 self.checkpoints[name] = path
 
 

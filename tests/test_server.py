@@ -329,10 +329,10 @@ def test_a_replica_swaps_what_user_config_changes(
             answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in ("tiny", "base")]
             return [answer.json()["choices"][0]["text"] for answer in answers]
 
-        before, kept = texts(), model.app.state.service.hosted["base"]
+        before, kept = texts(), model.asgi.state.service.hosted["base"]
         assert before[0] == before[1]
         asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
-        assert model.app.state.service.hosted["base"] is kept
+        assert model.asgi.state.service.hosted["base"] is kept
         after = texts()
     assert after[1] == before[1] != after[0]
 
