@@ -9,7 +9,7 @@ from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 REDUCE_BUCKET = 5 * 10**8  # gradients that DeepSpeed's ZeRO 3 makes room for at the start, by default
-CHUNK_TOKENS = 1024  # as in `likelihood`, which imports torch: scored tokens whose logits exist together
+CHUNK_LOGITS = 2**26  # as in `likelihood`, which imports torch: logits that exist together
 
 
 def parameters(init: ModelInit, vocab_size: int) -> int:
@@ -99,7 +99,7 @@ def activation_bytes(shape: Shape, rows: int, row_tokens: int, scored: int, bf16
 
     Counted from the tensors that transformers' Qwen3 saves in a layer: two norms (input, normalised, scaled), queries
     and keys with their norms, what attention reads and writes, four of the MLP, the mask; the norms upcast to float32.
-    The head keeps the float32 log-softmax; two more of its size live for a moment.
+    The head keeps the float32 log-softmax; the logits it is made of live for a moment.
     """
     h, q, k, i, tokens = shape.hidden, shape.queries, shape.keys, shape.intermediate, rows * row_tokens
     if bf16:
@@ -107,10 +107,11 @@ def activation_bytes(shape: Shape, rows: int, row_tokens: int, scored: int, bf16
     else:
         layer, final = 4 * (6 * h + 6 * q + 2 * k + 4 * i + row_tokens), 4 * 2 * h
     head = BYTES_FP32 * shape.vocab + (BYTES_BF16 if bf16 else BYTES_FP32) * shape.hidden
-    kept = min(scored, CHUNK_TOKENS) * head
+    chunk = min(scored, max(1, CHUNK_LOGITS // shape.vocab))
+    momentary = BYTES_FP32 + (BYTES_BF16 if bf16 else 0)
     return {
         "activations": tokens * (shape.layers * layer + final),
-        "scored_logits": kept + 2 * min(scored, CHUNK_TOKENS) * BYTES_FP32 * shape.vocab,
+        "scored_logits": chunk * (head + momentary * shape.vocab),
     }
 
 
