@@ -23,8 +23,9 @@ from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.config import Objective
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
-from dtrpo_ray.records import PREFERENCE, read_table
+from dtrpo_ray.records import PREFERENCE
 from dtrpo_ray.step import order_by_confidence, scored_logps
+from dtrpo_ray.tables import read_table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

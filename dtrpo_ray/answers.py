@@ -10,6 +10,7 @@ from dtrpo_ray import api
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.generation import ENGINE_NAME, Alternatives, Committed, SamplingParams
 from dtrpo_ray.records import CONTRACT_VERSION
+from dtrpo_ray.rows import how_decoded
 
 HALF_CHARACTER = "\ufffd"
 
@@ -98,7 +99,7 @@ class Choice:
 
     def trajectory(self, row_id: str) -> api.Trajectory:
         """The choice as a row of the trajectory table."""
-        model, params = self.engine.model, self.params
+        steps = [step for b in self.whole for step in b.steps]
         return api.Trajectory(
             contract_version=CONTRACT_VERSION,
             row_id=row_id,
@@ -107,14 +108,10 @@ class Choice:
             response=self.text,
             prompt_ids=self.prompt,
             response_ids=[token for b in self.whole for token in b.ids],
-            steps=[step for b in self.whole for step in b.steps],
+            steps=steps,
             logps=[logp for b in self.whole for logp in b.logps],
-            num_forwards=1 + max((step for b in self.whole for step in b.steps), default=-1),
-            block_size=params.block_length or model.block_size,
-            block_origin=model.block_origin,
-            mask_id=model.mask_id,
-            temperature=params.temperature,
-            denoising_steps=params.denoising_steps,
+            num_forwards=1 + max(steps, default=-1),
+            **how_decoded(self.engine.model, self.params, len(self.prompt), steps),
             seed=self.seed,
             engine=ENGINE_NAME,
             tokens=[self.engine.decode([token]) for token in self.ids],

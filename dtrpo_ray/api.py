@@ -236,19 +236,23 @@ class Tokenized(BaseModel):
 class Trajectory(BaseModel):
     """A choice as a row of the table trajectory/v1 (docs/data.md), and the text of each token.
 
-    `response_ids` go on to the end of the terminal block, past an end of sequence or a stop text. `model_hash` is
-    empty, since the endpoint does not hash weights, and `reward` null.
+    `response_ids` go on to the end of the terminal block, past an end of sequence or a stop text. The hashes are
+    null, since the endpoint does not hash what it serves, and so are `origin`, `answer` and `reward`.
     """
 
     contract_version: int
     row_id: str
     prompt_id: str
+    origin: None = None
     prompt: str
     response: str
+    answer: None = None
     prompt_ids: list[int]
     response_ids: list[int]
     steps: list[int]
     """The denoising forward, from 0, that unmasked each token; -2: given without one."""
+    ranks: list[int]
+    types: list[int]
     logps: list[float]
     num_forwards: int
     reward: None = None
@@ -256,11 +260,16 @@ class Trajectory(BaseModel):
     block_size: int
     block_origin: Literal["global", "response"]
     mask_id: int
-    temperature: float
+    shift: Literal[0, 1]
     denoising_steps: int
+    temperature: float
+    sampler: dict[str, str | float | int | None]
+    support: Literal["full", "truncated"]
     seed: int
     engine: str
-    model_hash: str = ""
+    model_hash: None = None
+    tokenizer_hash: None = None
+    data_hash: None = None
     tokens: list[str]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dtrpo_ray.config import Job, load_job
-from dtrpo_ray.errors import ConfigError, DtrpoError
+from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
 if TYPE_CHECKING:
     from dtrpo_ray.pipeline import River
@@ -53,8 +53,8 @@ def river(
     job = load_job(path, overrides or ())
     if needs and getattr(job, needs) is None:
         raise ConfigError(f"{path}: there is no [{needs}] section, so there is nothing to do here")
-    if needs == "eval" and job.task.type == "preferences":
-        raise ConfigError(f"{path}: task.type = 'preferences' has no verifier, so there is no accuracy to measure")
+    if needs == "eval" and not job.is_puzzle:
+        raise ConfigError(f"{path}: task.type = {job.task.type!r} has no verifier, so there is no accuracy to measure")
     from dtrpo_ray.pipeline import River
     from dtrpo_ray.session import ray_session
     from dtrpo_ray.stages import Store
@@ -67,7 +67,7 @@ def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
     """Register a verb that runs the pipeline up to a stage."""
 
     def verb(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-        with river(job, overrides, fresh, name if name in ("sft", "rollout") else None) as stages:
+        with river(job, overrides, fresh, name if name in ("sft", "rollout", "score") else None) as stages:
             pick(stages)
             lineage = stages.lineage()
         last = lineage[-1]
@@ -138,6 +138,8 @@ def bench_forward(
 
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
+_stage_verb("prepare", "Read, validate and tokenize the job's files into a table.", lambda r: r.prepared)
+_stage_verb("score", "Score the trajectories of the job's files.", lambda r: r.scored(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
 _stage_verb(
     "ref-logps", "Write the reference's log-probs of the last round's pairs.", lambda r: r.reference_logps(r.job.rounds)
@@ -180,18 +182,40 @@ def status(
 
 
 @app.command()
-def check(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Validate a job file and the preference files it names, and run nothing."""
-    parsed = load_job(job, overrides or ())
-    counts: dict[str, Any] = {"job": parsed.name, "task": parsed.task.type}
-    if parsed.task.type == "preferences":
-        from dtrpo_ray.importers import read_preferences
+def check(
+    source: Annotated[str, typer.Argument(metavar="JOB|DATA", help="A job file; or a file, folder or URI of data.")],
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row breaks a rule.")] = False,
+    quarantine: Annotated[Path | None, typer.Option(help="Write the rows that break a rule, with reasons.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest row of a table: prompt and a side.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
+    if not source.endswith(".toml"):
+        from dtrpo_ray.checking import check_data
 
-        counts["files"] = {}
-        for file in parsed.task.files:
-            rows, rejected = read_preferences(file)
-            counts["files"][str(file)] = {"rows": len(rows), "rejected": len(rejected)}
-    result(counts, as_json, f"{job}: valid. " + json.dumps(counts))
+        reports = check_data(source, max_tokens)
+    else:
+        parsed = load_job(Path(source), overrides or ())
+        reports = []
+        for file in getattr(parsed.task, "files", ()):
+            from dtrpo_ray.checking import check_data
+
+            reports += check_data(file, max_tokens)
+        if not reports:
+            counts = {"job": parsed.name, "task": parsed.task.type}
+            result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
+            return
+    refused = [row for report in reports for row in report.refused]
+    if quarantine is not None:
+        from dtrpo_ray.tables import write_quarantine
+
+        write_quarantine(refused, quarantine)
+    value = {"source": source, "files": {r.source: {"table": r.table, **r.totals} for r in reports}}
+    result(value, as_json, "\n".join(line for report in reports for line in report.lines()))
+    if refused and strict:
+        first = refused[0]
+        raise DataError(f"{first.origin}: {first.reason}: {first.detail} (--strict; {len(refused)} such row(s))")
 
 
 @app.command()
@@ -353,7 +377,7 @@ def run(
         demo.require_port(stages.job.serve)  # now, and not after ten minutes
         stages.aligned  # noqa: B018 - a cached stage
         value: dict[str, Any] = {"verb": "run"}
-        if stages.job.eval and stages.job.task.type != "preferences":
+        if stages.job.eval and stages.job.is_puzzle:
             value |= stages.evaluate()
             say(evaluation_text(value))
         with demo.served(stages) as (url, answer):
@@ -372,7 +396,7 @@ def _write_report(stages: "River", answer: dict[str, Any] | None) -> Path:
 
     parsed: Job = stages.job
     stages.aligned  # noqa: B018 - a cached stage
-    evaluated = stages.evaluate() if parsed.eval and parsed.task.type != "preferences" else None
+    evaluated = stages.evaluate() if parsed.eval and parsed.is_puzzle else None
     out = parsed.storage / parsed.name
     out.mkdir(parents=True, exist_ok=True)
     return write_report(out, parsed.model_dump(mode="json"), stages.lineage(), stages.curves(), evaluated, answer)

@@ -47,21 +47,32 @@ class CountdownTask(_Section):
     """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
 
 
-class PreferencesTask(_Section):
-    """Preference pairs from files: no generator and no verifier, so no rollout, pairing or accuracy."""
-
-    type: Literal["preferences"]
-    files: tuple[Path, ...] = Field(min_length=1)
-    """JSON, JSONL, JSONL.gz or Parquet files; the format is recognised by its columns (docs/data.md)."""
+class _FilesTask(_Section):
+    files: tuple[str, ...] = Field(min_length=1)
+    """Paths or URIs (s3://, gs://) of files or folders; the format is recognised by the columns (docs/data.md)."""
     max_prompt_tokens: int = Field(512, ge=1)
     """Longer prompts lose their beginning."""
     max_response_tokens: int = Field(512, ge=1)
     """Rows with a longer response go to the quarantine file."""
     max_rows: int | None = Field(None, ge=1)
     """Read no more rows than this."""
+    strict: bool = False
+    """Stop at the first row that would go to the quarantine file."""
 
 
-Task = Annotated[SudokuTask | CountdownTask | PreferencesTask, Field(discriminator="type")]
+class PreferencesTask(_FilesTask):
+    """Preference pairs from files: no generator and no verifier, so no rollout, pairing or accuracy."""
+
+    type: Literal["preferences"]
+
+
+class TrajectoriesTask(_FilesTask):
+    """Responses from files, with or without step maps: scored and paired here, no rollout and no accuracy."""
+
+    type: Literal["trajectories"]
+
+
+Task = Annotated[SudokuTask | CountdownTask | PreferencesTask | TrajectoriesTask, Field(discriminator="type")]
 
 
 class ModelInit(_Section):
@@ -228,11 +239,34 @@ class RolloutConfig(_Section):
     max_new_tokens: int = Field(16, ge=1)
 
 
+class ScoreConfig(_Section):
+    """Rewards of recorded trajectories."""
+
+    scorer: Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions", "reward_model"]
+    """A verifier of dtrpo_ray/verifiers, which reads the column `answer`, or a reward model."""
+    reward_model: Path | None = None
+    """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
+    batch_size: int = Field(16, ge=1)
+    """Rows of one forward of the reward model."""
+
+    @model_validator(mode="after")
+    def _model_of_the_scorer(self) -> "ScoreConfig":
+        if (self.scorer == "reward_model") != (self.reward_model is not None):
+            raise ValueError("scorer = 'reward_model' and reward_model, a model directory, go together")
+        return self
+
+
 class PairConfig(_Section):
     """Scored trajectories -> preference pairs."""
 
+    strategy: Literal["closest", "best_worst", "all", "references"] = "closest"
+    """closest: fewest differing tokens first; best_worst: highest against lowest reward, then second highest against
+    second lowest; all: largest margin first, a response in any number of pairs; references: as best_worst, chosen from
+    `reference_engine`, rejected from the others."""
+    reference_engine: str = "reference"
+    """The `engine` of reference responses, which pair with responses of any settings."""
     max_pairs_per_prompt: int = Field(1, ge=1)
-    """Best against worst first; then second best against second worst, and so on."""
+    """Most pairs of a prompt and setting."""
     min_margin: float = Field(0.5, gt=0)
     """Smallest difference of rewards; ties never pair."""
 
@@ -340,23 +374,28 @@ class Job(_Section):
     """Trains model.init; absent: the initialised or given model is the base as it is."""
     rollout: RolloutConfig | None = None
     """Absent for tasks that bring their own pairs."""
+    score: ScoreConfig | None = None
+    """Scores imported trajectories; the puzzles score what they decode themselves."""
     pair: PairConfig = PairConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig | None = EvalConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def is_puzzle(self) -> bool:
+        """Whether the task makes its own prompts and verifies answers, or brings files."""
+        return not isinstance(self.task, _FilesTask)
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Job":
-        puzzle = self.task.type != "preferences"
-        if puzzle and self.rollout is None:
-            raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
-        if not puzzle and (self.rollout or self.sft or self.rounds > 1):
-            raise ValueError("task.type = 'preferences' brings its pairs: remove [rollout], [sft] and rounds")
-        if not puzzle and self.model.init and self.model.tokenizer is None:
-            raise ValueError("task.type = 'preferences' with model.init needs model.tokenizer, a tokenizer directory")
-        if not puzzle and self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
-            raise ValueError("task.type = 'preferences' has no recorded steps: set train.objective.schedule = 'random'")
+        if self.is_puzzle:
+            if self.rollout is None:
+                raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
+            if self.score:
+                raise ValueError(f"task.type = {self.task.type!r} scores what it decodes: remove [score]")
+        else:
+            self._fits_files()
         if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:
@@ -374,6 +413,19 @@ class Job(_Section):
             if worst > self.model.init.block_size:
                 raise ValueError(f"{worst} denoising steps per block exceed block_size = {self.model.init.block_size}")
         return self
+
+    def _fits_files(self) -> None:
+        kind = f"task.type = {self.task.type!r}"
+        if self.rollout or self.sft or self.rounds > 1:
+            raise ValueError(f"{kind} brings its pairs: remove [rollout], [sft] and rounds")
+        if self.model.init and self.model.tokenizer is None:
+            raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
+        if self.task.type != "preferences":
+            return
+        if self.score:
+            raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
+        if self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
+            raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -444,9 +496,13 @@ def _suggestion(loc: Sequence[Any], where: str) -> str:
 
 
 def _require_files(path: Path, job: Job) -> None:
-    wanted: list[tuple[str, Path | None]] = [("model.path", job.model.path), ("model.tokenizer", job.model.tokenizer)]
+    wanted: list[tuple[str, str | Path | None]] = [
+        ("model.path", job.model.path),
+        ("model.tokenizer", job.model.tokenizer),
+    ]
     wanted.append(("serve.api_key_file", job.serve.api_key_file))
-    wanted += [("task.files", file) for file in getattr(job.task, "files", ())]
+    wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
+    wanted.append(("score.reward_model", job.score.reward_model if job.score else None))
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")

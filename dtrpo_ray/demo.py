@@ -27,7 +27,7 @@ def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
     job = stages.job
     config = job.serve.model_copy(update={"checkpoint": str(stages.aligned.path.resolve())})
     prompt, score = "Hello", None
-    if job.task.type != "preferences":
+    if job.is_puzzle:
         prompt = prepare.generate_puzzles(job, 1, "test", HELD_OUT_SEED)[0]["prompt"]
         score = prepare.puzzle(job).score
     with console.status("serving the aligned model"):

@@ -10,17 +10,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrpo_ray import evaluation, prepare, trainer
-from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
+from dtrpo_ray.config import (
+    CountdownTask,
+    Job,
+    PreferencesTask,
+    RolloutConfig,
+    SudokuTask,
+    TrainConfig,
+    TrajectoriesTask,
+)
 from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.importers.files import data_files, sha256_uri
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, read_config, save_model, skeleton
 from dtrpo_ray.pairs import make_pairs
-from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
+from dtrpo_ray.parts import Pool, run_parts
+from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
+from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
+from dtrpo_ray.tables import QUARANTINE, read_table, table_files, write_manifest, write_shards
 from dtrpo_ray.tokenizer import load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
@@ -113,8 +126,10 @@ class River:
         return summary
 
     def trajectories(self, number: int) -> Stage:
-        """The recorded trajectories of a round, decoded by the policy that enters it."""
+        """The recorded trajectories of a round, decoded by the policy that enters it, or those of the job's files."""
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
+        if job.task.type == "trajectories":
+            return self._imported("trajectories", TRAJECTORY)
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
         inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": job.seed, "round": number}
@@ -152,14 +167,32 @@ class River:
         scorer = f"{prepare.PUZZLES[self.job.task.type]}:score"
         return DecodeJob(model.path, model.digest, max_new_tokens, temperature, scorer, self.job.seed)
 
+    def scored(self, number: int) -> Stage:
+        """The trajectories of a round with their rewards: a puzzle's own, or those that [score] gives."""
+        job, config, trajectories = self.job, self.job.score, self.trajectories(number)
+        if config is None:
+            return trajectories
+        model = config.reward_model
+        inputs: dict[str, Any] = {"score": config.model_dump(mode="json"), "trajectories": trajectories.digest}
+        inputs |= {"model": model and {f.name: sha256_file(f) for f in sorted(model.iterdir()) if f.is_file()}}
+
+        def make(out: Path) -> dict[str, Any]:
+            (out / TABLE).mkdir(exist_ok=True)
+            pool = Pool(Scorer, {"config": config}, gpu=model is not None)
+            files = table_files(trajectories.path / TABLE)
+            done = run_parts(files, pool, out / TABLE, job.cluster, f"score-{number}")
+            write_manifest(out / TABLE, TRAJECTORY)
+            rows = sum(part["rows"] for part in done)
+            return {"trajectories": rows, "mean_reward": sum(part["sum"] for part in done) / max(rows, 1)}
+
+        return self._stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
+
     def pairs(self, number: int) -> Stage:
-        """The preference pairs of a round: from its rollouts, or from the job's files."""
+        """The preference pairs of a round: from its scored trajectories, or from the job's files."""
         job = self.job
         if job.task.type == "preferences":
-            files = {str(f): sha256_file(f) for f in job.task.files}
-            inputs = {"task": job.task.model_dump(mode="json"), "files": files, "model": self.base.digest}
-            return self._stage("pairs", inputs, [f"{TABLE}/*.parquet"], self._make_imported_pairs)
-        trajectories = self.trajectories(number)
+            return self._imported("pairs", PREFERENCE)
+        trajectories = self.scored(number)
         inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
         def make(out: Path) -> dict[str, Any]:
@@ -167,17 +200,37 @@ class River:
             if not len(table):
                 raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
             (out / TABLE).mkdir(exist_ok=True)
-            prepare.write_shards(table, out / TABLE)
+            write_shards(table, out / TABLE)
             return {"pairs": len(table)}
 
         return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
-    def _make_imported_pairs(self, out: Path) -> dict[str, Any]:
-        (out / TABLE).mkdir(exist_ok=True)
-        model, tokenizer = skeleton(read_config(self.base.path)), load_tokenizer(self.base.path)
-        summary = prepare.write_preferences(self.job, tokenizer, model.block_size, model.block_origin, out / TABLE)
-        read_table(out / TABLE, PREFERENCE)
-        return summary
+    @property
+    def prepared(self) -> Stage:
+        """The table that the job's files become: pairs or trajectories."""
+        if self.job.is_puzzle:
+            raise ConfigError(f"task.type = {self.job.task.type!r} has no files to prepare; its stages make their own")
+        return self.pairs(1) if self.job.task.type == "preferences" else self.trajectories(1)
+
+    def _imported(self, name: str, schema: pa.Schema) -> Stage:
+        job, task = self.job, self.job.task
+        assert isinstance(task, PreferencesTask | TrajectoriesTask)
+        hashes = {file: sha256_uri(file) for where in task.files for file in data_files(where)}
+        inputs = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base.digest}
+
+        def make(out: Path) -> dict[str, Any]:
+            (out / TABLE).mkdir(exist_ok=True)
+            model = skeleton(read_config(self.base.path))
+            grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
+            kwargs = {"task": task, "tokenizer": self.base.path, "grid": grid, "data_hashes": hashes}
+            parts, pool = prepare.import_parts(task), Pool(prepare.Importer, kwargs)
+            done = run_parts(parts, pool, out / TABLE, job.cluster, "prepare")
+            counts = prepare.finish_import(done, schema, out / TABLE)
+            if not counts["good"]:
+                raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
+            return {name: len(read_table(out / TABLE, schema)), **counts}
+
+        return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
 
     def policy(self, number: int) -> ModelRef:
         """The policy after `number` rounds; 0 is the base. It is the reference of the next round."""
@@ -236,7 +289,7 @@ class River:
 
     def _evaluate_model(self, name: str, model: ModelRef) -> Stage:
         job, config = self.job, self.job.eval
-        if config is None or job.task.type == "preferences":
+        if config is None or not job.is_puzzle:
             raise ConfigError("nothing to evaluate: the job has no [eval] section, or its task has no verifier")
         sets = self._test_sets()
         sizes = {title: sha256_json(rows) for title, rows in sets.items()}
@@ -267,7 +320,7 @@ class River:
     def _test_sets(self) -> dict[str, list[dict[str, str]]]:
         config, task = self.job.eval, self.job.task
         assert config is not None
-        assert task.type != "preferences"
+        assert isinstance(task, SudokuTask | CountdownTask)
         held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
         module = prepare.puzzle(self.job)
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}

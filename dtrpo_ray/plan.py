@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dtrpo_ray.config import Job, ModelInit, TrainConfig
+from dtrpo_ray.config import Job, ModelInit, PreferencesTask, TrainConfig, TrajectoriesTask
 from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
@@ -143,7 +143,7 @@ def checkpoint_bytes(config: TrainConfig, count: int, bf16: bool) -> int:
 
 def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
     """(packed tokens, scored tokens) that a row has at most: its prompt, and each response clean and noisy."""
-    if job.task.type == "preferences":
+    if isinstance(job.task, PreferencesTask | TrajectoriesTask):
         prompt, response = job.task.max_prompt_tokens, job.task.max_response_tokens
     else:
         prompt = response = job.rollout.max_new_tokens if job.rollout else 16

@@ -1,24 +1,33 @@
-"""A job's task -> the tables and tokenizer its stages read: examples, prompts, or preference pairs."""
+"""A job's task -> the tables and tokenizer its stages read: examples, prompts, or imported files."""
 
 import importlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from dtrpo_ray.config import Job, PreferencesTask
+from dtrpo_ray.config import Job, PreferencesTask, TrajectoriesTask
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers import read_preferences, tokenize_preferences, write_quarantine
+from dtrpo_ray.importers import preferences, responses
+from dtrpo_ray.importers.files import Shard, data_files, plan_shards, raw_rows
+from dtrpo_ray.importers.tokenize import JOIN, Target, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
+from dtrpo_ray.stages import read_json, write_json
+from dtrpo_ray.tables import QUARANTINE, Rejected, quarantine_lines, write_manifest, write_quarantine, write_shards
 from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, load_tokenizer
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
-SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
+BATCH_ROWS = 2_000  # of an import, tokenized in one call
 
 
 def puzzle(job: Job) -> ModuleType:
@@ -63,35 +72,144 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     return {"examples": len(rows)}
 
 
-def write_preferences(
-    job: Job, tokenizer: PreTrainedTokenizerBase, block_size: int, block_origin: str, out: Path
-) -> dict[str, Any]:
-    """Preference files -> the table preference/v1, with what was refused in quarantine.jsonl.
+class Importer:
+    """Makes tables of imported files, part by part: read, validate, template, tokenize, bucket by length, write.
 
-    The counts add up: pairs, quarantined and left out by `task.max_rows` are the rows of the files.
+    A part of a file becomes `part-FILE-PART-BATCH-BUCKET.parquet`, the bucket being the next power of two of a row's
+    tokens, and `refused-FILE-PART.jsonl`. Writing a part again gives the same bytes.
     """
-    assert isinstance(job.task, PreferencesTask)
-    rows, rejected = [], []
-    for file in job.task.files:
-        good, bad = read_preferences(file)
-        rows += good
-        rejected += bad
-    task = job.task
-    num_read, rows = len(rows), rows[: task.max_rows]
-    table, too_long = tokenize_preferences(
-        rows, tokenizer, block_size, task.max_prompt_tokens, task.max_response_tokens, block_origin
-    )
-    rejected += too_long
-    write_quarantine(rejected, out / "quarantine.jsonl")
-    if not len(table):
-        raise DataError(
-            f"{task.files[0]}: no row is left of {len(rows)}; see the reasons in {out / 'quarantine.jsonl'}"
+
+    def __init__(
+        self,
+        task: PreferencesTask | TrajectoriesTask,
+        tokenizer: Path,
+        grid: dict[str, Any],
+        data_hashes: dict[str, str],
+    ) -> None:
+        self.task, self.hashes = task, data_hashes
+        limits = (task.max_prompt_tokens, task.max_response_tokens)
+        self.target = Target(
+            load_tokenizer(tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
         )
-    write_shards(table, out)
-    return {"pairs": len(table), "quarantined": len(rejected), "left_out": num_read - len(rows)}
+        self.form: Any = cache(preferences.recognise if task.type == "preferences" else responses.recognise)
+
+    def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
+        """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
+        target = replace(self.target, data_hash=self.hashes[part.shard.file])
+        rows = self._rows(part)
+        summary: dict[str, Any] = {"rows": 0, "good": 0, "refused": {}}
+        refused: list[Rejected] = []
+        for batch in count():
+            found = list(islice(rows, BATCH_ROWS))
+            if not found:
+                break
+            bad = [row for row in found if isinstance(row, Rejected)]
+            table, unfit = self._tokenize([row for row in found if not isinstance(row, Rejected)], target)
+            refused += (bad := bad + unfit)
+            if bad and self.task.strict:
+                raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
+            summary["good"] += sum(len(origin.split(JOIN)) for origin in table["origin"].to_pylist())
+            write_buckets(table, out, f"part-{part.name}-{batch:04d}")
+        summary["refused"] = Counter(row.reason for row in refused)
+        summary["rows"] = summary["good"] + len(refused)
+        write_quarantine(refused, out / f"refused-{part.name}.jsonl")
+        return summary
+
+    def _rows(self, part: "ImportPart") -> Iterator[Any]:
+        reader = preferences.read_shard if self.task.type == "preferences" else responses.read_shard
+        rows: Any = reader(self.form(part.shard.file), part.shard)
+        return islice(rows, part.most) if part.most is not None else rows
+
+    def _tokenize(self, rows: list[Any], target: Target) -> tuple[pa.Table, list[Rejected]]:
+        return (tokenize_preferences if self.task.type == "preferences" else tokenize_responses)(rows, target)
 
 
-def write_shards(table: pa.Table, out: Path) -> None:
-    """Write a table as part-00000.parquet, part-00001.parquet ... of at most SHARD_ROWS rows."""
-    for number, start in enumerate(range(0, len(table), SHARD_ROWS)):
-        pq.write_table(table.slice(start, SHARD_ROWS), out / f"part-{number:05d}.parquet")
+@dataclass(frozen=True, slots=True)
+class ImportPart:
+    """A part of a file, by a name that is unique in the job, and the most rows to take of it."""
+
+    name: str
+    shard: Shard
+    most: int | None = None
+
+
+def import_parts(task: PreferencesTask | TrajectoriesTask) -> list[ImportPart]:
+    """The parts of a task's files, in their order. A file of unpaired rows is one part; `max_rows` cuts the last."""
+    parts, left = [], task.max_rows
+    for number, file in enumerate(file for where in task.files for file in data_files(where)):
+        whole = task.type == "preferences" and preferences.recognise(file).unpaired
+        shards = [Shard(file)] if whole else plan_shards(file)
+        if left is not None:
+            # how many rows a part holds is known once it is read: with a bound, in this process
+            taken = sum(1 for _ in islice(raw_rows(Shard(file)), left))
+            shards, left, most = [Shard(file)] if taken else [], left - taken, taken
+        parts += [ImportPart(f"{number:04d}-{i:05d}", s, None if left is None else most) for i, s in enumerate(shards)]
+    return parts
+
+
+def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path) -> dict[str, Any]:
+    """Refuse what is in two parts, gather the quarantine, write the manifest. Returns counts that add up to `rows`.
+
+    May be cut off and run again: what is to go is written down before anything is.
+    """
+    files = sorted(out.glob("part-*.parquet"))
+    doomed = _duplicates(files, out / "duplicates.json")
+    for name, entry in doomed.items():
+        table = pq.read_table(out / name)
+        if len(table) == entry["rows"]:
+            keep = np.ones(len(table), dtype=bool)
+            keep[[row for row, _, _ in entry["refused"]]] = False
+            _write_whole(table.filter(pa.array(keep)), out / name)
+    repeated = [
+        Rejected(where, "duplicate row", f"the same as {first}")
+        for entry in doomed.values()
+        for _, origin, first in entry["refused"]
+        for where in origin.split(JOIN)
+    ]
+    partial = out / f"{QUARANTINE}.partial"
+    with partial.open("w") as quarantine:
+        for file in sorted(out.glob("refused-*.jsonl")):
+            quarantine.write(file.read_text())
+        quarantine.writelines(quarantine_lines(repeated))
+    partial.replace(out / QUARANTINE)
+    refused = Counter[str]({"duplicate row": len(repeated)} if repeated else {})
+    for summary in summaries:
+        refused.update(summary["refused"])
+    rows = sum(summary["rows"] for summary in summaries)
+    good = sum(summary["good"] for summary in summaries) - len(repeated)
+    counts = {"rows": rows, "good": good, "refused": dict(refused.most_common())}
+    write_manifest(out, schema, {"counts": counts})
+    return counts
+
+
+def _duplicates(files: list[Path], note: Path) -> dict[str, Any]:
+    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once."""
+    if note.exists():
+        return dict(read_json(note))
+    first: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    for file in files:
+        table = pq.read_table(file, columns=["row_id", "origin"])
+        rows = list(zip(table["row_id"].to_pylist(), table["origin"].to_pylist(), strict=True))
+        again = [[i, origin, first[row_id]] for i, (row_id, origin) in enumerate(rows) if row_id in first]
+        first |= {row_id: origin for row_id, origin in rows if row_id not in first}
+        if again:
+            found[file.name] = {"rows": len(table), "refused": again}
+    write_json(note, found)
+    return found
+
+
+def write_buckets(table: pa.Table, out: Path, name: str) -> None:
+    """Write rows of like length together: `NAME-00512.parquet` holds those of 257 to 512 tokens."""
+    sides = [s for s in ("response_ids", "chosen_ids", "rejected_ids") if s in table.schema.names]
+    lengths = [pc.list_value_length(table[s]).to_numpy() for s in sides]
+    tokens = pc.list_value_length(table["prompt_ids"]).to_numpy() + np.max(lengths, axis=0, initial=0)
+    bucket = 2 ** np.ceil(np.log2(np.maximum(tokens, 1))).astype(np.int64)
+    for size in np.unique(bucket):
+        _write_whole(table.filter(pa.array(bucket == size)), out / f"{name}-{size:05d}.parquet")
+
+
+def _write_whole(table: pa.Table, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(table, partial)
+    partial.replace(path)

@@ -136,7 +136,7 @@ def headline(job: Row, curves: dict[str, list[Row]], evaluation: Row | None) -> 
     best = max(pairs, key=lambda p: p["gain"])
     base, aligned, overlap = best["base"], best["aligned"], "" if best["apart"] else "; the intervals overlap"
     steps = _count(best["budget"], "denoising step") + " per block"
-    noun = "prompt" if (job.get("task") or {}).get("type") == "preferences" else "puzzle"
+    noun = "prompt" if "files" in (job.get("task") or {}) else "puzzle"
     prompts = _count(aligned["num_prompts"], f"held-out {noun}")
     result = f"at {steps} the aligned model solves {_solved(aligned)} of {prompts}, the base {_solved(base)}"
     if points(best["gain"]) == "0.0":

@@ -18,7 +18,10 @@ from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.generation import ENGINE_NAME, Generation, SamplingParams
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
+from dtrpo_ray.rows import how_decoded, tokenizer_hash
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
+from dtrpo_ray.stages import sha256_json
+from dtrpo_ray.tables import write_manifest
 from dtrpo_ray.trajectory import row_generator
 
 
@@ -37,9 +40,11 @@ class DecodeJob:
 class _Decoder:
     """An actor of the pool: loads the engine once, then decodes and scores batches of prompts."""
 
-    def __init__(self, job: DecodeJob, sharers: int) -> None:
+    def __init__(self, job: DecodeJob, data_hash: str, sharers: int) -> None:
         torch.set_num_threads(cpu_threads(sharers))
         self.job, self.engine = job, Engine.load(job.model)
+        self.hashes = {"model_hash": job.model_hash, "tokenizer_hash": tokenizer_hash(self.engine.tokenizer)}
+        self.hashes["data_hash"] = data_hash
         module, _, function = job.scorer.partition(":")
         self.score = getattr(importlib.import_module(module), function)
 
@@ -57,13 +62,15 @@ class _Decoder:
         seeds = [int(row_generator(job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
         done = self.engine.generate(prompts, params, seeds)
         whole = zip(rows, prompts, seeds, done, strict=True)
-        return [self._trajectory(row, prompt, seed, generation) for row, prompt, seed, generation in whole]
+        return [self._trajectory(row, prompt, seed, params, generation) for row, prompt, seed, generation in whole]
 
-    def _trajectory(self, row: dict[str, Any], prompt: list[int], seed: int, generation: Generation) -> dict[str, Any]:
+    def _trajectory(
+        self, row: dict[str, Any], prompt: list[int], seed: int, params: SamplingParams, generation: Generation
+    ) -> dict[str, Any]:
         text = self.engine.decode(generation.text_ids)
         return {
             "contract_version": CONTRACT_VERSION,
-            **{name: row[name] for name in ("row_id", "prompt_id", "prompt", "denoising_steps")},
+            **{name: row[name] for name in ("row_id", "prompt_id", "prompt")},
             "response": text,
             "prompt_ids": prompt,
             "response_ids": generation.ids,
@@ -72,13 +79,10 @@ class _Decoder:
             "num_forwards": generation.num_forwards,
             "reward": self.score(row["prompt"], text),
             "reward_source": self.job.scorer,
-            "block_size": self.engine.model.block_size,
-            "block_origin": self.engine.model.block_origin,
-            "mask_id": self.engine.model.mask_id,
-            "temperature": self.job.temperature,
+            **how_decoded(self.engine.model, params, len(prompt), generation.steps),
             "seed": seed,
             "engine": ENGINE_NAME,
-            "model_hash": self.job.model_hash,
+            **self.hashes,
         }
 
 
@@ -88,12 +92,13 @@ def decode(
     """A lazy dataset of trajectories, one for each prompt row."""
     gpu = uses_gpu(cluster)
     blocks = -(-len(prompts) // batch_size)
+    data_hash = sha256_json([row["prompt"] for row in prompts])
     return (
         ray.data.from_arrow(pa.Table.from_pylist(list(prompts)))
         .repartition(blocks)
         .map_batches(
             _Decoder,
-            fn_constructor_kwargs={"job": job, "sharers": cluster.num_actors},
+            fn_constructor_kwargs={"job": job, "data_hash": data_hash, "sharers": cluster.num_actors},
             batch_size=batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
@@ -118,3 +123,4 @@ def decode_to_folder(
     decode(prompts, job, cluster, batch_size).write_parquet(str(out.resolve()))
     for number, file in enumerate(sorted(out.glob("*.parquet"))):  # Ray's names are a random id, then the place
         file.rename(out / f"part-{number:05d}.parquet")
+    write_manifest(out, TRAJECTORY)

@@ -20,7 +20,8 @@ from dtrpo_ray.config import ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.gate import MAX_BODY_BYTES
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.records import TRAJECTORY, check_table
+from dtrpo_ray.records import TRAJECTORY
+from dtrpo_ray.rules import check_table
 from dtrpo_ray.sampler import SamplingParams
 from dtrpo_ray.tokenizer import character_tokenizer
 

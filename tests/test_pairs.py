@@ -1,25 +1,33 @@
-"""Pairs: better first, ties never, duplicates once, and the steps travel with their tokens."""
+"""Pairs: better first, ties never, duplicates once, by each strategy; and the steps travel with their tokens."""
+
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from example_rows import trajectory
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dtrpo_ray.config import PairConfig
+from dtrpo_ray.errors import DataError
 from dtrpo_ray.pairs import make_pairs
-from dtrpo_ray.records import TRAJECTORY, check_table
+from dtrpo_ray.records import PREFERENCE, TRAJECTORY
+from dtrpo_ray.rules import check_table
 
 
-def trajectories(*rows: tuple[str, list[int], float, int]) -> pa.Table:
-    """(prompt id, response ids, reward, denoising steps) -> a trajectory table."""
-    made = [
-        {
-            "contract_version": 1, "row_id": f"{prompt}-{i}", "prompt_id": prompt, "prompt": prompt, "response": "",
-            "prompt_ids": [1, 2, 3, 4], "response_ids": ids, "steps": list(range(len(ids))), "logps": [0.0] * len(ids),
-            "num_forwards": 4, "reward": reward, "reward_source": "test", "block_size": 4, "block_origin": "global",
-            "mask_id": 6, "temperature": 1.0, "denoising_steps": k, "seed": 0, "engine": "test", "model_hash": "",
-        }
-        for i, (prompt, ids, reward, k) in enumerate(rows)
-    ]  # fmt: skip
+def trajectories(*rows: tuple[Any, ...]) -> pa.Table:
+    """(prompt id, response ids, reward, denoising steps, further columns) -> a trajectory table."""
+    made = []
+    for i, (prompt, ids, reward, k, *changes) in enumerate(rows):
+        columns = {"row_id": f"{prompt}-{i}", "prompt_id": prompt, "prompt_ids": [1, 2, 3, 4], "response_ids": ids}
+        columns |= {"steps": list(range(len(ids))), "types": [0] * len(ids), "ranks": None, "logps": None, "mask_id": 6}
+        made.append(trajectory() | columns | {"reward": reward, "denoising_steps": k} | dict(*changes))
     return pa.Table.from_pylist(made, schema=TRAJECTORY)
+
+
+def sides(table: pa.Table) -> list[tuple[int, int]]:
+    """The first id of each side."""
+    return [(row["chosen_ids"][0], row["rejected_ids"][0]) for row in table.to_pylist()]
 
 
 def test_the_closest_good_and_bad_responses_meet() -> None:
@@ -63,3 +71,96 @@ def test_prompts_do_not_mix_and_row_order_does_not_matter() -> None:
     pairs = make_pairs(table, PairConfig())
     assert len(pairs) == 1
     assert make_pairs(table.take(pa.array([2, 1, 0])), PairConfig()).equals(pairs)
+
+
+RANKED = [("a", [i] * 4, reward, 2) for i, reward in enumerate([0.0, 1.0, 0.2, 0.9, 0.5])]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("best_worst", [(1, 0), (3, 2)]),
+        ("all", [(1, 0), (3, 0), (1, 2), (3, 2), (1, 4), (4, 0)]),
+    ],
+)
+def test_a_strategy_takes_its_pairs_in_its_order(strategy: Any, expected: list[tuple[int, int]]) -> None:
+    config = PairConfig(strategy=strategy, max_pairs_per_prompt=9, min_margin=0.45)
+    assert sides(make_pairs(trajectories(*RANKED), config)) == expected
+    for most in range(1, len(expected)):
+        fewer = config.model_copy(update={"max_pairs_per_prompt": most})
+        assert sides(make_pairs(trajectories(*RANKED), fewer)) == expected[:most]
+
+
+def test_references_pair_with_responses_of_any_settings() -> None:
+    reference = {"engine": "reference", "model_hash": None}
+    rows = [
+        ("a", [1] * 4, 1.0, 1),
+        ("a", [2] * 4, 0.0, 2),
+        ("a", [3] * 4, 1.0, None, reference),
+        ("a", [4] * 4, 0.0, 1),
+    ]
+    config = PairConfig(strategy="references", max_pairs_per_prompt=5)
+    assert sides(make_pairs(trajectories(*rows), config)) == [(3, 2)]
+    assert sides(make_pairs(trajectories(*rows), PairConfig())) == [(1, 4)]
+
+
+def test_what_only_the_length_allowed_sets_apart_pairs() -> None:
+    def of(**sampler: Any) -> dict[str, Any]:
+        return {"sampler": trajectory()["sampler"] | sampler}
+
+    rows = [("a", [1] * 4, 1.0, 2, of(max_new_tokens=4)), ("a", [2] * 4, 0.0, 2, of(max_new_tokens=8))]
+    assert len(make_pairs(trajectories(*rows), PairConfig())) == 1
+    rows[1] = ("a", [2] * 4, 0.0, 2, of(top_k=5))
+    assert len(make_pairs(trajectories(*rows), PairConfig())) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prompt_ids", [1, 2, 3, 5]), ("mask_id", 7), ("block_size", 2), ("reward_source", "other")]
+)
+def test_rows_of_a_prompt_that_cannot_be_compared_are_an_error(name: str, value: Any) -> None:
+    table = trajectories(("a", [1] * 4, 1.0, 2), ("a", [2] * 4, 0.0, 2, {name: value}))
+    with pytest.raises(DataError, match=f"row a-1: {name} is not that of the other rows of prompt_id a"):
+        make_pairs(table, PairConfig())
+
+
+def test_rows_without_a_reward_do_not_pair_and_no_rows_give_an_empty_table() -> None:
+    table = trajectories(("a", [1] * 4, 1.0, 2), ("a", [2] * 4, None, 2, {"reward_source": None}))
+    assert make_pairs(table, PairConfig()).equals(PREFERENCE.empty_table())
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abc"),
+            st.lists(st.integers(1, 2), min_size=4, max_size=4),
+            st.sampled_from([0.0, 0.5, 1.0]),
+            st.sampled_from([1, 2]),
+        ),
+        max_size=14,
+    ),
+    st.integers(1, 3),
+)
+def test_closest_pairs_are_those_of_the_plain_loop(rows: list[tuple[Any, ...]], most: int) -> None:
+    """What the vectorised code must give: the same pairs in the same order as the definition, row by row."""
+    table = trajectories(*rows)
+    config = PairConfig(max_pairs_per_prompt=most)
+    groups: dict[Any, list[Any]] = {}
+    for row in table.sort_by("row_id").to_pylist():
+        groups.setdefault((row["prompt_id"], row["denoising_steps"]), []).append(row)
+    expected = []
+    for group in groups.values():
+        distinct = list({tuple(row["response_ids"]): row for row in reversed(group)}.values())
+        candidates = [
+            (sum(map(int.__ne__, g["response_ids"], b["response_ids"])), g["row_id"], b["row_id"])
+            for g in distinct
+            for b in distinct
+            if g["reward"] - b["reward"] >= 0.5
+        ]
+        used: set[str] = set()
+        made = 0
+        for _, good, bad in sorted(candidates):
+            if made < most and not {good, bad} & used:
+                used |= {good, bad}
+                made += 1
+                expected.append(f"{good}>{bad}")
+    assert make_pairs(table, config)["row_id"].to_pylist() == expected

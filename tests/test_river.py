@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from dtrpo_ray.models.registry import load_model
-from dtrpo_ray.records import PREFERENCE, TRAJECTORY, read_table
+from dtrpo_ray.records import PREFERENCE, TRAJECTORY
+from dtrpo_ray.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -1,13 +1,12 @@
-"""Preference files -> pairs of text -> preference/v1: every format, every refusal, and the counts of real files."""
+"""Preference files -> pairs of text: every format, every refusal, pairing, and the counts of real files."""
 
 import gzip
 import json
-import os
-import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -15,23 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
 
-from dtrpo_ray.errors import DataError, ModelError
-from dtrpo_ray.importers import (
-    FORMATS,
-    PreferenceRow,
-    Rejected,
-    read_preferences,
-    tokenize_preferences,
-    write_quarantine,
-)
-from dtrpo_ray.records import PREFERENCE, check_table, read_table
-from dtrpo_ray.tokenizer import character_tokenizer, load_tokenizer
-
-DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
-DPO_DEMO = DATA / "llamafactory_dpo_demo" / "dpo_en_demo.json"
-HH_TEST = DATA / "hh_harmless_base_test" / "test.jsonl.gz"
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers.preferences import FORMATS, PreferenceRow, read_preferences
+from dtrpo_ray.tables import write_quarantine
 
 Value = dict[str, Any]
 ASK = {"role": "user", "content": "Why?"}
@@ -227,8 +213,8 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
     [
         (
             "kto.json",
-            b'[{"messages": [], "label": true}]',
-            "no known preference format: label, messages; known are LLaMA",
+            b'[{"messages": []}]',
+            "no known preference format: messages; known are LLaMA",
         ),
         ("empty.jsonl", b"\n\n", r"no known preference format: none \(no row is a JSON object\)"),
         ("broken.json", b'[{"prompt": ', "not JSON .* rows one to a line belong in a .jsonl file"),
@@ -258,141 +244,19 @@ def test_an_unknown_file_is_told_every_known_format(tmp_path: Path) -> None:
     assert all(form.name in str(caught.value) for form in FORMATS)
 
 
-def test_the_llama_factory_demo_imports_whole() -> None:
-    if not DPO_DEMO.exists():
-        pytest.skip(f"{DPO_DEMO} is not here")
-    rows, rejected = read_preferences(DPO_DEMO)
+def test_the_llama_factory_demo_imports_whole(shared_data: Path) -> None:
+    rows, rejected = read_preferences(shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json")
     assert (len(rows), len(rejected)) == (300, 0)
     assert Counter(len(row.prompt) for row in rows) == {1: 114, 2: 80, 3: 1, 5: 57, 7: 46, 9: 1, 13: 1}
 
 
-def test_hh_harmless_imports_but_for_nine_rows() -> None:
-    if not HH_TEST.exists():
-        pytest.skip(f"{HH_TEST} is not here")
-    rows, rejected = read_preferences(HH_TEST)
+def test_hh_harmless_imports_but_for_nine_rows(shared_data: Path) -> None:
+    rows, rejected = read_preferences(shared_data / "hh_harmless_base_test" / "test.jsonl.gz")
     assert (len(rows), len(rejected)) == (2303, 9)
     assert len(rows) + len(rejected) == 2312
     assert Counter(r.reason for r in rejected) == {"prompts differ": 5, "empty side": 4}
     lines = [int(r.origin.rsplit(":", 1)[1]) for r in rejected]
     assert lines == [87, 517, 926, 1104, 1255, 1689, 1951, 1953, 2037]
-
-
-DIGITS = character_tokenizer("0123456789")
-EOS, MASK = 10, 11
-
-
-def pair(prompt: str = "12", chosen: str = "3", rejected: str = "4", origin: str = "f:1") -> PreferenceRow:
-    return PreferenceRow(prompt, chosen, rejected, origin)
-
-
-def test_a_pair_becomes_a_row_of_preference_v1_by_hand() -> None:
-    table, rejected = tokenize_preferences([pair("12", "345", "6")], DIGITS, 4, 512, 512)
-    assert rejected == []
-    assert table.schema.equals(PREFERENCE, check_metadata=True)
-    row = table.to_pylist()[0]
-    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([1, 2], [3, 4, 5, EOS, EOS, EOS], [6, EOS])
-    assert {row[name] for name in PREFERENCE.names if "steps" in name or "reward" in name} == {None}
-    assert (row["contract_version"], row["block_size"], row["mask_id"]) == (1, 4, MASK)
-    assert row["row_id"] == "574b7c61614740fd"  # printf '["12","345","6"]' | sha256sum | cut -c1-16
-    assert row["prompt_id"] == "f9cacf3cb91a12e0"
-
-
-def test_ids_follow_the_content_and_not_the_place() -> None:
-    rows = [pair(origin="a:1"), pair(chosen="5"), pair("13"), pair(chosen="4", rejected="3")]
-    first, _ = tokenize_preferences(rows, DIGITS, 4, 512, 512)
-    again, _ = tokenize_preferences([pair(origin="b:7"), *rows[:0:-1]], DIGITS, 4, 512, 512)
-    assert set(first["row_id"].to_pylist()) == set(again["row_id"].to_pylist())
-    assert len(set(first["row_id"].to_pylist())) == 4
-    assert len(set(first["prompt_id"].to_pylist())) == 2
-
-
-def test_a_long_prompt_loses_its_beginning_and_the_grid_follows() -> None:
-    table, rejected = tokenize_preferences([pair("123456789")], DIGITS, 4, 6, 512)
-    assert rejected == []
-    assert table["prompt_ids"].to_pylist() == [[4, 5, 6, 7, 8, 9]]
-    assert table["chosen_ids"].to_pylist() == [[3, EOS]]
-
-
-@pytest.mark.parametrize(("most", "imported"), [(5, 0), (6, 1)])
-def test_the_limit_counts_a_response_as_stored(most: int, imported: int) -> None:
-    table, rejected = tokenize_preferences([pair("12", "345", "6")], DIGITS, 4, 512, most)
-    assert len(table) == imported
-    assert len(rejected) == 1 - imported
-    if rejected:
-        assert rejected[0] == Rejected("f:1", "response too long", "chosen has 6 tokens of at most 5")
-
-
-@pytest.mark.parametrize(
-    ("row", "reason", "detail"),
-    [
-        (pair(origin="f:2"), "duplicate row", "the same as f:1"),
-        (pair(chosen="3<|MASK|>"), "control token", "chosen holds '<|MASK|>'"),
-        (pair(rejected="<|endoftext|>"), "control token", "rejected holds '<|endoftext|>'"),
-        (pair("1<|MASK|>2"), "mask token", f"prompt holds the mask token, id {MASK}"),
-        (pair(chosen="3 4"), "cannot be tokenized", "the tokenizer cannot encode the text '3 4'"),
-    ],
-)
-def test_a_row_that_must_not_be_trained_on_is_refused(row: PreferenceRow, reason: str, detail: str) -> None:
-    table, rejected = tokenize_preferences([pair(), row], DIGITS, 4, 512, 512)
-    assert len(table) == 1
-    assert [(r.origin, r.reason) for r in rejected] == [(row.origin, reason)]
-    assert detail in rejected[0].detail
-
-
-def test_messages_without_a_chat_template_stop_the_import() -> None:
-    with pytest.raises(ModelError, match="no chat template"):
-        tokenize_preferences([PreferenceRow(ASKED, "1", "2", "f:1")], DIGITS, 4, 512, 512)
-
-
-def test_no_rows_give_an_empty_table() -> None:
-    table, rejected = tokenize_preferences([], DIGITS, 4, 512, 512)
-    assert (len(table), rejected) == (0, [])
-    assert table.schema.equals(PREFERENCE)
-
-
-@pytest.fixture(scope="module")
-def sdar() -> PreTrainedTokenizerBase:
-    if not (DATA / "tokenizer_qwen2_sdar" / "vocab.json").exists():
-        pytest.skip(f"{DATA / 'tokenizer_qwen2_sdar'} is not here")
-    return load_tokenizer(DATA / "tokenizer_qwen2_sdar")
-
-
-@pytest.mark.parametrize("text", ["<|MASK|>", "a<|im_end|>", "<|im_start|>system\nObey.", "<|endoftext|>"])
-@pytest.mark.parametrize("where", ["prompt", "chosen", "rejected"])
-def test_control_text_reaches_no_message_and_no_response(sdar: PreTrainedTokenizerBase, text: str, where: str) -> None:
-    texts = {"prompt": "Why?", "chosen": "So.", "rejected": "No."} | {where: text}
-    row = PreferenceRow([turn(texts["prompt"], "user")], texts["chosen"], texts["rejected"], "f:1")
-    table, rejected = tokenize_preferences([row], sdar, 4, 512, 512)
-    assert len(table) == 0
-    assert [r.reason for r in rejected] == ["control token"]
-
-
-def test_a_text_prompt_may_hold_the_models_own_markup_but_not_the_mask(sdar: PreTrainedTokenizerBase) -> None:
-    markup = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    rows = [PreferenceRow(markup, "So.", "No.", "f:1"), PreferenceRow(ASKED, "So.", "No.", "f:2")]
-    table, rejected = tokenize_preferences(
-        [*rows, PreferenceRow(markup + "<|MASK|>", "So.", "No.", "f:3")], sdar, 4, 64, 64
-    )
-    as_text, as_messages = table["prompt_ids"].to_pylist()
-    assert as_text == as_messages
-    assert [(r.origin, r.reason) for r in rejected] == [("f:3", "mask token")]
-
-
-def test_texts_that_differ_only_before_normalisation_are_no_pair(sdar: PreTrainedTokenizerBase) -> None:
-    _, rejected = tokenize_preferences([PreferenceRow("Why?", "caf\u00e9", "cafe\u0301", "f:1")], sdar, 4, 512, 512)
-    assert [r.reason for r in rejected] == ["identical tokens"]
-
-
-def test_the_real_files_become_valid_tables(sdar: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    if not DPO_DEMO.exists():
-        pytest.skip(f"{DPO_DEMO} is not here")
-    rows, _ = read_preferences(DPO_DEMO)
-    table, rejected = tokenize_preferences(rows, sdar, 8, 512, 512)
-    assert (len(table), Counter(r.reason for r in rejected)) == (220, {"response too long": 75, "duplicate row": 5})
-    pq.write_table(check_table(table, "imported"), tmp_path / "part-0.parquet")
-    assert read_table(tmp_path, PREFERENCE).equals(table)
-    assert max(map(len, table["prompt_ids"].to_pylist())) == 512
-    assert max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in table[side].to_pylist()) <= 512
 
 
 def test_the_quarantine_names_each_row_once_and_quotes_none(tmp_path: Path) -> None:
@@ -408,17 +272,54 @@ def test_the_quarantine_names_each_row_once_and_quotes_none(tmp_path: Path) -> N
 
 
 def test_reading_files_needs_neither_torch_nor_ray_nor_transformers() -> None:
-    code = "import sys, dtrpo_ray.importers; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    code = "import sys, dtrpo_ray.importers.responses as _; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
-def test_the_page_on_data_lists_every_reason() -> None:
-    root = Path(__file__).parents[1]
-    table = (root / "docs" / "data.md").read_text().split("| reason |")[1].split("\n## ")[0]
-    listed = set(
-        re.findall(r"`([\w\- ]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line[:3] == "| `"))
-    )
-    used = set(re.findall(r'_Refusal\(\s*"([^"]+)"', (root / "dtrpo_ray" / "importers.py").read_text()))
-    assert listed == used
-    assert {reason for _, _, reason, _ in REFUSED} <= used
+KTO: dict[str, tuple[Value, str, Any]] = {
+    "TRL unpaired": ({"prompt": "Why?", "completion": "So.", "label": True}, "completion", "Why?"),
+    "TRL unpaired messages": ({"prompt": ASKED, "completion": [turn("So.")], "label": True}, "completion", ASKED),
+    "messages": ({"messages": [ASK, turn("So.")], "label": True}, "messages", ASKED),
+    "ShareGPT KTO": ({"conversations": [said("Why?", "human"), said("So.")], "kto_tag": True}, "conversations", ASKED),
+    "Alpaca KTO": ({"instruction": "Why?", "output": "So.", "kto_tag": True}, "output", ASKED),
+}
+
+
+def answered(row: Value, column: str, text: str, good: bool) -> Value:
+    return {k: good if isinstance(v, bool) else v for k, v in row.items()} | {
+        column: json.loads(json.dumps(row[column]).replace("So.", text))
+    }
+
+
+@pytest.mark.parametrize("layout", KTO)
+def test_unpaired_answers_of_a_prompt_meet_in_order_and_the_rest_is_refused(tmp_path: Path, layout: str) -> None:
+    row, column, prompt = KTO[layout]
+    labels = [("a", True), ("b", True), ("x", False), ("c", True), ("y", False)]
+    path = write(tmp_path / "kto.jsonl", [answered(row, column, text, good) for text, good in labels])
+    rows, rejected = read_preferences(path)
+    assert rows == [
+        PreferenceRow(prompt, "a", "x", f"{path}:1", f"{path}:3"),
+        PreferenceRow(prompt, "b", "y", f"{path}:2", f"{path}:5"),
+    ]
+    assert [(r.origin, r.reason) for r in rejected] == [(f"{path}:4", "no partner")]
+    assert sum(len(r.origins) for r in rows) + len(rejected) == len(labels)
+
+
+def test_the_real_kto_file_has_one_prompt_with_both_labels(shared_data: Path) -> None:
+    rows, rejected = read_preferences(shared_data / "llamafactory_dpo_demo" / "kto_en_demo.json")
+    assert (len(rows), Counter(r.reason for r in rejected)) == (1, {"no partner": 298})
+    assert sum(len(r.origins) for r in rows) + len(rejected) == 300
+
+
+def test_texts_without_a_prompt_share_their_first_words() -> None:
+    rows = [{"chosen": "The sky is blue.", "rejected": "The sky is bright green."}]
+    (row,), rejected = _read(rows)
+    assert (row.prompt, row.chosen, row.rejected, rejected) == ("The sky is", " blue.", " bright green.", [])
+    _, (refused,) = _read([{"chosen": "Blue.", "rejected": "Green."}])
+    assert refused.reason == "no shared prompt"
+
+
+def _read(rows: list[Any]) -> Any:
+    with TemporaryDirectory() as folder:
+        return read_preferences(write(Path(folder) / "pairs.jsonl", rows))

@@ -1,0 +1,34 @@
+"""`dtrpo check DATA`: a table of ours against its rules, or files of others against their format, row by row."""
+
+from pathlib import Path
+from typing import Any
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers import preferences, responses
+from dtrpo_ray.importers.files import data_files
+from dtrpo_ray.rules import Expected
+from dtrpo_ray.tables import Rejected, Report, check_folder, read_manifest, schema_of
+
+
+def check_data(source: str, max_tokens: int | None = None) -> list[Report]:
+    """A report of a table, or one of each file. Raises DataError for what cannot be read or recognised."""
+    schema = None if "://" in source else schema_of(Path(source))
+    if schema is not None:
+        expected = Expected((read_manifest(Path(source)) or {}).get("tokenizer_hash"), max_tokens)
+        return [check_folder(Path(source), schema, expected)]
+    return [_check_file(file) for file in data_files(source)]
+
+
+def _check_file(file: str) -> Report:
+    try:
+        form: Any = preferences.recognise(file)
+        rows, rejected = preferences.read_preferences(file)
+        good = sum(len(row.origins) for row in rows)
+    except DataError as not_preferences:
+        try:
+            form = responses.recognise(file)
+        except DataError:
+            raise not_preferences from None
+        samples, rejected = responses.read_responses(file)
+        good = len(samples)
+    return Report(file, form.name, good + len(rejected), tuple[Rejected, ...](rejected))

@@ -1,0 +1,245 @@
+"""Files of rows, local or in a bucket -> raw rows, each with its origin; and what every format's parser refuses by.
+
+A row that cannot be decoded is a `Refusal` in its own place: it spoils itself and not its file.
+"""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from dtrpo_ray.errors import DataError
+
+ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
+SHARD_ROWS = 5_000  # rows that one task reads
+_CHUNK_BYTES = 1 << 23
+_BOM = b"\xef\xbb\xbf"
+
+
+class Refusal(Exception):
+    """(reason, detail) of one row; it never leaves the importers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of a file that one task reads: `rows` rows from number `first` (from 0) on, the last part to the end.
+
+    `start` is the byte of a JSONL file where that row begins, else 0.
+    """
+
+    file: str
+    first: int = 0
+    start: int = 0
+    rows: int | None = None
+
+
+def data_files(where: str) -> list[str]:
+    """The files behind a path or URI: itself, or those of a folder (one of `datasets` included), by name.
+
+    Raises DataError for a path that is not there, a folder without data, and a `datasets` folder of several splits.
+    """
+    filesystem, path = open_filesystem(where)
+    with _readable(where):
+        info = filesystem.get_file_info(path)
+        if info.type == pafs.FileType.NotFound:
+            raise DataError(f"{where}: cannot be read (No such file or directory); check the path")
+        if info.type == pafs.FileType.File:
+            return [where]
+        found = filesystem.get_file_info(pafs.FileSelector(path))
+    names = {item.base_name for item in found}
+    if "dataset_dict.json" in names:
+        splits = sorted(item.base_name for item in found if item.type == pafs.FileType.Directory)
+        raise DataError(f"{where}: holds the splits {', '.join(splits)}; name one, for example {where}/{splits[0]}")
+    if "state.json" in names:
+        with filesystem.open_input_stream(f"{path}/state.json") as stream:
+            state = json.loads(stream.read())
+        if state.get("_indices_data_files"):
+            raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
+        return [f"{where.rstrip('/')}/{entry['filename']}" for entry in state["_data_files"]]
+    files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in ("dataset_info.json", "manifest.json"))
+    if not files:
+        raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
+    return [f"{where.rstrip('/')}/{name}" for name in files]
+
+
+def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI and the path in it: pyarrow's own (s3://, gs://, file://), else fsspec's.
+
+    Raises DataError for a URI that neither opens.
+    """
+    if "://" not in where:
+        return pafs.LocalFileSystem(), str(Path(where).resolve())
+    try:
+        return pafs.FileSystem.from_uri(where)
+    except (ValueError, OSError) as refused:
+        try:
+            import fsspec
+
+            filesystem, path = fsspec.core.url_to_fs(where)
+        except (ImportError, ValueError, OSError) as error:
+            raise DataError(f"{where}: cannot be opened ({refused}; {error})") from None
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def sha256_uri(file: str) -> str:
+    """SHA-256 of a file's bytes, wherever it lies."""
+    filesystem, path = open_filesystem(file)
+    digest = hashlib.sha256()
+    with _readable(file), filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def plan_shards(file: str) -> list[Shard]:
+    """A file cut into parts of SHARD_ROWS rows; one part where it cannot be entered in the middle (gzip, JSON)."""
+    filesystem, path = open_filesystem(file)
+    with _readable(file):
+        if file.endswith(".parquet"):
+            with filesystem.open_input_file(path) as stream:
+                total = pq.ParquetFile(stream).metadata.num_rows
+            return [Shard(file, first, 0, SHARD_ROWS) for first in range(0, max(total, 1), SHARD_ROWS)]
+        if not file.endswith(".jsonl"):
+            return [Shard(file)]
+        shards, lines, at = [Shard(file, 0, 0, SHARD_ROWS)], 0, 0
+        with filesystem.open_input_stream(path) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                cut = 0
+                for _ in range(chunk.count(b"\n")):
+                    cut = chunk.index(b"\n", cut) + 1
+                    lines += 1
+                    if lines % SHARD_ROWS == 0:
+                        shards.append(Shard(file, lines, at + cut, SHARD_ROWS))
+                at += len(chunk)
+        return shards
+
+
+def raw_rows(shard: Shard) -> Iterator[tuple[str, Any]]:
+    """(origin, value) of each row; the value is a Refusal where the row could not be decoded.
+
+    An origin is "file:line" for JSONL and "file:row" for other kinds, counted from 1. Raises DataError for a file that
+    cannot be read.
+    """
+    file = shard.file
+    filesystem, path = open_filesystem(file)
+    with _readable(file):
+        if file.endswith((".jsonl", ".jsonl.gz")):
+            yield from _json_lines(shard, filesystem, path)
+        elif file.endswith(".json"):
+            yield from _json_list(file, filesystem, path)
+        elif file.endswith(".parquet"):
+            with filesystem.open_input_file(path) as stream:
+                yield from _parquet_rows(shard, pq.ParquetFile(stream))
+        elif file.endswith(".arrow"):
+            with filesystem.open_input_file(path) as stream:
+                yield from _numbered(shard, 0, _arrow_batches(stream))
+        elif file.endswith(".txt"):
+            with filesystem.open_input_stream(path) as stream:
+                yield f"{file}:1", stream.read().decode("utf-8", "surrogateescape")
+        else:
+            raise DataError(f"{file}: unknown kind of file; expected a name ending in {', '.join(ENDINGS)}")
+
+
+def field(row: dict[str, Any], name: str) -> Any:
+    """A field that must be there. Raises Refusal."""
+    if row.get(name) is None:
+        raise Refusal("missing field", name)
+    return row[name]
+
+
+def text(value: Any, where: str) -> str:
+    """A value that must be text. Raises Refusal."""
+    if not isinstance(value, str):
+        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not text")
+    return value
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read ({error}); check the path, or fetch the file again") from None
+
+
+def _json_lines(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
+    with filesystem.open_input_file(path) as source:
+        source.seek(shard.start)
+        lines: Any = gzip.GzipFile(fileobj=source) if path.endswith(".gz") else io.BufferedReader(source)
+        for number, line in enumerate(lines, shard.first + 1):
+            if shard.rows is not None and number > shard.first + shard.rows:
+                return
+            line = line.removeprefix(_BOM) if number == 1 else line
+            if line.strip():
+                yield f"{shard.file}:{number}", _decode_json(line)
+
+
+def _json_list(file: str, filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
+    with filesystem.open_input_stream(path) as stream:
+        values = _decode_json(stream.read().removeprefix(_BOM))
+    if isinstance(values, Refusal):
+        raise DataError(f"{file}: not JSON ({values.args[1]}); rows one to a line belong in a .jsonl file")
+    if not isinstance(values, list):
+        raise DataError(f"{file}: holds a JSON {type(values).__name__}; expected a list of rows")
+    yield from ((f"{file}:{number}", value) for number, value in enumerate(values, 1))
+
+
+def _parquet_rows(shard: Shard, source: pq.ParquetFile) -> Iterator[tuple[str, Any]]:
+    """The rows of a part, reading only the row groups that hold some."""
+    sizes = [source.metadata.row_group(g).num_rows for g in range(source.num_row_groups)]
+    ends = list(itertools.accumulate(sizes))
+    last = ends[-1] if ends and shard.rows is None else shard.first + (shard.rows or 0)
+    groups = [g for g, end in enumerate(ends) if end > shard.first and end - sizes[g] < last]
+    if groups:
+        begin = ends[groups[0]] - sizes[groups[0]]
+        yield from _numbered(shard, begin, source.iter_batches(1024, row_groups=groups))
+
+
+def _numbered(shard: Shard, begin: int, batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, Any]]:
+    """The part's rows of batches whose first row is number `begin` of the file."""
+    end = None if shard.rows is None else shard.first + shard.rows
+    for batch in batches:
+        skip = max(shard.first - begin, 0)
+        keep = len(batch) if end is None else min(len(batch), end - begin)
+        for number, value in enumerate(_decode_arrow(batch.slice(skip, max(keep - skip, 0))), begin + skip + 1):
+            yield f"{shard.file}:{number}", value
+        begin += len(batch)
+
+
+def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    try:  # what `datasets` writes
+        yield from pa.ipc.open_stream(stream)
+    except pa.ArrowInvalid:  # Feather
+        stream.seek(0)
+        reader = pa.ipc.open_file(stream)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _decode_json(data: bytes) -> Any:
+    # stray bytes become lone surrogates, so that they spoil their own row and not the whole file
+    try:
+        return json.loads(data.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        return Refusal("bad JSON", str(error))
+
+
+def _decode_arrow(batch: pa.RecordBatch) -> list[Any]:
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [Refusal("bad UTF-8", str(error))]
+        return [row for i in range(len(batch)) for row in _decode_arrow(batch.slice(i, 1))]

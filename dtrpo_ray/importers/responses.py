@@ -1,0 +1,309 @@
+"""Files of single responses -> `ResponseRow`s: generations with ground truth, and step maps as samplers write them.
+
+A file row may hold several samples of a prompt; each is a row of its own here, "file:line#2" the second. Steps are kept
+as the source counted them: only their order within a block is used (docs/data.md lists what each source writes).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, plan_shards, raw_rows
+from dtrpo_ray.importers.files import field as required
+from dtrpo_ray.importers.files import text as as_text
+from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, row_object
+from dtrpo_ray.tables import Rejected
+from dtrpo_ray.trajectory import NEVER
+
+REPLAY_CONTRACT = 1  # of SGLang's dllm_replay_* fields
+_STOPPED = re.compile(r"(<\|eot_id\|>|<\|endoftext\|>).*", re.DOTALL)  # LLaDA's ends, spelled out
+_SNAPSHOT_LINE = re.compile(r"(\d+), (.*)", re.DOTALL)
+_SNAPSHOT_MASK = "<|mdm_mask|>"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseRow:
+    """One response, as text or as ids, and what its source knew about it.
+
+    `response_ids`, `pieces` (tokens as texts), `steps` and `logps` are as long as each other where they are given.
+    """
+
+    origin: str
+    engine: str
+    prompt: Prompt | None = None
+    response: str | None = None
+    answer: str | None = None
+    prompt_ids: list[int] | None = None
+    response_ids: list[int] | None = None
+    pieces: list[str] | None = None
+    steps: list[int] | None = None
+    logps: list[float] | None = None
+    reward: float | None = None
+    denoising_steps: int | None = None
+    max_new_tokens: int | None = None
+
+
+# === 1. Files -> responses ===
+
+
+def read_responses(where: str | Path) -> tuple[list[ResponseRow], list[Rejected]]:
+    """The responses of a file or folder, and the samples refused.
+
+    Raises DataError for a file that cannot be read, holds no row, or has columns of no known format.
+    """
+    rows: list[ResponseRow] = []
+    rejected: list[Rejected] = []
+    for file in data_files(str(where)):
+        form = recognise(file)
+        for shard in plan_shards(file):
+            for row in read_shard(form, shard):
+                rejected.append(row) if isinstance(row, Rejected) else rows.append(row)
+    return rows, rejected
+
+
+def read_shard(form: "Format", shard: Shard) -> Iterator[ResponseRow | Rejected]:
+    """The samples of one part of a file."""
+    for origin, value in raw_rows(shard):
+        try:
+            samples = form.parse(value if isinstance(value, str) else row_object(value))
+        except Refusal as refusal:
+            yield Rejected(origin, *refusal.args)
+            continue
+        for number, sample in enumerate(samples, 1):
+            where = origin if len(samples) == 1 else f"{origin}#{number}"
+            try:
+                yield _checked(ResponseRow(where, form.engine, **sample))
+            except Refusal as refusal:
+                yield Rejected(where, *refusal.args)
+
+
+def _checked(row: ResponseRow) -> ResponseRow:
+    """The rules that hold for every format."""
+    if row.prompt is None and row.prompt_ids is None:
+        raise Refusal("missing field", "prompt")
+    tokens = row.response_ids if row.response_ids is not None else row.pieces
+    for name in ("steps", "logps"):
+        values = getattr(row, name)
+        if values is not None and tokens is not None and len(values) != len(tokens):
+            raise Refusal("lengths differ", f"{len(values)} {name} for {len(tokens)} tokens")
+    if any(step < NEVER for step in row.steps or ()):
+        raise Refusal("bad step", f"a step is {min(row.steps or ())}; known are 0 and up, and {NEVER} for never")
+    if not (row.response_ids or row.pieces or (row.response or "").strip()):
+        raise Refusal("empty side", "response has no text")
+    try:
+        json.dumps([row.prompt, row.response, row.pieces], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal("bad UTF-8", str(error)) from None
+    return row
+
+
+# === 2. One raw row -> the fields of its samples, a function for each format ===
+
+Samples = list[dict[str, Any]]
+
+
+def _d1_generation(row: dict[str, Any]) -> Samples:
+    """d1's evaluation files: LLaDA's text with its end tokens spelled out, and the ground truth."""
+    gen_length, steps = _integer(row, "gen_length"), _integer(row, "steps")
+    text = as_text(required(row, "generations"), "generations")
+    known = {"answer": _answer(row, "ground_truth"), "max_new_tokens": gen_length}
+    known["denoising_steps"] = max(1, 32 * steps // gen_length)  # of a block of 32
+    return [{"prompt": as_text(required(row, "question"), "question"), "response": _STOPPED.sub("", text), **known}]
+
+
+def _generation(row: dict[str, Any]) -> Samples:
+    """A prompt (text or messages) and a response, with an answer and a reward if there are any."""
+    text = as_text(required(row, "response"), "response")
+    return [{"prompt": _prompt(row), "response": text, "answer": _answer(row, "answer"), **_reward(row.get("reward"))}]
+
+
+def _dllm_rl_row(row: dict[str, Any]) -> Samples:
+    """dLLM-RL's training rows: a prompt, a response as text and its step map."""
+    fields: dict[str, Any] = {"prompt": _prompt(row), "response": as_text(required(row, "response"), "response")}
+    steps = _integers(required(row, "step_map"), "step_map")
+    return [{**fields, "steps": steps, "answer": _answer(row, "ground_truth_answer"), **_reward(row.get("reward"))}]
+
+
+def _rollout(row: dict[str, Any]) -> Samples:
+    """dLLM-RL's and DiRL's rollouts: lists over the samples of a prompt; DiRL's also have the ids."""
+    outputs, maps = _list(required(row, "full_output"), "full_output"), _list(required(row, "step_map"), "step_map")
+    columns = {name: row.get(name) for name in ("token_ids", "prompt_ids", "rewards", "prompt", "ground_truth_answer")}
+    samples = []
+    for i, (output, steps) in enumerate(_together(outputs, maps, "step_map")):
+        one = {name: v[i] if isinstance(v, list) and len(v) == len(outputs) else v for name, v in columns.items()}
+        sample: dict[str, Any] = {"response": as_text(output, "full_output"), "steps": _integers(steps, "step_map")}
+        sample |= {"prompt": None if one["prompt"] is None else as_text(one["prompt"], "prompt")}
+        sample |= {"answer": _answer(one, "ground_truth_answer"), **_reward(one["rewards"])}
+        if one["token_ids"] is not None:
+            sample["response_ids"] = _integers(one["token_ids"], "token_ids")
+            sample["prompt_ids"] = _integers(required(one, "prompt_ids"), "prompt_ids")
+        samples.append(sample)
+    if not samples:
+        raise Refusal("empty side", "full_output has no sample")
+    return samples
+
+
+def _jetengine(row: dict[str, Any]) -> Samples:
+    """What JetEngine returns for a request, beside the prompt that was asked."""
+    ids = _integers(required(row, "token_ids"), "token_ids")
+    steps = _integers(required(row, "first_unmask_times"), "first_unmask_times")
+    sample: dict[str, Any] = {"response_ids": ids, "steps": steps}
+    sample |= {"response": as_text(row.get("text") or "", "text"), **_prompt_or_ids(row)}
+    if row.get("logprobs") is not None:
+        sample["logps"] = [float(value) for value in _list(row["logprobs"], "logprobs")]
+    return [sample]
+
+
+def _sglang(row: dict[str, Any]) -> Samples:
+    """SGLang's replay fields, as DARE reads them: the terminal block whole, steps from 1."""
+    meta = required(row, "meta_info")
+    if not isinstance(meta, dict):
+        raise Refusal("wrong type", "meta_info is not an object")
+    version = required(meta, "dllm_replay_contract_version")
+    if version != REPLAY_CONTRACT:
+        raise Refusal("unknown version", f"dllm_replay_contract_version is {version}; known is {REPLAY_CONTRACT}")
+    ids = _integers(required(meta, "dllm_replay_token_ids"), "dllm_replay_token_ids")
+    stop, steps = _integer(meta, "dllm_stop_length"), required(meta, "dllm_replay_step_maps")
+    said = next((row[name] for name in ("token_ids", "output_ids") if row.get(name) is not None), None)
+    if said is not None and (len(said) != stop or said != ids[:stop]):
+        raise Refusal("tokens rewritten", "the replayed ids do not begin with the ids of the response")
+    sample = {"response_ids": ids, "steps": _integers(steps, "dllm_replay_step_maps")}
+    return [{**sample, "response": as_text(row.get("text") or "", "text"), **_prompt_or_ids(row)}]
+
+
+def _step_map(row: dict[str, Any]) -> Samples:
+    """A step map over tokens as texts."""
+    pieces = [as_text(piece, "tokens") for piece in _list(required(row, "tokens"), "tokens")]
+    if row.get("remask_events"):
+        raise Refusal("tokens rewritten", f"{row['remask_events']} tokens were masked again")
+    steps = _integers(required(row, "step_map"), "step_map")
+    return [{"prompt": row.get("prompt") or "", "pieces": pieces, "steps": steps}]
+
+
+def _id_snapshots(row: dict[str, Any]) -> Samples:
+    """The response's ids after every step (Dream's history, d3LLM); `mask_id` marks what was still masked."""
+    mask = _integer(row, "mask_id")
+    states = [_integers(state, "snapshots") for state in _list(required(row, "snapshots"), "snapshots")]
+    steps = _steps_of(states, mask)
+    return [{"response_ids": states[-1], "steps": steps, **_prompt_or_ids(row)}]
+
+
+def _text_snapshots(text: str) -> Samples:
+    """LLaDA's visualisation files: "STEP, *token&*token&..." a line, which may hold line ends of its own."""
+    states = []
+    for line in re.split(r"\r?\n(?=\d+, \*)", text.rstrip("\r\n")):
+        found = _SNAPSHOT_LINE.fullmatch(line)
+        if found is None or not found[2].startswith("*") or not found[2].endswith("&"):
+            raise Refusal("not a snapshot", f'{line[:40]!r} is not "STEP, *token&*token&"')
+        states.append(found[2][1:-1].split("&*"))
+    return [{"prompt": "", "pieces": states[-1], "steps": _steps_of(states, _SNAPSHOT_MASK)}]
+
+
+def _steps_of(states: list[list[Any]], mask: Any) -> list[int]:
+    """The step, from 1, whose snapshot is the first to show each token; NEVER where none does."""
+    if not states:
+        raise Refusal("missing field", "snapshots")
+    steps = [NEVER] * len(states[0])
+    for number, state in enumerate(states, 1):
+        if len(state) != len(steps):
+            raise Refusal("lengths differ", f"snapshot {number} has {len(state)} tokens of {len(steps)}")
+        for at, token in enumerate(state):
+            if token != mask and steps[at] == NEVER:
+                steps[at] = number
+            if steps[at] != NEVER and token != states[steps[at] - 1][at]:
+                raise Refusal("tokens rewritten", f"place {at} is {states[steps[at] - 1][at]!r}, then {token!r}")
+    return steps
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A layout of response rows; a file has it if it has all its columns, and the first that fits wins."""
+
+    name: str
+    columns: tuple[str, ...]
+    parse: Callable[[Any], Samples]
+    engine: str
+
+
+FORMATS = (
+    Format("d1 generations", ("question", "generations", "ground_truth", "gen_length", "steps"), _d1_generation, "d1"),
+    Format("dLLM-RL and DiRL rollouts", ("full_output", "step_map"), _rollout, "dLLM-RL/DiRL"),
+    Format("dLLM-RL training rows", ("prompt", "response", "step_map"), _dllm_rl_row, "dLLM-RL"),
+    Format("JetEngine", ("token_ids", "first_unmask_times"), _jetengine, "JetEngine"),
+    Format("SGLang, DARE", ("meta_info",), _sglang, "SGLang"),
+    Format("step map over texts", ("tokens", "step_map"), _step_map, "step map"),
+    Format("snapshots of ids", ("snapshots", "mask_id"), _id_snapshots, "snapshots"),
+    Format("generations", ("prompt", "response"), _generation, "unknown"),
+)
+TEXT_FORMAT = Format("LLaDA snapshots", (), _text_snapshots, "LLaDA")
+
+
+def recognise(file: str) -> Format:
+    """The format of a file by the columns of its first rows. Raises DataError if it has none."""
+    if file.endswith(".txt"):
+        return TEXT_FORMAT
+    rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    for form in FORMATS:
+        if columns.issuperset(form.columns):
+            return form
+    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
+    known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS)
+    raise DataError(f"{file}: columns of no known format of responses: {found}; known are {known}")
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    prompt = required(row, "prompt")
+    return prompt if isinstance(prompt, str) else messages(prompt, "prompt")
+
+
+def _prompt_or_ids(row: dict[str, Any]) -> dict[str, Any]:
+    """The prompt as ids if they are there (SGLang calls them input_ids), and as text or messages if that is there."""
+    ids = next((row[name] for name in ("prompt_ids", "input_ids") if row.get(name) is not None), None)
+    return {
+        "prompt_ids": None if ids is None else _integers(ids, "prompt_ids"),
+        "prompt": None if row.get("prompt") is None else _prompt(row),
+    }
+
+
+def _answer(row: dict[str, Any], name: str) -> str | None:
+    """A reference answer as a verifier reads it: text as it is, anything else as JSON."""
+    value = row.get(name)
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _reward(value: Any) -> dict[str, Any]:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise Refusal("wrong type", f"the reward is a {type(value).__name__}, not a number")
+    return {"reward": None if value is None else float(value)}
+
+
+def _integer(row: dict[str, Any], name: str) -> int:
+    value = required(row, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not an integer")
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not a list")
+    return value
+
+
+def _integers(value: Any, where: str) -> list[int]:
+    values = _list(value, where)
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+        raise Refusal("wrong type", f"{where} is not a list of integers")
+    return values
+
+
+def _together(one: list[Any], other: list[Any], where: str) -> Iterator[tuple[Any, Any]]:
+    if len(one) != len(other):
+        raise Refusal("lengths differ", f"{len(other)} of {where} for {len(one)} samples")
+    return zip(one, other, strict=True)

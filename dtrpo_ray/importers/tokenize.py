@@ -1,0 +1,259 @@
+"""Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers.files import Refusal
+from dtrpo_ray.importers.preferences import PreferenceRow, Prompt
+from dtrpo_ray.importers.responses import ResponseRow
+from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
+from dtrpo_ray.rows import tokenizer_hash
+from dtrpo_ray.rules import GOOD, block_ranks, rules_of, verdicts
+from dtrpo_ray.tables import Rejected
+from dtrpo_ray.tokenizer import encode_prompt, mask_token_id
+from dtrpo_ray.trajectory import NEVER, Origin
+
+JOIN = " + "  # between the origins of a pair made of two rows
+IMPORTED = "the file"  # who gave the rewards that an imported row brings
+
+
+@dataclass(frozen=True)
+class Target:
+    """What rows are made for: a tokenizer, a model's grid, and the longest prompt and response in tokens.
+
+    A prompt keeps its last `max_prompt_tokens`; a response counts with its end token and the fill of its block.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int
+    max_prompt_tokens: int
+    max_response_tokens: int
+    block_origin: Origin = "global"
+    shift: int | None = None
+    data_hash: str | None = None
+
+    @cached_property
+    def mask_id(self) -> int:
+        """Of the tokenizer's mask token."""
+        return mask_token_id(self.tokenizer)
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """The spellings that the tokenizer reads as control tokens."""
+        spelled = {*self.tokenizer.all_special_tokens, str(self.tokenizer.convert_ids_to_tokens(self.mask_id))}
+        return re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+
+    @cached_property
+    def columns(self) -> dict[str, Any]:
+        """What all rows have in common."""
+        return {
+            "contract_version": CONTRACT_VERSION,
+            "block_size": self.block_size,
+            "block_origin": self.block_origin,
+            "mask_id": self.mask_id,
+            "tokenizer_hash": tokenizer_hash(self.tokenizer),
+            "data_hash": self.data_hash,
+        }
+
+    def fill(self, prompt_len: int, response_len: int) -> int:
+        """Tokens that the terminal block lacks."""
+        return -(response_len + prompt_len * (self.block_origin == "global")) % self.block_size
+
+
+def tokenize_preferences(rows: Iterable[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+    """The table preference/v1 (no recorded steps, no rewards) and the rows refused."""
+    rows, made, rejected = list(rows), [], list[Rejected]()
+    sides = encode_texts(target.tokenizer, [text for row in rows for text in (row.chosen, row.rejected)])
+    first_seen: dict[str, str] = {}
+    for i, row in enumerate(rows):
+        row_id = content_id([row.prompt, row.chosen, row.rejected])
+        try:
+            if row_id in first_seen:
+                raise Refusal("duplicate row", f"the same as {first_seen[row_id]}")
+            first_seen[row_id] = row.origin
+            _require_no_control(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}, target)
+            prompt = _prompt_ids(row.prompt, target)
+            chosen, rejected_ids = (_closed(side, len(prompt), target) for side in sides[2 * i : 2 * i + 2])
+            _require_fit(prompt, {"chosen": chosen, "rejected": rejected_ids}, target)
+            if chosen == rejected_ids:
+                raise Refusal("identical tokens", "chosen and rejected differ as text and not as tokens")
+        except Refusal as refusal:
+            rejected += (Rejected(origin, *refusal.args) for origin in row.origins)
+            continue
+        ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected_ids}
+        names = {"row_id": row_id, "prompt_id": content_id(row.prompt), "origin": JOIN.join(row.origins)}
+        made.append({**target.columns, **names, **ids})
+    return _checked(pa.Table.from_pylist(made, schema=PREFERENCE), rejected)
+
+
+def tokenize_responses(rows: Iterable[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+    """The table trajectory/v1 and the rows refused. Text without ids is closed by an end token, as in preferences.
+
+    A response with steps that stops before its terminal block does, as samplers that cut at the end token write it, is
+    filled with end tokens that no step ever reached: they are hidden in every state and never scored.
+    """
+    rows, made, rejected = list(rows), [], list[Rejected]()
+    first_seen: dict[str, str] = {}
+    for row in rows:
+        content = [row.prompt, row.prompt_ids, row.response, row.response_ids, row.pieces, row.steps]
+        row_id = content_id([*content, row.max_new_tokens])
+        try:
+            if row_id in first_seen:
+                raise Refusal("duplicate row", f"the same as {first_seen[row_id]}")
+            first_seen[row_id] = row.origin
+            made.append({**target.columns, "row_id": row_id, **_response_columns(row, target)})
+        except Refusal as refusal:
+            rejected.append(Rejected(row.origin, *refusal.args))
+    table = pa.Table.from_pylist(made, schema=TRAJECTORY)
+    return _checked(_with_ranks(table), rejected)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int] | Refusal]:
+    """Ids of each text without special tokens, all in one call; a Refusal in the place of one that has no ids."""
+    if not texts:
+        return []
+    try:
+        return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+    except Exception:  # one text without a token spoils the call: find it
+        return [_encode_alone(tokenizer, text) for text in texts]
+
+
+def content_id(content: Any) -> str:
+    """16 hex digits of the SHA-256 of the canonical JSON: the same text has the same id in any file and run."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _encode_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | Refusal:
+    try:
+        return encode_prompt(tokenizer, text)
+    except DataError as error:
+        return Refusal("cannot be tokenized", str(error))
+
+
+def _response_columns(row: ResponseRow, target: Target) -> dict[str, Any]:
+    if row.response_ids is None and row.pieces is None and row.steps is None:
+        _require_no_control(row.prompt or "", {"response": row.response or ""}, target)
+    prompt = row.prompt_ids if row.prompt_ids is not None else _prompt_ids(row.prompt or "", target)
+    ids, steps, logps = _tokens(row, target)
+    if steps is None and row.response_ids is None:
+        ids = _closed(ids, len(prompt), target)
+    fill = target.fill(len(prompt), len(ids))
+    ids = ids + [target.tokenizer.eos_token_id] * fill
+    steps = None if steps is None else steps + [NEVER] * fill
+    _require_fit(prompt, {"response": ids}, target)
+    text = row.response if row.response is not None else target.tokenizer.decode(ids, skip_special_tokens=True)
+    sampler = {"max_new_tokens": row.max_new_tokens} if row.max_new_tokens else None
+    return {
+        "prompt_id": content_id(row.prompt if row.prompt is not None else prompt),
+        "origin": row.origin,
+        "prompt": prompt_text(row.prompt, prompt, target.tokenizer),
+        "response": text,
+        "answer": row.answer,
+        "prompt_ids": prompt,
+        "response_ids": ids,
+        "steps": steps,
+        "types": None if steps is None else [DIFFUSION] * len(steps),
+        "logps": None if logps is None else logps + [0.0] * fill,
+        "reward": row.reward,
+        "reward_source": None if row.reward is None else IMPORTED,
+        "shift": target.shift,
+        "denoising_steps": row.denoising_steps,
+        "sampler": sampler,
+        "engine": row.engine,
+    }
+
+
+def prompt_text(prompt: Prompt | None, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The column `prompt`: the text, the messages as JSON, or what the ids say."""
+    if prompt is None:
+        return str(tokenizer.decode(ids))
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _tokens(row: ResponseRow, target: Target) -> tuple[list[int], list[int] | None, list[float] | None]:
+    """Ids, steps and log-probs of a response as its source has it."""
+    if row.response_ids is not None:
+        return row.response_ids, row.steps, row.logps
+    if row.pieces is not None:
+        # tokens of another tokenizer: each becomes one or more of ours, which share its step
+        ids = [_require(piece) for piece in encode_texts(target.tokenizer, row.pieces)]
+        steps = [step for piece, step in zip(ids, row.steps or (), strict=True) for _ in piece]
+        return [token for piece in ids for token in piece], steps, None
+    ids_of_text = _require(encode_texts(target.tokenizer, [row.response or ""])[0])
+    if row.steps is not None and len(ids_of_text) + 1 == len(row.steps):
+        ids_of_text = [*ids_of_text, target.tokenizer.eos_token_id]  # the step map counts the end that the text omits
+    if row.steps is not None and len(ids_of_text) != len(row.steps):
+        raise Refusal("lengths differ", f"{len(row.steps)} steps for the {len(ids_of_text)} tokens of this tokenizer")
+    return ids_of_text, row.steps, None
+
+
+def _with_ranks(table: pa.Table) -> pa.Table:
+    """Fill in `ranks` from `steps`, for all rows at once."""
+    has = np.array(table["steps"].is_valid())
+    rows = table.filter(pa.array(has, pa.bool_()))
+    steps = rows["steps"].combine_chunks()
+    lengths = np.diff(steps.offsets) if len(rows) else np.zeros(0, dtype=np.int64)
+    on_global = np.array(rows["block_origin"].to_pylist()) == "global"
+    starts = np.array([len(ids) for ids in rows["prompt_ids"].to_pylist()], dtype=np.int64) * on_global
+    ranks, _ = block_ranks(steps.flatten().to_numpy(), lengths, starts, rows["block_size"].to_numpy())
+    per_row = iter(np.split(ranks, np.cumsum(lengths)[:-1])) if len(rows) else iter(())
+    column = pa.array([next(per_row).tolist() if known else None for known in has], pa.list_(pa.int32()))
+    return table.set_column(table.schema.get_field_index("ranks"), "ranks", column)
+
+
+def _prompt_ids(prompt: Prompt, target: Target) -> list[int]:
+    try:
+        return encode_prompt(target.tokenizer, prompt)[-target.max_prompt_tokens :]
+    except DataError as error:
+        raise Refusal("cannot be tokenized", str(error)) from None
+
+
+def _require(ids: list[int] | Refusal) -> list[int]:
+    if isinstance(ids, Refusal):
+        raise ids
+    return ids
+
+
+def _closed(ids: list[int] | Refusal, prompt_len: int, target: Target) -> list[int]:
+    """Ids of a text, its end token, and the same token to the end of its block (see tokenizer.encode_response)."""
+    ended = [*_require(ids), target.tokenizer.eos_token_id]
+    return ended + [target.tokenizer.eos_token_id] * target.fill(prompt_len, len(ended))
+
+
+def _require_no_control(prompt: Prompt, sides: dict[str, str], target: Target) -> None:
+    # a prompt of plain text may be written in the model's own chat markup; a message or a response may not
+    texts = {} if isinstance(prompt, str) else {f"prompt[{i}]": m["content"] for i, m in enumerate(prompt)}
+    for where, text in {**texts, **sides}.items():
+        if found := target.control.search(text):
+            raise Refusal("control token", f"{where} holds {found[0]!r}, which the tokenizer reads as a control token")
+
+
+def _require_fit(prompt: list[int], sides: dict[str, list[int]], target: Target) -> None:
+    for where, ids in {"prompt": prompt, **sides}.items():
+        if target.mask_id in ids:
+            raise Refusal("mask token", f"{where} holds the mask token, id {target.mask_id}")
+        if where != "prompt" and len(ids) > target.max_response_tokens:
+            detail = f"{where} has {len(ids)} tokens of at most {target.max_response_tokens}"
+            raise Refusal("response too long", detail)
+
+
+def _checked(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[Rejected]]:
+    """The rows that pass the table's own rules; the others are refused by those."""
+    rules = rules_of(table.schema)
+    found = verdicts(table, rules)
+    for row in np.flatnonzero(found != GOOD):
+        rule = rules[found[row]]
+        origins = table["origin"][int(row)].as_py().split(JOIN)
+        rejected += (Rejected(origin, rule.name, rule.says) for origin in origins)
+    return table.filter(pa.array(found == GOOD)), rejected

@@ -1,0 +1,130 @@
+"""Recorded responses -> rewards: a file of trajectory/v1 at a time, by a verifier or by a reward model."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from dtrpo_ray.config import ScoreConfig
+from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.records import TRAJECTORY
+from dtrpo_ray.rules import check_table
+from dtrpo_ray.tables import read_file
+from dtrpo_ray.tokenizer import load_tokenizer
+
+WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for
+
+Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
+"""(prompts, responses, reference answers) -> rewards."""
+
+
+class Scorer:
+    """Scores the files of a trajectory table, each into a file of the same name."""
+
+    def __init__(self, config: ScoreConfig) -> None:
+        self.source: str = config.scorer
+        if config.reward_model is not None:
+            self.score: Score = RewardModel(config.reward_model, config.batch_size)
+            self.source += f" {config.reward_model.name}"
+        else:
+            self.score = verifier(config.scorer)
+
+    def __call__(self, part: Path, out: Path) -> dict[str, Any]:
+        """Score one file. Raises DataError naming the file and the row that cannot be scored."""
+        table = check_table(read_file(part, TRAJECTORY), str(part))
+        columns = [table[name].to_pylist() for name in ("prompt", "response", "answer")]
+        try:
+            rewards = self.score(*columns)
+        except Unscorable as error:
+            row, reason = error.args
+            raise DataError(f"{part}: row {table['row_id'][row].as_py()}: {reason}") from None
+        for name, values in (("reward", rewards), ("reward_source", [self.source] * len(table))):
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+        partial = out / f"{part.name}.partial"
+        pq.write_table(table, partial)
+        partial.replace(out / part.name)
+        return {"rows": len(table), "sum": sum(rewards)}
+
+
+class Unscorable(Exception):
+    """(row number, reason); never leaves this module."""
+
+
+def verifier(name: str) -> Score:
+    """A module of verifiers/, over rows."""
+    score = importlib.import_module(f"dtrpo_ray.verifiers.{name}").score
+
+    def rows(prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        made = []
+        for row, (prompt, response, answer) in enumerate(zip(prompts, responses, answers, strict=True)):
+            if answer is None and name not in WITHOUT_ANSWER:
+                raise Unscorable(row, f"answer is null, and score.scorer = {name!r} compares with it")
+            try:
+                made.append(float(score(prompt, response, answer)))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise Unscorable(row, f"answer is not what {name} reads ({error!r}); see docs/data.md") from None
+        return made
+
+    return rows
+
+
+class RewardModel:
+    """A sequence-classification model of one label: its logit of a conversation is the reward."""
+
+    def __init__(self, path: Path, batch_size: int) -> None:
+        self.batch_size, self.device = batch_size, "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model: Any = AutoModelForSequenceClassification.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: not a sequence-classification model ({error})") from None
+        if model.config.num_labels != 1:
+            raise ModelError(f"{path}: has {model.config.num_labels} labels; a reward model has one")
+        self.model, self.tokenizer = model.eval().to(self.device), load_tokenizer(path)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.longest = int(getattr(model.config, "max_position_embeddings", None) or 4096)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        """Rewards in the order of the rows; batches are of like length. Too long a conversation is refused."""
+        texts = [conversation(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for row, tokens in enumerate(ids):
+            if len(tokens) > self.longest:
+                raise Unscorable(row, f"{len(tokens)} tokens; the reward model reads {self.longest}")
+        rewards = torch.zeros(len(ids), dtype=torch.float64)
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(self.device)
+            rewards[rows] = self.model(**batch).logits[:, 0].double().cpu()
+        return [float(reward) for reward in rewards]
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
+    """A prompt (text, or messages as JSON) and its answer as a reward model reads them: in its chat template."""
+    messages = prompt_messages(prompt)
+    if tokenizer.chat_template is None:
+        return "\n".join([*(turn["content"] for turn in messages), response])
+    turns = [*messages, {"role": "assistant", "content": response}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def prompt_messages(prompt: str) -> list[dict[str, str]]:
+    """The column `prompt` as messages: those it holds as JSON, or the text as the user's."""
+    if prompt.startswith("[{"):
+        try:
+            messages = json.loads(prompt)
+        except json.JSONDecodeError:
+            messages = []
+        if messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+            return list(messages)
+    return [{"role": "user", "content": prompt}]

@@ -1,0 +1,198 @@
+"""A table on disk: a folder of Parquet files and `manifest.json`, written whole, read whole, or checked row by row."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.records import CONTRACT_VERSION, MAY_BE_NULL, SCHEMAS, table_name
+from dtrpo_ray.rules import GOOD, Expected, check_table, rules_of, verdicts
+from dtrpo_ray.stages import sha256_file, write_json
+
+MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
+SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
+DUPLICATE = "duplicate id"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that was refused: `reason` is a name in docs/data.md, `detail` says what was found."""
+
+    origin: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found in a file or folder. `good` rows and the refused ones add up to `rows`."""
+
+    source: str
+    table: str
+    rows: int
+    refused: tuple[Rejected, ...]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Rows, good ones, and the refused by the rule they broke, most first."""
+        refused = dict(Counter(row.reason for row in self.refused).most_common())
+        return {"rows": self.rows, "good": self.rows - len(self.refused), "refused": refused}
+
+    def lines(self) -> list[str]:
+        """The report as a table of text."""
+        totals = self.totals
+        rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
+        return [f"{self.source}: {self.table}", *(f"  {name:<22}{count:>10,}" for name, count in rows)]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Row ids of the files before, for the rule on duplicates."""
+
+    ids: dict[str, str] = field(default_factory=dict)
+
+    def repeated(self, table: pa.Table, where: str) -> dict[int, str]:
+        """Row number -> where the same row_id stood before."""
+        found = {}
+        for number, row_id in enumerate(table["row_id"].to_pylist()):
+            if row_id in self.ids:
+                found[number] = self.ids[row_id]
+            else:
+                self.ids[row_id] = f"{where}:{number + 1}"
+        return found
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read every Parquet file of a folder (or one file) and check it against `schema`.
+
+    Raises DataError naming the file for a missing or unreadable file, another table or version, or a broken row.
+    """
+    whole = pa.concat_tables(check_table(read_file(file, schema), str(file)) for file in table_files(path))
+    duplicates = len(whole) - pc.count_distinct(whole["row_id"]).as_py()
+    if duplicates:
+        raise DataError(f"{path}: {duplicates} row(s) repeat a row_id; each row needs its own")
+    return whole
+
+
+def table_files(path: Path) -> list[Path]:
+    """The Parquet files of a folder by name, or the one file. Raises DataError if there is none."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: no Parquet files here")
+    return files
+
+
+def read_file(file: Path, schema: pa.Schema) -> pa.Table:
+    """One file, in the columns and types of `schema`; a column that may be null may also be absent.
+
+    Raises DataError naming the file.
+    """
+    try:
+        table = pq.read_table(file)
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error}); write it anew") from None
+    missing = [name for name in schema.names if name not in table.schema.names]
+    if needed := sorted(set(missing) - MAY_BE_NULL):
+        raise DataError(f"{file}: column {needed[0]} is missing; expected the table {table_name(schema)}")
+    for name in missing:
+        table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{file}: not the types of {table_name(schema)} ({error}); write it anew") from None
+
+
+def schema_of(path: Path) -> pa.Schema | None:
+    """Which of our tables a folder or file holds, by its columns; None if none."""
+    try:
+        names = set(pq.read_schema(table_files(path)[0]).names)
+    except (DataError, OSError, pa.ArrowInvalid):
+        return None
+    return next((schema for schema in SCHEMAS if names >= set(schema.names) - MAY_BE_NULL), None)
+
+
+def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None) -> Report:
+    """Every row of every file against every rule, one file in memory at a time.
+
+    Raises DataError naming a file that cannot be read, or whose bytes are not those of its manifest.
+    """
+    check_manifest(path)
+    rules, seen = rules_of(schema, expected), _Seen()
+    refused: list[Rejected] = []
+    rows = 0
+    for file in table_files(path):
+        table = read_file(file, schema)
+        rows += len(table)
+        found = verdicts(table, rules)
+        repeated = seen.repeated(table, str(file))
+        for number in sorted({*(found != GOOD).nonzero()[0].tolist(), *repeated}):
+            origin = f"{file}:{number + 1}"
+            if found[number] != GOOD:
+                refused.append(Rejected(origin, rules[found[number]].name, rules[found[number]].says))
+            else:
+                refused.append(Rejected(origin, DUPLICATE, f"the row_id of {repeated[number]}"))
+    return Report(str(path), table_name(schema), rows, tuple(refused))
+
+
+def write_shards(table: pa.Table, out: Path, facts: dict[str, Any] | None = None) -> None:
+    """Write a table as part-00000.parquet, part-00001.parquet ... of at most SHARD_ROWS rows, then its manifest."""
+    for number, start in enumerate(range(0, len(table), SHARD_ROWS)):
+        pq.write_table(table.slice(start, SHARD_ROWS), out / f"part-{number:05d}.parquet")
+    write_manifest(out, table.schema, facts)
+
+
+def write_manifest(folder: Path, schema: pa.Schema, facts: dict[str, Any] | None = None) -> None:
+    """Write `manifest.json`: the table, its files with rows and SHA-256, and `facts` of where it came from."""
+    files = {
+        file.name: {"rows": pq.read_metadata(file).num_rows, "sha256": sha256_file(file)}
+        for file in sorted(folder.glob("*.parquet"))
+    }
+    record = {"table": table_name(schema), "contract_version": CONTRACT_VERSION}
+    record |= {"rows": sum(entry["rows"] for entry in files.values()), "files": files, **(facts or {})}
+    write_json(folder / MANIFEST, record)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None if it has none. Raises DataError if it is damaged."""
+    try:
+        record: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        record["files"].items()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST}: damaged ({error!r}); write the table anew") from None
+    return record
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise DataError naming the first file that is missing, new or changed since the manifest was written."""
+    record = read_manifest(folder)
+    if record is None:
+        return
+    there = {file.name for file in folder.glob("*.parquet")}
+    for name, entry in record["files"].items():
+        if name not in there:
+            raise DataError(f"{folder / name}: missing, though the manifest lists it; make the table anew")
+        if sha256_file(folder / name) != entry["sha256"]:
+            raise DataError(f"{folder / name}: hash mismatch, changed since its manifest was written; make it anew")
+    for name in sorted(there - set(record["files"])):
+        raise DataError(f"{folder / name}: not in the manifest; move it away, or make the table anew")
+
+
+def quarantine_lines(rejected: Iterable[Rejected]) -> Iterator[str]:
+    """One JSON line {origin, reason, detail} for each row refused; no text of the row itself."""
+    return (json.dumps(asdict(row)) + "\n" for row in rejected)
+
+
+def write_quarantine(rejected: Iterable[Rejected], path: Path) -> None:
+    """Write `quarantine_lines` to a file."""
+    path.write_text("".join(quarantine_lines(rejected)))

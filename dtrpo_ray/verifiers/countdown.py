@@ -1,0 +1,66 @@
+"""Countdown in prose: one expression, or our own derivation, that reaches a target with every number used once."""
+
+import ast
+import json
+import re
+from collections import Counter
+from fractions import Fraction
+
+from dtrpo_ray.tasks import countdown
+from dtrpo_ray.verifiers.extract import marked
+
+_LONGEST = 200  # characters of an expression
+_SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", r"\left": "", r"\right": ""}
+
+
+def score(prompt: str, response: str, answer: str | None = None) -> float:
+    """1.0 if the marked expression, or else the whole response, uses every number once and gives the target."""
+    puzzle = _puzzle(prompt, answer)
+    if puzzle is None:
+        return 0.0
+    numbers, target = puzzle
+    if countdown.score(",".join(map(str, [*numbers, target])), response.strip()):
+        return 1.0
+    used: list[int] = []
+    value = _value(next(marked(response), response), used)
+    return float(value == target and Counter(used) == Counter(numbers))
+
+
+def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int] | None:
+    """Numbers and target: of the reference [[numbers], target] if there is one, else of the prompt."""
+    try:
+        numbers, target = json.loads(answer or "")
+        return [int(n) for n in numbers], int(target)
+    except (ValueError, TypeError):
+        found = [int(n) for n in re.findall(r"\d+", prompt)]
+        return (found[:-1], found[-1]) if len(found) > 2 else None
+
+
+def _value(text: str, used: list[int]) -> Fraction | None:
+    for spelling, plain in _SPELLINGS.items():
+        text = text.replace(spelling, plain)
+    text = text.split("=")[0].strip()
+    if len(text) > _LONGEST:
+        return None
+    try:
+        return _evaluate(ast.parse(text, mode="eval").body, used)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _evaluate(node: ast.AST, used: list[int]) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp):
+        left, right = _evaluate(node.left, used), _evaluate(node.right, used)
+        match node.op:
+            case ast.Add():
+                return left + right
+            case ast.Sub():
+                return left - right
+            case ast.Mult():
+                return left * right
+            case ast.Div():
+                return left / right
+    raise ValueError("only + - * / of integers")

@@ -1,0 +1,121 @@
+"""Files of rows: every kind, local, in memory and behind fsspec; parts that add up to the whole."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers import files
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, plan_shards, raw_rows, sha256_uri
+
+ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=6)
+    elif path.suffix == ".arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.Table.from_pylist(rows).schema) as out:
+            out.write_table(pa.Table.from_pylist(rows), max_chunksize=6)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow"])
+@pytest.mark.parametrize("size", [1, 5, 6, 23, 100])
+def test_the_parts_of_a_file_are_its_rows_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, size: int
+) -> None:
+    monkeypatch.setattr(files, "SHARD_ROWS", size)
+    file = write(tmp_path / f"rows{ending}", ROWS)
+    shards = plan_shards(file)
+    assert len(shards) == 1 or ending in (".jsonl", ".parquet")
+    found = [row for shard in shards for row in raw_rows(shard)]
+    assert found == [(f"{file}:{i}", row) for i, row in enumerate(ROWS, 1)]
+
+
+def test_blank_lines_a_missing_last_line_end_and_a_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SHARD_ROWS", 2)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 3}\n\n\n{"a": 6}')
+    found = [row for shard in plan_shards(str(file)) for row in raw_rows(shard)]
+    assert found == [(f"{file}:{n}", {"a": n}) for n in (1, 3, 6)]
+
+
+def test_a_feather_file_reads_like_a_datasets_file(tmp_path: Path) -> None:
+    file, table = tmp_path / "rows.arrow", pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table, max_chunksize=6)
+    assert [value for _, value in raw_rows(Shard(str(file)))] == ROWS
+
+
+def test_a_folder_that_datasets_saved_is_its_arrow_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the package `datasets` wrote this kind of folder")
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    found = [value for file in data_files(str(tmp_path / "saved")) for _, value in raw_rows(Shard(file))]
+    assert found == ROWS
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(DataError, match=r"holds the splits test, train; name one, for example .*splits/test"):
+        data_files(str(tmp_path / "splits"))
+    assert len(data_files(str(tmp_path / "splits" / "train"))) == 1
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".json"])
+def test_a_uri_reads_like_a_path(tmp_path: Path, ending: str) -> None:
+    """memory:// goes the way of every filesystem that only fsspec knows."""
+    local = write(tmp_path / f"rows{ending}", ROWS)
+    uri = f"memory://bucket{ending}/rows{ending}"
+    with fsspec.open(uri, "wb") as out:
+        out.write(Path(local).read_bytes())
+    assert data_files(f"memory://bucket{ending}") == [uri]
+    assert [value for shard in plan_shards(uri) for _, value in raw_rows(shard)] == ROWS
+    assert next(raw_rows(Shard(uri)))[0] == f"{uri}:1"
+    assert sha256_uri(uri) == sha256_uri(local)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a.jsonl", "gs://bucket/a.jsonl"])
+def test_buckets_are_asked_of_pyarrow_first(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    """The network is not here: what is asked for is what matters."""
+    asked = []
+
+    class FileSystem:
+        @staticmethod
+        def from_uri(where: str) -> Any:
+            asked.append(where)
+            return pa.fs.LocalFileSystem(), "bucket/a.jsonl"
+
+    monkeypatch.setattr(files.pafs, "FileSystem", FileSystem)
+    assert files.open_filesystem(uri)[1] == "bucket/a.jsonl"
+    assert asked == [uri]
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere://a/b: cannot be opened"):
+        data_files("nowhere://a/b")
+    with pytest.raises(DataError, match="No such file or directory"):
+        data_files(str(tmp_path / "gone.jsonl"))
+    with pytest.raises(DataError, match=r"a folder without data; expected files ending in \.json, \.jsonl"):
+        data_files(str(tmp_path))
+
+
+def test_a_row_that_cannot_be_decoded_keeps_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": 1}\n{\n{"a": 3}\n')
+    (_, one), (where, two), (_, three) = raw_rows(Shard(str(file)))
+    assert (one, three, where) == ({"a": 1}, {"a": 3}, f"{file}:2")
+    assert isinstance(two, Refusal)
+    assert two.args[0] == "bad JSON"

@@ -1,0 +1,216 @@
+"""Texts and ids -> rows of the tables, on a model's grid: by hand, at the limits, and for the real files."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.errors import ModelError
+from dtrpo_ray.importers.preferences import PreferenceRow, read_preferences
+from dtrpo_ray.importers.responses import ResponseRow, read_responses
+from dtrpo_ray.importers.tokenize import Target, tokenize_preferences, tokenize_responses
+from dtrpo_ray.records import PREFERENCE, TRAJECTORY
+from dtrpo_ray.rows import tokenizer_hash
+from dtrpo_ray.rules import check_table
+from dtrpo_ray.tables import Rejected, read_table
+from dtrpo_ray.tokenizer import character_tokenizer, encode_response, load_tokenizer
+
+ASKED = [{"role": "user", "content": "Why?"}]
+
+DIGITS = character_tokenizer("0123456789")
+EOS, MASK = 10, 11
+
+
+def digits(**changes: Any) -> Target:
+    settings: dict[str, Any] = {"block_size": 4, "max_prompt_tokens": 512, "max_response_tokens": 512} | changes
+    return Target(DIGITS, **settings)
+
+
+def pair(prompt: str = "12", chosen: str = "3", rejected: str = "4", origin: str = "f:1") -> PreferenceRow:
+    return PreferenceRow(prompt, chosen, rejected, origin)
+
+
+def test_a_pair_becomes_a_row_of_preference_v1_by_hand() -> None:
+    table, rejected = tokenize_preferences([pair("12", "345", "6")], digits())
+    assert rejected == []
+    assert table.schema.equals(PREFERENCE, check_metadata=True)
+    row = table.to_pylist()[0]
+    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([1, 2], [3, 4, 5, EOS, EOS, EOS], [6, EOS])
+    assert {row[name] for name in PREFERENCE.names if re.search("steps|reward|types", name)} == {None}
+    assert (row["origin"], row["tokenizer_hash"]) == ("f:1", tokenizer_hash(DIGITS))
+    assert (row["contract_version"], row["block_size"], row["mask_id"]) == (1, 4, MASK)
+    assert row["row_id"] == "574b7c61614740fd"  # printf '["12","345","6"]' | sha256sum | cut -c1-16
+    assert row["prompt_id"] == "f9cacf3cb91a12e0"
+
+
+def test_ids_follow_the_content_and_not_the_place() -> None:
+    rows = [pair(origin="a:1"), pair(chosen="5"), pair("13"), pair(chosen="4", rejected="3")]
+    first, _ = tokenize_preferences(rows, digits())
+    again, _ = tokenize_preferences([pair(origin="b:7"), *rows[:0:-1]], digits())
+    assert set(first["row_id"].to_pylist()) == set(again["row_id"].to_pylist())
+    assert len(set(first["row_id"].to_pylist())) == 4
+    assert len(set(first["prompt_id"].to_pylist())) == 2
+
+
+def test_a_long_prompt_loses_its_beginning_and_the_grid_follows() -> None:
+    table, rejected = tokenize_preferences([pair("123456789")], digits(max_prompt_tokens=6))
+    assert rejected == []
+    assert table["prompt_ids"].to_pylist() == [[4, 5, 6, 7, 8, 9]]
+    assert table["chosen_ids"].to_pylist() == [[3, EOS]]
+
+
+@pytest.mark.parametrize(("most", "imported"), [(5, 0), (6, 1)])
+def test_the_limit_counts_a_response_as_stored(most: int, imported: int) -> None:
+    table, rejected = tokenize_preferences([pair("12", "345", "6")], digits(max_response_tokens=most))
+    assert len(table) == imported
+    assert len(rejected) == 1 - imported
+    if rejected:
+        assert rejected[0] == Rejected("f:1", "response too long", "chosen has 6 tokens of at most 5")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        (pair(origin="f:2"), "duplicate row", "the same as f:1"),
+        (pair(chosen="3<|MASK|>"), "control token", "chosen holds '<|MASK|>'"),
+        (pair(rejected="<|endoftext|>"), "control token", "rejected holds '<|endoftext|>'"),
+        (pair("1<|MASK|>2"), "mask token", f"prompt holds the mask token, id {MASK}"),
+        (pair(chosen="3 4"), "cannot be tokenized", "the tokenizer cannot encode the text '3 4'"),
+    ],
+)
+def test_a_row_that_must_not_be_trained_on_is_refused(row: PreferenceRow, reason: str, detail: str) -> None:
+    table, rejected = tokenize_preferences([pair(), row], digits())
+    assert len(table) == 1
+    assert [(r.origin, r.reason) for r in rejected] == [(row.origin, reason)]
+    assert detail in rejected[0].detail
+
+
+def test_messages_without_a_chat_template_stop_the_import() -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        tokenize_preferences([PreferenceRow(ASKED, "1", "2", "f:1")], digits())
+
+
+def test_no_rows_give_an_empty_table() -> None:
+    table, rejected = tokenize_preferences([], digits())
+    assert (len(table), rejected) == (0, [])
+    assert table.schema.equals(PREFERENCE)
+
+
+@pytest.fixture(scope="module")
+def sdar(shared_data: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(shared_data / "tokenizer_qwen2_sdar")
+
+
+@pytest.mark.parametrize("text", ["<|MASK|>", "a<|im_end|>", "<|im_start|>system\nObey.", "<|endoftext|>"])
+@pytest.mark.parametrize("where", ["prompt", "chosen", "rejected"])
+def test_control_text_reaches_no_message_and_no_response(sdar: PreTrainedTokenizerBase, text: str, where: str) -> None:
+    texts = {"prompt": "Why?", "chosen": "So.", "rejected": "No."} | {where: text}
+    row = PreferenceRow([{"role": "user", "content": texts["prompt"]}], texts["chosen"], texts["rejected"], "f:1")
+    table, rejected = tokenize_preferences([row], Target(sdar, 4, 512, 512))
+    assert len(table) == 0
+    assert [r.reason for r in rejected] == ["control token"]
+
+
+def test_a_text_prompt_may_hold_the_models_own_markup_but_not_the_mask(sdar: PreTrainedTokenizerBase) -> None:
+    markup = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [PreferenceRow(markup, "So.", "No.", "f:1"), PreferenceRow(ASKED, "So.", "No.", "f:2")]
+    table, rejected = tokenize_preferences(
+        [*rows, PreferenceRow(markup + "<|MASK|>", "So.", "No.", "f:3")], Target(sdar, 4, 64, 64)
+    )
+    as_text, as_messages = table["prompt_ids"].to_pylist()
+    assert as_text == as_messages
+    assert [(r.origin, r.reason) for r in rejected] == [("f:3", "mask token")]
+
+
+def test_texts_that_differ_only_before_normalisation_are_no_pair(sdar: PreTrainedTokenizerBase) -> None:
+    _, rejected = tokenize_preferences(
+        [PreferenceRow("Why?", "caf\u00e9", "cafe\u0301", "f:1")], Target(sdar, 4, 512, 512)
+    )
+    assert [r.reason for r in rejected] == ["identical tokens"]
+
+
+def test_the_real_files_become_valid_tables(sdar: PreTrainedTokenizerBase, tmp_path: Path, shared_data: Path) -> None:
+    rows, _ = read_preferences(shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json")
+    table, rejected = tokenize_preferences(rows, Target(sdar, 8, 512, 512))
+    assert (len(table), Counter(r.reason for r in rejected)) == (220, {"response too long": 75, "duplicate row": 5})
+    pq.write_table(check_table(table, "imported"), tmp_path / "part-0.parquet")
+    assert read_table(tmp_path, PREFERENCE).equals(table)
+    assert max(map(len, table["prompt_ids"].to_pylist())) == 512
+    assert max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in table[side].to_pylist()) <= 512
+
+
+def response(steps: list[int] | None, **fields: Any) -> ResponseRow:
+    return ResponseRow("f:1", "test", **{"prompt": "12", "steps": steps, **fields})
+
+
+def test_a_step_map_cut_at_the_end_token_is_filled_with_tokens_never_reached() -> None:
+    table, rejected = tokenize_responses([response([7, 3, 5], response_ids=[3, 4, EOS])], digits(shift=0))
+    (row,) = table.to_pylist()
+    assert rejected == []
+    assert row["response_ids"] == [3, 4, EOS, EOS, EOS, EOS]  # two of the prompt's block, then a whole one
+    assert row["steps"] == [7, 3, 5, -1, -1, -1]
+    assert row["ranks"] == [1, 0, 0, -1, -1, -1]
+    assert row["types"] == [0] * 6
+    assert (row["prompt"], row["response"], row["engine"], row["shift"]) == ("12", "34", "test", 0)
+    check_table(table, "here")
+
+
+def test_a_step_map_over_text_may_count_the_end_that_the_text_omits() -> None:
+    rows = [response([1, 2], response="34"), response([1, 2, 3], response="35"), response([1], response="36")]
+    table, rejected = tokenize_responses(rows, digits())
+    assert table["response_ids"].to_pylist() == [[3, 4], [3, 5, EOS, EOS, EOS, EOS]]
+    assert table["steps"].to_pylist() == [[1, 2], [1, 2, 3, -1, -1, -1]]
+    assert [(r.reason, r.detail) for r in rejected] == [
+        ("lengths differ", "1 steps for the 2 tokens of this tokenizer")
+    ]
+
+
+def test_tokens_of_another_tokenizer_share_their_step_and_other_text_has_none() -> None:
+    rows = [response([5, 1], pieces=["345", "6"]), response(None, response="345")]
+    table, rejected = tokenize_responses(rows, digits(block_origin="response"))
+    assert rejected == []
+    assert table["response_ids"].to_pylist() == [[3, 4, 5, 6], [3, 4, 5, EOS]]
+    assert table["steps"].to_pylist() == [[5, 5, 5, 1], None]
+    assert table["ranks"].to_pylist() == [[1, 1, 1, 0], None]
+    assert table["response_ids"].to_pylist()[1] == encode_response(DIGITS, "345", 0, 4)
+    assert table.schema.equals(TRAJECTORY)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (response([0, 1], response_ids=[3, MASK]), "mask token"),
+        (response([0] * 9, response_ids=[3] * 9), "response too long"),
+        (response(None, response="<|endoftext|>"), "control token"),
+        (response(None, response="x"), "cannot be tokenized"),
+    ],
+)
+def test_a_response_that_must_not_be_trained_on_is_refused(row: ResponseRow, reason: str) -> None:
+    table, rejected = tokenize_responses([row], digits(max_response_tokens=8))
+    assert (len(table), [r.reason for r in rejected]) == (0, [reason])
+
+
+def test_llada_s_real_run_becomes_a_trajectory_of_64_steps(sdar: PreTrainedTokenizerBase, shared_data: Path) -> None:
+    rows, _ = read_responses(shared_data / "llada_trajectory" / "sample_process.txt")
+    table, rejected = tokenize_responses(rows, Target(sdar, 64, 512, 512, "response"))
+    (row,) = table.to_pylist()
+    assert rejected == []
+    assert row["response"].startswith("Artificial intelligence (AI) refers to the technology used in computer systems")
+    known = [step for step in row["steps"] if step >= 0]
+    assert set(known) == set(range(1, 65))
+    assert set(row["ranks"]) - {-1} == set(range(64))
+
+
+def test_llada_s_real_generations_become_trajectories_without_steps(
+    sdar: PreTrainedTokenizerBase, shared_data: Path
+) -> None:
+    found, unread = read_responses(shared_data / "llada_generations" / "sudoku.jsonl.gz")
+    table, refused = tokenize_responses(found, Target(sdar, 4, 1024, 512))
+    assert len(found) + len(unread) == 768
+    assert (len(table), Counter(r.reason for r in refused)) == (768, {})
+    assert set(table["steps"].to_pylist()) == {None}
+    assert None not in table["answer"].to_pylist()
