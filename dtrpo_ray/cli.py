@@ -188,13 +188,14 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row breaks a rule.")] = False,
     quarantine: Annotated[Path | None, typer.Option(help="Write the rows that break a rule, with reasons.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest row of a table: prompt and a side.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer directory that a table's ids are of.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
     if not source.endswith(".toml"):
         from dtrpo_ray.checking import check_data
 
-        reports = check_data(source, max_tokens)
+        reports = check_data(source, max_tokens, tokenizer)
     else:
         parsed = load_job(Path(source), overrides or ())
         reports = []

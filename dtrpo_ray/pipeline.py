@@ -196,12 +196,14 @@ class River:
         inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
         def make(out: Path) -> dict[str, Any]:
-            table = make_pairs(read_table(trajectories.path / TABLE, TRAJECTORY), job.pair)
+            rows = read_table(trajectories.path / TABLE, TRAJECTORY)
+            table = make_pairs(rows, job.pair)
             if not len(table):
                 raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
             (out / TABLE).mkdir(exist_ok=True)
             write_shards(table, out / TABLE)
-            return {"pairs": len(table)}
+            unscored = rows["reward"].null_count
+            return {"pairs": len(table), **({"unscored": unscored} if unscored else {})}
 
         return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 

@@ -1,0 +1,120 @@
+"""Files -> tables, part by part: counts that add up, duplicates across parts, buckets, and cuts at any point."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from dtrpo_ray import prepare
+from dtrpo_ray.config import PreferencesTask, TrajectoriesTask
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers import files
+from dtrpo_ray.records import PREFERENCE, TRAJECTORY
+from dtrpo_ray.tables import check_folder, read_manifest, read_table
+from dtrpo_ray.tokenizer import character_tokenizer
+
+GRID: dict[str, Any] = {"block_size": 4, "block_origin": "global", "shift": 0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    character_tokenizer("0123456789").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """23 rows in parts of 5: row 7 is no JSON, 9 has a letter, 12 and 20 repeat row 1."""
+    monkeypatch.setattr(files, "SHARD_ROWS", 5)
+    rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i + 1), "rejected": "2"}) for i in range(23)]
+    rows[6], rows[8], rows[11], rows[19] = "{", rows[8].replace("11", "1x"), rows[0], rows[0]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def task(path: Path, **changes: Any) -> PreferencesTask:
+    return PreferencesTask.model_validate({"type": "preferences", "files": [str(path)], **changes})
+
+
+def imported(config: PreferencesTask | TrajectoriesTask, tokenizer: Path, out: Path, schema: Any) -> dict[str, Any]:
+    hashes = {file: f"hash of {file}" for file in config.files}
+    importer = prepare.Importer(config, tokenizer, GRID, hashes)
+    out.mkdir(exist_ok=True)
+    done = [importer(part, out) for part in prepare.import_parts(config)]
+    return prepare.finish_import(done, schema, out)
+
+
+def test_every_row_ends_in_one_place_and_the_counts_add_up(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table"
+    counts = imported(task(source), tokenizer, out, PREFERENCE)
+    refused = {"duplicate row": 2, "bad JSON": 1, "cannot be tokenized": 1}
+    assert counts == {"rows": 23, "good": 19, "refused": refused}
+    table = read_table(out, PREFERENCE)
+    lines = sorted(int(origin.rsplit(":", 1)[1]) for origin in table["origin"].to_pylist())
+    assert lines == [n for n in range(1, 24) if n not in (7, 9, 12, 20)]
+    assert set(table["data_hash"].to_pylist()) == {f"hash of {source}"}
+    quarantine = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(int(row["origin"].rsplit(":", 1)[1]) for row in quarantine) == [7, 9, 12, 20]
+    assert (read_manifest(out) or {})["counts"] == counts
+    assert check_folder(out, PREFERENCE).totals == {"rows": 19, "good": 19, "refused": {}}
+
+
+def test_rows_of_like_length_share_a_file(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    imported(task(source), tokenizer, tmp_path / "table", PREFERENCE)
+    for file in (tmp_path / "table").glob("part-*.parquet"):
+        bucket = int(file.stem.rsplit("-", 1)[1])
+        for row in pq.read_table(file).to_pylist():
+            tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            assert bucket // 2 < tokens <= bucket
+
+
+@pytest.mark.parametrize("cut", ["nothing", "the last part", "the duplicates", "the manifest"])
+def test_a_cut_off_import_ends_in_the_same_table(source: Path, tokenizer: Path, tmp_path: Path, cut: str) -> None:
+    """Parts are written again under the same names, and what was marked to go goes once."""
+    whole, out = tmp_path / "whole", tmp_path / "table"
+    counts = imported(task(source), tokenizer, whole, PREFERENCE)
+    importer = prepare.Importer(task(source), tokenizer, GRID, {str(source): f"hash of {source}"})
+    parts = prepare.import_parts(task(source))
+    assert len(parts) == 5
+    out.mkdir()
+    done = [importer(part, out) for part in parts]
+    if cut == "the last part":
+        done[-1] = importer(parts[-1], out)
+    if cut in ("the duplicates", "the manifest"):
+        prepare.finish_import(done, PREFERENCE, out)
+        (out / "manifest.json").unlink()
+    if cut == "the duplicates":  # one of two files was rewritten when it was cut: put the other back
+        fresh = tmp_path / "fresh"
+        fresh.mkdir()
+        importer(parts[3], fresh)
+        for file in fresh.glob("part-*.parquet"):
+            file.replace(out / file.name)
+    assert prepare.finish_import(done, PREFERENCE, out) == counts
+    assert read_table(out, PREFERENCE).equals(read_table(whole, PREFERENCE))
+
+
+def test_strict_stops_at_the_first_bad_row_and_max_rows_reads_no_further(
+    source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"pairs\.jsonl:7: bad JSON: .* \(strict\)"):
+        imported(task(source, strict=True), tokenizer, tmp_path / "strict", PREFERENCE)
+    counts = imported(task(source, strict=True, max_rows=6), tokenizer, tmp_path / "six", PREFERENCE)
+    assert counts == {"rows": 6, "good": 6, "refused": {}}
+
+
+def test_responses_become_trajectories_and_unpaired_rows_count_two_to_a_pair(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text(json.dumps({"full_output": ["34", "5"], "step_map": [[1, 2], [1, 2, 3]], "prompt": "12"}) + "\n")
+    config = TrajectoriesTask.model_validate({"type": "trajectories", "files": [str(path)]})
+    counts = imported(config, tokenizer, tmp_path / "table", TRAJECTORY)
+    assert counts == {"rows": 2, "good": 1, "refused": {"lengths differ": 1}}
+    assert read_table(tmp_path / "table", TRAJECTORY)["steps"].to_pylist() == [[1, 2]]
+    path = tmp_path / "kto.jsonl"
+    rows = [{"prompt": "1", "completion": str(i), "label": i < 2} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = imported(task(path), tokenizer, tmp_path / "pairs", PREFERENCE)
+    assert counts == {"rows": 3, "good": 2, "refused": {"no partner": 1}}
