@@ -1,0 +1,82 @@
+"""Rewards: a verifier and a reward model over a file of trajectories, and the rows they cannot score."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from example_rows import trajectory
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+from dtrpo_ray.config import ScoreConfig
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.records import TRAJECTORY
+from dtrpo_ray.scoring import RewardModel, Scorer, conversation, prompt_messages
+from dtrpo_ray.tables import read_table
+from dtrpo_ray.tokenizer import character_tokenizer
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    made = [trajectory(str(i)) | {"reward": None, "reward_source": None} | row for i, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(made, schema=TRAJECTORY), path)
+    return path
+
+
+def test_a_file_is_scored_into_a_file_of_the_same_name_and_nothing_else_changes(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "part-0.parquet", [{"response": "#### 4", "answer": "4"}, {"response": "5", "answer": "4"}]
+    )
+    (tmp_path / "out").mkdir()
+    summary = Scorer(ScoreConfig(scorer="gsm8k"))(source, tmp_path / "out")
+    table, before = read_table(tmp_path / "out", TRAJECTORY), read_table(source, TRAJECTORY)
+    assert summary == {"rows": 2, "sum": 1.0}
+    assert table["reward"].to_pylist() == [1.0, 0.0]
+    assert set(table["reward_source"].to_pylist()) == {"gsm8k"}
+    same = [name for name in TRAJECTORY.names if not name.startswith("reward")]
+    assert table.select(same).equals(before.select(same))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "message"),
+    [
+        ("gsm8k", None, r"part-0\.parquet: row 1: answer is null, and score\.scorer = 'gsm8k' compares with it"),
+        ("python_tests", "no JSON", r"part-0\.parquet: row 1: answer is not what python_tests reads"),
+        ("instructions", "{}", r"part-0\.parquet: row 1: answer is not what instructions reads"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_named(tmp_path: Path, scorer: Any, answer: Any, message: str) -> None:
+    good = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "test_list": ["assert True"]}
+    rows = [{"answer": json.dumps(good), "response": "1"}, {"answer": answer, "response": "1"}]
+    with pytest.raises(DataError, match=message):
+        Scorer(ScoreConfig(scorer=scorer))(write(tmp_path / "part-0.parquet", rows), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reward-model")
+    character_tokenizer("0123456789\n").save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, num_labels=1, pad_token_id=11,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2ForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_does_not_depend_on_the_batch_it_is_in(reward_model: Path) -> None:
+    prompts, responses = ["1", "22", "3333"], ["9", "12345678", "7"]
+    apart = [RewardModel(reward_model, 1)([p], [r], [None])[0] for p, r in zip(prompts, responses, strict=True)]
+    assert RewardModel(reward_model, 2)(prompts, responses, [None] * 3) == pytest.approx(apart, abs=1e-5)
+    assert len(set(apart)) == 3
+
+
+def test_prompts_are_text_or_messages_as_json() -> None:
+    messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Why?"}]
+    assert prompt_messages(json.dumps(messages)) == messages
+    assert prompt_messages("[{") == [{"role": "user", "content": "[{"}]
+    assert conversation(character_tokenizer("1"), "Why?", "So.") == "Why?\nSo."
