@@ -80,9 +80,9 @@ class _Request(_Body):
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field([], max_length=16)
     """The text ends before the first of these."""
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=16)
-    """Tokens that end a choice as the end-of-sequence token does."""
+    """Tokens that end a choice, beside the model's own: end of sequence, end of turn, generation_config.json's."""
     ignore_eos: bool = False
-    """Decode on after the end-of-sequence token, to `max_tokens`."""
+    """Decode on past the model's own end tokens, to `max_tokens`."""
     stream: bool = False
     """Send each block when it is finished, as server-sent events."""
     stream_options: StreamOptions = StreamOptions()

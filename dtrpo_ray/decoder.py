@@ -172,7 +172,7 @@ class Decoder:
         origin = count if model.block_origin == "response" else 0
         start = origin + (count - origin) // block * block
         end = origin + -(-(count - origin + params.max_new_tokens) // block) * block
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {model.eos_id})
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else model.stop_ids)
         rng = np.random.Generator(np.random.Philox(key=seed))
         return _Row(key, params, rng, watch, count, block, start, end, stops)
 

@@ -13,7 +13,7 @@ from dtrpo_ray.generation import Generation, SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.sampler import generate
-from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+from dtrpo_ray.tokenizer import encode_prompt, eos_token_id, load_tokenizer, mask_token_id, turn_end_id
 
 DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 
@@ -26,6 +26,13 @@ class Engine:
             raise ModelError(
                 f"tokenizer mask id {mask_token_id(tokenizer)} and config.json mask_token_id {model.mask_id} disagree"
             )
+        if eos_token_id(tokenizer) not in model.stop_ids:
+            raise ModelError(
+                f"tokenizer end-of-sequence id {eos_token_id(tokenizer)} and the model's eos_token_id "
+                f"{', '.join(map(str, sorted(model.stop_ids)))} disagree"
+            )
+        turn_end = turn_end_id(tokenizer)
+        model.other_ends |= set() if turn_end is None else {turn_end}
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @classmethod

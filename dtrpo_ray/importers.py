@@ -289,6 +289,8 @@ class _Limits:
     max_response_tokens: int
     mask_id: int
     control: re.Pattern[str]
+    end: int
+    turn_end: int
 
 
 def tokenize_preferences(
@@ -301,14 +303,23 @@ def tokenize_preferences(
 ) -> tuple[pa.Table, list[Rejected]]:
     """The table preference/v1 (no recorded steps, no rewards) and the rows refused.
 
-    A prompt keeps its last `max_prompt_tokens`; a response counts with its end token and the fill of its block.
+    A prompt keeps its last `max_prompt_tokens`; a response counts with its end token and the fill of its block. An
+    answer to messages ends as the chat template ends an assistant's turn, one to plain text in the end of sequence.
     """
-    from dtrpo_ray.tokenizer import mask_token_id  # here, since transformers takes seconds that reading need not pay
+    # here, since transformers takes seconds that reading need not pay
+    from dtrpo_ray.tokenizer import control_tokens, eos_token_id, mask_token_id, turn_end_id
 
-    mask_id = mask_token_id(tokenizer)
-    control = {*tokenizer.all_special_tokens, str(tokenizer.convert_ids_to_tokens(mask_id))}
-    pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
-    limits = _Limits(block_size, block_origin, max_prompt_tokens, max_response_tokens, mask_id, pattern)
+    end, turn_end = eos_token_id(tokenizer), turn_end_id(tokenizer)
+    limits = _Limits(
+        block_size,
+        block_origin,
+        max_prompt_tokens,
+        max_response_tokens,
+        mask_token_id(tokenizer),
+        control_tokens(tokenizer),
+        end,
+        end if turn_end is None else turn_end,
+    )
     made, rejected, first_seen = [], [], dict[str, str]()
     for row in rows:
         row_id = _content_id([row.prompt, row.chosen, row.rejected])
@@ -333,8 +344,10 @@ def _tokenized(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase", limits:
     try:
         prompt = encode_prompt(tokenizer, row.prompt)[-limits.max_prompt_tokens :]
         before = len(prompt) if limits.block_origin == "global" else 0
+        end = limits.end if isinstance(row.prompt, str) else limits.turn_end
         sides = {
-            s: encode_response(tokenizer, getattr(row, s), before, limits.block_size) for s in ("chosen", "rejected")
+            side: encode_response(tokenizer, getattr(row, side), before, limits.block_size, end)
+            for side in ("chosen", "rejected")
         }
     except DataError as error:
         raise _Refusal("cannot be tokenized", str(error)) from None

@@ -15,7 +15,7 @@ from dtrpo_ray.config import Job, PreferencesTask
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import read_preferences, tokenize_preferences, write_quarantine
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
-from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, load_tokenizer
+from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
 SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
@@ -44,7 +44,8 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     assert job.sft is not None
     assert job.model.init is not None
     rows = generate_puzzles(job, job.sft.num_examples, "train", job.seed)
-    end, size = not puzzle(job).FIXED_LENGTH, job.model.init.block_size
+    end = None if puzzle(job).FIXED_LENGTH else eos_token_id(tokenizer)
+    size = job.model.init.block_size
     # puzzles share their answers: a few hundred texts of a hundred thousand
     prompt_ids = cache(lambda text: encode_prompt(tokenizer, text))
     answer_ids = cache(lambda text, prompt_len: encode_response(tokenizer, text, prompt_len, size, end))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.errors import DataError, ModelError
@@ -365,6 +366,32 @@ def test_control_text_reaches_no_message_and_no_response(sdar: PreTrainedTokeniz
     table, rejected = tokenize_preferences([row], sdar, 4, 512, 512)
     assert len(table) == 0
     assert [r.reason for r in rejected] == ["control token"]
+
+
+def test_an_answer_ends_as_the_template_ends_a_turn_and_one_to_text_as_the_tokenizer_ends_text(
+    sdar: PreTrainedTokenizerBase,
+) -> None:
+    """SDAR's <|im_end|> is 151645, its <|endoftext|> 151643, which also fills the block."""
+    rows = [PreferenceRow(ASKED, "So.", "No.", "f:1"), PreferenceRow("Why?", "So.", "No.", "f:2")]
+    table, rejected = tokenize_preferences(rows, sdar, 4, 64, 64)
+    assert not rejected
+    for side, text in (("chosen_ids", "So."), ("rejected_ids", "No.")):
+        words = sdar.encode(text, add_special_tokens=False)
+        in_chat, in_text = table[side].to_pylist()
+        assert in_chat[: len(words) + 1] == [*words, 151645]
+        assert {*in_chat[len(words) + 1 :], *in_text[len(words) :]} == {151643}
+    assert in_text[: len(words)] == words
+
+
+def test_a_token_that_is_special_in_the_files_alone_is_a_control_token() -> None:
+    """Dream names two of its special tokens in special_tokens_map.json, and <|im_end|> is none of them."""
+    tokenizer = character_tokenizer("0123456789")
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<b>", special=False)])
+    assert "<|im_end|>" not in tokenizer.all_special_tokens
+    rows = [PreferenceRow("1", "2<|im_end|>", "3", "f:1"), PreferenceRow("1", "2<b>", "3", "f:2")]
+    table, rejected = tokenize_preferences(rows, tokenizer, 4, 64, 64)
+    assert len(table) == 1
+    assert [(r.origin, r.reason) for r in rejected] == [("f:1", "control token")]
 
 
 def test_a_text_prompt_may_hold_the_models_own_markup_but_not_the_mask(sdar: PreTrainedTokenizerBase) -> None:

@@ -21,7 +21,7 @@ def test_the_parameter_count_is_the_models(hidden: int, layers: int, heads: int,
         "model_type": "sdar", "vocab_size": 16, "hidden_size": hidden, "intermediate_size": 48,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv or heads,
         "head_dim": hidden // heads, "block_size": 4, "mask_token_id": 6, "eos_token_id": 5,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False, "rope_theta": 10000.0,
     }  # fmt: skip
     assert parameters(init, 16) == sum(p.numel() for p in build_model(config).parameters())
 
@@ -51,7 +51,8 @@ def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf1
     config = {
         "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, **change,
+        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, "rope_theta": 1e4,
+        **change,
     }  # fmt: skip
     rows, tokens, scored = 2, 96, 40
     model = build_model(config).to(torch.bfloat16 if bf16 else torch.float32)

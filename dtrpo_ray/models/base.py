@@ -63,11 +63,13 @@ class LoraTargets:
 class DiffusionLM(nn.Module, ABC):
     """A masked-diffusion language model.
 
-    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `eos_id` ends a response, `vocab_size`
-    bounds every id. `block_size` is the tokens of a block, on the grid that starts where `block_origin` says: at
-    position 0 ("global") or at the first response token ("response"). `attention` is "block" (a block sees itself and
-    earlier blocks) or "full" (everything sees everything, later blocks as [MASK]). `shift` is 1 where the hidden state
-    at position p - 1 predicts the token at p, else 0: callers read hidden states at `position - shift`.
+    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `eos_id` ends a response, as do
+    `other_ends` (those of generation_config.json and the chat template), `vocab_size` bounds every id. `block_size` is
+    the tokens of a block, on the grid that starts where `block_origin` says: at position 0 ("global") or at the first
+    response token ("response"). `attention` is "block" (a
+    block sees itself and earlier blocks) or "full" (everything sees everything, later blocks as [MASK]). `shift` is 1
+    where the hidden state at position p - 1 predicts the token at p, else 0: callers read hidden states at
+    `position - shift`.
     """
 
     facts: ClassVar[Facts]
@@ -76,6 +78,7 @@ class DiffusionLM(nn.Module, ABC):
     config: dict[str, Any]
     mask_id: int
     eos_id: int
+    other_ends: frozenset[int] = frozenset()
     block_size: int
     vocab_size: int
     attention: Literal["block", "full"] = "block"
@@ -103,6 +106,11 @@ class DiffusionLM(nn.Module, ABC):
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """Where each tensor of a checkpoint goes, both ways: every element of every tensor of ours exactly once."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends a response."""
+        return self.other_ends | {self.eos_id}
 
     def tied_tensors(self) -> tuple[str, str] | None:
         """(head, embedding) in upstream names where the head is the embedding: a checkpoint may hold the head too."""
