@@ -98,6 +98,8 @@ class _Request(_Body):
     """The unmasking policy, where the fields above do not say it; `low_confidence` is low_confidence_static."""
     block_length: int | None = Field(None, ge=1)
     """Tokens of a block: a full-attention model takes any, a block-trained model its own only."""
+    small_block_size: int | None = Field(None, ge=1)
+    """Tokens of a sub-block; those of a block are unmasked in turn. Absent: as the model's release does."""
     return_trajectory: bool = False
     """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
 

@@ -290,6 +290,7 @@ def serve(
     source: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a model directory.")],
     overrides: Overrides = None,
     as_json: AsJson = False,
+        block += f", in sub-blocks of {facts['small_block_size']}" if facts["small_block_size"] else ""
 ) -> None:
     """Serve a model directory, or a job's aligned model, over HTTP until Ctrl-C."""
     from dtrpo_ray.config import ClusterConfig, ServeConfig

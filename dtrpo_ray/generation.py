@@ -6,7 +6,7 @@ from typing import Literal
 Remasking = Literal[
     "low_confidence_static", "low_confidence_dynamic", "low_confidence_top_k", "entropy_bounded", "sequential"
 ]
-ENGINE_NAME = "dtrpo_ray.sampler/1"  # raise the number when decoding changes what a seed gives
+ENGINE_NAME = "dtrpo_ray.sampler/2"  # raise the number when decoding changes what a seed gives
 
 Alternatives = list[tuple[int, float]]  # (id, log mu), most probable first
 
@@ -19,7 +19,8 @@ class SamplingParams:
     `remasking` names another policy of `unmasking/`; `tokens_per_step` goes with low_confidence_top_k, `entropy_bound`
     (nats) with entropy_bounded. `stop_token_ids` end a response as the model's own `stop_ids` do; `ignore_eos` lets it
     decode on past those. `block_length` is for full-attention models, which were trained on none; the model's own if
-    absent. `top_logprobs` asks for the most probable
+    absent. `small_block_size` divides the block into sub-blocks that are unmasked one after the other, each in at least
+    one step; the model's own if absent, the block's size for none. `top_logprobs` asks for the most probable
     alternatives of each token, `max_new_tokens` counts tokens of text.
     """
 
@@ -36,6 +37,7 @@ class SamplingParams:
     ignore_eos: bool = False
     block_length: int | None = None
     top_logprobs: int = 0
+    small_block_size: int | None = None
 
     @property
     def policy(self) -> Remasking:

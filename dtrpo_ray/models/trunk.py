@@ -48,6 +48,13 @@ class TrunkLM(DiffusionLM):
             raise ModelError(
                 f"config.json: {facts.block_key} = {self.block_size}; {_kind(facts)} needs at least 1 here"
             )
+        whole = min(facts.small_block_size or self.block_size, self.block_size)
+        self.small_block_size = integer(config, "small_block_size", whole, facts)
+        if self.small_block_size < 1 or self.block_size % self.small_block_size:
+            raise ModelError(
+                f"config.json: small_block_size = {self.small_block_size} does not divide {facts.block_key} = "
+                f"{self.block_size}; give one that does, or {self.block_size} to decode by whole blocks"
+            )
         ends = (("eos_token_id", token) for token in (self.eos_id, *others))
         for key, token in (("mask_token_id", self.mask_id), *ends):
             if not 0 <= token < self.vocab_size:
