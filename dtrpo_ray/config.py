@@ -136,7 +136,7 @@ class LoraConfig(_Section):
     alpha: int = Field(32, ge=1)
     """The adapter's product is scaled by alpha / rank."""
     targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] = "attention+mlp"
-    """Which linear modules get adapters; the names are the family's."""
+    """Which linear modules get adapters; a part that a family lacks (docs/families.md) is refused."""
 
 
 class TrainConfig(_Section):

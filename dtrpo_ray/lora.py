@@ -26,22 +26,25 @@ NAME = "default"  # peft's name of an only adapter
 
 
 def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
-    """The names of linear modules that `config.targets` means in this family. Raises ConfigError if there are none."""
+    """The names of linear modules that `config.targets` means in this family.
+
+    Raises ConfigError where a part of them takes no adapters: what is asked for is never narrowed in silence.
+    """
     parts = {
         "attention": model.lora.attention,
         "mlp": model.lora.mlp,
         "attention+mlp": (*model.lora.attention, *model.lora.mlp),
         "mlp+output": (*model.lora.mlp, *model.lora.output),
     }
-    if config.targets.startswith("mlp") and not model.lora.mlp:
+    if "mlp" in config.targets and not model.lora.mlp:
         raise ConfigError(
-            f"lora.targets = {config.targets!r}: {model.facts.model_type} has routed experts alone, which take no "
-            "adapters; use 'attention'"
+            f"lora.targets = {config.targets!r}: the MLPs of {model.facts.model_type} are routed experts alone, "
+            "stacked tensors that take no adapters; set train.lora.targets = 'attention'"
         )
-    if config.targets == "mlp+output" and model.tied_tensors():
+    if "output" in config.targets and model.tied_tensors():
         raise ConfigError(
-            f"lora.targets = {config.targets!r}: this model's output head is its embedding, and merging would change "
-            "both; use 'mlp'"
+            f"lora.targets = {config.targets!r}: this model's output head is its embedding (tied), and merging would "
+            "change both; set train.lora.targets = 'mlp'"
         )
     return list(parts[config.targets])
 

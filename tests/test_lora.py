@@ -222,9 +222,11 @@ def test_targets_are_the_familys_and_refused_where_they_mean_nothing() -> None:
         "attention+mlp": attention | mlp,
         "mlp+output": mlp | {"lm_head"},
     }
-    with pytest.raises(ConfigError, match=r"lora.targets = 'mlp\+output': sdar_moe has routed experts alone"):
-        add_adapters(build_model(CONFIGS["sdar_moe"]), LoraConfig(targets="mlp+output"), seed=0)
-    with pytest.raises(ConfigError, match="output head is its embedding"):
+    # the default among them: it is refused, not narrowed to attention
+    for config in (LoraConfig(), LoraConfig(targets="mlp"), LoraConfig(targets="mlp+output")):
+        with pytest.raises(ConfigError, match=r"the MLPs of sdar_moe are routed experts alone.*targets = 'attention'"):
+            add_adapters(build_model(CONFIGS["sdar_moe"]), config, seed=0)
+    with pytest.raises(ConfigError, match=r"output head is its embedding \(tied\).*set train\.lora\.targets = 'mlp'"):
         add_adapters(build_model(CONFIGS["sdar"] | {"tie_word_embeddings": True}), LoraConfig(targets="mlp+output"), 0)
 
 
