@@ -232,11 +232,14 @@ def export(
     job: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a training checkpoint.")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
-    merged: Annotated[bool, typer.Option("--merged", help="A LoRA job: the whole model, adapters added in.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="With LoRA: the whole model, adapters added in.")] = False,
+    base_name: Annotated[
+        str | None, typer.Option(help="What adapter and card call the base, a hub id; absent: model.path as given.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as trained if absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the aligned model (a LoRA job: its PEFT adapter) with its model card, or that of a checkpoint."""
+    """Write the aligned model of a job, or the model of a checkpoint, with its card; with LoRA the PEFT adapter."""
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
     if dtype not in (None, "float32", "bfloat16"):
@@ -244,7 +247,8 @@ def export(
     if job.is_dir():
         from dtrpo_ray.export import export_checkpoint
 
-        facts = export_checkpoint(job, out)
+        facts = export_checkpoint(job, out, merged, dtype, base_name)
+        _warn_of_a_local_base(out)
         result({"verb": "export", "directory": str(out), "step": facts["step"]}, as_json, f"wrote {out}")
         return
     parsed = load_job(job, overrides or ())
@@ -253,16 +257,28 @@ def export(
         raise ConfigError(
             f"{parsed.name}: each of its {parsed.rounds} rounds has its own base: export it with --merged"
         )
-    from dtrpo_ray.export import export_adapter, export_model
+    from dtrpo_ray import export as exports
 
     with river(job, overrides, False) as stages:
         aligned = stages.aligned
-        lineage, curves = stages.lineage(), stages.curves()
+        if base_name is None and parsed.model.path:
+            base_name = exports.base_name(parsed.model.path)
+        elif base_name is None and adapter:
+            base_name = str(stages.base.path.resolve())  # [sft] trained it: it has no other name
+        card = exports.job_card(stages.job, stages.lineage(), stages.curves(), base_name, adapter)
         if adapter:
-            export_adapter(aligned.path.parent / "adapter", out, stages.job, lineage, curves)
+            exports.export_adapter(aligned.path.parent / "adapter", out, card, dtype)
+            _warn_of_a_local_base(out)
         else:
-            export_model(aligned.path, out, stages.job, lineage, curves, dtype)
+            exports.export_model(aligned.path, out, card, dtype, stages.job.serve.denoising_steps)
     result({"verb": "export", "directory": str(out), "model_hash": aligned.digest}, as_json, f"wrote {out}")
+
+
+def _warn_of_a_local_base(out: Path) -> None:
+    file = out / "adapter_config.json"
+    base = json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else ""
+    if base and Path(base).exists():
+        say(f"{file} names its base by a path of this machine, {base}; for others give --base-name, a hub id")
 
 
 @app.command()
@@ -274,6 +290,7 @@ def models(as_json: AsJson = False) -> None:
     lines = []
     for facts in known:
         block = f"{facts['block_key']}, {facts['block_size'] or 'no default'}"
+        block += f", in sub-blocks of {facts['small_block_size']}" if facts["small_block_size"] else ""
         grid = "response" if facts["block_origin"] == "response" else "sequence"
         lines += [
             f"{facts['model_type']}  ({facts['releases']})",
@@ -290,7 +307,6 @@ def serve(
     source: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a model directory.")],
     overrides: Overrides = None,
     as_json: AsJson = False,
-        block += f", in sub-blocks of {facts['small_block_size']}" if facts["small_block_size"] else ""
 ) -> None:
     """Serve a model directory, or a job's aligned model, over HTTP until Ctrl-C."""
     from dtrpo_ray.config import ClusterConfig, ServeConfig

@@ -21,7 +21,7 @@ from dtrpo_ray.config import LoraConfig
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.models.base import DiffusionLM, Piece
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
 
 

@@ -16,7 +16,7 @@ from dtrpo_ray import evaluation, prepare, trainer
 from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.metrics import METRICS, read_metrics
-from dtrpo_ray.models.registry import build_model, read_config, save_model, skeleton
+from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.pairs import make_pairs
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
@@ -174,7 +174,7 @@ class River:
 
     def _make_imported_pairs(self, out: Path) -> dict[str, Any]:
         (out / TABLE).mkdir(exist_ok=True)
-        model, tokenizer = skeleton(read_config(self.base.path)), load_tokenizer(self.base.path)
+        model, tokenizer = skeleton_of(self.base.path), load_tokenizer(self.base.path)
         summary = prepare.write_preferences(self.job, tokenizer, model.block_size, model.block_origin, out / TABLE)
         read_table(out / TABLE, PREFERENCE)
         return summary

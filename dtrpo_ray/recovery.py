@@ -173,7 +173,8 @@ class Saver:
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         self.backend.save(folder, {"step": step})
         facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
-        facts |= {"label": self.settings["label"], "base": self.settings["base"], "metrics": self.metrics}
+        facts |= {name: self.settings[name] for name in ("label", "base", "identity", "config", "seed")}
+        facts["metrics"] = self.metrics
         self.uploaded.clear()
         ray.train.report(
             {"step": step},

@@ -79,6 +79,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             "seed": stage.seed,
             "label": stage.label,
             "base": str(stage.base.resolve()),
+            "identity": dict(stage.identity),
             "out": str(stage.out.resolve()),
             "roots": roots,
             "hang_seconds": cluster.hang_seconds,
