@@ -4,7 +4,8 @@
 
 POLICY and REFERENCE are model directories, PAIRS a preference table with recorded steps. One forward each with
 `num_draws = "all"` gives every l_t of every block; the variance over the draws is then the closed form of
-docs/method.md, no sampling. The ELBO's is estimated from independent draws. Writes OUT.json, OUT.svg and a table.
+docs/method.md, no sampling. The ELBO's is estimated from independent draws. Steps of unequal size, where the weights
+part, come from decoding the prompts anew with a confidence threshold. Writes OUT.json, OUT.svg and prints the tables.
 """
 
 import argparse
@@ -19,17 +20,21 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from dtrpo_ray.batch import Layout, build_batch
+from dtrpo_ray.batch import SIDES, Layout, build_batch
 from dtrpo_ray.config import Objective
+from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.records import PREFERENCE, read_table
+from dtrpo_ray.sampler import generate
 from dtrpo_ray.step import order_by_confidence, scored_logps
+from dtrpo_ray.trajectory import row_generator
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 DRAWS, ELBO_DRAWS, CHUNK = (1, 2, 4), 16, 20
+THRESHOLDS = (0.5, 0.7, 0.9)
 Json = dict[str, Any]
 
 
@@ -55,8 +60,22 @@ def variance(steps: list[list[float]], weighting: str, num_draws: int) -> float:
     return float(sum(len(v) * (v**2).sum() - v.sum() ** 2 for v in np.array_split(values, num_draws)))
 
 
+def redecoded(model: DiffusionLM, rows: list[Json], threshold: float) -> list[Json]:
+    """The rows with both sides sampled by `model` at temperature 1, every token above `threshold` taken in a step."""
+    params = SamplingParams(max(len(r["chosen_ids"]) for r in rows), 1, 1.0, threshold=threshold, ignore_eos=True)
+    made = [dict(row) for row in rows]
+    for number, side in enumerate(SIDES):
+        seeds = [int(row_generator(number, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
+        for row, response in zip(made, generate(model, [r["prompt_ids"] for r in rows], params, seeds), strict=True):
+            row |= {f"{side}_ids": response.ids, f"{side}_steps": response.steps}
+    return made
+
+
 def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
-    """One record for each schedule, K_b, weight and m: mean variance per block in nats^2, and the blocks behind it."""
+    """One record for each schedule, K_b, weight and m: mean variance per block in nats^2, and the blocks behind it.
+
+    Trajectories decoded with a threshold have no fixed K_b: theirs is the mean over blocks.
+    """
     size = models[0].block_size
     schedules = {"recorded": Objective(num_draws="all")}
     for name in ("random", "confidence", "left_to_right"):
@@ -64,12 +83,17 @@ def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
             if k:
                 schedules[f"{name}/{k}"] = Objective(schedule=name, tokens_per_step=k, num_draws="all")
     rows = order_by_confidence(models[1], rows, torch.device("cpu"))
+    sources = {name: (rows, objective) for name, objective in schedules.items()}
+    for threshold in THRESHOLDS:
+        sources[f"threshold {threshold}"] = (redecoded(models[1], rows, threshold), Objective(num_draws="all"))
     out = []
-    for name, objective in schedules.items():
-        groups: dict[int, list[list[list[float]]]] = defaultdict(list)
-        for draws in blocks(models, rows, objective):
+    for name, (source, objective) in sources.items():
+        groups: dict[float, list[list[list[float]]]] = defaultdict(list)
+        for draws in blocks(models, source, objective):
             steps = [draws[d] for d in sorted(draws)]
-            groups[len(steps)].append(steps)
+            groups[0 if name.startswith("threshold") else len(steps)].append(steps)
+        if name.startswith("threshold"):
+            groups = {round(float(np.mean([len(steps) for steps in groups[0]])), 2): groups[0]}
         for num_steps, found in sorted(groups.items()):
             signal = float(np.mean([sum(map(sum, steps)) ** 2 for steps in found]))
             for weighting in ("steps", "tokens"):
@@ -94,7 +118,8 @@ def elbo(models: list[DiffusionLM], rows: list[Json], size: int) -> Json:
 def plot(records: list[Json], file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, key, choices in ((left, "schedule", None), (right, "m", DRAWS)):
-        names = choices or sorted({r["schedule"] for r in records if "weighting" in r})
+        made_up = {r["schedule"] for r in records if "weighting" in r and not r["schedule"].startswith("threshold")}
+        names = choices or sorted(made_up)
         for name in names:
             fixed = {"m": 1} if key == "schedule" else {"schedule": "recorded"}
             line = [
