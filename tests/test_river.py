@@ -23,7 +23,7 @@ from dtrpo_ray.records import PREFERENCE, TRAJECTORY, read_table
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "rounds=1",
-    "sft.num_examples=17920", "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
+    "sft.num_examples=17920", "sft.global_batch=128", "sft.micro_batch=64", "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
     "eval.num_prompts=32", "eval.budgets=[1, 8]", "model.init.num_layers=1", "model.init.hidden_size=64",
     "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 1]",
     "sft.lr=1e-2", "sft.save_every=70", "serve.port=0",
