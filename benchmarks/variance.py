@@ -116,24 +116,34 @@ def elbo(models: list[DiffusionLM], rows: list[Json], size: int) -> Json:
 
 
 def plot(records: list[Json], file: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, key, choices in ((left, "schedule", None), (right, "m", DRAWS)):
-        made_up = {r["schedule"] for r in records if "weighting" in r and not r["schedule"].startswith("threshold")}
-        names = choices or sorted(made_up)
-        for name in names:
-            fixed = {"m": 1} if key == "schedule" else {"schedule": "recorded"}
-            line = [
-                r for r in records
-                if r.get("weighting") == "steps" and r[key] == name and all(r[k] == v for k, v in fixed.items())
-            ]  # fmt: skip
-            axis.plot([r["steps_per_block"] for r in line], [r["variance"] for r in line], "o-", label=f"{key} {name}")
-        axis.set_xlabel("denoising steps of a block, $K_b$")
-        axis.legend(fontsize=8)
+    """Three panels: by schedule (m = 1), by draws m (random order), and both weights where steps are unequal."""
+    measured = [r for r in records if "weighting" in r]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+
+    def line(axis: Any, label: str, **fixed: Any) -> None:
+        found = [r for r in measured if all(r[key] == value for key, value in fixed.items())]
+        axis.plot([r["steps_per_block"] for r in found], [r["variance"] for r in found], "o-", label=label)
+
+    for schedule in ("recorded", "confidence", "left_to_right", "random"):
+        line(left, schedule, schedule=schedule, weighting="steps", m=1)
     left.axhline(records[-1]["variance"], ls="--", color="grey", label="block ELBO")
     left.set_ylabel("variance per block, nats$^2$")
     left.set_title("by schedule, m = 1", fontsize=10)
-    right.set_title("recorded order, by draws m", fontsize=10)
-    left.legend(fontsize=8)
+    for m in DRAWS:
+        line(middle, f"m = {m}", schedule="random", weighting="steps", m=m)
+    middle.set_title("random order, by draws m", fontsize=10)
+    for offset, weighting in ((-0.2, "steps"), (0.2, "tokens")):
+        found = [
+            r for r in measured if r["schedule"].startswith("threshold") and (r["weighting"], r["m"]) == (weighting, 1)
+        ]
+        right.bar([i + offset for i in range(len(found))], [r["variance"] for r in found], 0.4, label=weighting)
+        right.set_xticks(range(len(found)), [r["schedule"].removeprefix("threshold ") for r in found])
+    right.set_title("steps of unequal size, by weight, m = 1", fontsize=10)
+    right.set_xlabel("decoding threshold")
+    for axis in (left, middle):
+        axis.set_xlabel("denoising steps of a block, $K_b$")
+    for axis in (left, middle, right):
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 
