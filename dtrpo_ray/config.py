@@ -139,6 +139,18 @@ class LoraConfig(_Section):
     """Which linear modules get adapters; a part that a family lacks (docs/families.md) is refused."""
 
 
+class ValidationConfig(_Section):
+    """What each checkpoint is asked while the training goes on, in a task of its own beside it."""
+
+    num_prompts: int = Field(200, ge=1)
+    """Fresh puzzles of the training split; or the first prompts of the table."""
+    denoising_steps: int = Field(4, ge=1)
+    """Denoising steps per block; greedy."""
+    max_new_tokens: int = Field(16, ge=1)
+    num_examples: int = Field(4, ge=0)
+    """Answers kept in validation.jsonl."""
+
+
 class TrainConfig(_Section):
     """One training stage. Batches are counted in rows: pairs, or examples for sft."""
 
@@ -178,8 +190,10 @@ class TrainConfig(_Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, ge=1)
     """The newest whole ones that are kept."""
-    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy"] | None = None
-    """Keep the checkpoint with the best such metric too."""
+    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy", "accuracy"] | None = None
+    """Keep the checkpoint with the best such metric too; accuracy is that of [train.validation]."""
+    validation: ValidationConfig | None = None
+    """Present: each checkpoint answers prompts, and is scored where the task has a verifier."""
 
     @model_validator(mode="after")
     def _cache_of_a_reference(self) -> "TrainConfig":
@@ -187,6 +201,12 @@ class TrainConfig(_Section):
             raise ValueError("reference = 'cache': the objective sft has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
             raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_validation(self) -> "TrainConfig":
+        if self.keep_best == "accuracy" and self.validation is None:
+            raise ValueError("keep_best = 'accuracy' is measured by validation: add that section")
         return self
 
     def rows_per_rank(self, num_workers: int) -> int:
@@ -357,6 +377,8 @@ class Job(_Section):
             raise ValueError("task.type = 'preferences' with model.init needs model.tokenizer, a tokenizer directory")
         if not puzzle and self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
             raise ValueError("task.type = 'preferences' has no recorded steps: set train.objective.schedule = 'random'")
+        if not puzzle and self.train.keep_best == "accuracy":
+            raise ValueError("train.keep_best = 'accuracy': task.type = 'preferences' has no verifier")
         if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:

@@ -1,24 +1,48 @@
 """Hidden states at the scored positions -> their log-probabilities, without a [tokens, vocabulary] tensor.
 
-Legend: B rows, T tokens of a row, N scored tokens, H hidden size.
+Legend: B rows, T tokens of a row, N scored tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 1024
+CHUNK_LOGITS = 2**26  # 256 MiB of float32
 
 
-def token_logps(log_mu: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor) -> Tensor:
-    """log mu(target) [N] in float32. Above CHUNK_TOKENS rows the head runs in chunks that are recomputed backward."""
+class _LogSoftmaxAt(torch.autograd.Function):
+    """`log_softmax(logits)[target]` [N], which holds one [N, V] tensor between its passes and makes none backward.
+
+    For the logits z of a token: d log p(target) / d z_v = [v = target] - p_v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        log_p_NV, target_N1 = torch.log_softmax(logits_NV, -1), target_N[:, None]
+        ctx.save_for_backward(log_p_NV, target_N1)
+        return log_p_NV.gather(-1, target_N1)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        log_p_NV, target_N1 = ctx.saved_tensors
+        grad_N1 = grads[0][:, None]
+        # in place, since nobody else holds it: autograd refuses a second backward pass
+        grad_NV = log_p_NV.exp_().mul_(-grad_N1).scatter_add_(-1, target_N1, grad_N1)
+        return grad_NV, None
+
+
+def token_logps(logits: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor, vocab_size: int) -> Tensor:
+    """log mu(target) [N], `logits` being a model's. Above CHUNK_LOGITS the head runs in chunks, again in backward."""
 
     def logps(hidden: Tensor, target: Tensor) -> Tensor:
-        return log_mu(hidden).gather(-1, target[:, None])[:, 0]
+        values: Tensor = _LogSoftmaxAt.apply(logits(hidden), target)  # type: ignore[no-untyped-call]
+        return values
 
-    if len(target_N) <= CHUNK_TOKENS:
+    chunk = max(1, CHUNK_LOGITS // vocab_size)
+    if len(target_N) <= chunk:
         return logps(hidden_NH, target_N)
-    chunks = zip(hidden_NH.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
+    chunks = zip(hidden_NH.split(chunk), target_N.split(chunk), strict=True)
     return torch.cat([checkpoint(logps, h, t, use_reentrant=False) for h, t in chunks])

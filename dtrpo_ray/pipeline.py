@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from dtrpo_ray import evaluation, prepare, trainer
+from dtrpo_ray import evaluation, prepare, trainer, validation
 from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.metrics import METRICS, read_metrics
@@ -21,7 +21,7 @@ from dtrpo_ray.pairs import make_pairs
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
-from dtrpo_ray.tokenizer import load_tokenizer, mask_token_id
+from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
 REF_LOGPS = "ref-logps.parquet"
@@ -212,6 +212,8 @@ class River:
         inputs |= {"table": table.digest, "num_workers": self.job.cluster.num_workers}
 
         def make(out: Path) -> dict[str, Any]:
+            if config.validation:
+                self._write_questions(config.validation.num_prompts, base, table, out)
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
             written = (cache.path / REF_LOGPS, base.digest) if cache else None
@@ -222,6 +224,19 @@ class River:
 
         outputs = [f"{MODEL}/*", METRICS, *([f"{trainer.ADAPTER}/*"] if config.lora else [])]
         return _model_of(self._stage(name, inputs, outputs, make))
+
+    def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
+        """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
+        job, tokenizer = self.job, load_tokenizer(base.path)
+        if job.task.type == "preferences":
+            ids = pq.read_table(table.path / TABLE, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
+            prompts = [{"prompt": str(tokenizer.decode(row)), "prompt_ids": row} for row in ids]
+            validation.write_questions(prompts, None, out)
+            return
+        seed = int.from_bytes(bytes.fromhex(sha256_json([job.seed, "validation"])[:12]))
+        texts = [row["prompt"] for row in prepare.generate_puzzles(job, count, "train", seed)]
+        prompts = [{"prompt": text, "prompt_ids": encode_prompt(tokenizer, text)} for text in texts]
+        validation.write_questions(prompts, f"{prepare.PUZZLES[job.task.type]}:score", out)
 
     def evaluate(self) -> dict[str, Any]:
         """The evaluation of base and aligned: {"table", "examples", "comparison"}."""
@@ -285,7 +300,7 @@ class River:
 
 def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields of a training section that change weights: what names its stage."""
-    keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite"}
+    keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
     keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
     return config.model_dump(mode="json", exclude=keep_out)
 

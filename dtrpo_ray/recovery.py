@@ -182,6 +182,7 @@ class Saver:
             checkpoint_dir_name=checkpoint.folder_name(step, self.attempt),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=lambda local, name: self._upload(Path(local.path), name, facts),
+            validation=self.config.validation is not None,
         )
         if at_once:
             self.wait()
@@ -195,7 +196,8 @@ class Saver:
         try:
             checkpoint.write(folder, self.filesystem, path, self.rank, facts)
             if self.rank == 0:
-                checkpoint.prune(self.filesystem, self.path, self.config.keep_checkpoints, self.config.keep_best)
+                keep, best = self.config.keep_checkpoints, self.config.keep_best
+                checkpoint.prune(self.filesystem, self.path, keep, best, self.config.validation is not None)
         except OSError as error:
             message = f"checkpoint {path} could not be written: {error}"
             append_event(self.out / EVENTS, "storage error", message, rank=self.rank, step=facts["step"])

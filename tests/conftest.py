@@ -25,7 +25,7 @@ MakeModel = Callable[..., SDAR]
 
 
 class ExactSDAR(SDAR):
-    """SDAR with every step in float64: the trunk's norms and `log_mu` are float32 whatever the weights are."""
+    """SDAR with every step in float64: the trunk's norms and `logits` are float32 whatever the weights are."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -33,10 +33,8 @@ class ExactSDAR(SDAR):
             if isinstance(module, Qwen3RMSNorm):
                 module.forward = MethodType(_exact_norm, module)  # type: ignore[method-assign]
 
-    def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        logits = self.head(hidden)
-        logits = logits.index_fill(-1, torch.tensor(self.mask_id), float("-inf"))
-        return torch.log_softmax(logits / temperature, dim=-1)
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden).index_fill(-1, torch.tensor(self.mask_id), float("-inf"))
 
 
 def _exact_norm(norm: Qwen3RMSNorm, x: Tensor) -> Tensor:

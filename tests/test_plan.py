@@ -6,10 +6,22 @@ import pytest
 import torch
 
 from dtrpo_ray import plan as plan_module
-from dtrpo_ray.config import ModelInit, TrainConfig, load_job
-from dtrpo_ray.likelihood import CHUNK_TOKENS
-from dtrpo_ray.models.registry import build_model
-from dtrpo_ray.plan import Shape, activation_bytes, parameters, plan, training, vocabulary
+from dtrpo_ray.config import LoraConfig, ModelInit, TrainConfig, load_job
+from dtrpo_ray.likelihood import CHUNK_LOGITS
+from dtrpo_ray.lora import add_adapters
+from dtrpo_ray.models.registry import build_model, save_model
+from dtrpo_ray.plan import (
+    Shape,
+    activation_bytes,
+    adapter_parameters,
+    packed_rows,
+    parameters,
+    plan,
+    stored_parameters,
+    training,
+    vocabulary,
+)
+from dtrpo_ray.step import checkpoint_layers
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
 
@@ -71,12 +83,12 @@ def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf1
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     shape = Shape(128, config["intermediate_size"], config["num_hidden_layers"], 128, 64, config["vocab_size"])
     made = activation_bytes(shape, rows, tokens, scored, bf16)
-    momentary = 2 * scored * 4 * config["vocab_size"]
+    momentary = scored * (6 if bf16 else 4) * config["vocab_size"]
     assert made["activations"] + made["scored_logits"] - momentary == pytest.approx(real, rel=0.05)
 
 
 def test_the_chunk_of_the_head_is_likelihoods() -> None:
-    assert plan_module.CHUNK_TOKENS == CHUNK_TOKENS
+    assert plan_module.CHUNK_LOGITS == CHUNK_LOGITS
 
 
 def test_the_demo_has_the_models_size() -> None:
@@ -87,3 +99,71 @@ def test_the_vocabulary_is_that_of_the_tokenizer_files(shared_data: Path) -> Non
     settings = [f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}", "task.files=['jobs/text.toml']"]
     job = load_job(Path(__file__).parents[1] / "jobs" / "text.toml", settings)
     assert vocabulary(job) == 151_672  # 151,669 tokens and the mask, to a multiple of 8
+
+
+TINY = {
+    "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "block_size": 4, "mask_token_id": 6,
+    "eos_token_id": 5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["attention", "mlp", "attention+mlp", "mlp+output"])
+def test_adapters_are_counted_as_they_are_made(targets: str) -> None:
+    model, lora = build_model(TINY), LoraConfig(rank=3, targets=targets)
+    add_adapters(model, lora, 0)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(Shape(128, 256, 4, 128, 64, 512), lora) == real
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_directory_is_counted_by_its_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = build_model(TINY).to(dtype)
+    save_model(model, tmp_path)
+    assert stored_parameters(tmp_path) == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_keep_no_gradients_and_no_moments_of_the_base() -> None:
+    config, bounds = TrainConfig(lora=LoraConfig(rank=4), precision="fp32"), (Shape(128, 256, 4, 128, 64, 512), 96, 64)
+    made = training(config, num_workers=1, count=10**6, rows=100, bounds=bounds)
+    extra = adapter_parameters(bounds[0], LoraConfig(rank=4))
+    assert made["trained_parameters"] == extra
+    memory = {name: made["memory_bytes"][name] for name in ("weights", "gradients", "optimizer", "reference")}
+    assert memory == {"weights": 4 * (10**6 + extra), "gradients": 4 * extra, "optimizer": 12 * extra, "reference": 0}
+
+
+def test_recomputed_layers_keep_their_inputs() -> None:
+    """What autograd saves in one forward with `checkpoint_layers`; the plan adds the one layer that is then made."""
+    rows, tokens, scored, shape = 2, 96, 40, Shape(128, 256, 4, 128, 64, 512)
+    model = build_model(TINY)
+    checkpoint_layers(model)
+    model.train()
+    weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (where := tensor.untyped_storage().data_ptr()) not in weights and tensor.is_floating_point():
+            saved[where] = tensor
+        return tensor
+
+    ids, positions = torch.zeros(rows, tokens, dtype=torch.int64), torch.arange(tokens).expand(rows, tokens)
+    picks = [torch.zeros(scored, dtype=torch.int64), torch.arange(scored), torch.ones(scored, dtype=torch.int64)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, positions, torch.ones(rows, 1, tokens, tokens, dtype=torch.bool), *picks)
+    final = sum(
+        tensor.untyped_storage().nbytes() for tensor in saved.values()
+    )  # the last norm, the head, and the rotary tables
+    inputs = shape.layers * rows * tokens * shape.hidden * 4
+    whole, recomputed = (
+        activation_bytes(shape, rows, tokens, scored, False, flag)["activations"] for flag in (False, True)
+    )
+    layer = (whole - 2 * 4 * 128 * rows * tokens) // shape.layers
+    assert recomputed == layer + inputs + 2 * 4 * 128 * rows * tokens
+    assert final < whole / 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "row_tokens", "expected"),
+    [(4, None, (4, 100)), (4, 250, (2, 200)), (3, 90, (3, 100)), (2, 900, (1, 200))],
+)
+def test_long_pairs_share_rows_where_they_fit(pairs: int, row_tokens: int | None, expected: tuple[int, int]) -> None:
+    assert packed_rows(pairs, 100, row_tokens) == expected

@@ -17,16 +17,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dtrpo_ray.engine import Engine
+from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY, read_table
+from dtrpo_ray.tasks import sudoku
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "rounds=1",
-    "sft.num_examples=17920", "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
+    "sft.num_examples=17920", "sft.global_batch=128", "sft.micro_batch=64",
+    "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
     "eval.num_prompts=32", "eval.budgets=[1, 8]", "model.init.num_layers=1", "model.init.hidden_size=64",
     "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 1]",
     "sft.lr=1e-2", "sft.save_every=70", "serve.port=0",
+    "train.validation.num_prompts=24", "train.keep_best=accuracy",
 ]  # fmt: skip
 
 
@@ -129,6 +134,22 @@ def test_sft_and_dtrpo_trained_through_the_same_loop(run: dict[str, Any]) -> Non
     assert first["loss"] == pytest.approx(0.693147 + 8.0 * first["nll_chosen"], abs=1e-4)
 
 
+def test_each_checkpoint_answers_and_is_scored(run: dict[str, Any]) -> None:
+    """What validation measured of the last checkpoint is what the aligned model does."""
+    folder = stage(run, "train-1")
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(len(row["samples"]) == 4 for row in rows)
+    questions, engine = json.loads((folder / "questions.json").read_text()), Engine.load(folder / "model")
+    assert len(questions["prompts"]) == 24
+    prompts = [row["prompt_ids"] for row in questions["prompts"]]
+    done = engine.generate(prompts, SamplingParams(16, 4), [0] * 24)
+    answers = [engine.decode(generation.text_ids) for generation in done]
+    assert [sample["answer"] for sample in rows[-1]["samples"]] == answers[:4]
+    scores = [sudoku.score(row["prompt"], answer) for row, answer in zip(questions["prompts"], answers, strict=True)]
+    assert rows[-1]["accuracy"] == sum(scores) / 24
+
+
 def test_a_second_run_reuses_every_stage(run: dict[str, Any], storage: Path) -> None:
     again, said = dtrpo("eval", storage)
     assert "made" not in said
@@ -189,7 +210,10 @@ def test_real_text_with_the_real_tokenizer_trains_on_two_workers(shared_data: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     folder = Path(json.loads(done.stdout.splitlines()[-1])["directory"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 33))  # 64 pairs, 4 epochs, 8 pairs a step
-    first, last = ([row["loss"] for row in rows][part] for part in (slice(0, 8), slice(-8, None)))
-    assert sum(last) < 0.8 * sum(first)
+    pairs = pq.read_metadata(next(tmp_path.glob("stages/pairs-*/table/*.parquet"))).num_rows
+    refused = next(tmp_path.glob("stages/pairs-*/table/quarantine.jsonl")).read_text().splitlines()
+    assert pairs + len(refused) == 160
+    assert [row["step"] for row in rows] == list(range(1, pairs * 4 // 8 + 1))  # 4 epochs, 8 pairs a step
+    first, last = ([row["loss"] for row in rows][part] for part in (slice(0, 4), slice(-4, None)))
+    assert sum(last) < 0.9 * sum(first)
     assert json.loads((folder / "model" / "config.json").read_text())["mask_token_id"] == 151669

@@ -96,7 +96,7 @@ class DiffusionLM(nn.Module, ABC):
         It is `forward`, and not a function outside, because DeepSpeed hooks module calls.
         """
         hidden = self.hidden(ids_BT, positions_BT, mask)
-        return token_logps(self.log_mu, hidden[row_N, col_N], target_N)
+        return token_logps(self.logits, hidden[row_N, col_N], target_N, self.vocab_size)
 
     @abstractmethod
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: object | None = None) -> Tensor:
@@ -123,12 +123,19 @@ class DiffusionLM(nn.Module, ABC):
         """Called once the weights are in place: make what no checkpoint holds."""
         del device
 
-    def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log of the token predictor mu [..., V] in float32, the mask token excluded.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] in float32, that of the mask token -inf.
 
-        A finished token is never [MASK], so mu gives it no probability (the zero-masking-probability
-        parameterisation of MDLM, arXiv 2406.07524, section 3.2.3). Training and decoding both read this.
+        A finished token is never [MASK], so the token predictor mu gives it no probability (the
+        zero-masking-probability parameterisation of MDLM, arXiv 2406.07524, section 3.2.3). Training and decoding
+        both read this.
         """
         logits = self.head(hidden).float()
-        logits = logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), float("-inf"))
-        return torch.log_softmax(logits / temperature, dim=-1)
+        # past autograd, which would copy: where the probability is nought, so is the gradient of a log-softmax
+        logits.detach()[..., self.mask_id] = float("-inf")
+        return logits
+
+    def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log of the token predictor mu [..., V] in float32."""
+        logits = self.logits(hidden)
+        return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
