@@ -3,7 +3,7 @@
     python benchmarks/alignment.py jobs/demo.toml --seeds 0 1 2 --storage runs --out benchmarks/results/alignment
 
 Every variant starts from the same base, the same rollouts and the same pairs, and differs in `train.objective.type`
-alone: the same optimizer steps of the same rows. Rejection fine-tuning needs no reference, so there is a second one with
+alone: the same optimizer steps of the same rows. Rejection fine-tuning needs no reference, so there is a second one of
 twice the steps: as many forwards as dTRPO's. Stages found finished are reused. Writes OUT.json and OUT.md.
 """
 
