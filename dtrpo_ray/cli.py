@@ -86,12 +86,16 @@ def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
     batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The stack (Ray Train, Ray Data, DeepSpeed) against the bare loop; two workers against one."""
     from dtrpo_ray.bench import train as bench_of_train
 
     value = bench_of_train.run(steps, batch, rounds)
+    if out is not None:
+        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
+        out.with_suffix(".md").write_text("# Training\n\n`dtrpo bench train`\n\n" + bench_of_train.text(value) + "\n")
     result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
 
 
