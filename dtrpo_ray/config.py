@@ -281,7 +281,7 @@ class ServeConfig(_Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     other_models: dict[str, str] = {}
-    """More models of the same endpoint, name to directory: the base beside the aligned one, for example."""
+    """More models of the same endpoint, name to directory: a model, or a LoRA adapter on `checkpoint`'s weights."""
     num_replicas: int = Field(1, ge=0)
     """Replicas, or the fewest of them where max_replicas is set; 0 of them wait for a first request."""
     max_replicas: int | None = Field(None, ge=1)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dtrpo_ray.config import LoraConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ModelError
+from dtrpo_ray.lora import add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.sampler import SamplingParams, generate
@@ -34,6 +36,26 @@ def test_a_loaded_directory_decodes_as_the_sampler_does(folder: Path, tiny: SDAR
         got, expected = ([len(g.ids) for g in gs] for gs in (got, expected))  # type: ignore[misc]
     assert got == expected
     assert not engine.model.training
+
+
+@torch.no_grad()
+def test_an_adapter_decodes_as_the_merged_model_and_the_base_as_before(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel
+) -> None:
+    engine, adapter = Engine.load(folder), tmp_path_factory.mktemp("adapter")
+    trained, config = load_model(folder), LoraConfig(rank=2, alpha=8)
+    add_adapters(trained, config, 0)
+    for name, parameter in trained.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    save_adapter(trained, config, "a/base", adapter)
+    merge_adapters(trained)
+    prompts, params = [engine.encode("abc"), engine.encode("hello")], SamplingParams(9, 2)
+    base = engine.generate(prompts, params, [0, 0])
+    adapted = engine.adapted(adapter).generate(prompts, params, [0, 0])
+    assert [g.ids for g in adapted] == [g.ids for g in generate(trained.eval(), prompts, params, [0, 0])]
+    assert [g.ids for g in adapted] != [g.ids for g in base]
+    assert engine.generate(prompts, params, [0, 0]) == base
 
 
 def test_text_and_ids_are_each_others_inverse(folder: Path) -> None:
