@@ -368,10 +368,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """The whole river: base, rollout, pair, train, eval, one question to the served model, report."""
-    with river(job, overrides, fresh) as stages:
-        from dtrpo_ray import demo
+    given = load_job(job, overrides or ()).serve
+    from dtrpo_ray import demo
 
-        demo.require_port(stages.job.serve)  # now, and not after ten minutes
+    demo.require_port(given)  # now, and not after ten minutes
+    with river(job, overrides, fresh) as stages:
         stages.aligned  # noqa: B018 - a cached stage
         value: dict[str, Any] = {"verb": "run"}
         if stages.job.eval and stages.job.task.type != "preferences":
