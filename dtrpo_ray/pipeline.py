@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from dtrpo_ray import evaluation, prepare, trainer, validation
 from dtrpo_ray.config import Job, RolloutConfig, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.pairs import make_pairs
@@ -56,6 +57,8 @@ class River:
         """The given model directory, or a new one with random weights."""
         job = self.job
         if job.model.path:
+            if job.train.lora:
+                target_modules(skeleton_of(job.model.path), job.train.lora)  # refused now, and not after other stages
             files = {f.name: sha256_file(f) for f in sorted(job.model.path.iterdir()) if f.is_file()}
             return ModelRef(job.model.path, sha256_json(files))
         source = job.model.tokenizer

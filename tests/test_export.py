@@ -1,17 +1,21 @@
 """export: the folder holds the weights to the bit, what stood beside them, defaults, and a card with its lineage."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from dtrpo_ray import checkpoint
+from dtrpo_ray import checkpoint, cli
 from dtrpo_ray.backend import TAG
 from dtrpo_ray.config import Job, LoraConfig, TrainConfig, load_job
 from dtrpo_ray.errors import CheckpointError
@@ -19,6 +23,7 @@ from dtrpo_ray.export import Card, base_name, export_adapter, export_checkpoint,
 from dtrpo_ray.lora import add_adapters, merge_adapters
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.models.sdar import SDAR
+from dtrpo_ray.pipeline import ModelRef
 from dtrpo_ray.tokenizer import character_tokenizer, load_tokenizer
 
 MakeModel = Callable[..., SDAR]
@@ -225,6 +230,66 @@ def test_a_lora_checkpoint_is_its_adapter_or_merged_the_model(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), merged.parameters(), strict=True))
     assert (tmp_path / "merged" / "generation_config.json").is_file()
     assert not torch.equal(merged.lm.model.layers[0].self_attn.q_proj.weight, _q_proj(trained))
+
+
+def test_the_command_exports_a_checkpoint_and_tells_of_a_base_on_this_machine(
+    write_checkpoint: Callable[..., tuple[Path, SDAR]], trained: Path, tmp_path: Path
+) -> None:
+    source, _ = write_checkpoint(LORA)
+    done = CliRunner().invoke(cli.app, ["export", str(source), str(tmp_path / "a"), "--json"])
+    assert json.loads(done.stdout) == {"verb": "export", "directory": str(tmp_path / "a"), "step": 40}
+    assert f"names its base by a path of this machine, {trained}; for others give --base-name" in done.stderr
+    words = ["export", str(source), str(tmp_path / "b"), "--base-name", "JetLM/SDAR-4B-Chat", "--dtype", "bfloat16"]
+    assert CliRunner().invoke(cli.app, words).stderr == ""
+    assert PeftConfig.from_pretrained(str(tmp_path / "b")).base_model_name_or_path == "JetLM/SDAR-4B-Chat"
+    assert {t.dtype for t in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "name"),
+    [
+        (None, [], "STAGE"),  # [sft] trained the base: its stage's folder, and never the random model it began as
+        ("hub/SDAR-4B-Chat", [], "hub/SDAR-4B-Chat"),
+        ("hub/SDAR-4B-Chat", ["--base-name", "JetLM/SDAR-4B-Chat"], "JetLM/SDAR-4B-Chat"),
+        (None, ["--base-name", "me/base"], "me/base"),
+    ],
+)
+def test_a_lora_jobs_adapter_names_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, option: list[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "stages" / "train-1-0123"
+    (folder / "model").mkdir(parents=True)
+    (folder / "adapter").mkdir()
+    Path("hub/SDAR-4B-Chat").mkdir(parents=True)
+    PeftConfig(base_model_name_or_path=str(tmp_path / "elsewhere")).save_pretrained(str(folder / "adapter"))
+    save_file({"a": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
+    base = tmp_path / "stages" / "base-4567" / "model"
+    words = [f"model.path={given}", "train.lora.rank=4"] if given else ["train.lora.rank=4"]
+    file = tmp_path / "job.toml"
+    sections = (Path(__file__).parents[1] / "jobs" / "demo.toml").read_text()
+    file.write_text(sections if given is None else _without(sections, "model.init", "sft"))
+    stages = SimpleNamespace(aligned=ModelRef(folder / "model", "d" * 64), base=ModelRef(base, "b" * 64))
+    stages.lineage, stages.curves = lambda: LINEAGE, lambda: CURVES
+
+    @contextmanager
+    def river(path: Path, overrides: list[str], *_: Any) -> Iterator[SimpleNamespace]:
+        stages.job = load_job(path, overrides)
+        yield stages
+
+    monkeypatch.setattr(cli, "river", river)
+    sets = [word for override in words for word in ("--set", override)]
+    done = CliRunner().invoke(cli.app, ["export", str(file), "out", *option, *sets], catch_exceptions=False)
+    assert done.exit_code == 0
+    expected = str(base) if name == "STAGE" else name
+    assert PeftConfig.from_pretrained("out").base_model_name_or_path == expected
+    assert f"Base model: `{expected}`." in Path("out/README.md").read_text()
+
+
+def _without(toml: str, *sections: str) -> str:
+    """A job file less some of its sections."""
+    parts = re.split(r"(?m)^(?=\[)", toml)
+    return "".join(part for part in parts if part.partition("]")[0].removeprefix("[") not in sections)
 
 
 def _q_proj(folder: Path) -> torch.Tensor:

@@ -104,7 +104,7 @@ def test_the_vocabulary_is_that_of_the_tokenizer_files(shared_data: Path) -> Non
 TINY = {
     "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "block_size": 4, "mask_token_id": 6,
-    "eos_token_id": 5, "tie_word_embeddings": False,
+    "eos_token_id": 5, "tie_word_embeddings": False, "rope_theta": 10000.0,
 }  # fmt: skip
 
 
