@@ -135,8 +135,9 @@ class LoraConfig(_Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     """The adapter's product is scaled by alpha / rank."""
-    targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] = "attention+mlp"
-    """Which linear modules get adapters; a part that a family lacks (docs/families.md) is refused."""
+    targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] | None = None
+    """Which linear modules get adapters; absent: attention+mlp, or attention where every MLP is a routed expert. A part
+    that is asked for and that the family lacks (docs/families.md) is refused."""
 
 
 class ValidationConfig(_Section):

@@ -68,7 +68,7 @@ class Card:
     settings: dict[str, Any]
 
     def text(self) -> str:
-        named = self.base if self.base and HUB_ID.fullmatch(self.base) else None
+        named = self.base if self.base and HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None
         base_model = f"base_model: {named}\n" if named else ""
         return CARD.format(
             library="peft" if self.adapter else "dtrpo_ray",

@@ -25,6 +25,7 @@ from dtrpo_ray.models.base import DiffusionLM, Piece
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
+CAUSAL = {"AutoModelForCausalLM": ""}  # how a release without remote code loads
 
 
 def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
@@ -38,6 +39,8 @@ def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
         "attention+mlp": (*model.lora.attention, *model.lora.mlp),
         "mlp+output": (*model.lora.mlp, *model.lora.output),
     }
+    if config.targets is None:
+        return list(parts["attention+mlp"])
     if "mlp" in config.targets and not model.lora.mlp:
         raise ConfigError(
             f"lora.targets = {config.targets!r}: the MLPs of {model.facts.model_type} are routed experts alone, "
@@ -212,7 +215,8 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         rank_pattern=ranks,
         alpha_pattern={name: config.alpha * (rank // config.rank) for name, rank in ranks.items()},
         base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
+        # peft asks a causal model for a method of generation, which Dream's class, an AutoModel, does not have
+        task_type="CAUSAL_LM" if "AutoModelForCausalLM" in model.config.get("auto_map", CAUSAL) else None,
         inference_mode=True,
     )
     peft.save_pretrained(str(path))

@@ -110,8 +110,9 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
     """Parameters of LoRA adapters on these targets: rank * (inputs + outputs) of each linear module."""
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     layer = {"attention": [(h, q), (h, k), (h, k), (q, h)], "mlp": [(h, i), (h, i), (i, h)]}
-    modules = [m for part in lora.targets.split("+") for m in layer.get(part, []) * shape.layers]
-    modules += [(h, shape.vocab)] if "output" in lora.targets else []
+    parts = (lora.targets or "attention+mlp").split("+")
+    modules = [m for part in parts for m in layer.get(part, []) * shape.layers]
+    modules += [(h, shape.vocab)] if "output" in parts else []
     return lora.rank * sum(a + b for a, b in modules)
 
 

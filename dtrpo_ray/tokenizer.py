@@ -17,8 +17,8 @@ from transformers.utils import logging as hf_logging
 from dtrpo_ray.errors import DataError, ModelError
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
-# SDAR's, Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
-MASK_SPELLINGS = (MASK, "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
+# SDAR's (two spellings), Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
+MASK_SPELLINGS = (MASK, "<MASK>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
 
 QWEN2_BY_ANOTHER_NAME = ("DreamTokenizer",)  # a copy of Qwen2's class that a release ships as remote code
 PROBE = "assistant-answer"  # an assistant's turn that no template writes by itself

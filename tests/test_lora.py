@@ -15,7 +15,15 @@ from dtrpo_ray.backend import PlainBackend
 from dtrpo_ray.batch import build_batch
 from dtrpo_ray.config import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, ModelError
-from dtrpo_ray.lora import ADAPTER_CONFIG, BaseReference, add_adapters, merge_adapters, save_adapter, with_adapter
+from dtrpo_ray.lora import (
+    ADAPTER_CONFIG,
+    BaseReference,
+    add_adapters,
+    merge_adapters,
+    save_adapter,
+    target_modules,
+    with_adapter,
+)
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import FAMILIES, build_model, load_model, save_model, skeleton
 from dtrpo_ray.step import training_step
@@ -222,10 +230,11 @@ def test_targets_are_the_familys_and_refused_where_they_mean_nothing() -> None:
         "attention+mlp": attention | mlp,
         "mlp+output": mlp | {"lm_head"},
     }
-    # the default among them: it is refused, not narrowed to attention
-    for config in (LoraConfig(), LoraConfig(targets="mlp"), LoraConfig(targets="mlp+output")):
+    for refused in ("attention+mlp", "mlp", "mlp+output"):
         with pytest.raises(ConfigError, match=r"the MLPs of sdar_moe are routed experts alone.*targets = 'attention'"):
-            add_adapters(build_model(CONFIGS["sdar_moe"]), config, seed=0)
+            add_adapters(build_model(CONFIGS["sdar_moe"]), LoraConfig(targets=refused), seed=0)  # type: ignore[arg-type]
+    assert target_modules(build_model(CONFIGS["sdar_moe"]), LoraConfig()) == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert set(target_modules(build_model(CONFIGS["llada"]), LoraConfig())) == attention | mlp
     with pytest.raises(ConfigError, match=r"output head is its embedding \(tied\).*set train\.lora\.targets = 'mlp'"):
         add_adapters(build_model(CONFIGS["sdar"] | {"tie_word_embeddings": True}), LoraConfig(targets="mlp+output"), 0)
 
@@ -295,3 +304,18 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None
     assert "only plain LoRA" in refusal()
     file.unlink()
     assert "no readable PEFT adapter" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "task"),
+    [({}, "CAUSAL_LM"), ({"AutoModelForCausalLM": "m.C"}, "CAUSAL_LM"), ({"AutoModel": "m.C"}, None)],
+)
+def test_an_adapter_is_a_causal_models_where_the_release_is(
+    tmp_path: Path, auto_map: dict[str, str], task: str | None
+) -> None:
+    """peft asks a CAUSAL_LM base for `prepare_inputs_for_generation`; Dream's class, an AutoModel, has none."""
+    config = {key: value for key, value in CONFIGS["Dream"].items() if key != "auto_map"}
+    model = build_model(config | ({"auto_map": auto_map} if auto_map else {}))
+    add_adapters(model, LORA, seed=0)
+    save_adapter(model, LORA, "a/base", tmp_path)
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["task_type"] == task

@@ -32,7 +32,7 @@ def test_adapters_that_a_model_does_not_take_are_refused_before_any_stage(tmp_pa
     config = json.loads((Path(__file__).parent / "models" / "tiny_configs.json").read_text())["sdar_moe"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     sections = {"task": {"type": "preferences", "files": ["pairs.jsonl"]}, "model": {"path": tmp_path}}
-    train = {"objective": {"schedule": "random"}, "lora": {}}
+    train = {"objective": {"schedule": "random"}, "lora": {"targets": "attention+mlp"}}
     job = Job.model_validate({"name": "moe", "storage": tmp_path / "runs", "train": train, **sections})
     with pytest.raises(ConfigError, match=r"lora\.targets = 'attention\+mlp': the MLPs of sdar_moe"):
         River(job, Store(job.storage)).policy(1)

@@ -99,7 +99,15 @@ class LLaDA2(TrunkLM):
         )
 
     def _rotary_factor(self, keys: dict[str, Any]) -> float:
-        """The share of a head's dimensions that positions turn, which the published config says twice."""
+        """The share of a head's dimensions that positions turn, which the published config says twice.
+
+        transformers 5 saves it within rope_parameters instead.
+        """
+        nested = keys.get("rope_parameters") or {}
+        keys = {
+            "partial_rotary_factor": nested.get("partial_rotary_factor"),
+            **{k: v for k, v in keys.items() if v is not None},
+        }
         given = [key for key in ("partial_rotary_factor", "rotary_dim") if keys.get(key) is not None]
         shares = [number(keys, key, self.facts) for key in given or ["partial_rotary_factor"]]
         shares = [

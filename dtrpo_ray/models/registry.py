@@ -151,7 +151,8 @@ def copy_companions(source: Path, out: Path) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a model directory."""
     if not (path / "config.json").exists():
-        raise ModelError(f"{path}: not a model directory (no config.json)")
+        hub = f"; if it is a hub id: hf download {path} --local-dir models/{path.name}" if len(path.parts) == 2 else ""
+        raise ModelError(f"{path}: not a model directory (no config.json){'' if path.exists() else hub}")
     return read_json(path / "config.json")
 
 

@@ -159,6 +159,13 @@ def test_another_architecture_under_the_same_name_is_refused(upstream: Callable[
         skeleton(config)
 
 
+def test_an_sdar_config_without_its_added_keys_says_what_to_add(upstream: Callable[..., Any]) -> None:
+    config = upstream("sdar")[0] | {"vocab_size": 151936}
+    assert skeleton({k: v for k, v in config.items() if k != "mask_token_id"}).mask_id == 151669
+    with pytest.raises(ModelError, match=r'block_size = None; add "block_size": 4 for SDAR-Chat and TraDo'):
+        skeleton({k: v for k, v in config.items() if k != "block_size"})
+
+
 def test_a_broken_trunk_config_is_the_users_error(upstream: Callable[..., Any]) -> None:
     config = upstream("Fast_dLLM_Qwen")[0] | {"layer_types": ["full_attention"]}  # one of two
     with pytest.raises(ModelError, match=r"config\.json: not a config of the Qwen2 trunk"):
