@@ -123,7 +123,9 @@ class Objective(_Section):
     """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
 
     @model_validator(mode="after")
-    def _draws_of_steps(self) -> "Objective":
+    def _fits_together(self) -> "Objective":
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to loss_type = 'sigmoid' (cDPO); IPO has none")
         if self.num_draws == "all" and self.type != "dtrpo":
             raise ValueError(f"num_draws = 'all' takes the steps of a trajectory, which {self.type} lacks")
         return self
