@@ -116,10 +116,12 @@ def test_the_run_goes_from_nothing_to_an_answer_and_a_report(run: dict[str, Any]
 def test_trajectories_and_pairs_are_whole_and_valid(run: dict[str, Any]) -> None:
     trajectories = read_table(stage(run, "rollout-1") / "table", TRAJECTORY)
     assert len(trajectories) == 64 * 4
+    whole = 0
     for steps in trajectories["steps"].to_pylist():
-        assert len(steps) == 16
-        assert min(steps) == 0
-        assert max(steps) == 3  # two blocks of two steps
+        assert len(steps) in (8, 16)  # a weak model may end after a block
+        assert sorted(set(steps)) == list(range(len(steps) // 4))  # two steps in each block of eight
+        whole += len(steps) == 16
+    assert whole > 240
     pairs = read_table(stage(run, "pair-1") / "table", PREFERENCE)
     assert (pairs["chosen_reward"].to_numpy() > pairs["rejected_reward"].to_numpy()).all()
 
