@@ -160,11 +160,12 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Align the model: all rounds of rollout, pair and train. A run cut off goes on by itself."""
+    trained = ("base-", *(f"train-{number + 1}-" for number in range(load_job(job, overrides or ()).rounds)))
+    if resume and not resume.name.startswith(trained):
+        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
     with river(job, overrides, fresh, resume=resume) as stages:
         stages.aligned  # noqa: B018 - a cached stage
         lineage = stages.lineage()
-    if resume and not any(resume.name.startswith(f"{stage['stage']}-") for stage in lineage):
-        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
     last = lineage[-1]
     result({"verb": "train", **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
 

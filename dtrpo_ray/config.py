@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dtrpo_ray.errors import ConfigError
 
+SUDOKU_TOKENS = 16  # of an answer
 KEY_VARIABLE = "DTRPO_API_KEY"  # of the environment: API keys with commas between them
 
 
@@ -394,6 +395,10 @@ class Job(_Section):
                 )
             if stage and stage.global_batch < self.cluster.most_workers:
                 raise ValueError(f"{name}.global_batch = {stage.global_batch} gives some of {workers} workers no row")
+        lengths = {"rollout": self.rollout, "eval": self.eval}
+        for name, section in lengths.items():
+            if self.task.type == "sudoku" and section and section.max_new_tokens < SUDOKU_TOKENS:
+                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: a grid has {SUDOKU_TOKENS} digits")
         if self.rollout and self.model.init:
             worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
             if worst > self.model.init.block_size:
@@ -475,3 +480,5 @@ def _require_files(path: Path, job: Job) -> None:
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")
+    if job.model.path and not (job.model.path / "config.json").is_file():
+        raise ConfigError(f"{path}: model.path: {job.model.path} is no model directory (it has no config.json)")

@@ -19,6 +19,7 @@ from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.pairs import make_pairs
+from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY, read_table
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
@@ -26,7 +27,7 @@ from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
 REF_LOGPS = "ref-logps.parquet"
-HELD_OUT_SEED = 1  # added to the job's seed: held-out prompts are the same for every round and variant
+HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +289,11 @@ class River:
         assert task.type != "preferences"
         held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
         module = prepare.puzzle(self.job)
+        for path in task.public_tests:
+            if not path.exists():
+                console.print(
+                    f"task.public_tests: {path} is not there and is left out", highlight=False, soft_wrap=True
+                )
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
         return {evaluation.HELD_OUT: held_out, **public}
 
