@@ -81,6 +81,14 @@ def bench_group() -> None:
     """Compare two ways in one run, on the same weights and data, and print the ratio."""
 
 
+def _write_results(out: Path | None, value: dict[str, Any], page: str) -> None:
+    """OUT.json and OUT.md, where OUT was given."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
+        out.with_suffix(".md").write_text(page)
+
+
 @bench.command("train")
 def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
@@ -93,9 +101,7 @@ def bench_train(
     from dtrpo_ray.bench import train as bench_of_train
 
     value = bench_of_train.run(steps, batch, rounds)
-    if out is not None:
-        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
-        out.with_suffix(".md").write_text("# Training\n\n`dtrpo bench train`\n\n" + bench_of_train.text(value) + "\n")
+    _write_results(out, value, "# Training\n\n`dtrpo bench train`\n\n" + bench_of_train.text(value) + "\n")
     result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
 
 
@@ -116,9 +122,7 @@ def bench_decode(
     from dtrpo_ray.bench.decode import as_markdown, decode_benchmark
 
     value = decode_benchmark(prompt_tokens, new_tokens, block, hidden, layers, steps, repeats, widest)
-    if out is not None:
-        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
-        out.with_suffix(".md").write_text("# Decoding\n\n`dtrpo bench decode`\n\n" + as_markdown(value))
+    _write_results(out, value, "# Decoding\n\n`dtrpo bench decode`\n\n" + as_markdown(value))
     result(value, as_json, as_markdown(value))
 
 
@@ -133,10 +137,7 @@ def bench_forward(
     from dtrpo_ray.bench import forward
 
     value = forward.compare(forward.Shape(), rounds, repeats, say)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
-        out.with_suffix(".md").write_text(forward.page(value))
+    _write_results(out, value, forward.page(value))
     result({"bench": "forward", **value}, as_json, forward.table(value))
 
 

@@ -139,7 +139,7 @@ class River:
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
     def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[dict[str, Any]]:
-        seed = int.from_bytes(bytes.fromhex(sha256_json([self.job.seed, number])[:12]))
+        seed = _seed_of(self.job.seed, number)
         puzzles = prepare.generate_puzzles(self.job, config.num_prompts, "train", seed)
         return [
             {
@@ -237,8 +237,8 @@ class River:
             prompts = [{"prompt": str(tokenizer.decode(row)), "prompt_ids": row} for row in ids]
             validation.write_questions(prompts, None, out)
             return
-        seed = int.from_bytes(bytes.fromhex(sha256_json([job.seed, "validation"])[:12]))
-        texts = [row["prompt"] for row in prepare.generate_puzzles(job, count, "train", seed)]
+        puzzles = prepare.generate_puzzles(job, count, "train", _seed_of(job.seed, "validation"))
+        texts = [row["prompt"] for row in puzzles]
         prompts = [{"prompt": text, "prompt_ids": encode_prompt(tokenizer, text)} for text in texts]
         validation.write_questions(prompts, f"{prepare.PUZZLES[job.task.type]}:score", out)
 
@@ -305,6 +305,11 @@ class River:
     def lineage(self) -> list[dict[str, Any]]:
         """Every stage asked for so far, once, as rows for a report."""
         return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+
+
+def _seed_of(*parts: int | str) -> int:
+    """A seed that belongs to these parts alone."""
+    return int.from_bytes(bytes.fromhex(sha256_json(list(parts))[:12]))
 
 
 def weight_fields(config: TrainConfig) -> dict[str, Any]:

@@ -123,8 +123,9 @@ def start(config: ServeConfig) -> str:
     """
     read_keys(config.api_key_file)
     application = build(config)
-    for path in map(Path, (config.checkpoint, *config.other_models.values())):
-        if str(path) == config.checkpoint or not is_adapter(path):
+    read_config(Path(config.checkpoint))
+    for path in map(Path, config.other_models.values()):
+        if not is_adapter(path):
             read_config(path)
     if serve.status().proxies:
         raise ServeError(

@@ -4,14 +4,12 @@
 uploaded checkpoint. Answers are greedy, so that checkpoints differ by their weights alone.
 """
 
-import importlib
 import json
+import pkgutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from pyarrow import fs as pafs
 
 from dtrpo_ray import checkpoint
 from dtrpo_ray.config import TrainConfig
@@ -47,8 +45,7 @@ def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[st
     answers = [engine.decode(generation.text_ids) for generation in done]
     metrics = {"answer_tokens": sum(len(generation.text_ids) for generation in done) / len(done)}
     if questions["scorer"]:
-        module, _, function = questions["scorer"].partition(":")
-        score = getattr(importlib.import_module(module), function)
+        score = pkgutil.resolve_name(questions["scorer"])
         rewards = [score(row["prompt"], answer) for row, answer in zip(prompts, answers, strict=True)]
         metrics = {"accuracy": sum(reward >= 1 for reward in rewards) / len(rewards), **metrics}
     samples = [{"prompt": p["prompt"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
@@ -57,10 +54,6 @@ def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[st
         file.write(json.dumps(record) + "\n")
     told = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
     append_event(Path(out) / EVENTS, "validation", f"step {facts['step']}: {told} ({len(prompts)} prompts)", **metrics)
-    _keep(saved.filesystem, saved.path, root, metrics, train)
+    checkpoint.write_validation(saved.filesystem, saved.path, metrics)
+    checkpoint.prune(saved.filesystem, root, train.keep_checkpoints, train.keep_best, validated=True)
     return metrics
-
-
-def _keep(filesystem: pafs.FileSystem, path: str, root: str, metrics: dict[str, float], train: TrainConfig) -> None:
-    checkpoint.write_validation(filesystem, path, metrics)
-    checkpoint.prune(filesystem, root, train.keep_checkpoints, train.keep_best, validated=True)

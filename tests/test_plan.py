@@ -9,6 +9,7 @@ from dtrpo_ray import plan as plan_module
 from dtrpo_ray.config import LoraConfig, ModelInit, TrainConfig, load_job
 from dtrpo_ray.likelihood import CHUNK_LOGITS
 from dtrpo_ray.lora import add_adapters
+from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.plan import (
     Shape,
@@ -56,18 +57,8 @@ def test_a_7b_checkpoint_is_14_bytes_a_parameter() -> None:
     assert training(TrainConfig(zero_stage=3), 8, 7 * 10**9, None)["memory_bytes"]["weights"] == 7 * 10**9 // 4
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("change", [{}, {"num_hidden_layers": 3}, {"intermediate_size": 512}, {"vocab_size": 4096}])
-def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf16: bool) -> None:
-    """Every tensor that autograd saves in one forward, counted by its storage, within 5 % of the prediction."""
-    config = {
-        "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, "rope_theta": 1e4,
-        **change,
-    }  # fmt: skip
-    rows, tokens, scored = 2, 96, 40
-    model = build_model(config).to(torch.bfloat16 if bf16 else torch.float32)
+def saved_bytes(model: DiffusionLM, rows: int, tokens: int, scored: int) -> int:
+    """Bytes of the tensors that autograd saves in one forward, by their storage, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -80,7 +71,22 @@ def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf1
     picks = [torch.zeros(scored, dtype=torch.int64), torch.arange(scored), torch.ones(scored, dtype=torch.int64)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(ids, positions, torch.ones(rows, 1, tokens, tokens, dtype=torch.bool), *picks)
-    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("change", [{}, {"num_hidden_layers": 3}, {"intermediate_size": 512}, {"vocab_size": 4096}])
+def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf16: bool) -> None:
+    """Every tensor that autograd saves in one forward, counted by its storage, within 5 % of the prediction."""
+    config = {
+        "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, "rope_theta": 1e4,
+        **change,
+    }  # fmt: skip
+    rows, tokens, scored = 2, 96, 40
+    model = build_model(config).to(torch.bfloat16 if bf16 else torch.float32)
+    real = saved_bytes(model, rows, tokens, scored)
     shape = Shape(128, config["intermediate_size"], config["num_hidden_layers"], 128, 64, config["vocab_size"])
     made = activation_bytes(shape, rows, tokens, scored, bf16)
     momentary = scored * (6 if bf16 else 4) * config["vocab_size"]
@@ -138,20 +144,7 @@ def test_recomputed_layers_keep_their_inputs() -> None:
     model = build_model(TINY)
     checkpoint_layers(model)
     model.train()
-    weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (where := tensor.untyped_storage().data_ptr()) not in weights and tensor.is_floating_point():
-            saved[where] = tensor
-        return tensor
-
-    ids, positions = torch.zeros(rows, tokens, dtype=torch.int64), torch.arange(tokens).expand(rows, tokens)
-    picks = [torch.zeros(scored, dtype=torch.int64), torch.arange(scored), torch.ones(scored, dtype=torch.int64)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, positions, torch.ones(rows, 1, tokens, tokens, dtype=torch.bool), *picks)
-    final = sum(
-        tensor.untyped_storage().nbytes() for tensor in saved.values()
-    )  # the last norm, the head, and the rotary tables
+    final = saved_bytes(model, rows, tokens, scored)  # the last norm, the head, and what no layer owns
     inputs = shape.layers * rows * tokens * shape.hidden * 4
     whole, recomputed = (
         activation_bytes(shape, rows, tokens, scored, False, flag)["activations"] for flag in (False, True)

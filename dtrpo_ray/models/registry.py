@@ -1,7 +1,7 @@
 """A model directory -> a `DiffusionLM`, and back. Safetensors only; no code from the directory is ever run."""
 
-import importlib
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ FAMILIES = {
 
 def family(model_type: str) -> type[DiffusionLM]:
     """The class of a family. Raises KeyError for an unknown one."""
-    module, name = FAMILIES[model_type].split(":")
-    found: type[DiffusionLM] = getattr(importlib.import_module(module), name)
+    found: type[DiffusionLM] = pkgutil.resolve_name(FAMILIES[model_type])
     return found
 
 
