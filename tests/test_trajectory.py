@@ -717,3 +717,11 @@ def test_a_longer_side_changes_no_order_and_no_draw_of_the_blocks_before() -> No
         return ranks[:8].tolist(), state.scored[:8].tolist()
 
     assert drawn(2) == drawn(3) == drawn(5)
+
+
+def test_blocks_of_one_row_draw_apart() -> None:
+    """Of 400 rows, two blocks of four steps draw the same step in a quarter: they are independent."""
+    rows = [block_generators(0, f"row-{i}", 0, "state") for i in range(400)]
+    assert abs(np.mean([rng(0).integers(4) == rng(1).integers(4) for rng in rows]) - 0.25) < 0.1
+    again = block_generators(0, "row-0", 0, "state")
+    assert again(0) is again(0)  # several draws of a block go on in one stream
