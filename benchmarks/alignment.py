@@ -2,9 +2,9 @@
 
     python benchmarks/alignment.py jobs/demo.toml --seeds 0 1 2 --storage runs --out benchmarks/results/alignment
 
-Every variant starts from the same base, the same rollouts and the same pairs, and takes the same number of optimizer
-steps of the same number of rows; it differs in `train.objective.type` alone. Stages found finished are reused.
-Writes OUT.json and OUT.md.
+Every variant starts from the same base, the same rollouts and the same pairs, and differs in `train.objective.type`
+alone: the same optimizer steps of the same rows. Rejection fine-tuning needs no reference, so there is a second one of
+twice the steps: as many forwards as dTRPO's. Stages found finished are reused. Writes OUT.json and OUT.md.
 """
 
 import argparse
@@ -19,15 +19,28 @@ from dtrpo_ray.pipeline import River
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
-VARIANTS = {"dtrpo": "dTRPO", "sft": "rejection fine-tuning", "elbo_dpo": "block-ELBO DPO"}
+VARIANTS = {
+    "dtrpo": "dTRPO",
+    "sft": "rejection fine-tuning, same steps",
+    "sft_forwards": "rejection fine-tuning, same forwards",
+    "elbo_dpo": "block-ELBO DPO",
+}
+
+
+def settings_of(variant: str, job_file: Path) -> list[str]:
+    """Overrides of the job for a variant."""
+    if variant != "sft_forwards":
+        return [f"train.objective.type={variant}"]
+    train = load_job(job_file).train
+    longer = [f"train.{name}={2 * value}" for name in ("num_epochs", "max_steps") if (value := getattr(train, name))]
+    return ["train.objective.type=sft", *longer]
 
 
 def measure(job_file: Path, seed: int, storage: Path, variants: list[str]) -> list[dict[str, Any]]:
     """Evaluation rows of base and each variant for one seed."""
     rows: list[dict[str, Any]] = []
     for variant in variants:
-        settings = [f"seed={seed}", f"storage={storage}", f"train.objective.type={variant}"]
-        job = load_job(job_file, settings)
+        job = load_job(job_file, [f"seed={seed}", f"storage={storage}", *settings_of(variant, job_file)])
         with ray_session(job.cluster):
             value = River(job, Store(storage)).evaluate()
         for row in value["table"]:

@@ -4,7 +4,8 @@
 
 POLICY and REFERENCE are model directories, PAIRS a preference table with recorded steps. One forward each with
 `num_draws = "all"` gives every l_t of every block; the variance over the draws is then the closed form of
-docs/method.md, no sampling. The ELBO's is estimated from independent draws. Writes OUT.json, OUT.svg and a table.
+docs/method.md, no sampling. The ELBO's is estimated from independent draws. Steps of unequal size, where the weights
+part, come from decoding the prompts anew with a confidence threshold. Writes OUT.json, OUT.svg and prints the tables.
 """
 
 import argparse
@@ -19,18 +20,22 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from dtrpo_ray.batch import Layout, build_batch
+from dtrpo_ray.batch import SIDES, Layout, build_batch
 from dtrpo_ray.config import Objective
+from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.records import PREFERENCE
+from dtrpo_ray.sampler import generate
 from dtrpo_ray.step import order_by_confidence, scored_logps
 from dtrpo_ray.tables import read_table
+from dtrpo_ray.trajectory import row_generator
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 DRAWS, ELBO_DRAWS, CHUNK = (1, 2, 4), 16, 20
+THRESHOLDS = (0.5, 0.7, 0.9)
 Json = dict[str, Any]
 
 
@@ -56,8 +61,22 @@ def variance(steps: list[list[float]], weighting: str, num_draws: int) -> float:
     return float(sum(len(v) * (v**2).sum() - v.sum() ** 2 for v in np.array_split(values, num_draws)))
 
 
+def redecoded(model: DiffusionLM, rows: list[Json], threshold: float) -> list[Json]:
+    """The rows with both sides sampled by `model` at temperature 1, every token above `threshold` taken in a step."""
+    params = SamplingParams(max(len(r["chosen_ids"]) for r in rows), 1, 1.0, threshold=threshold, ignore_eos=True)
+    made = [dict(row) for row in rows]
+    for number, side in enumerate(SIDES):
+        seeds = [int(row_generator(number, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
+        for row, response in zip(made, generate(model, [r["prompt_ids"] for r in rows], params, seeds), strict=True):
+            row |= {f"{side}_ids": response.ids, f"{side}_steps": response.steps}
+    return made
+
+
 def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
-    """One record for each schedule, K_b, weight and m: mean variance per block in nats^2, and the blocks behind it."""
+    """One record for each schedule, K_b, weight and m: mean variance per block in nats^2, and the blocks behind it.
+
+    Trajectories decoded with a threshold have no fixed K_b: theirs is the mean over blocks.
+    """
     size = models[0].block_size
     schedules = {"recorded": Objective(num_draws="all")}
     for name in ("random", "confidence", "left_to_right"):
@@ -65,12 +84,17 @@ def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
             if k:
                 schedules[f"{name}/{k}"] = Objective(schedule=name, tokens_per_step=k, num_draws="all")
     rows = order_by_confidence(models[1], rows, torch.device("cpu"))
+    sources = {name: (rows, objective) for name, objective in schedules.items()}
+    for threshold in THRESHOLDS:
+        sources[f"threshold {threshold}"] = (redecoded(models[1], rows, threshold), Objective(num_draws="all"))
     out = []
-    for name, objective in schedules.items():
-        groups: dict[int, list[list[list[float]]]] = defaultdict(list)
-        for draws in blocks(models, rows, objective):
+    for name, (source, objective) in sources.items():
+        groups: dict[float, list[list[list[float]]]] = defaultdict(list)
+        for draws in blocks(models, source, objective):
             steps = [draws[d] for d in sorted(draws)]
-            groups[len(steps)].append(steps)
+            groups[0 if name.startswith("threshold") else len(steps)].append(steps)
+        if name.startswith("threshold"):
+            groups = {round(float(np.mean([len(steps) for steps in groups[0]])), 2): groups[0]}
         for num_steps, found in sorted(groups.items()):
             signal = float(np.mean([sum(map(sum, steps)) ** 2 for steps in found]))
             for weighting in ("steps", "tokens"):
@@ -93,23 +117,34 @@ def elbo(models: list[DiffusionLM], rows: list[Json], size: int) -> Json:
 
 
 def plot(records: list[Json], file: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, key, choices in ((left, "schedule", None), (right, "m", DRAWS)):
-        names = choices or sorted({r["schedule"] for r in records if "weighting" in r})
-        for name in names:
-            fixed = {"m": 1} if key == "schedule" else {"schedule": "recorded"}
-            line = [
-                r for r in records
-                if r.get("weighting") == "steps" and r[key] == name and all(r[k] == v for k, v in fixed.items())
-            ]  # fmt: skip
-            axis.plot([r["steps_per_block"] for r in line], [r["variance"] for r in line], "o-", label=f"{key} {name}")
-        axis.set_xlabel("denoising steps of a block, $K_b$")
-        axis.legend(fontsize=8)
+    """Three panels: by schedule (m = 1), by draws m (random order), and both weights where steps are unequal."""
+    measured = [r for r in records if "weighting" in r]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+
+    def line(axis: Any, label: str, **fixed: Any) -> None:
+        found = [r for r in measured if all(r[key] == value for key, value in fixed.items())]
+        axis.plot([r["steps_per_block"] for r in found], [r["variance"] for r in found], "o-", label=label)
+
+    for schedule in ("recorded", "confidence", "left_to_right", "random"):
+        line(left, schedule, schedule=schedule, weighting="steps", m=1)
     left.axhline(records[-1]["variance"], ls="--", color="grey", label="block ELBO")
     left.set_ylabel("variance per block, nats$^2$")
     left.set_title("by schedule, m = 1", fontsize=10)
-    right.set_title("recorded order, by draws m", fontsize=10)
-    left.legend(fontsize=8)
+    for m in DRAWS:
+        line(middle, f"m = {m}", schedule="random", weighting="steps", m=m)
+    middle.set_title("random order, by draws m", fontsize=10)
+    for offset, weighting in ((-0.2, "steps"), (0.2, "tokens")):
+        found = [
+            r for r in measured if r["schedule"].startswith("threshold") and (r["weighting"], r["m"]) == (weighting, 1)
+        ]
+        right.bar([i + offset for i in range(len(found))], [r["variance"] for r in found], 0.4, label=weighting)
+        right.set_xticks(range(len(found)), [r["schedule"].removeprefix("threshold ") for r in found])
+    right.set_title("steps of unequal size, by weight, m = 1", fontsize=10)
+    right.set_xlabel("decoding threshold")
+    for axis in (left, middle):
+        axis.set_xlabel("denoising steps of a block, $K_b$")
+    for axis in (left, middle, right):
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 

@@ -57,7 +57,7 @@ class Choice:
         """Take the next block; None if there is nothing to say yet."""
         self.whole.append(block)
         before, params = len(self.ids), self.params
-        stops = {*params.stop_token_ids} | (set() if params.ignore_eos else {self.engine.model.eos_id})
+        stops = {*params.stop_token_ids} | (frozenset() if params.ignore_eos else self.engine.model.stop_ids)
         room = params.max_new_tokens - before
         cut = next((i for i, token in enumerate(block.ids[:room]) if token in stops), None)
         self.ids += block.ids[: room if cut is None else cut]

@@ -80,9 +80,9 @@ class _Request(_Body):
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field([], max_length=16)
     """The text ends before the first of these."""
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=16)
-    """Tokens that end a choice as the end-of-sequence token does."""
+    """Tokens that end a choice, beside the model's own: end of sequence, end of turn, generation_config.json's."""
     ignore_eos: bool = False
-    """Decode on after the end-of-sequence token, to `max_tokens`."""
+    """Decode on past the model's own end tokens, to `max_tokens`."""
     stream: bool = False
     """Send each block when it is finished, as server-sent events."""
     stream_options: StreamOptions = StreamOptions()
@@ -98,6 +98,8 @@ class _Request(_Body):
     """The unmasking policy, where the fields above do not say it; `low_confidence` is low_confidence_static."""
     block_length: int | None = Field(None, ge=1)
     """Tokens of a block: a full-attention model takes any, a block-trained model its own only."""
+    small_block_size: int | None = Field(None, ge=1)
+    """Tokens of a sub-block; those of a block are unmasked in turn. Absent: as the model's release does."""
     return_trajectory: bool = False
     """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
 

@@ -267,6 +267,9 @@ class Service:
             raise refusal(400, only, "block_length")
         if size > hosted.engine.context_tokens:
             raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
+        if body.small_block_size is not None and size % body.small_block_size:
+            refused = f"small_block_size = {body.small_block_size} does not divide the block of {size} tokens"
+            raise refusal(400, f"{refused}; give one that does", "small_block_size")
         for name, value in (("steps", body.steps), ("tokens_per_step", body.tokens_per_step)):
             if value is not None and value > size:
                 raise refusal(400, f"{name} = {value} exceeds the model's block of {size} tokens; ask for fewer", name)
@@ -286,6 +289,7 @@ class Service:
             body.ignore_eos,
             body.block_length,
             body.num_alternatives or 0,
+            body.small_block_size,
         )
 
     def _encode(self, engine: Engine, prompt: str | list[int] | list[dict[str, str]], field: str) -> list[int]:

@@ -17,12 +17,12 @@ from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.trajectory import (
     GIVEN,
     State,
+    block_generators,
     block_slices,
     confidence_ranks,
     dense_ranks,
     left_to_right_ranks,
     random_ranks,
-    row_generator,
     sample_elbo_states,
     sample_step_states,
     sequential_ranks,
@@ -187,7 +187,7 @@ def _states(
     row: Mapping[str, Any], side: str, objective: Objective, layout: Layout, seed: int, first: np.ndarray
 ) -> tuple[list[State], np.ndarray]:
     """The sampled states of one side, and which tokens no denoising step chose (bool [n])."""
-    rng = row_generator(seed, row["row_id"], row["epoch"], "state")
+    rng = block_generators(seed, row["row_id"], row["epoch"], "state")
     length = len(first)
     blocks = block_slices(len(row["prompt_ids"]), length, layout.block_size, layout.block_origin)
     whole = [slice(0, length)]  # one state shows the whole response to a full-attention model: its only block
@@ -201,7 +201,8 @@ def _states(
     else:
         given = first if layout.shift and not full else None  # as its decoder does
         if objective.schedule == "random":
-            ranks = random_ranks(blocks, objective.tokens_per_step, rng, given)
+            order = block_generators(seed, row["row_id"], row["epoch"], "order")
+            ranks = random_ranks(blocks, objective.tokens_per_step, order, given)
         elif objective.schedule == "left_to_right":
             ranks = left_to_right_ranks(blocks, objective.tokens_per_step, given)
         else:

@@ -22,6 +22,7 @@ from pyarrow import fs as pafs
 from dtrpo_ray.errors import CheckpointError
 
 COMPLETE = "COMPLETE"
+VALIDATION = "validation.json"  # beside the sealed files, since it is measured after they were sealed
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train 2.60 calls its own list
 SCHEMA = 1
 UPLOAD_ATTEMPTS = 5
@@ -161,22 +162,42 @@ def remove(filesystem: pafs.FileSystem, place: Place) -> None:
     filesystem.delete_dir(place.path)
 
 
-def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None) -> list[Place]:
+def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, float]) -> None:
+    """Put the metrics of a validation beside the checkpoint in the folder `path`, if that is still there."""
+    if _exists(filesystem, f"{path}/{COMPLETE}"):
+        _patiently(lambda: _put(filesystem, f"{path}/{VALIDATION}", json.dumps(metrics).encode()))
+
+
+def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float]:
+    """The metrics of a checkpoint's validation; none if it has had none."""
+    try:
+        measured: dict[str, float] = json.loads(_get(filesystem, f"{place.path}/{VALIDATION}"))
+    except OSError:
+        return {}
+    return measured
+
+
+def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, validated: bool = False) -> list[Place]:
     """Remove all whole checkpoints but the newest `keep` and the one with the best metric `best`; returns the removed.
 
-    Unfinished ones are left alone: another rank may be writing there.
+    Unfinished ones are left alone: another rank may be writing there. So are, where checkpoints are `validated`, those
+    whose validation is still to come.
     """
     whole: list[tuple[Place, dict[str, Any]]] = []
+    pending: set[Place] = set()
     for place in places(filesystem, root):
         with suppress(CheckpointError):
-            whole.append((place, facts_of(filesystem, place)))
-    kept = {place for place, _ in whole[:keep]}
-    scored = [(facts["metrics"][best], place) for place, facts in whole if best in facts.get("metrics", {})]
+            metrics, measured = facts_of(filesystem, place).get("metrics", {}), validation_of(filesystem, place)
+            whole.append((place, {**metrics, **measured}))
+            pending |= {place} if validated and not measured else set()
+    kept = {place for place, _ in whole[:keep]} | pending
+    scored = [(metrics[best], place) for place, metrics in whole if best in metrics]
     if scored:
         kept.add((min if best in LOWER_IS_BETTER else max)(scored)[1])
     removed = [place for place, _ in whole if place not in kept]
     for place in removed:
-        remove(filesystem, place)
+        with suppress(FileNotFoundError):  # a validation and an upload may prune at once
+            remove(filesystem, place)
     return removed
 
 

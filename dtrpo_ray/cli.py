@@ -81,17 +81,27 @@ def bench_group() -> None:
     """Compare two ways in one run, on the same weights and data, and print the ratio."""
 
 
+def _write_results(out: Path | None, value: dict[str, Any], page: str) -> None:
+    """OUT.json and OUT.md, where OUT was given."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
+        out.with_suffix(".md").write_text(page)
+
+
 @bench.command("train")
 def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
     batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The stack (Ray Train, Ray Data, DeepSpeed) against the bare loop; two workers against one."""
     from dtrpo_ray.bench import train as bench_of_train
 
     value = bench_of_train.run(steps, batch, rounds)
+    _write_results(out, value, "# Training\n\n`dtrpo bench train`\n\n" + bench_of_train.text(value) + "\n")
     result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
 
 
@@ -112,9 +122,7 @@ def bench_decode(
     from dtrpo_ray.bench.decode import as_markdown, decode_benchmark
 
     value = decode_benchmark(prompt_tokens, new_tokens, block, hidden, layers, steps, repeats, widest)
-    if out is not None:
-        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
-        out.with_suffix(".md").write_text("# Decoding\n\n`dtrpo bench decode`\n\n" + as_markdown(value))
+    _write_results(out, value, "# Decoding\n\n`dtrpo bench decode`\n\n" + as_markdown(value))
     result(value, as_json, as_markdown(value))
 
 
@@ -129,10 +137,7 @@ def bench_forward(
     from dtrpo_ray.bench import forward
 
     value = forward.compare(forward.Shape(), rounds, repeats, say)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
-        out.with_suffix(".md").write_text(forward.page(value))
+    _write_results(out, value, forward.page(value))
     result({"bench": "forward", **value}, as_json, forward.table(value))
 
 
@@ -158,11 +163,12 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Align the model: all rounds of rollout, pair and train. A run cut off goes on by itself."""
+    trained = ("base-", *(f"train-{number + 1}-" for number in range(load_job(job, overrides or ()).rounds)))
+    if resume and not resume.name.startswith(trained):
+        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
     with river(job, overrides, fresh, resume=resume) as stages:
         stages.aligned  # noqa: B018 - a cached stage
         lineage = stages.lineage()
-    if resume and not any(resume.name.startswith(f"{stage['stage']}-") for stage in lineage):
-        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
     last = lineage[-1]
     result({"verb": "train", **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
 
@@ -257,11 +263,14 @@ def export(
     job: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a training checkpoint.")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
-    merged: Annotated[bool, typer.Option("--merged", help="A LoRA job: the whole model, adapters added in.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="With LoRA: the whole model, adapters added in.")] = False,
+    base_name: Annotated[
+        str | None, typer.Option(help="What adapter and card call the base, a hub id; absent: model.path as given.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as trained if absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the aligned model (a LoRA job: its PEFT adapter) with its model card, or that of a checkpoint."""
+    """Write the aligned model of a job, or the model of a checkpoint, with its card; with LoRA the PEFT adapter."""
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
     if dtype not in (None, "float32", "bfloat16"):
@@ -269,7 +278,8 @@ def export(
     if job.is_dir():
         from dtrpo_ray.export import export_checkpoint
 
-        facts = export_checkpoint(job, out)
+        facts = export_checkpoint(job, out, merged, dtype, base_name)
+        _warn_of_a_local_base(out)
         result({"verb": "export", "directory": str(out), "step": facts["step"]}, as_json, f"wrote {out}")
         return
     parsed = load_job(job, overrides or ())
@@ -278,16 +288,28 @@ def export(
         raise ConfigError(
             f"{parsed.name}: each of its {parsed.rounds} rounds has its own base: export it with --merged"
         )
-    from dtrpo_ray.export import export_adapter, export_model
+    from dtrpo_ray import export as exports
 
     with river(job, overrides, False) as stages:
         aligned = stages.aligned
-        lineage, curves = stages.lineage(), stages.curves()
+        if base_name is None and parsed.model.path:
+            base_name = exports.base_name(parsed.model.path)
+        elif base_name is None and adapter:
+            base_name = str(stages.base.path.resolve())  # [sft] trained it: it has no other name
+        card = exports.job_card(stages.job, stages.lineage(), stages.curves(), base_name, adapter)
         if adapter:
-            export_adapter(aligned.path.parent / "adapter", out, stages.job, lineage, curves)
+            exports.export_adapter(aligned.path.parent / "adapter", out, card, dtype)
+            _warn_of_a_local_base(out)
         else:
-            export_model(aligned.path, out, stages.job, lineage, curves, dtype)
+            exports.export_model(aligned.path, out, card, dtype, stages.job.serve.denoising_steps)
     result({"verb": "export", "directory": str(out), "model_hash": aligned.digest}, as_json, f"wrote {out}")
+
+
+def _warn_of_a_local_base(out: Path) -> None:
+    file = out / "adapter_config.json"
+    base = json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else ""
+    if base and Path(base).exists():
+        say(f"{file} names its base by a path of this machine, {base}; for others give --base-name, a hub id")
 
 
 @app.command()
@@ -299,6 +321,7 @@ def models(as_json: AsJson = False) -> None:
     lines = []
     for facts in known:
         block = f"{facts['block_key']}, {facts['block_size'] or 'no default'}"
+        block += f", in sub-blocks of {facts['small_block_size']}" if facts["small_block_size"] else ""
         grid = "response" if facts["block_origin"] == "response" else "sequence"
         lines += [
             f"{facts['model_type']}  ({facts['releases']})",
@@ -372,10 +395,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """The whole river: base, rollout, pair, train, eval, one question to the served model, report."""
-    with river(job, overrides, fresh) as stages:
-        from dtrpo_ray import demo
+    given = load_job(job, overrides or ()).serve
+    from dtrpo_ray import demo
 
-        demo.require_port(stages.job.serve)  # now, and not after ten minutes
+    demo.require_port(given)  # now, and not after ten minutes
+    with river(job, overrides, fresh) as stages:
         stages.aligned  # noqa: B018 - a cached stage
         value: dict[str, Any] = {"verb": "run"}
         if stages.job.eval and stages.job.is_puzzle:

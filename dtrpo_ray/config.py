@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dtrpo_ray.errors import ConfigError
 
+SUDOKU_TOKENS = 16  # of an answer
 KEY_VARIABLE = "DTRPO_API_KEY"  # of the environment: API keys with commas between them
 
 
@@ -134,7 +135,9 @@ class Objective(_Section):
     """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
 
     @model_validator(mode="after")
-    def _draws_of_steps(self) -> "Objective":
+    def _fits_together(self) -> "Objective":
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to loss_type = 'sigmoid' (cDPO); IPO has none")
         if self.num_draws == "all" and self.type != "dtrpo":
             raise ValueError(f"num_draws = 'all' takes the steps of a trajectory, which {self.type} lacks")
         return self
@@ -146,8 +149,21 @@ class LoraConfig(_Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     """The adapter's product is scaled by alpha / rank."""
-    targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] = "attention+mlp"
-    """Which linear modules get adapters; the names are the family's."""
+    targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] | None = None
+    """Which linear modules get adapters; absent: attention+mlp, or attention where every MLP is a routed expert. A part
+    that is asked for and that the family lacks (docs/families.md) is refused."""
+
+
+class ValidationConfig(_Section):
+    """What each checkpoint is asked while the training goes on, in a task of its own beside it."""
+
+    num_prompts: int = Field(200, ge=1)
+    """Fresh puzzles of the training split; or the first prompts of the table."""
+    denoising_steps: int = Field(4, ge=1)
+    """Denoising steps per block; greedy."""
+    max_new_tokens: int = Field(16, ge=1)
+    num_examples: int = Field(4, ge=0)
+    """Answers kept in validation.jsonl."""
 
 
 class TrainConfig(_Section):
@@ -189,8 +205,10 @@ class TrainConfig(_Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, ge=1)
     """The newest whole ones that are kept."""
-    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy"] | None = None
-    """Keep the checkpoint with the best such metric too."""
+    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy", "accuracy"] | None = None
+    """Keep the checkpoint with the best such metric too; accuracy is that of [train.validation]."""
+    validation: ValidationConfig | None = None
+    """Present: each checkpoint answers prompts, and is scored where the task has a verifier."""
 
     @model_validator(mode="after")
     def _cache_of_a_reference(self) -> "TrainConfig":
@@ -198,6 +216,12 @@ class TrainConfig(_Section):
             raise ValueError("reference = 'cache': the objective sft has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
             raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_validation(self) -> "TrainConfig":
+        if self.keep_best == "accuracy" and self.validation is None:
+            raise ValueError("keep_best = 'accuracy' is measured by validation: add that section")
         return self
 
     def rows_per_rank(self, num_workers: int) -> int:
@@ -295,7 +319,7 @@ class ServeConfig(_Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     other_models: dict[str, str] = {}
-    """More models of the same endpoint, name to directory: the base beside the aligned one, for example."""
+    """More models of the same endpoint, name to directory: a model, or a LoRA adapter on `checkpoint`'s weights."""
     num_replicas: int = Field(1, ge=0)
     """Replicas, or the fewest of them where max_replicas is set; 0 of them wait for a first request."""
     max_replicas: int | None = Field(None, ge=1)
@@ -408,6 +432,10 @@ class Job(_Section):
                 )
             if stage and stage.global_batch < self.cluster.most_workers:
                 raise ValueError(f"{name}.global_batch = {stage.global_batch} gives some of {workers} workers no row")
+        lengths = {"rollout": self.rollout, "eval": self.eval}
+        for name, section in lengths.items():
+            if self.task.type == "sudoku" and section and section.max_new_tokens < SUDOKU_TOKENS:
+                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: a grid has {SUDOKU_TOKENS} digits")
         if self.rollout and self.model.init:
             worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
             if worst > self.model.init.block_size:
@@ -418,6 +446,8 @@ class Job(_Section):
         kind = f"task.type = {self.task.type!r}"
         if self.rollout or self.sft or self.rounds > 1:
             raise ValueError(f"{kind} brings its pairs: remove [rollout], [sft] and rounds")
+        if self.train.keep_best == "accuracy":
+            raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
         if self.model.init and self.model.tokenizer is None:
             raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
         if self.task.type != "preferences":
@@ -506,3 +536,5 @@ def _require_files(path: Path, job: Job) -> None:
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")
+    if job.model.path and not (job.model.path / "config.json").is_file():
+        raise ConfigError(f"{path}: model.path: {job.model.path} is no model directory (it has no config.json)")

@@ -62,6 +62,7 @@ class _Row:
     watch: bool
     prompt_len: int
     block: int
+    small: int
     start: int
     end: int
     stops: frozenset[int]
@@ -133,7 +134,8 @@ class Decoder:
     ) -> bool:
         """Take a request under a key of the caller's, if a row and pages are free. `watch` reports each step.
 
-        Raises DataError for an empty prompt where the first token has nothing to be predicted from.
+        Raises DataError for an empty prompt where the first token has nothing to be predicted from, and for sub-blocks
+        that the block does not divide into.
         """
         if self.model.shift and not prompt:
             raise DataError("this model predicts a token from the one before it; give a prompt of at least one token")
@@ -172,9 +174,14 @@ class Decoder:
         origin = count if model.block_origin == "response" else 0
         start = origin + (count - origin) // block * block
         end = origin + -(-(count - origin + params.max_new_tokens) // block) * block
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {model.eos_id})
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else model.stop_ids)
+        small = params.small_block_size or (model.small_block_size if self.caches else block)
+        if block % small:
+            raise DataError(
+                f"small_block_size = {small} does not divide the block of {block} tokens; give one that does"
+            )
         rng = np.random.Generator(np.random.Philox(key=seed))
-        return _Row(key, params, rng, watch, count, block, start, end, stops)
+        return _Row(key, params, rng, watch, count, block, small, start, end, stops)
 
     def _take_pages(self, row: _Row, prompt: Sequence[int]) -> bool:
         size = self.model.block_size
@@ -332,12 +339,14 @@ class Decoder:
         positions = torch.tensor([row.start for row in rows], device=self.device)[:, None] + offsets
         prompt_end = torch.tensor([row.prompt_len for row in rows], device=self.device)[:, None]
         # a prompt is read as it is, never filled in
-        masked = (self.canvas[at, positions] == self.model.mask_id) & (positions >= prompt_end)
+        open_ = (self.canvas[at, positions] == self.model.mask_id) & (positions >= prompt_end)
+        sub_block = offsets // torch.tensor([row.small for row in rows], device=self.device)[:, None]
+        masked = open_ & (sub_block == sub_block.gather(1, open_.int().argmax(1, keepdim=True)))
         alternatives = max(row.params.top_logprobs for row in rows)
         entropy = any(row.params.policy == "entropy_bounded" for row in rows)
         found = propose(self.model, states[masked], self._draw(rows, masked), self.num_tokens, alternatives, entropy)
         found = found.spread(masked)
-        take = self._select(rows, Candidates(masked, found.logps, found.entropy))
+        take = self._select(rows, Candidates(masked, found.logps, found.entropy, open_.sum(-1)))
         where = (at.expand_as(positions)[take], positions[take])
         forwards = torch.tensor([row.forwards for row in rows], device=self.device)[:, None]
         self.canvas[where], self.logps[where] = found.tokens[take], found.logps[take].float()

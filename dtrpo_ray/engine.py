@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from dtrpo_ray.batcher import Batcher
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.generation import Generation, SamplingParams
+from dtrpo_ray.lora import with_adapter
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.models.registry import load_model
+from dtrpo_ray.models.registry import load_model, skeleton
 from dtrpo_ray.sampler import generate
-from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+from dtrpo_ray.tokenizer import encode_prompt, eos_token_id, load_tokenizer, mask_token_id, turn_end_id
 
 DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 
@@ -26,6 +27,13 @@ class Engine:
             raise ModelError(
                 f"tokenizer mask id {mask_token_id(tokenizer)} and config.json mask_token_id {model.mask_id} disagree"
             )
+        if eos_token_id(tokenizer) not in model.stop_ids:
+            raise ModelError(
+                f"tokenizer end-of-sequence id {eos_token_id(tokenizer)} and the model's eos_token_id "
+                f"{', '.join(map(str, sorted(model.stop_ids)))} disagree"
+            )
+        turn_end = turn_end_id(tokenizer)
+        model.other_ends |= set() if turn_end is None else {turn_end}
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @classmethod
@@ -34,6 +42,13 @@ class Engine:
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32
         return cls(load_model(path, dtype, "cuda" if gpu else "cpu"), load_tokenizer(path))
+
+    def adapted(self, adapter: Path) -> "Engine":
+        """The engine of a LoRA adapter on this model, whose weights both share. Raises ModelError; see `lora`."""
+        model = skeleton(self.model.config)
+        model.other_ends |= self.model.other_ends
+        with_adapter(self.model, model, adapter)
+        return Engine(model, self.tokenizer)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Prompt ids of a text, or of chat messages through the chat template."""

@@ -6,7 +6,7 @@ from typing import Literal
 Remasking = Literal[
     "low_confidence_static", "low_confidence_dynamic", "low_confidence_top_k", "entropy_bounded", "sequential"
 ]
-ENGINE_NAME = "dtrpo_ray.sampler/1"  # raise the number when decoding changes what a seed gives
+ENGINE_NAME = "dtrpo_ray.sampler/2"  # raise the number when decoding changes what a seed gives
 
 Alternatives = list[tuple[int, float]]  # (id, log mu), most probable first
 
@@ -17,9 +17,11 @@ class SamplingParams:
     every token whose probability exceeds it and always the most confident one. `temperature` 0 is greedy.
 
     `remasking` names another policy of `unmasking/`; `tokens_per_step` goes with low_confidence_top_k, `entropy_bound`
-    (nats) with entropy_bounded. `stop_token_ids` end a response like the end-of-sequence token does; `ignore_eos` lets
-    it decode on. `block_length` is for full-attention models, which were trained on none; the model's own if absent.
-    `top_logprobs` asks for the most probable alternatives of each token, `max_new_tokens` counts tokens of text.
+    (nats) with entropy_bounded. `stop_token_ids` end a response as the model's own `stop_ids` do; `ignore_eos` lets it
+    decode on past those. `block_length` is for full-attention models, which were trained on none; the model's own if
+    absent. `small_block_size` divides the block into sub-blocks that are unmasked one after the other, each in at least
+    one step; the model's own if absent, the block's size for none. `top_logprobs` asks for the most probable
+    alternatives of each token, `max_new_tokens` counts tokens of text.
     """
 
     max_new_tokens: int
@@ -35,6 +37,7 @@ class SamplingParams:
     ignore_eos: bool = False
     block_length: int | None = None
     top_logprobs: int = 0
+    small_block_size: int | None = None
 
     @property
     def policy(self) -> Remasking:
@@ -47,7 +50,7 @@ class Generation:
     """One response. `ids` and `steps` end on the block grid (the terminal block whole); `steps` counts denoising
     forwards from 0 within the response, NEVER where no step unmasked, GIVEN where the token was shown from its block's
     first step on; `logps` are the tokens' log mu at temperature 1; `num_forwards` counts denoising forwards;
-    `text_ids` stops before the end-of-sequence token. `top` holds (id, log mu) alternatives by place, where asked."""
+    `text_ids` stops before the token that ends it. `top` holds (id, log mu) alternatives by place, where asked."""
 
     ids: list[int]
     steps: list[int]

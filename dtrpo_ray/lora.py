@@ -4,6 +4,7 @@ The adapters sit on the trunk's linear modules; what is written names the module
 peft finds them in the release's own code.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,34 +15,41 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dtrpo_ray.config import LoraConfig
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.models.base import DiffusionLM, Piece
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
+CAUSAL = {"AutoModelForCausalLM": ""}  # how a release without remote code loads
 
 
 def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
-    """The names of linear modules that `config.targets` means in this family. Raises ConfigError if there are none."""
+    """The names of linear modules that `config.targets` means in this family.
+
+    Raises ConfigError where a part of them takes no adapters: what is asked for is never narrowed in silence.
+    """
     parts = {
         "attention": model.lora.attention,
         "mlp": model.lora.mlp,
         "attention+mlp": (*model.lora.attention, *model.lora.mlp),
         "mlp+output": (*model.lora.mlp, *model.lora.output),
     }
-    if config.targets.startswith("mlp") and not model.lora.mlp:
+    if config.targets is None:
+        return list(parts["attention+mlp"])
+    if "mlp" in config.targets and not model.lora.mlp:
         raise ConfigError(
-            f"lora.targets = {config.targets!r}: {model.facts.model_type} has routed experts alone, which take no "
-            "adapters; use 'attention'"
+            f"lora.targets = {config.targets!r}: the MLPs of {model.facts.model_type} are routed experts alone, "
+            "stacked tensors that take no adapters; set train.lora.targets = 'attention'"
         )
-    if config.targets == "mlp+output" and model.tied_tensors():
+    if "output" in config.targets and model.tied_tensors():
         raise ConfigError(
-            f"lora.targets = {config.targets!r}: this model's output head is its embedding, and merging would change "
-            "both; use 'mlp'"
+            f"lora.targets = {config.targets!r}: this model's output head is its embedding (tied), and merging would "
+            "change both; set train.lora.targets = 'mlp'"
         )
     return list(parts[config.targets])
 
@@ -105,6 +113,76 @@ def merge_adapters(model: DiffusionLM) -> None:
         setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter instead of a model."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
+    """Make `copy`, a skeleton of the same model, the base with a PEFT adapter of `path` on it. The base stays as it is,
+    and its weights are in both: an adapted model costs its adapter alone.
+
+    Raises ModelError for a file that is missing, another method than LoRA, and tensors that do not fit the base.
+    """
+    config, tensors = _read_adapter(path)
+    parts: dict[str, list[Piece]] = {}
+    for piece in base.pieces():
+        parts.setdefault(piece.upstream.removesuffix(".weight"), []).append(piece)
+    ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
+    for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        upstream = module.removeprefix("base_model.model.")
+        if upstream not in parts:
+            raise ModelError(f"{path}: {upstream} is no module of this {base.facts.model_type} model")
+        a, b = (tensors.pop(f"{module}.lora_{x}.weight", None) for x in "AB")
+        if a is None or b is None or a.shape[0] != b.shape[1]:
+            raise ModelError(f"{path}: the tensors of {upstream} are not a pair lora_A [r, in], lora_B [out, r]")
+        for piece in parts[upstream]:  # a fused module is several here: each takes its rows of B
+            name, rows = piece.ours.removesuffix(".weight"), b[piece.start : piece.stop]
+            linear: Any = base.get_submodule(name)
+            if not isinstance(linear, torch.nn.Linear) or linear.weight.shape != (rows.shape[0], a.shape[1]):
+                raise ModelError(f"{path}: {upstream} does not fit this base; the adapter is of another model")
+            ranks[name], alphas[name], weights[name] = a.shape[0], _alpha(config, upstream, a.shape[0]), (a, rows)
+    if tensors:
+        raise ModelError(f"{path}: {', '.join(sorted(tensors)[:4])} is no LoRA tensor")
+    copy.load_state_dict(base.state_dict(), assign=True)
+    copy.finish(next(base.parameters()).device)
+    escaped = {name: re.escape(name) for name in ranks}
+    peft = PeftConfig(
+        target_modules=list(ranks),
+        rank_pattern={escaped[name]: rank for name, rank in ranks.items()},
+        alpha_pattern={escaped[name]: alpha for name, alpha in alphas.items()},
+    )
+    inject_adapter_in_model(peft, copy, NAME)
+    for name, layer in _layers(copy):
+        made: Any = layer
+        for side, value in zip((made.lora_A, made.lora_B), weights[name], strict=True):
+            side[NAME].to(made.weight.device, made.weight.dtype).weight.data.copy_(value)
+    copy.requires_grad_(False)
+
+
+def _read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config: dict[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text())
+        tensors = load_file(path / ADAPTER_FILE)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
+    plain = config.get("peft_type") == "LORA" and not any(config.get(f"use_{kind}") for kind in ("dora", "rslora"))
+    if not plain or config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
+    return config, tensors
+
+
+def _alpha(config: dict[str, Any], module: str, rank: int) -> float:
+    """`lora_alpha` of a module, at the rank that its tensors have."""
+    found = [a for name, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
+    return float(found[0] if found else config["lora_alpha"]) * rank / _rank(config, module)
+
+
+def _rank(config: dict[str, Any], module: str) -> int:
+    found = [r for name, r in config.get("rank_pattern", {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
+    return int(found[0] if found else config["r"])
+
+
 def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder; `base` is named in it.
 
@@ -137,7 +215,8 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         rank_pattern=ranks,
         alpha_pattern={name: config.alpha * (rank // config.rank) for name, rank in ranks.items()},
         base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
+        # peft asks a causal model for a method of generation, which Dream's class, an AutoModel, does not have
+        task_type="CAUSAL_LM" if "AutoModelForCausalLM" in model.config.get("auto_map", CAUSAL) else None,
         inference_mode=True,
     )
     peft.save_pretrained(str(path))

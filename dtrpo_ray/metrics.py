@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-METRICS, EVENTS, RUN, ERRORS = "metrics.jsonl", "events.jsonl", "run.json", "errors"  # in the folder of a stage
+# in the folder of a stage
+METRICS, EVENTS, RUN, ERRORS = "metrics.jsonl", "events.jsonl", "run.json", "errors"
+VALIDATION = "validation.jsonl"
 
 
 class MetricsLog:

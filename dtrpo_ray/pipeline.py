@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtrpo_ray import evaluation, prepare, trainer
+from dtrpo_ray import evaluation, prepare, trainer, validation
 from dtrpo_ray.config import (
     CountdownTask,
     Job,
@@ -25,20 +25,22 @@ from dtrpo_ray.config import (
 )
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.importers.files import data_files, sha256_uri
+from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
-from dtrpo_ray.models.registry import build_model, read_config, save_model, skeleton
+from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.pairs import make_pairs
 from dtrpo_ray.parts import Pool, run_parts
+from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
 from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tables import QUARANTINE, read_table, table_files, write_manifest, write_shards
-from dtrpo_ray.tokenizer import load_tokenizer, mask_token_id
+from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
 REF_LOGPS = "ref-logps.parquet"
-HELD_OUT_SEED = 1  # added to the job's seed: held-out prompts are the same for every round and variant
+HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class River:
         """The given model directory, or a new one with random weights."""
         job = self.job
         if job.model.path:
+            if job.train.lora:
+                target_modules(skeleton_of(job.model.path), job.train.lora)  # refused now, and not after other stages
             files = {f.name: sha256_file(f) for f in sorted(job.model.path.iterdir()) if f.is_file()}
             return ModelRef(job.model.path, sha256_json(files))
         source = job.model.tokenizer
@@ -150,7 +154,7 @@ class River:
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
     def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[dict[str, Any]]:
-        seed = int.from_bytes(bytes.fromhex(sha256_json([self.job.seed, number])[:12]))
+        seed = _seed_of(self.job.seed, number)
         puzzles = prepare.generate_puzzles(self.job, config.num_prompts, "train", seed)
         return [
             {
@@ -222,7 +226,7 @@ class River:
 
         def make(out: Path) -> dict[str, Any]:
             (out / TABLE).mkdir(exist_ok=True)
-            model = skeleton(read_config(self.base.path))
+            model = skeleton_of(self.base.path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
             kwargs = {"task": task, "tokenizer": self.base.path, "grid": grid, "data_hashes": hashes}
             parts, pool = prepare.import_parts(task), Pool(prepare.Importer, kwargs)
@@ -267,6 +271,8 @@ class River:
         inputs |= {"table": table.digest, "num_workers": self.job.cluster.num_workers}
 
         def make(out: Path) -> dict[str, Any]:
+            if config.validation:
+                self._write_questions(config.validation.num_prompts, base, table, out)
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
             written = (cache.path / REF_LOGPS, base.digest) if cache else None
@@ -277,6 +283,19 @@ class River:
 
         outputs = [f"{MODEL}/*", METRICS, *([f"{trainer.ADAPTER}/*"] if config.lora else [])]
         return _model_of(self._stage(name, inputs, outputs, make))
+
+    def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
+        """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
+        job, tokenizer = self.job, load_tokenizer(base.path)
+        if not job.is_puzzle:
+            ids = pq.read_table(table.path / TABLE, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
+            prompts = [{"prompt": str(tokenizer.decode(row)), "prompt_ids": row} for row in ids]
+            validation.write_questions(prompts, None, out)
+            return
+        puzzles = prepare.generate_puzzles(job, count, "train", _seed_of(job.seed, "validation"))
+        texts = [row["prompt"] for row in puzzles]
+        prompts = [{"prompt": text, "prompt_ids": encode_prompt(tokenizer, text)} for text in texts]
+        validation.write_questions(prompts, f"{prepare.PUZZLES[job.task.type]}:score", out)
 
     def evaluate(self) -> dict[str, Any]:
         """The evaluation of base and aligned: {"table", "examples", "comparison"}."""
@@ -325,6 +344,11 @@ class River:
         assert isinstance(task, SudokuTask | CountdownTask)
         held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
         module = prepare.puzzle(self.job)
+        for path in task.public_tests:
+            if not path.exists():
+                console.print(
+                    f"task.public_tests: {path} is not there and is left out", highlight=False, soft_wrap=True
+                )
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
         return {evaluation.HELD_OUT: held_out, **public}
 
@@ -338,9 +362,14 @@ class River:
         return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
 
 
+def _seed_of(*parts: int | str) -> int:
+    """A seed that belongs to these parts alone."""
+    return int.from_bytes(bytes.fromhex(sha256_json(list(parts))[:12]))
+
+
 def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields of a training section that change weights: what names its stage."""
-    keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite"}
+    keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
     keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
     return config.model_dump(mode="json", exclude=keep_out)
 

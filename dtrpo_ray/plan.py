@@ -1,10 +1,14 @@
 """A job -> what it would run: batches, forwards, memory, checkpoint size. Imports neither torch nor ray."""
 
 import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dtrpo_ray.config import Job, ModelInit, PreferencesTask, TrainConfig, TrajectoriesTask
+from safetensors import safe_open
+
+from dtrpo_ray.config import Job, LoraConfig, ModelInit, PreferencesTask, TrainConfig, TrajectoriesTask
 from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
@@ -19,6 +23,15 @@ def parameters(init: ModelInit, vocab_size: int) -> int:
     attention = init.hidden_size * (2 * init.num_heads * head + 2 * kv) + 2 * head
     layer = attention + 3 * init.hidden_size * init.intermediate_size + 2 * init.hidden_size
     return init.num_layers * layer + 2 * vocab_size * init.hidden_size + init.hidden_size
+
+
+def stored_parameters(folder: Path) -> int:
+    """Parameters of a model directory, from the headers of its safetensors files, whatever their dtype."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def vocabulary(job: Job) -> int | None:
@@ -41,8 +54,7 @@ def plan(job: Job) -> dict[str, Any]:
     """A JSON-able description of the run, stage by stage."""
     vocab, init = vocabulary(job), job.model.init
     if job.model.path:
-        weights = sum(f.stat().st_size for f in job.model.path.glob("*.safetensors"))
-        count = weights // BYTES_FP32
+        count = stored_parameters(job.model.path)
     else:
         assert init is not None
         assert vocab is not None
@@ -94,12 +106,25 @@ class Shape:
         return cls(init.hidden_size, init.intermediate_size, init.num_layers, init.hidden_size, keys, vocab)
 
 
-def activation_bytes(shape: Shape, rows: int, row_tokens: int, scored: int, bf16: bool) -> dict[str, int]:
+def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
+    """Parameters of LoRA adapters on these targets: rank * (inputs + outputs) of each linear module."""
+    h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    layer = {"attention": [(h, q), (h, k), (h, k), (q, h)], "mlp": [(h, i), (h, i), (i, h)]}
+    parts = (lora.targets or "attention+mlp").split("+")
+    modules = [m for part in parts for m in layer.get(part, []) * shape.layers]
+    modules += [(h, shape.vocab)] if "output" in parts else []
+    return lora.rank * sum(a + b for a, b in modules)
+
+
+def activation_bytes(
+    shape: Shape, rows: int, row_tokens: int, scored: int, bf16: bool, recomputed: bool = False
+) -> dict[str, int]:
     """What one micro-batch keeps for its backward pass: of the trunk, and of the head at the scored tokens.
 
     Counted from the tensors that transformers' Qwen3 saves in a layer: two norms (input, normalised, scaled), queries
     and keys with their norms, what attention reads and writes, four of the MLP, the mask; the norms upcast to float32.
-    The head keeps the float32 log-softmax; the logits it is made of live for a moment.
+    The head keeps the float32 log-softmax; the logits it is made of live for a moment. Where layers are `recomputed`,
+    each keeps its input, and one of them all.
     """
     h, q, k, i, tokens = shape.hidden, shape.queries, shape.keys, shape.intermediate, rows * row_tokens
     if bf16:
@@ -109,14 +134,15 @@ def activation_bytes(shape: Shape, rows: int, row_tokens: int, scored: int, bf16
     head = BYTES_FP32 * shape.vocab + (BYTES_BF16 if bf16 else BYTES_FP32) * shape.hidden
     chunk = min(scored, max(1, CHUNK_LOGITS // shape.vocab))
     momentary = BYTES_FP32 + (BYTES_BF16 if bf16 else 0)
+    layers = layer + shape.layers * h * (BYTES_BF16 if bf16 else BYTES_FP32) if recomputed else shape.layers * layer
     return {
-        "activations": tokens * (shape.layers * layer + final),
+        "activations": tokens * (layers + final),
         "scored_logits": chunk * (head + momentary * shape.vocab),
     }
 
 
-def state_bytes(config: TrainConfig, num_workers: int, count: int, bf16: bool) -> dict[str, int]:
-    """Bytes of one worker for `count` trained parameters: weights, gradients, optimizer, reference, buffers.
+def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int, bf16: bool) -> dict[str, int]:
+    """Bytes of one worker for `count` parameters, `trained` of them: weights, gradients, optimizer, reference, buffers.
 
     The optimizer's are Adam's two moments, and under ZeRO or bf16 its own float32 weights. With `offload` they lie in
     CPU memory.
@@ -127,18 +153,18 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, bf16: bool) -
     own_weights = stage > 0 or bf16
     return {
         "weights": count * width // (num_workers if stage == 3 else 1),
-        "gradients": count * width // (num_workers if stage >= 2 else 1),
-        "optimizer": count * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 or bf16 else 1),
+        "gradients": trained * width // (num_workers if stage >= 2 else 1),
+        "optimizer": trained * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 or bf16 else 1),
         "reference": count * width if held else 0,
         "buffers": REDUCE_BUCKET * width if stage == 3 else 0,
     }
 
 
-def checkpoint_bytes(config: TrainConfig, count: int, bf16: bool) -> int:
+def checkpoint_bytes(config: TrainConfig, count: int, trained: int, bf16: bool) -> int:
     """Bytes of one whole checkpoint, of all workers: weights (under ZeRO 3 the optimizer's alone) and optimizer."""
     width = BYTES_BF16 if bf16 else BYTES_FP32
     own_weights = config.zero_stage > 0 or bf16
-    return count * ((0 if config.zero_stage == 3 else width) + BYTES_FP32 * (2 + own_weights))
+    return count * (0 if config.zero_stage == 3 else width) + trained * BYTES_FP32 * (2 + own_weights)
 
 
 def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
@@ -149,6 +175,12 @@ def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
         prompt = response = job.rollout.max_new_tokens if job.rollout else 16
     sides = 2 if pair else 1
     return prompt + 2 * sides * response, sides * response
+
+
+def packed_rows(pairs: int, tokens: int, row_tokens: int | None) -> tuple[int, int]:
+    """(rows, tokens of a row) of a micro-batch of pairs that are as long as they may be (see `batch.build_batch`)."""
+    together = max(1, (row_tokens or tokens) // tokens)
+    return -(-pairs // together), tokens * min(together, pairs)
 
 
 def training(
@@ -164,10 +196,16 @@ def training(
     if config.max_steps:
         steps = min(steps or config.max_steps, config.max_steps)
     micro = min(config.micro_batch, config.rows_per_rank(num_workers))
-    memory = state_bytes(config, num_workers, count, bf16)
+    trained = count
+    if config.lora and bounds:
+        trained = adapter_parameters(bounds[0], config.lora)
+        count += trained
+    memory = state_bytes(config, num_workers, count, trained, bf16)
     in_cpu = memory.pop("optimizer") if config.offload else 0
     if bounds:
-        memory |= activation_bytes(bounds[0], micro, bounds[1], micro * bounds[2], bf16)
+        shape, tokens, scored = bounds
+        rows_of, length = packed_rows(micro, tokens, config.row_tokens)
+        memory |= activation_bytes(shape, rows_of, length, micro * scored, bf16, config.gradient_checkpointing)
     return {
         "objective": config.objective.type,
         "global_batch": config.global_batch,
@@ -178,8 +216,10 @@ def training(
         "optimizer_steps": steps,
         "zero_stage": config.zero_stage,
         "precision": "bf16" if bf16 else "fp32",
+        **({"precision_is": "auto, as on a GPU; fp32 without one"} if config.precision == "auto" else {}),
+        "trained_parameters": trained,
         "memory_bytes": memory,
         "memory_per_worker_bytes": sum(memory.values()),
         "cpu_memory_per_worker_bytes": in_cpu,
-        "checkpoint_bytes": checkpoint_bytes(config, count, bf16),
+        "checkpoint_bytes": checkpoint_bytes(config, count, trained, bf16),
     }

@@ -24,7 +24,7 @@ from dtrpo_ray.importers.tokenize import JOIN, Target, tokenize_preferences, tok
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.stages import read_json, write_json
 from dtrpo_ray.tables import QUARANTINE, Rejected, quarantine_lines, write_manifest, write_quarantine, write_shards
-from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, load_tokenizer
+from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
 BATCH_ROWS = 2_000  # of an import, tokenized in one call
@@ -53,7 +53,8 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     assert job.sft is not None
     assert job.model.init is not None
     rows = generate_puzzles(job, job.sft.num_examples, "train", job.seed)
-    end, size = not puzzle(job).FIXED_LENGTH, job.model.init.block_size
+    end = None if puzzle(job).FIXED_LENGTH else eos_token_id(tokenizer)
+    size = job.model.init.block_size
     # puzzles share their answers: a few hundred texts of a hundred thousand
     prompt_ids = cache(lambda text: encode_prompt(tokenizer, text))
     answer_ids = cache(lambda text, prompt_len: encode_response(tokenizer, text, prompt_len, size, end))

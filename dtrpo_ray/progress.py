@@ -43,7 +43,7 @@ def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events
             last = stop.wait(0.5)
             for event in read_metrics(events)[known:] if events else ():
                 known += 1
-                console.print(f"{label}: {event['message']}", highlight=False)
+                console.print(f"{label}: {event['message']}", highlight=False, soft_wrap=True)
             for row in read_metrics(metrics):
                 if row["step"] <= seen:
                     continue
@@ -52,6 +52,6 @@ def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events
                 progress.update(task, completed=seen, note=note)
                 if not console.is_terminal and seen * PLAIN_LINES // total > printed:
                     printed = seen * PLAIN_LINES // total
-                    console.print(f"{label}: step {seen}/{total}  {note}", highlight=False)
+                    console.print(f"{label}: step {seen}/{total}  {note}", highlight=False, soft_wrap=True)
             if last:
                 return

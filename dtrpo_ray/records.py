@@ -23,6 +23,7 @@ _SAMPLER = pa.struct(
         ("remasking", pa.string()),
         ("threshold", pa.float64()),
         ("tokens_per_step", pa.int32()),
+        ("small_block_size", pa.int32()),
         ("entropy_bound", pa.float64()),
         ("top_p", pa.float64()),
         ("top_k", pa.int32()),

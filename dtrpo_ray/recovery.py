@@ -173,7 +173,8 @@ class Saver:
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         self.backend.save(folder, {"step": step})
         facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
-        facts |= {"label": self.settings["label"], "base": self.settings["base"], "metrics": self.metrics}
+        facts |= {name: self.settings[name] for name in ("label", "base", "identity", "config", "seed")}
+        facts["metrics"] = self.metrics
         self.uploaded.clear()
         ray.train.report(
             {"step": step},
@@ -181,6 +182,7 @@ class Saver:
             checkpoint_dir_name=checkpoint.folder_name(step, self.attempt),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=lambda local, name: self._upload(Path(local.path), name, facts),
+            validation=self.config.validation is not None,
         )
         if at_once:
             self.wait()
@@ -194,7 +196,8 @@ class Saver:
         try:
             checkpoint.write(folder, self.filesystem, path, self.rank, facts)
             if self.rank == 0:
-                checkpoint.prune(self.filesystem, self.path, self.config.keep_checkpoints, self.config.keep_best)
+                keep, best = self.config.keep_checkpoints, self.config.keep_best
+                checkpoint.prune(self.filesystem, self.path, keep, best, self.config.validation is not None)
         except OSError as error:
             message = f"checkpoint {path} could not be written: {error}"
             append_event(self.out / EVENTS, "storage error", message, rank=self.rank, step=facts["step"])

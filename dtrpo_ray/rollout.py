@@ -4,7 +4,7 @@ A prompt row has `row_id`, `prompt_id`, `prompt` and `denoising_steps`; what com
 A response's seed comes from (seed, row id), so batches and actors change nothing.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +45,7 @@ class _Decoder:
         self.job, self.engine = job, Engine.load(job.model)
         self.hashes = {"model_hash": job.model_hash, "tokenizer_hash": tokenizer_hash(self.engine.tokenizer)}
         self.hashes["data_hash"] = data_hash
-        module, _, function = job.scorer.partition(":")
-        self.score = getattr(importlib.import_module(module), function)
+        self.score = pkgutil.resolve_name(job.scorer)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()

@@ -30,6 +30,7 @@ def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, ste
             "remasking": params.policy,
             "threshold": params.threshold,
             "tokens_per_step": params.tokens_per_step,
+            "small_block_size": params.small_block_size,
             "entropy_bound": params.entropy_bound,
             "top_p": params.top_p,
             "top_k": params.top_k,

@@ -28,6 +28,7 @@ from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING, create_app
 from dtrpo_ray.config import KEY_VARIABLE, ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ServeError
+from dtrpo_ray.lora import is_adapter
 from dtrpo_ray.models.registry import read_config
 
 APP_NAME = "dtrpo"
@@ -40,15 +41,26 @@ UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of l
 class Model:
     """One replica: engines and their app, which Serve asks for once they are there."""
 
+    base: Engine
+
     def __init__(self, config: ServeConfig) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
         # here and not in `build`: Serve stores what a builder returns, and keys do not belong there
         self.config, self.keys = config, read_keys(config.api_key_file)
         self.checkpoints = {config.model_name: config.checkpoint, **config.other_models}
-        engines = {name: Engine.load(Path(path)) for name, path in self.checkpoints.items()}
+        engines = {name: self._load(name, path) for name, path in self.checkpoints.items()}
         # not `app`: Serve gives the class a property of that name
         self.asgi = create_app(engines.pop(config.model_name), config, self.keys, engines)
+
+    def _load(self, name: str, path: str) -> Engine:
+        """A model, or an adapter on the one that bears `serve.model_name`, which is loaded first."""
+        if name != self.config.model_name and is_adapter(Path(path)):
+            return self.base.adapted(Path(path))
+        engine = Engine.load(Path(path))
+        if name == self.config.model_name:
+            self.base = engine
+        return engine
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.asgi
@@ -60,7 +72,7 @@ class Model:
         """
         for name, path in user_config.get("checkpoints", {}).items():
             if self.checkpoints.get(name) != path:
-                engine = await asyncio.to_thread(Engine.load, Path(path))
+                engine = await asyncio.to_thread(self._load, name, path)
                 self.asgi.state.service.swap(name, engine)
                 self.checkpoints[name] = path
 
@@ -111,8 +123,10 @@ def start(config: ServeConfig) -> str:
     """
     read_keys(config.api_key_file)
     application = build(config)
-    for path in (config.checkpoint, *config.other_models.values()):
-        read_config(Path(path))
+    read_config(Path(config.checkpoint))
+    for path in map(Path, config.other_models.values()):
+        if not is_adapter(path):
+            read_config(path)
     if serve.status().proxies:
         raise ServeError(
             "Ray Serve runs in this cluster already; stop it with `serve shutdown`, or `serve deploy` to it"

@@ -51,6 +51,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it says that the bars we took are gone
     try:
         yield
     finally:

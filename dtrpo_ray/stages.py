@@ -18,7 +18,7 @@ from typing import Any
 from dtrpo_ray.errors import DataError
 
 MANIFEST = "stage.json"
-CODE_CONTRACT = 4  # raise it when a stage's output for the same inputs changes
+CODE_CONTRACT = 6  # raise it when a stage's output for the same inputs changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,9 @@ def _checkpoints(root: str, check: bool) -> list[dict[str, Any]]:
         except CheckpointError as error:
             facts, problem = {}, str(error)
         workers = facts.get("num_workers")
-        found.append({"path": place.path, "step": place.step, "num_workers": workers, "problem": problem})
+        measured = checkpoint.validation_of(filesystem, place)
+        row = {"path": place.path, "step": place.step, "num_workers": workers, "problem": problem}
+        found.append({**row, "validation": measured})
     return found
 
 
@@ -76,6 +78,7 @@ def status_text(value: dict[str, Any]) -> str:
     lines.append("  " + "  ".join(shown))
     for item in value["checkpoints"]:
         told = item["problem"] or f"whole, written by {item['num_workers']} worker(s)"
+        told += "".join(f", {name} {number:.4g}" for name, number in item["validation"].items())
         lines.append(f"  checkpoint {Path(item['path']).name}: {told}")
     for event in value["events"]:
         lines.append(f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event['time']))}  {event['message']}")

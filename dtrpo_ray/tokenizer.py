@@ -1,7 +1,9 @@
 """Text <-> ids, with the prompt/response boundary exact: both sides are tokenized apart and joined as ids."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from transformers.utils import logging as hf_logging
 from dtrpo_ray.errors import DataError, ModelError
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
-# SDAR's, Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
-MASK_SPELLINGS = (MASK, "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
+# SDAR's (two spellings), Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
+MASK_SPELLINGS = (MASK, "<MASK>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
 
 QWEN2_BY_ANOTHER_NAME = ("DreamTokenizer",)  # a copy of Qwen2's class that a release ships as remote code
+PROBE = "assistant-answer"  # an assistant's turn that no template writes by itself
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -53,7 +56,7 @@ def _named_class(path: Path) -> str | None:
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the mask token: declared, or SDAR's and Fast-dLLM's spelling. Raises ModelError if there is none."""
+    """The id of the mask token: declared, or one of MASK_SPELLINGS. Raises ModelError if there is none."""
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
     for spelling in MASK_SPELLINGS:
@@ -62,34 +65,81 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ModelError("the tokenizer has no mask token; a diffusion model needs one")
 
 
-def declared_mask_id(path: Path) -> int | None:
-    """The mask token's id in the tokenizer files of a directory, read as JSON alone; None if they name none.
+def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token. Raises ModelError if there is none."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token; name one as eos_token in tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
 
-    Raises ModelError where two files disagree.
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that the chat template writes after an assistant's turn.
+
+    None where there is no template, where it takes no assistant's turn, and where plain text ends one.
     """
-    found: dict[int, str] = {}
-    for name in ("tokenizer_config.json", "added_tokens.json", "tokenizer.json"):
-        try:
-            record = json.loads((path / name).read_text())
-        except FileNotFoundError:
-            continue
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path / name}: not valid JSON ({error})") from None
-        for token, token_id in _token_ids(record):
-            if token in MASK_SPELLINGS:
-                found.setdefault(int(token_id), name)
-    if len(found) > 1:
-        raise ModelError(f"{path}: the tokenizer files give the mask token two ids: {found}")
-    return next(iter(found), None)
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    try:
+        _, found, after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(PROBE)
+    except TemplateError:
+        return None
+    added = tokenizer.get_added_vocab()
+    end = re.search(_any_of(added), after) if found and added else None
+    return int(added[end[0]]) if end else None
 
 
-def _token_ids(record: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """(token, id) of the added tokens of any of the three files."""
-    for token_id, token in record.get("added_tokens_decoder", {}).items():
-        yield token["content"], token_id
-    for token in record.get("added_tokens", []):
-        yield token["content"], token["id"]
-    yield from ((token, token_id) for token, token_id in record.items() if isinstance(token_id, int))
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What text must not hold, since it would be read as control tokens: the special ones and the mask."""
+    flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    mask = str(tokenizer.convert_ids_to_tokens(mask_token_id(tokenizer)))
+    return re.compile(_any_of({*tokenizer.all_special_tokens, *flagged, mask}))
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the tokenizer files of a directory say of ids, read as JSON alone; None where they say nothing."""
+
+    added: dict[str, int]
+    mask: int | None
+    eos: int | None
+
+
+def declared_ids(path: Path) -> Declared:
+    """The ids of a directory's added tokens. Raises ModelError where two files disagree."""
+    added: dict[str, int] = {}
+    for name, tokens in ADDED_TOKENS.items():
+        for token, token_id in tokens(_read_json(path / name)):
+            if added.setdefault(token, token_id) != token_id:
+                raise ModelError(f"{path}: the tokenizer files give {token!r} two ids: {added[token]}, {token_id}")
+    masks = sorted({token_id for token, token_id in added.items() if token in MASK_SPELLINGS})
+    if len(masks) > 1:
+        raise ModelError(f"{path}: the tokenizer files give the mask token two ids: {masks}")
+    eos = _read_json(path / "tokenizer_config.json").get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    return Declared(added, masks[0] if masks else None, added.get(str(eos)))
+
+
+# file -> (token, id) of the added tokens in it
+ADDED_TOKENS: dict[str, Callable[[dict[str, Any]], Iterable[tuple[str, int]]]] = {
+    "tokenizer_config.json": lambda r: ((t["content"], int(i)) for i, t in r.get("added_tokens_decoder", {}).items()),
+    "added_tokens.json": lambda record: record.items(),
+    "tokenizer.json": lambda record: ((token["content"], token["id"]) for token in record.get("added_tokens", [])),
+}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: not valid JSON ({error})") from None
+    return record
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -116,12 +166,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
 
 
 def encode_response(
-    tokenizer: PreTrainedTokenizerBase, response: str, prompt_len: int, block_size: int, end: bool = True
+    tokenizer: PreTrainedTokenizerBase, response: str, prompt_len: int, block_size: int, end: int | None
 ) -> list[int]:
     """Response ids up to the end of the terminal block on the global grid.
 
-    With `end` an end-of-sequence token follows the text; what is left of the block is filled with the same token,
-    supervised like any other (as LLaDA's SFT does), so that sampler and trainer agree on the terminal block.
+    The token `end` follows the text: `turn_end_id` in a chat, else `eos_token_id`; None where the text has a fixed
+    length. What is left of the block is filled with end-of-sequence tokens, supervised like any other (as LLaDA's SFT
+    does), so that sampler and trainer agree on the terminal block.
     """
-    ids = _encode(tokenizer, response) + [tokenizer.eos_token_id] * end
-    return ids + [tokenizer.eos_token_id] * (-(prompt_len + len(ids)) % block_size)
+    ids = _encode(tokenizer, response) + ([] if end is None else [end])
+    return ids + [eos_token_id(tokenizer)] * (-(prompt_len + len(ids)) % block_size)

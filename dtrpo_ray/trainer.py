@@ -17,11 +17,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray.train
 import torch
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import (
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    ValidationConfig,
+    ValidationTaskConfig,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dtrpo_ray import checkpoint, dataset, loop, recovery, telemetry, trackers
+from dtrpo_ray import checkpoint, dataset, loop, recovery, telemetry, trackers, validation
 from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding
 from dtrpo_ray.config import ClusterConfig, TrainConfig
 from dtrpo_ray.errors import CheckpointError, DtrpoError, TrainError
@@ -36,7 +45,7 @@ from dtrpo_ray.step import checkpoint_layers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 MODEL, ADAPTER = "model", "adapter"
-MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "keep_best", "micro_batch", "on_nonfinite")
+MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "keep_best", "micro_batch", "on_nonfinite", "validation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             "seed": stage.seed,
             "label": stage.label,
             "base": str(stage.base.resolve()),
+            "identity": dict(stage.identity),
             "out": str(stage.out.resolve()),
             "roots": roots,
             "hang_seconds": cluster.hang_seconds,
@@ -103,6 +113,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
         ),
         datasets=dict(zip(names, shards, strict=True)),
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already
+        validation_config=_validation(stage, config, roots[0], gpu) if config.validation else None,
     )
     with watch(stage.out / METRICS, stage.label, num_steps, events):
         try:
@@ -113,6 +124,16 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     if told := _told(stage.out):
         raise TrainError(f"{stage.label}: {told}")
     return read_metrics(stage.out / METRICS)[-1]
+
+
+def _validation(stage: TrainStage, config: TrainConfig, root: str, gpu: bool) -> ValidationConfig:
+    """Each checkpoint in a task of its own, beside the workers; one that fails is told, and training goes on."""
+    told = {"out": str(stage.out.resolve()), "root": checkpoint.open_storage(root)[1]}
+    return ValidationConfig(
+        validation.validate,  # type: ignore[arg-type]
+        ValidationTaskConfig(fn_kwargs={**told, "config": config.model_dump(mode="json")}),
+        {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "runtime_env": {"env_vars": {} if gpu else CPU_WORKER_ENV}},
+    )
 
 
 def _root(out: Path, cluster: ClusterConfig) -> str:

@@ -4,12 +4,14 @@ State Reduction (arXiv 2603.18806): one denoising step per block, drawn at rando
 `ranks` give that order: within each block 0 is unmasked first; NEVER marks tokens that no step unmasked, GIVEN those
 that no denoising step chose. The state before step t of a block hides every token of rank >= t; the newly unmasked
 tokens have rank == t. A model that cannot show later blocks as absent (full attention) has one block: the response.
-Everything random comes from a `numpy.random.Generator`; `row_generator` derives it from (seed, row id, epoch).
+Everything random comes from a `numpy.random.Generator` for each block; `block_generators` derives them from (seed, row
+id, epoch) and the block's number, so that like blocks of two sides take like draws whatever came before.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ GIVEN = -2  # rank of a token shown from its block's first step on that no denoi
 Weighting = Literal["steps", "tokens", "unit"]
 Origin = Literal["global", "response"]
 NumDraws = int | Literal["all"]
+Draws = Callable[[int], np.random.Generator]  # the generator of a block, by its number
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,11 @@ def row_generator(seed: int, row_id: str, epoch: int, tag: str) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
+def block_generators(seed: int, row_id: str, epoch: int, tag: str) -> Draws:
+    """The generators of one row's blocks; each goes on where it stands when it is asked for again."""
+    return cache(lambda block: row_generator(seed, row_id, epoch, f"{tag}-{block}"))
+
+
 def block_slices(prompt_len: int, response_len: int, block_size: int, origin: Origin = "global") -> list[slice]:
     """The response's blocks on the grid that starts at position 0, or at the response, as slices of the response.
 
@@ -62,19 +70,17 @@ def dense_ranks(raw_steps: np.ndarray, blocks: list[slice]) -> np.ndarray:
     return ranks
 
 
-def random_ranks(
-    blocks: list[slice], tokens_per_step: int, rng: np.random.Generator, given: np.ndarray | None = None
-) -> np.ndarray:
+def random_ranks(blocks: list[slice], tokens_per_step: int, rng: Draws, given: np.ndarray | None = None) -> np.ndarray:
     """A random order for text that has none: each block shuffled into groups of `tokens_per_step`.
 
     `given` (bool [n]) marks tokens that no step chooses; they get GIVEN and the groups are made of the others.
     """
-    return _group(blocks, tokens_per_step, given, lambda free: rng.permutation(len(free)))
+    return _group(blocks, tokens_per_step, given, lambda block, free: rng(block).permutation(len(free)))
 
 
 def left_to_right_ranks(blocks: list[slice], tokens_per_step: int, given: np.ndarray | None = None) -> np.ndarray:
     """Each block from left to right in sub-blocks of `tokens_per_step`."""
-    return _group(blocks, tokens_per_step, given, lambda free: np.arange(len(free)))
+    return _group(blocks, tokens_per_step, given, lambda block, free: np.arange(len(free)))
 
 
 def confidence_ranks(
@@ -82,21 +88,21 @@ def confidence_ranks(
 ) -> np.ndarray:
     """Each block by falling `confidence` (float [n]) in groups of `tokens_per_step`; ties from left to right."""
 
-    def order(free: np.ndarray) -> np.ndarray:
+    def order(block: int, free: np.ndarray) -> np.ndarray:
         return np.argsort(np.argsort(-confidence[free], kind="stable"), kind="stable")
 
     return _group(blocks, tokens_per_step, given, order)
 
 
 def _group(
-    blocks: list[slice], size: int, given: np.ndarray | None, order: Callable[[np.ndarray], np.ndarray]
+    blocks: list[slice], size: int, given: np.ndarray | None, order: Callable[[int, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """`order` maps a block's free positions to their places 0, 1, ..; each `size` of them make one step."""
+    """`order` maps a block's number and free positions to places 0, 1, ..; each `size` of them make one step."""
     ranks = np.full(blocks[-1].stop if blocks else 0, GIVEN, dtype=np.int64)
-    for block in blocks:
+    for number, block in enumerate(blocks):
         free = np.arange(block.start, block.stop)
         free = free if given is None else free[~given[block]]
-        ranks[free] = order(free) // size
+        ranks[free] = order(number, free) // size
     return ranks
 
 
@@ -111,7 +117,7 @@ def sequential_ranks(ranks: np.ndarray, blocks: list[slice]) -> np.ndarray:
 
 
 def sample_step_states(
-    ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator, num_draws: NumDraws = 1
+    ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: Draws, num_draws: NumDraws = 1
 ) -> list[State]:
     """dTRPO's states: m of the K_b denoising steps of each block b, one in each `State`, scored at I_t.
 
@@ -122,7 +128,7 @@ def sample_step_states(
     made of tokens in the order they were unmasked; `unit` is `steps` divided by K_b (the figure of the paper; biased
     where K_b differs between blocks).
     """
-    drawn = [_draw_steps(ranks[block], weighting, rng, num_draws) for block in blocks]
+    drawn = [_draw_steps(ranks[block], weighting, rng(b), num_draws) for b, block in enumerate(blocks)]
     states = []
     for draw in range(max([1, *map(len, drawn)])):
         hidden, scored = ranks == NEVER, np.zeros(len(ranks), dtype=bool)
@@ -161,20 +167,18 @@ def _draw_steps(
     return [(int(s[0] + rng.integers(len(s))), len(s) / scale, len(s) / num_steps) for s in strata]
 
 
-def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: np.random.Generator) -> State:
+def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighting, rng: Draws) -> State:
     """`sample_step_states` with one draw: one state of all blocks."""
     return sample_step_states(ranks, blocks, weighting, rng)[0]
 
 
-def sample_elbo_states(
-    num_tokens: int, blocks: list[slice], rng: np.random.Generator, num_draws: int = 1
-) -> list[State]:
+def sample_elbo_states(num_tokens: int, blocks: list[slice], rng: Draws, num_draws: int = 1) -> list[State]:
     """n independent Monte-Carlo draws of the block ELBO, each with its share 1 / n (VRPO, arXiv 2505.19223)."""
     states = [sample_elbo_state(num_tokens, blocks, rng) for _ in range(num_draws)]
     return [State(s.hidden, s.scored, s.weight / num_draws, s.coverage / num_draws) for s in states]
 
 
-def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: np.random.Generator) -> State:
+def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: Draws) -> State:
     """The block ELBO's state: per block l ~ U{1..B_b} random tokens hidden and all of them scored, weight B_b / l.
 
     The discrete form of the masked-diffusion bound (LLaDA, arXiv 2502.09992, eq. 14) applied per block; the control
@@ -182,9 +186,9 @@ def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: np.random.Gener
     """
     hidden = np.zeros(num_tokens, dtype=bool)
     weight = np.zeros(num_tokens)
-    for block in blocks:
-        size = block.stop - block.start
-        count = int(rng.integers(1, size + 1))
-        hidden[block][rng.permutation(size)[:count]] = True
+    for number, block in enumerate(blocks):
+        size, own = block.stop - block.start, rng(number)
+        count = int(own.integers(1, size + 1))
+        hidden[block][own.permutation(size)[:count]] = True
         weight[block] = size / count
     return State(hidden, hidden.copy(), weight * hidden, weight * hidden)

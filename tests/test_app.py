@@ -278,6 +278,8 @@ def test_small_endpoints(client: TestClient) -> None:
 REFUSALS: list[tuple[Json, int, str | None, str | None]] = [
     ({"logprobs": 21}, 400, "logprobs", None),
     ({"block_length": 8}, 400, "block_length", None),
+    ({"small_block_size": 3}, 400, "small_block_size", None),
+    ({"small_block_size": 0}, 400, "small_block_size", None),
     ({"tokens_per_step": 5}, 400, "tokens_per_step", None),
     ({"remasking": "entropy_bounded"}, 400, None, None),
     ({"remasking": "sequential", "threshold": 0.5}, 400, None, None),

@@ -328,11 +328,13 @@ def test_the_plan_is_what_a_run_takes(measured: list[dict[str, Any]], stage: int
     cfg = config(zero_stage=stage)
     for rank in (0, 1):
         real = measured[rank][str(stage)]
-        wanted = state_bytes(cfg, 2, real["count"], bf16=False)
+        wanted = state_bytes(cfg, 2, real["count"], real["count"], bf16=False)
         held = wanted["weights"] + wanted["optimizer"] + wanted["reference"]
         held += wanted["gradients"] + 4 * real["count"] if stage == 3 else 0
         assert real["memory"] - wanted["buffers"] == pytest.approx(held, rel=0.15)
-        assert real["checkpoint"] == pytest.approx(checkpoint_bytes(cfg, real["count"], bf16=False), rel=0.15)
+        assert real["checkpoint"] == pytest.approx(
+            checkpoint_bytes(cfg, real["count"], real["count"], bf16=False), rel=0.15
+        )
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,20 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [p.step for p in places(LOCAL, root)] == [10, 8]
 
 
+def test_a_checkpoint_waits_for_its_validation_and_the_best_is_kept(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    for step, accuracy in ((2, 0.5), (4, 0.9), (6, 0.7), (8, None), (10, None)):
+        path = write(tmp_path, root, step)
+        if accuracy is not None:
+            checkpoint.write_validation(LOCAL, path, {"accuracy": accuracy})
+    assert [p.step for p in checkpoint.prune(LOCAL, root, 1, "accuracy", validated=True)] == [6, 2]
+    assert [p.step for p in places(LOCAL, root)] == [10, 8, 4]  # the newest, the one to come, the best
+    assert newest_whole(LOCAL, root, pytest.fail) is not None
+    assert checkpoint.verify(LOCAL, places(LOCAL, root)[2])["step"] == 4  # still sealed
+    checkpoint.write_validation(LOCAL, f"{root}/step-00000006", {"accuracy": 1.0})  # came too late
+    assert [p.step for p in places(LOCAL, root)] == [10, 8, 4]
+
+
 def test_rays_own_list_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
     root = str(tmp_path / "run")
     checkpoint.forget_ray_snapshot(root)  # of a run that never began

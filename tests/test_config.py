@@ -102,3 +102,18 @@ def test_a_range_of_workers_need_not_divide_the_batch() -> None:
 
 def test_serving_is_on_loopback_unless_asked() -> None:
     assert ServeConfig().host == "127.0.0.1"
+
+
+def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "jobs" / "demo.toml"
+    for name in ("rollout", "eval"):
+        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: a grid has 16 digits"):
+            load_job(demo, [f"{name}.max_new_tokens=8"])
+    text = Path(__file__).parents[1] / "jobs" / "text.toml"
+    (tmp_path / "pairs.jsonl").touch()
+    model = tmp_path / "job.toml"
+    model.write_text(
+        text.read_text().split("[model]")[0] + f'[model]\npath = "{tmp_path}"\n[train.objective]\nschedule = "random"\n'
+    )
+    with pytest.raises(ConfigError, match=r"model\.path: .* is no model directory \(it has no config\.json\)"):
+        load_job(model, [f"task.files=['{tmp_path}/pairs.jsonl']"])

@@ -275,10 +275,12 @@ def naive(model: SDAR, prompt: list[int], params: SamplingParams) -> Generation:
         if model.shift and model.attention == "block" and first >= n:
             logp, token = log_mu()[first].max(-1)
             ids[first], logps[first] = int(token), float(logp)
-        budget = params.denoising_steps
+        budget, small = params.denoising_steps, params.small_block_size or size
         while places := [p for p in range(max(first, n), first + size) if ids[p] == MASK]:
             logp, token = log_mu().max(-1)
-            places = sorted(places, key=lambda p: -logp[p].item())[: math.ceil(len(places) / budget)]
+            count = math.ceil(len(places) / max(budget, 1))
+            places = [p for p in places if (p - first) // small == (places[0] - first) // small]
+            places = sorted(places, key=lambda p: -logp[p].item())[:count]
             for p in places:
                 ids[p], logps[p], steps[p] = int(token[p]), float(logp[p]), forwards
             forwards, budget = forwards + 1, budget - 1
@@ -301,6 +303,52 @@ def test_other_families_are_their_naive_decoder(kind: type[SDAR], tiny_config: d
         assert same(made[key], naive(model, prompt, params))
     given = [s for g in made.values() for s in g.steps].count(GIVEN)
     assert (given > 0) == (kind is Shifted)
+
+
+@pytest.mark.parametrize("kind", [SDAR, Shifted, Full, FullShifted])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_sub_blocks_are_unmasked_in_turn(kind: type[SDAR], tiny_config: dict[str, Any], steps: int) -> None:
+    """Beside a row that decodes whole blocks; the order across sub-blocks, and one step at least in each."""
+    model = build(kind, tiny_config | {"block_size": 8})
+    prompts = [[1], [5, 9, 2, 6], LONG[:8], LONG]
+    params = SamplingParams(16, steps, small_block_size=2)
+    decoder = Decoder(model, 9, 99)
+    for key, prompt in enumerate(prompts):
+        decoder.admit(key, prompt, params, 0)
+    decoder.admit(4, LONG, replace(params, small_block_size=8), 0)
+    made = run(decoder)
+    for key, prompt in enumerate(prompts):
+        assert same(made[key], naive(model, prompt, params))
+        origin = len(prompt) if model.block_origin == "response" else 0
+        grid = [(len(prompt) - origin + place) // 2 for place in range(len(made[key].ids))]
+        chosen = [(cell, step) for cell, step in zip(grid, made[key].steps, strict=True) if step != GIVEN]
+        assert all(a < b for cell, a in chosen for later, b in chosen if cell < later)
+        assert made[key].num_forwards >= len({cell for cell, _ in chosen})
+    assert same(made[4], naive(model, LONG, SamplingParams(16, steps)))
+
+
+def test_sub_blocks_are_the_models_own_unless_asked_otherwise(tiny_config: dict[str, Any]) -> None:
+    """A family that decodes by sub-blocks, as its config.json names them."""
+    model = build(Shifted, tiny_config | {"block_size": 8, "small_block_size": 4})
+    asked, own, whole = (SamplingParams(16, 2, small_block_size=size) for size in (4, None, 8))
+    by_fours, by_default, by_blocks = (generate(model, [LONG], params, [0])[0] for params in (asked, own, whole))
+    assert by_default == by_fours != by_blocks
+    with pytest.raises(DataError, match="small_block_size = 3 does not divide the block of 8 tokens"):
+        generate(model, [LONG], replace(own, small_block_size=3), [0])
+
+
+def test_a_threshold_and_a_bound_stay_within_the_sub_block(tiny_config: dict[str, Any]) -> None:
+    """What would take the whole block at once takes a sub-block a step."""
+    model = build(SDAR, tiny_config | {"block_size": 8})
+    for params in (
+        SamplingParams(16, 1, threshold=1e-9),
+        SamplingParams(16, 1, remasking="entropy_bounded", entropy_bound=1e9),
+        SamplingParams(16, 1, remasking="low_confidence_top_k", tokens_per_step=8),
+        SamplingParams(16, 1, remasking="sequential"),
+    ):
+        assert generate(model, [LONG[:8]], params, [0])[0].steps == [0] * 8 + [1] * 8
+        got = generate(model, [LONG[:8]], replace(params, small_block_size=2), [0])[0]
+        assert got.steps == [step for step in range(8) for _ in range(2)]
 
 
 def test_a_full_attention_model_takes_any_block_length(tiny_config: dict[str, Any]) -> None:

@@ -65,3 +65,16 @@ def test_gradients_are_those_of_log_softmax(make_model: MakeModel) -> None:
     wanted = torch.autograd.grad((theirs * scale).sum(), parameters)
     for a, b in zip(torch.autograd.grad((ours * scale).sum(), parameters), wanted, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_head_runs_again_in_the_backward_pass_of_chunks(tiny: SDAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(hidden))
+        return tiny.logits(hidden)
+
+    monkeypatch.setattr(likelihood, "CHUNK_LOGITS", 5 * tiny.vocab_size)
+    hidden = torch.randn(13, 32, requires_grad=True)
+    likelihood.token_logps(logits, hidden, torch.zeros(13, dtype=torch.long), tiny.vocab_size).sum().backward()
+    assert sorted(lengths) == [3, 3, 5, 5, 5, 5]

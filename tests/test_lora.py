@@ -7,17 +7,25 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dtrpo_ray.backend import PlainBackend
 from dtrpo_ray.batch import build_batch
 from dtrpo_ray.config import LoraConfig, Objective, TrainConfig
-from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_adapter
+from dtrpo_ray.errors import ConfigError, ModelError
+from dtrpo_ray.lora import (
+    ADAPTER_CONFIG,
+    BaseReference,
+    add_adapters,
+    merge_adapters,
+    save_adapter,
+    target_modules,
+    with_adapter,
+)
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.models.registry import FAMILIES, build_model, load_model, save_model
+from dtrpo_ray.models.registry import FAMILIES, build_model, load_model, save_model, skeleton
 from dtrpo_ray.step import training_step
 
 CONFIGS = json.loads((Path(__file__).parent / "models" / "tiny_configs.json").read_text())
@@ -222,9 +230,12 @@ def test_targets_are_the_familys_and_refused_where_they_mean_nothing() -> None:
         "attention+mlp": attention | mlp,
         "mlp+output": mlp | {"lm_head"},
     }
-    with pytest.raises(ConfigError, match=r"lora.targets = 'mlp\+output': sdar_moe has routed experts alone"):
-        add_adapters(build_model(CONFIGS["sdar_moe"]), LoraConfig(targets="mlp+output"), seed=0)
-    with pytest.raises(ConfigError, match="output head is its embedding"):
+    for refused in ("attention+mlp", "mlp", "mlp+output"):
+        with pytest.raises(ConfigError, match=r"the MLPs of sdar_moe are routed experts alone.*targets = 'attention'"):
+            add_adapters(build_model(CONFIGS["sdar_moe"]), LoraConfig(targets=refused), seed=0)  # type: ignore[arg-type]
+    assert target_modules(build_model(CONFIGS["sdar_moe"]), LoraConfig()) == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert set(target_modules(build_model(CONFIGS["llada"]), LoraConfig())) == attention | mlp
+    with pytest.raises(ConfigError, match=r"output head is its embedding \(tied\).*set train\.lora\.targets = 'mlp'"):
         add_adapters(build_model(CONFIGS["sdar"] | {"tie_word_embeddings": True}), LoraConfig(targets="mlp+output"), 0)
 
 
@@ -246,3 +257,65 @@ def test_the_seed_gives_the_adapters() -> None:
     a, b, c = ([p for n, p in m.named_parameters() if "lora_A" in n] for m in (first, second, third))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+# --- adapters of a directory on a base that is shared ---
+
+
+@torch.no_grad()
+def test_an_adapter_directory_on_the_base_is_the_trained_model_and_shares_its_weights(
+    adapted: tuple[DiffusionLM, LoraConfig], tmp_path: Path
+) -> None:
+    model, config = adapted
+    expected = trained(model)(*inputs(model))
+    save_adapter(model, config, "a/base", tmp_path)
+    base, copy = build_model(model.config, seed=1).eval(), skeleton(model.config).eval()
+    before = base(*inputs(base))
+    with_adapter(base, copy, tmp_path)
+    assert torch.allclose(copy(*inputs(copy)), expected, atol=1e-5)
+    assert (copy(*inputs(copy)) - before).abs().max() > 0.01
+    assert torch.equal(base(*inputs(base)), before)
+    own = sum(p.numel() for n, p in copy.named_parameters() if ".lora_" in n)
+    theirs = {p.data_ptr() for p in base.parameters()}
+    assert sum(p.numel() for p in copy.parameters() if p.data_ptr() not in theirs) == own
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    model, base = build_model(CONFIGS["sdar"], seed=1), build_model(CONFIGS["sdar"], seed=1)
+    add_adapters(model, LORA, seed=2)
+    save_adapter(model, LORA, "a/base", tmp_path)
+    file, record = tmp_path / "adapter_model.safetensors", json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    tensors = load_file(file)
+
+    def refusal() -> str:
+        with pytest.raises(ModelError) as error:
+            with_adapter(base, skeleton(CONFIGS["sdar"]), tmp_path)
+        return str(error.value)
+
+    name = next(n for n in tensors if "q_proj.lora_A" in n)
+    save_file({**tensors, name: torch.zeros(4, 7)}, file)
+    assert "q_proj does not fit this base" in refusal()
+    save_file({**tensors, name.replace("q_proj", "x_proj"): torch.zeros(4, 7)}, file)
+    assert "x_proj is no module of this sdar model" in refusal()
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    assert "are not a pair" in refusal()
+    save_file(tensors, file)
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**record, "use_dora": True}))
+    assert "only plain LoRA" in refusal()
+    file.unlink()
+    assert "no readable PEFT adapter" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "task"),
+    [({}, "CAUSAL_LM"), ({"AutoModelForCausalLM": "m.C"}, "CAUSAL_LM"), ({"AutoModel": "m.C"}, None)],
+)
+def test_an_adapter_is_a_causal_models_where_the_release_is(
+    tmp_path: Path, auto_map: dict[str, str], task: str | None
+) -> None:
+    """peft asks a CAUSAL_LM base for `prepare_inputs_for_generation`; Dream's class, an AutoModel, has none."""
+    config = {key: value for key, value in CONFIGS["Dream"].items() if key != "auto_map"}
+    model = build_model(config | ({"auto_map": auto_map} if auto_map else {}))
+    add_adapters(model, LORA, seed=0)
+    save_adapter(model, LORA, "a/base", tmp_path)
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["task_type"] == task

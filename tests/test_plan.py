@@ -6,10 +6,23 @@ import pytest
 import torch
 
 from dtrpo_ray import plan as plan_module
-from dtrpo_ray.config import ModelInit, TrainConfig, load_job
+from dtrpo_ray.config import LoraConfig, ModelInit, TrainConfig, load_job
 from dtrpo_ray.likelihood import CHUNK_LOGITS
-from dtrpo_ray.models.registry import build_model
-from dtrpo_ray.plan import Shape, activation_bytes, parameters, plan, training, vocabulary
+from dtrpo_ray.lora import add_adapters
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.registry import build_model, save_model
+from dtrpo_ray.plan import (
+    Shape,
+    activation_bytes,
+    adapter_parameters,
+    packed_rows,
+    parameters,
+    plan,
+    stored_parameters,
+    training,
+    vocabulary,
+)
+from dtrpo_ray.step import checkpoint_layers
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
 
@@ -21,7 +34,7 @@ def test_the_parameter_count_is_the_models(hidden: int, layers: int, heads: int,
         "model_type": "sdar", "vocab_size": 16, "hidden_size": hidden, "intermediate_size": 48,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv or heads,
         "head_dim": hidden // heads, "block_size": 4, "mask_token_id": 6, "eos_token_id": 5,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False, "rope_theta": 10000.0,
     }  # fmt: skip
     assert parameters(init, 16) == sum(p.numel() for p in build_model(config).parameters())
 
@@ -44,17 +57,8 @@ def test_a_7b_checkpoint_is_14_bytes_a_parameter() -> None:
     assert training(TrainConfig(zero_stage=3), 8, 7 * 10**9, None)["memory_bytes"]["weights"] == 7 * 10**9 // 4
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("change", [{}, {"num_hidden_layers": 3}, {"intermediate_size": 512}, {"vocab_size": 4096}])
-def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf16: bool) -> None:
-    """Every tensor that autograd saves in one forward, counted by its storage, within 5 % of the prediction."""
-    config = {
-        "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, **change,
-    }  # fmt: skip
-    rows, tokens, scored = 2, 96, 40
-    model = build_model(config).to(torch.bfloat16 if bf16 else torch.float32)
+def saved_bytes(model: DiffusionLM, rows: int, tokens: int, scored: int) -> int:
+    """Bytes of the tensors that autograd saves in one forward, by their storage, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -67,7 +71,22 @@ def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf1
     picks = [torch.zeros(scored, dtype=torch.int64), torch.arange(scored), torch.ones(scored, dtype=torch.int64)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(ids, positions, torch.ones(rows, 1, tokens, tokens, dtype=torch.bool), *picks)
-    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("change", [{}, {"num_hidden_layers": 3}, {"intermediate_size": 512}, {"vocab_size": 4096}])
+def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf16: bool) -> None:
+    """Every tensor that autograd saves in one forward, counted by its storage, within 5 % of the prediction."""
+    config = {
+        "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "block_size": 4, "mask_token_id": 6, "eos_token_id": 5, "tie_word_embeddings": False, "rope_theta": 1e4,
+        **change,
+    }  # fmt: skip
+    rows, tokens, scored = 2, 96, 40
+    model = build_model(config).to(torch.bfloat16 if bf16 else torch.float32)
+    real = saved_bytes(model, rows, tokens, scored)
     shape = Shape(128, config["intermediate_size"], config["num_hidden_layers"], 128, 64, config["vocab_size"])
     made = activation_bytes(shape, rows, tokens, scored, bf16)
     momentary = scored * (6 if bf16 else 4) * config["vocab_size"]
@@ -86,3 +105,58 @@ def test_the_vocabulary_is_that_of_the_tokenizer_files(shared_data: Path) -> Non
     settings = [f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}", "task.files=['jobs/text.toml']"]
     job = load_job(Path(__file__).parents[1] / "jobs" / "text.toml", settings)
     assert vocabulary(job) == 151_672  # 151,669 tokens and the mask, to a multiple of 8
+
+
+TINY = {
+    "model_type": "sdar", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "block_size": 4, "mask_token_id": 6,
+    "eos_token_id": 5, "tie_word_embeddings": False, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["attention", "mlp", "attention+mlp", "mlp+output"])
+def test_adapters_are_counted_as_they_are_made(targets: str) -> None:
+    model, lora = build_model(TINY), LoraConfig(rank=3, targets=targets)
+    add_adapters(model, lora, 0)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(Shape(128, 256, 4, 128, 64, 512), lora) == real
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_directory_is_counted_by_its_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = build_model(TINY).to(dtype)
+    save_model(model, tmp_path)
+    assert stored_parameters(tmp_path) == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_keep_no_gradients_and_no_moments_of_the_base() -> None:
+    config, bounds = TrainConfig(lora=LoraConfig(rank=4), precision="fp32"), (Shape(128, 256, 4, 128, 64, 512), 96, 64)
+    made = training(config, num_workers=1, count=10**6, rows=100, bounds=bounds)
+    extra = adapter_parameters(bounds[0], LoraConfig(rank=4))
+    assert made["trained_parameters"] == extra
+    memory = {name: made["memory_bytes"][name] for name in ("weights", "gradients", "optimizer", "reference")}
+    assert memory == {"weights": 4 * (10**6 + extra), "gradients": 4 * extra, "optimizer": 12 * extra, "reference": 0}
+
+
+def test_recomputed_layers_keep_their_inputs() -> None:
+    """What autograd saves in one forward with `checkpoint_layers`; the plan adds the one layer that is then made."""
+    rows, tokens, scored, shape = 2, 96, 40, Shape(128, 256, 4, 128, 64, 512)
+    model = build_model(TINY)
+    checkpoint_layers(model)
+    model.train()
+    final = saved_bytes(model, rows, tokens, scored)  # the last norm, the head, and what no layer owns
+    inputs = shape.layers * rows * tokens * shape.hidden * 4
+    whole, recomputed = (
+        activation_bytes(shape, rows, tokens, scored, False, flag)["activations"] for flag in (False, True)
+    )
+    layer = (whole - 2 * 4 * 128 * rows * tokens) // shape.layers
+    assert recomputed == layer + inputs + 2 * 4 * 128 * rows * tokens
+    assert final < whole / 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "row_tokens", "expected"),
+    [(4, None, (4, 100)), (4, 250, (2, 200)), (3, 90, (3, 100)), (2, 900, (1, 200))],
+)
+def test_long_pairs_share_rows_where_they_fit(pairs: int, row_tokens: int | None, expected: tuple[int, int]) -> None:
+    assert packed_rows(pairs, 100, row_tokens) == expected

@@ -78,8 +78,9 @@ class Engine:
 
 
 def saver(out: Path, attempt: int = 0, **changes: Any) -> recovery.Saver:
-    settings = {"roots": [str(out / "checkpoints")], "label": "train-1", "base": "base"}
+    settings: dict[str, Any] = {"roots": [str(out / "checkpoints")], "label": "train-1", "base": "base"}
     config = CONFIG.model_copy(update={"keep_checkpoints": 2, **changes})
+    settings |= {"identity": {"base": "b"}, "config": config.model_dump(mode="json"), "seed": 0}
     return recovery.Saver(Engine(), config, out, settings, attempt)  # type: ignore[arg-type]
 
 

@@ -211,9 +211,6 @@ def replicas() -> int:
     return sum(count for state, count in states.items() if str(state) in ("RUNNING", "ReplicaState.RUNNING"))
 
 
-@pytest.mark.xfail(
-    reason="failed in its one run on real Serve, not yet understood: autoscaling is unproven", strict=False
-)
 def test_replicas_follow_the_load_up_and_down_to_none(
     url: str, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

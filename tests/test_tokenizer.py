@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dtrpo_ray.attention import pack_row
 from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.tokenizer import (
+    Declared,
     character_tokenizer,
-    declared_mask_id,
+    declared_ids,
     encode_prompt,
     encode_response,
+    eos_token_id,
     load_tokenizer,
     mask_token_id,
+    turn_end_id,
 )
 
 SDAR = (
@@ -50,7 +53,7 @@ def test_characters_are_numbered_in_order_then_end_and_mask() -> None:
 def test_a_response_is_its_text_then_end_tokens_up_to_the_first_block_edge(
     text: str, prompt_len: int, block_size: int, end: bool
 ) -> None:
-    ids = encode_response(DIGITS, text, prompt_len, block_size, end)
+    ids = encode_response(DIGITS, text, prompt_len, block_size, EOS if end else None)
     assert ids[: len(text)] == [int(c) for c in text]
     assert set(ids[len(text) :]) <= {EOS}
     assert (prompt_len + len(ids)) % block_size == 0
@@ -58,10 +61,11 @@ def test_a_response_is_its_text_then_end_tokens_up_to_the_first_block_edge(
 
 
 def test_the_fill_by_hand() -> None:
-    assert encode_response(DIGITS, "12", 3, 4) == [1, 2, EOS, EOS, EOS]
-    assert encode_response(DIGITS, "1234", 4, 4) == [1, 2, 3, 4, EOS, EOS, EOS, EOS]
-    assert encode_response(DIGITS, "1234", 4, 4, end=False) == [1, 2, 3, 4]
-    assert encode_response(DIGITS, "123", 0, 4) == [1, 2, 3, EOS]
+    assert encode_response(DIGITS, "12", 3, 4, EOS) == [1, 2, EOS, EOS, EOS]
+    assert encode_response(DIGITS, "1234", 4, 4, EOS) == [1, 2, 3, 4, EOS, EOS, EOS, EOS]
+    assert encode_response(DIGITS, "1234", 4, 4, None) == [1, 2, 3, 4]
+    assert encode_response(DIGITS, "123", 0, 4, EOS) == [1, 2, 3, EOS]
+    assert encode_response(DIGITS, "12", 3, 4, end=7) == [1, 2, 7, EOS, EOS]
 
 
 @pytest.mark.parametrize("text", ["1x", "1 2", "1\n", "\ud800"])
@@ -69,7 +73,7 @@ def test_text_without_tokens_is_the_users_error(text: str) -> None:
     with pytest.raises(DataError, match="the tokenizer cannot encode the text"):
         encode_prompt(DIGITS, text)
     with pytest.raises(DataError, match="the tokenizer cannot encode the text"):
-        encode_response(DIGITS, text, 0, 4)
+        encode_response(DIGITS, text, 0, 4, EOS)
 
 
 def test_messages_need_a_chat_template_that_takes_them() -> None:
@@ -118,7 +122,7 @@ def test_a_folder_without_a_whole_tokenizer_is_named(tmp_path: Path, files: dict
 def test_a_character_tokenizer_survives_its_files(tmp_path: Path) -> None:
     DIGITS.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert encode_response(loaded, "1234567890", 3, 4) == encode_response(DIGITS, "1234567890", 3, 4)
+    assert encode_response(loaded, "1234567890", 3, 4, EOS) == encode_response(DIGITS, "1234567890", 3, 4, EOS)
     assert mask_token_id(loaded) == MASK
 
 
@@ -132,7 +136,7 @@ def fed(prompt: list[int], response: list[int], block_size: int) -> list[int]:
 @pytest.mark.parametrize(("left", "right"), [("Hel", "lo"), ("12", "34"), ("a ", " b"), ("ca", "fé"), ("\n", "\n")])
 def test_the_model_is_fed_prompt_ids_then_response_ids(sdar: PreTrainedTokenizerBase, left: str, right: str) -> None:
     prompt = encode_prompt(sdar, left)
-    response = encode_response(sdar, right, len(prompt), 4)
+    response = encode_response(sdar, right, len(prompt), 4, eos_token_id(sdar))
     assert fed(prompt, response, 4) == prompt + response
     assert (len(prompt) + len(response)) % 4 == 0
     assert sdar.decode(prompt) == left
@@ -140,7 +144,7 @@ def test_the_model_is_fed_prompt_ids_then_response_ids(sdar: PreTrainedTokenizer
 
 
 def test_the_sides_do_not_merge_over_the_boundary(sdar: PreTrainedTokenizerBase) -> None:
-    apart = encode_prompt(sdar, "Hel") + encode_response(sdar, "lo", 0, 1, end=False)
+    apart = encode_prompt(sdar, "Hel") + encode_response(sdar, "lo", 0, 1, None)
     assert (len(apart), len(encode_prompt(sdar, "Hello"))) == (2, 1)
 
 
@@ -162,15 +166,24 @@ def test_messages_open_the_assistants_turn(sdar: PreTrainedTokenizerBase) -> Non
     assert ids == encode_prompt(sdar, opened)
 
 
-TEMPLATED = ("fast_dllm_v2_7b", "dream_v0_instruct_7b", "sdar_4b_chat", "llada_8b_instruct", "llada2_0_mini")
+# published template -> what it ends an assistant's turn with; the last two have the token in a vocabulary not kept here
+TEMPLATED = {
+    "fast_dllm_v2_7b": "<|im_end|>",
+    "dream_v0_instruct_7b": "<|im_end|>",
+    "sdar_4b_chat": "<|im_end|>",
+    "sdar_30b_a3b_chat": "<|im_end|>",
+    "llada_8b_instruct": "<|eot_id|>",
+    "llada2_0_mini": "<|role_end|>",
+    "llada2_1_mini": "<|role_end|>",
+}
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # what Qwen3's template writes before an answer, and never asks for
 
 
-@pytest.mark.parametrize("layout", TEMPLATED)
-def test_a_published_template_ends_the_prompt_where_the_answer_begins(
-    sdar: PreTrainedTokenizerBase, layout: str
+@pytest.mark.parametrize(("layout", "end"), TEMPLATED.items())
+def test_a_published_template_ends_the_prompt_where_the_answer_begins_and_the_answer_where_it_ends_a_turn(
+    sdar: PreTrainedTokenizerBase, layout: str, end: str
 ) -> None:
-    """Prompt ids, then response ids, read as the template writes the whole conversation, with no token between."""
+    """Prompt ids, then response ids, are what the template writes of the conversation, to the same end."""
     folder = SDAR.parent / "upstream_layouts" / layout
     file = folder / "chat_template.jinja"
     if not folder.is_dir():
@@ -179,14 +192,57 @@ def test_a_published_template_ends_the_prompt_where_the_answer_begins(
     tokenizer = copy.deepcopy(sdar)
     tokenizer.chat_template = file.read_text() if file.exists() else published["chat_template"]
     tokenizer.bos_token = published["bos_token"] or tokenizer.eos_token
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|eot_id|>", "<|role_end|>")])
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     whole = [*messages, {"role": "assistant", "content": "Yes."}]
     conversation = str(tokenizer.apply_chat_template(whole, tokenize=False)).replace(EMPTY_THOUGHT, "")
     prompt = encode_prompt(tokenizer, messages)
-    response = encode_response(tokenizer, "Yes.", len(prompt), 1, end=False)
+    response = encode_response(tokenizer, "Yes.", len(prompt), 1, turn_end_id(tokenizer))
+    assert tokenizer.convert_ids_to_tokens(response[-1]) == end
     assert conversation.startswith(tokenizer.decode(prompt + response))
+    assert tokenizer.encode(conversation, add_special_tokens=False)[: len(prompt + response)] == prompt + response
     assert tokenizer.decode(prompt).count("<|startoftext|>") <= 1
     assert encode_prompt(tokenizer, tokenizer.decode(prompt)) == prompt
+
+
+# the assistant's branch of each family's template, and templates that end a turn otherwise
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TURNS = {
+    "Fast-dLLM v2, Dream, DiffuCoder": (CHATML, "<|im_end|>"),
+    "SDAR, TraDo": (CHATML.replace("{{ m.content }}", "<think>\n\n</think>\n\n{{ m.content }}"), "<|im_end|>"),
+    "LLaDA, with the next opening": (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        "{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "LLaDA2": (
+        "{% for m in messages %}<role>{{ m.role }}</role>{{ m.content }}<|role_end|>{% endfor %}",
+        "<|role_end|>",
+    ),
+    "a space before it": ("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}", "<|endoftext|>"),
+    "plain text": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+    "no answers": ("{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}", None),
+    "one turn": ("{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}<|im_end|>", None),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_the_end_of_a_turn_is_read_from_the_template(name: str) -> None:
+    template, end = TURNS[name]
+    tokenizer = character_tokenizer("0123456789")
+    assert turn_end_id(tokenizer) is None
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|eot_id|>")])
+    tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<think>", "<|role_end|>"])
+    tokenizer.chat_template = template
+    assert turn_end_id(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    tokenizer = undeclared("a", "e", "<|mask|>")
+    assert eos_token_id(tokenizer) == 1
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="has no end-of-sequence token; name one as eos_token"):
+        encode_response(tokenizer, "a", 0, 4, None)
 
 
 @pytest.mark.parametrize(("layout", "mask"), [("dream_v0_instruct_7b", 151666), ("fast_dllm_v2_7b", 151665)])
@@ -200,17 +256,44 @@ def test_the_other_qwen_tokenizers_load_without_remote_code(tmp_path: Path, layo
             (tmp_path / name).write_bytes((source / name).read_bytes())
     (tmp_path / "added_tokens.json").write_bytes((folder / "added_tokens.json").read_bytes())
     loaded = load_tokenizer(tmp_path)
-    assert mask_token_id(loaded) == declared_mask_id(tmp_path) == mask
+    assert mask_token_id(loaded) == declared_ids(tmp_path).mask == mask
     assert loaded.encode("Hello", add_special_tokens=False) == [9707]
 
 
-def test_the_declared_mask_is_read_from_any_file_and_must_be_one(tmp_path: Path) -> None:
-    assert declared_mask_id(tmp_path) is None
+def test_declared_ids_are_read_from_any_file_and_must_agree(tmp_path: Path) -> None:
+    assert declared_ids(tmp_path) == Declared({}, None, None)
     DIGITS.save_pretrained(tmp_path)
-    assert declared_mask_id(tmp_path) == MASK
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|mdm_mask|>": 7}))
-    with pytest.raises(ModelError, match="give the mask token two ids"):
-        declared_mask_id(tmp_path)
-    (tmp_path / "added_tokens.json").write_text("{")
+    assert declared_ids(tmp_path) == Declared({"<|endoftext|>": EOS, "<|MASK|>": MASK}, MASK, EOS)
+    added = tmp_path / "added_tokens.json"
+    for tokens, complaint in (
+        ({"<|mdm_mask|>": 7}, rf"give the mask token two ids: \[7, {MASK}\]"),
+        ({"<|endoftext|>": 3}, r"give '<\|endoftext\|>' two ids: 3, 10"),
+    ):
+        added.write_text(json.dumps(tokens))
+        with pytest.raises(ModelError, match=complaint):
+            declared_ids(tmp_path)
+    added.write_text("{")
     with pytest.raises(ModelError, match=r"added_tokens\.json: not valid JSON"):
-        declared_mask_id(tmp_path)
+        declared_ids(tmp_path)
+
+
+@pytest.mark.parametrize("eos", ["b", {"content": "b", "special": True}])
+def test_the_declared_end_may_be_a_token_written_out(tmp_path: Path, eos: object) -> None:
+    record = {"eos_token": eos, "model_max_length": 8, "added_tokens_decoder": {"7": {"content": "b"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(record))
+    assert declared_ids(tmp_path) == Declared({"b": 7}, None, 7)
+
+
+def test_published_files_agree(tmp_path: Path) -> None:
+    layouts = sorted((SDAR.parent / "upstream_layouts").glob("*"))
+    if not layouts:
+        pytest.skip(f"{SDAR.parent} has no upstream_layouts")
+    known = {folder.name: declared_ids(folder) for folder in layouts}
+    assert {name: (ids.mask, ids.eos) for name, ids in known.items() if ids.added} == {
+        "dream_v0_instruct_7b": (151666, 151643),
+        "fast_dllm_v2_7b": (151665, 151645),
+        "llada_8b_instruct": (126336, 126081),
+        "sdar_30b_a3b_chat": (151669, 151643),
+        "sdar_4b_chat": (151669, 151643),
+        "sdar_8b_chat": (151669, 151643),
+    }

@@ -22,6 +22,7 @@ from dtrpo_ray.trajectory import (
     NumDraws,
     State,
     Weighting,
+    block_generators,
     block_slices,
     confidence_ranks,
     dense_ranks,
@@ -50,6 +51,10 @@ class Script:
     def _branch(self, width: int) -> int:
         self.widths.append(width)
         return self.path[len(self.widths) - 1] if len(self.widths) <= len(self.path) else 0
+
+    def __call__(self, block: int) -> "Script":
+        """Every block draws from the one script."""
+        return self
 
     def integers(self, low: int, high: int | None = None) -> int:
         low, high = (0, low) if high is None else (low, high)
@@ -647,7 +652,7 @@ def test_made_up_orders_number_by_number() -> None:
     confidence = np.array([-3.0, -1, -2, -9, -4, -1, -1, -0.5])
     assert confidence_ranks(confidence, blocks, 1).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
     assert confidence_ranks(confidence, blocks, 2, given).tolist() == [1, 0, 0, GIVEN, 1, 0, 1, 0]
-    ranks = random_ranks(blocks, 2, np.random.default_rng(0), given)
+    ranks = random_ranks(blocks, 2, block_generators(0, "r", 0, "order"), given)
     assert (ranks == GIVEN).tolist() == given.tolist()
     assert sorted(ranks[4:].tolist()) == [0, 0, 1, 1]
 
@@ -665,3 +670,58 @@ def test_dense_ranks_keep_given() -> None:
 def test_blocks_of_the_response_grid() -> None:
     assert [(s.start, s.stop) for s in block_slices(5, 10, 4, "response")] == [(0, 4), (4, 8), (8, 10)]
     assert block_slices(8, 10, 4, "response") == block_slices(8, 10, 4, "global")
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, "all"])
+def test_unit_divides_by_k_for_any_number_of_draws(num_draws: NumDraws) -> None:
+    biased = {(h, i): Fraction(1, {0: 1, 1: 3}[i // 4]) for h, i in full_sum(np.array(UNEQUAL), BLOCKS)}
+    total: Counter[tuple[frozenset[int], int]] = Counter()
+    sample = lambda rng: sample_step_states(np.array(UNEQUAL), BLOCKS, "unit", rng, num_draws)  # noqa: E731
+    for probability, states in every_draw(sample):
+        for state in states:
+            for key, weight in coefficients(state, BLOCKS).items():
+                total[key] += probability * weight  # type: ignore[assignment]
+    assert dict(total) == biased
+
+
+def test_strata_of_tokens_follow_the_order_of_unmasking() -> None:
+    ranks = np.array([2, 0, 3, 1])
+    draws = every_draw(lambda rng: sample_step_states(ranks, [slice(0, 4)], "tokens", rng, 2))
+    seen = {tuple(int(ranks[s.scored][0]) for s in states) for _, states in draws}
+    assert seen == {(a, b) for a in (0, 1) for b in (2, 3)}
+
+
+@pytest.mark.parametrize("num_draws", [1, 2])
+@pytest.mark.parametrize("weighting", ["steps", "tokens"])
+@pytest.mark.parametrize("before", [[0, 0, 0, 0], [0, 0, 1, 1], [NEVER] * 4])
+def test_like_blocks_take_like_draws_whatever_came_before(
+    before: list[int], weighting: Weighting, num_draws: int
+) -> None:
+    """The first block takes one step, two, none or four: the second draws the same."""
+    blocks = [slice(0, 4), slice(4, 8)]
+    for epoch in range(20):
+        one, other = (
+            sample_step_states(
+                np.array([*first, 0, 1, 2, 3]), blocks, weighting, block_generators(0, "r", epoch, "state"), num_draws
+            )
+            for first in (before, [0, 1, 2, 3])
+        )
+        assert [s.scored[4:].tolist() for s in one] == [s.scored[4:].tolist() for s in other]
+
+
+def test_a_longer_side_changes_no_order_and_no_draw_of_the_blocks_before() -> None:
+    def drawn(num_blocks: int) -> tuple[list[int], list[bool]]:
+        blocks = [slice(4 * b, 4 * b + 4) for b in range(num_blocks)]
+        ranks = random_ranks(blocks, 1, block_generators(0, "r", 0, "order"))
+        state = sample_step_state(ranks, blocks, "steps", block_generators(0, "r", 0, "state"))
+        return ranks[:8].tolist(), state.scored[:8].tolist()
+
+    assert drawn(2) == drawn(3) == drawn(5)
+
+
+def test_blocks_of_one_row_draw_apart() -> None:
+    """Of 400 rows, two blocks of four steps draw the same step in a quarter: they are independent."""
+    rows = [block_generators(0, f"row-{i}", 0, "state") for i in range(400)]
+    assert abs(np.mean([rng(0).integers(4) == rng(1).integers(4) for rng in rows]) - 0.25) < 0.1
+    again = block_generators(0, "row-0", 0, "state")
+    assert again(0) is again(0)  # several draws of a block go on in one stream

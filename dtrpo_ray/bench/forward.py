@@ -89,6 +89,7 @@ class Shape:
                 "mask_token_id": self.vocab - 1,
                 "eos_token_id": self.vocab - 2,
                 "tie_word_embeddings": False,
+                "rope_theta": 10000.0,
             },
             seed,
         )

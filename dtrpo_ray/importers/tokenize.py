@@ -20,7 +20,7 @@ from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTOR
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import GOOD, block_ranks, rules_of, verdicts
 from dtrpo_ray.tables import Rejected
-from dtrpo_ray.tokenizer import encode_prompt, mask_token_id
+from dtrpo_ray.tokenizer import control_tokens, encode_prompt, eos_token_id, mask_token_id, turn_end_id
 from dtrpo_ray.trajectory import NEVER, Origin
 
 JOIN = " + "  # between the origins of a pair made of two rows
@@ -50,8 +50,22 @@ class Target:
     @cached_property
     def control(self) -> re.Pattern[str]:
         """The spellings that the tokenizer reads as control tokens."""
-        spelled = {*self.tokenizer.all_special_tokens, str(self.tokenizer.convert_ids_to_tokens(self.mask_id))}
-        return re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+        return control_tokens(self.tokenizer)
+
+    @cached_property
+    def end(self) -> int:
+        """The token that closes plain text and fills a block."""
+        return eos_token_id(self.tokenizer)
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The token that closes an answer to messages, as the chat template ends an assistant's turn."""
+        found = turn_end_id(self.tokenizer)
+        return self.end if found is None else found
+
+    def ends(self, prompt: Prompt | None) -> int:
+        """The token that closes an answer to `prompt`."""
+        return self.turn_end if isinstance(prompt, list) else self.end
 
     @cached_property
     def columns(self) -> dict[str, Any]:
@@ -83,7 +97,8 @@ def tokenize_preferences(rows: Iterable[PreferenceRow], target: Target) -> tuple
             first_seen[row_id] = row.origin
             _require_no_control(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}, target)
             prompt = _prompt_ids(row.prompt, target)
-            chosen, rejected_ids = (_closed(side, len(prompt), target) for side in sides[2 * i : 2 * i + 2])
+            end = target.ends(row.prompt)
+            chosen, rejected_ids = (_closed(side, end, len(prompt), target) for side in sides[2 * i : 2 * i + 2])
             _require_fit(prompt, {"chosen": chosen, "rejected": rejected_ids}, target)
             if chosen == rejected_ids:
                 raise Refusal("identical tokens", "chosen and rejected differ as text and not as tokens")
@@ -147,9 +162,9 @@ def _response_columns(row: ResponseRow, target: Target) -> dict[str, Any]:
     prompt = row.prompt_ids if row.prompt_ids is not None else _prompt_ids(row.prompt or "", target)
     ids, steps, logps = _tokens(row, target)
     if steps is None and row.response_ids is None:
-        ids = _closed(ids, len(prompt), target)
+        ids = _closed(ids, target.ends(row.prompt), len(prompt), target)
     fill = target.fill(len(prompt), len(ids))
-    ids = ids + [target.tokenizer.eos_token_id] * fill
+    ids = ids + [target.end] * fill
     steps = None if steps is None else steps + [NEVER] * fill
     _require_fit(prompt, {"response": ids}, target)
     text = row.response if row.response is not None else target.tokenizer.decode(ids, skip_special_tokens=True)
@@ -192,7 +207,7 @@ def _tokens(row: ResponseRow, target: Target) -> tuple[list[int], list[int] | No
         return [token for piece in ids for token in piece], steps, None
     ids_of_text = _require(encode_texts(target.tokenizer, [row.response or ""])[0])
     if row.steps is not None and len(ids_of_text) + 1 == len(row.steps):
-        ids_of_text = [*ids_of_text, target.tokenizer.eos_token_id]  # the step map counts the end that the text omits
+        ids_of_text = [*ids_of_text, target.ends(row.prompt)]  # the step map counts the end that the text omits
     if row.steps is not None and len(ids_of_text) != len(row.steps):
         raise Refusal("lengths differ", f"{len(row.steps)} steps for the {len(ids_of_text)} tokens of this tokenizer")
     return ids_of_text, row.steps, None
@@ -225,10 +240,10 @@ def _require(ids: list[int] | Refusal) -> list[int]:
     return ids
 
 
-def _closed(ids: list[int] | Refusal, prompt_len: int, target: Target) -> list[int]:
-    """Ids of a text, its end token, and the same token to the end of its block (see tokenizer.encode_response)."""
-    ended = [*_require(ids), target.tokenizer.eos_token_id]
-    return ended + [target.tokenizer.eos_token_id] * target.fill(prompt_len, len(ended))
+def _closed(ids: list[int] | Refusal, end: int, prompt_len: int, target: Target) -> list[int]:
+    """Ids of a text, the token `end`, and end-of-sequence to the end of its block (see tokenizer.encode_response)."""
+    ended = [*_require(ids), end]
+    return ended + [target.end] * target.fill(prompt_len, len(ended))
 
 
 def _require_no_control(prompt: Prompt, sides: dict[str, str], target: Target) -> None:

@@ -21,6 +21,7 @@ class Facts:
 
     `model_type` and `architectures` are what its `config.json` says of itself. `mask_id`, `eos_id` and `block_size`
     count where the config names none; None: the config must. `block_key` is the config's name of the block size.
+    `small_block_size` are the tokens of a sub-block, which the release decodes one after the other; None: the block.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Facts:
     mask_id: int | None
     eos_id: int | None
     sources: tuple[str, ...]
+    small_block_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,13 @@ class LoraTargets:
 class DiffusionLM(nn.Module, ABC):
     """A masked-diffusion language model.
 
-    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `eos_id` ends a response, `vocab_size`
-    bounds every id. `block_size` is the tokens of a block, on the grid that starts where `block_origin` says: at
-    position 0 ("global") or at the first response token ("response"). `attention` is "block" (a block sees itself and
-    earlier blocks) or "full" (everything sees everything, later blocks as [MASK]). `shift` is 1 where the hidden state
-    at position p - 1 predicts the token at p, else 0: callers read hidden states at `position - shift`.
+    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `eos_id` ends a response, as do
+    `other_ends` (those of generation_config.json and the chat template), `vocab_size` bounds every id. `block_size` is
+    the tokens of a block, on the grid that starts where `block_origin` says: at position 0 ("global") or at the first
+    response token ("response"); its sub-blocks of `small_block_size` are decoded in turn. `attention` is "block" (a
+    block sees itself and earlier blocks) or "full" (everything sees everything, later blocks as [MASK]). `shift` is 1
+    where the hidden state at position p - 1 predicts the token at p, else 0: callers read hidden states at
+    `position - shift`.
     """
 
     facts: ClassVar[Facts]
@@ -76,7 +80,9 @@ class DiffusionLM(nn.Module, ABC):
     config: dict[str, Any]
     mask_id: int
     eos_id: int
+    other_ends: frozenset[int] = frozenset()
     block_size: int
+    small_block_size: int
     vocab_size: int
     attention: Literal["block", "full"] = "block"
     block_origin: Literal["global", "response"] = "global"
@@ -103,6 +109,11 @@ class DiffusionLM(nn.Module, ABC):
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """Where each tensor of a checkpoint goes, both ways: every element of every tensor of ours exactly once."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends a response."""
+        return self.other_ends | {self.eos_id}
 
     def tied_tensors(self) -> tuple[str, str] | None:
         """(head, embedding) in upstream names where the head is the embedding: a checkpoint may hold the head too."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from dtrpo_ray.models.base import Facts
-from dtrpo_ray.models.trunk import TrunkLM
+from dtrpo_ray.models.trunk import TrunkLM, refuse
 
 
 class Dream(TrunkLM):
@@ -37,6 +37,7 @@ class Dream(TrunkLM):
     trunk = Qwen2ForCausalLM
 
     def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
+        refuse(keys, self.facts, use_mrope=(False,))
         return Qwen2Config(**keys)
 
     def trunk_mask(self, mask: Tensor) -> Any:

@@ -32,6 +32,7 @@ class FastDLLM(TrunkLM):
             "Satgoy152/DualDiffusion: config.json, modeling.py, tokenizer and tensor index of Fast_dLLM_v2_7B",
             "arXiv 2509.26328",
         ),
+        small_block_size=8,  # of its `generate`; config.json may name another
     )
     trunk = Qwen2ForCausalLM
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
+from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import Facts, Piece
-from dtrpo_ray.models.trunk import TrunkLM, refuse
+from dtrpo_ray.models.trunk import TrunkLM, refuse, rope_parameters
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -56,10 +57,11 @@ class LLaDA(TrunkLM):
 
     def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
         no, yes = (False,), (True,)
-        refuse(keys, self.facts, block_type=("llama",), layer_norm_type=("rms",), activation_type=("silu",), rope=yes)
+        refuse(keys, self.facts, block_type=("llama",), layer_norm_type=("rms",), activation_type=("silu",))
         refuse(keys, self.facts, alibi=no, attention_layer_norm=no, bias_for_layer_norm=no, include_bias=no)
         refuse(keys, self.facts, include_qkv_bias=no, input_emb_norm=no, scale_logits=no, block_group_size=(1,))
-        refuse(keys, self.facts, layer_norm_with_affine=yes)
+        refuse(keys, self.facts, layer_norm_with_affine=yes, clip_qkv=("null",))
+        refuse({"rope": bool(keys.get("rope"))}, self.facts, rope=yes)  # absent, upstream has no rotary positions
         heads = keys["n_heads"]
         renamed = {
             "vocab_size": self.vocabulary(keys),
@@ -69,14 +71,26 @@ class LLaDA(TrunkLM):
             "num_key_value_heads": keys.get("n_kv_heads") or (1 if keys.get("multi_query_attention") else heads),
             "intermediate_size": keys.get("mlp_hidden_size") or keys.get("mlp_ratio", 4) * keys["d_model"],
             "rms_norm_eps": keys.get("rms_norm_eps", 1e-5),
-            "rope_theta": keys.get("rope_theta", 10000.0),
+            "rope_parameters": rope_parameters(keys, self.facts),
             "max_position_embeddings": keys.get("max_sequence_length", 4096),
             "initializer_range": keys.get("init_std", 0.02),
-            "tie_word_embeddings": bool(keys.get("weight_tying", False)),
+            "tie_word_embeddings": self._tying(keys),
             "pad_token_id": None,
             "attn_implementation": keys["attn_implementation"],
         }
         return LlamaConfig(**renamed)
+
+    def _tying(self, keys: dict[str, Any]) -> bool:
+        """Whether the head is the embedding, which upstream and transformers call by two names."""
+        tied, other = keys.get("weight_tying"), keys.get("tie_word_embeddings")
+        if not isinstance(tied, bool):
+            raise ModelError(f"config.json: weight_tying = {tied!r}; a config of llada needs true or false here")
+        if other not in (None, tied):
+            raise ModelError(
+                f"config.json: weight_tying = {tied} and tie_word_embeddings = {other} disagree; the first is LLaDA's "
+                "key: set the second to it, or remove it"
+            )
+        return tied
 
     def upstream(self, name: str) -> Iterator[Piece]:
         module, _, kind = name.rpartition(".")

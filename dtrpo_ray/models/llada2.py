@@ -10,8 +10,18 @@ from typing import Any
 
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
 
+from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import Facts, LoraTargets, Piece
-from dtrpo_ray.models.trunk import QWEN_LORA, QWEN_SIZES, TrunkLM, integer, refuse, split_experts
+from dtrpo_ray.models.trunk import (
+    QWEN_LORA,
+    QWEN_SIZES,
+    TrunkLM,
+    integers,
+    number,
+    refuse,
+    rope_parameters,
+    split_experts,
+)
 
 RENAMED = {
     "embed_tokens.": "word_embeddings.",
@@ -20,6 +30,18 @@ RENAMED = {
     "self_attn.k_norm.": "attention.key_layernorm.",
     "e_score_correction_bias": "expert_bias",
 }
+
+
+def _require_groups(keys: dict[str, Any]) -> None:
+    """Raise ModelError for experts that do not fall into groups as the router chooses them."""
+    experts, groups, kept, chosen = (keys[k] for k in ("num_experts", "n_group", "topk_group", "num_experts_per_tok"))
+    if experts % groups:
+        raise ModelError(f"config.json: n_group = {groups} does not divide num_experts = {experts}")
+    if kept > groups:
+        raise ModelError(f"config.json: topk_group = {kept} exceeds n_group = {groups}")
+    if chosen > kept * (experts // groups):
+        room = f"topk_group = {kept} groups of {experts // groups}"
+        raise ModelError(f"config.json: num_experts_per_tok = {chosen} exceeds the experts of {room}")
 
 
 class LLaDA2(TrunkLM):
@@ -50,9 +72,9 @@ class LLaDA2(TrunkLM):
     )
     lora = LoraTargets(QWEN_LORA.attention, QWEN_LORA.mlp)
 
-    def end_token(self, config: dict[str, Any]) -> int:
+    def end_tokens(self, config: dict[str, Any]) -> list[int]:
         # the published config names its end-of-text token as padding alone
-        return integer(config, "eos_token_id", config.get("pad_token_id") or self.facts.eos_id, self.facts)
+        return integers(config, "eos_token_id", config.get("pad_token_id") or self.facts.eos_id, self.facts)
 
     def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
         no, yes = (False,), (True,)
@@ -60,21 +82,41 @@ class LLaDA2(TrunkLM):
         refuse(keys, self.facts, score_function=("sigmoid",), moe_router_enable_expert_bias=yes, router_dtype=("fp32",))
         if keys["num_experts_per_tok"] == 1:  # upstream leaves a single expert's weight as it is; the trunk does not
             refuse(keys, self.facts, num_experts_per_tok=("2 and more",))
-        copied = [*self.sizes, "intermediate_size", "routed_scaling_factor", "first_k_dense_replace", "rms_norm_eps"]
+        _require_groups(keys)
+        copied = [*self.sizes, "intermediate_size", "first_k_dense_replace", "rms_norm_eps"]
         copied += ["hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings"]
         copied += ["attn_implementation"]
         renamed = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
-        rotary = keys.get("partial_rotary_factor", keys.get("rotary_dim", keys["head_dim"]) / keys["head_dim"])
-        scaling = keys.get("rope_scaling") or {"rope_type": "default"}
         return Glm4MoeConfig(
             **{renamed.get(key, key): keys[key] for key in copied if keys.get(key) is not None},
-            rope_parameters={**scaling, "rope_theta": keys.get("rope_theta", 6e5), "partial_rotary_factor": rotary},
+            rope_parameters={**rope_parameters(keys, self.facts), "partial_rotary_factor": self._rotary_factor(keys)},
+            routed_scaling_factor=number(keys, "routed_scaling_factor", self.facts),
             attention_bias=bool(keys.get("use_qkv_bias", False)),
             use_qk_norm=True,
             norm_topk_prob=True,
             num_mtp_layers=0,
             pad_token_id=None,
         )
+
+    def _rotary_factor(self, keys: dict[str, Any]) -> float:
+        """The share of a head's dimensions that positions turn, which the published config says twice.
+
+        transformers 5 saves it within rope_parameters instead.
+        """
+        nested = keys.get("rope_parameters") or {}
+        keys = {
+            "partial_rotary_factor": nested.get("partial_rotary_factor"),
+            **{k: v for k, v in keys.items() if v is not None},
+        }
+        given = [key for key in ("partial_rotary_factor", "rotary_dim") if keys.get(key) is not None]
+        shares = [number(keys, key, self.facts) for key in given or ["partial_rotary_factor"]]
+        shares = [
+            share / keys["head_dim"] if key == "rotary_dim" else share for key, share in zip(given, shares, strict=True)
+        ]
+        if min(shares) != max(shares) or shares[0] > 1:
+            said = " and ".join(f"{key} = {keys[key]}" for key in given)
+            raise ModelError(f"config.json: {said} with head_dim = {keys['head_dim']}; give one share, of at most 1")
+        return shares[0]
 
     def upstream(self, name: str) -> Iterator[Piece]:
         if ".experts." in name:

@@ -1,7 +1,7 @@
 """A model directory -> a `DiffusionLM`, and back. Safetensors only; no code from the directory is ever run."""
 
-import importlib
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.checkpoint import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
-from dtrpo_ray.tokenizer import declared_mask_id
+from dtrpo_ray.tokenizer import Declared, declared_ids
 
 # config.json's model_type -> module:class, imported on demand; a new family is a file here and a line
 FAMILIES = {
@@ -25,8 +25,7 @@ FAMILIES = {
 
 def family(model_type: str) -> type[DiffusionLM]:
     """The class of a family. Raises KeyError for an unknown one."""
-    module, name = FAMILIES[model_type].split(":")
-    found: type[DiffusionLM] = getattr(importlib.import_module(module), name)
+    found: type[DiffusionLM] = pkgutil.resolve_name(FAMILIES[model_type])
     return found
 
 
@@ -70,22 +69,64 @@ def load_model(
     With `sharding` (ZeRO-3) every rank keeps its part alone. Raises ModelError for a missing file, pickled weights,
     missing, surplus or misshapen tensors, by name, and a tokenizer of another model beside the weights.
     """
-    config = read_config(path)
-    cls = detect(config)
-    declared = declared_mask_id(path)
-    if config.get("mask_token_id") is None and (cls.facts.mask_id or 0) >= config.get("vocab_size", 0):
-        # a family whose config names no mask token, in another size than published: its tokenizer knows
-        config |= {"mask_token_id": declared} if declared is not None else {}
-    with sharding.build() if sharding else torch.device("meta"):
-        model = cls(config)
-    if declared not in (None, model.mask_id):
-        raise ModelError(
-            f"{path}: the tokenizer's mask token is {declared}, and config.json's mask_token_id is {model.mask_id}; "
-            "one of them belongs to another model"
-        )
+    model = skeleton_of(path, sharding)
     load_weights(model, path, dtype, device, sharding)
     model.finish(device)
     return model
+
+
+def skeleton_of(path: Path, sharding: Sharding | None = None) -> DiffusionLM:
+    """The model of a directory without its weights (on the meta device, or as `sharding` builds it).
+
+    Raises ModelError where config.json, the tokenizer files and generation_config.json are not of one model.
+    """
+    config = read_config(path)
+    cls = detect(config)
+    declared = declared_ids(path)
+    if config.get("mask_token_id") is None and (cls.facts.mask_id or 0) >= config.get("vocab_size", 0):
+        # a family whose config names no mask token, in another size than published: its tokenizer knows
+        config |= {"mask_token_id": declared.mask} if declared.mask is not None else {}
+    with sharding.build() if sharding else torch.device("meta"):
+        model = cls(config)
+    model.other_ends |= generation_ends(path, model.vocab_size)
+    _require_own_tokenizer(path, declared, model)
+    return model
+
+
+def _require_own_tokenizer(path: Path, declared: Declared, model: DiffusionLM) -> None:
+    token, highest = max(declared.added.items(), key=lambda item: item[1], default=("", -1))
+    if highest >= model.vocab_size:
+        raise ModelError(
+            f"{path}: the tokenizer's {token!r} has the id {highest}, outside the model's vocabulary of "
+            f"{model.vocab_size}; put the model's own tokenizer there"
+        )
+    if declared.mask not in (None, model.mask_id):
+        raise ModelError(
+            f"{path}: the tokenizer's mask token is {declared.mask}, and config.json's mask_token_id is "
+            f"{model.mask_id}; one of them belongs to another model"
+        )
+    if declared.eos is not None and declared.eos not in model.stop_ids:
+        raise ModelError(
+            f"{path}: the tokenizer's end-of-sequence token is {declared.eos}, and eos_token_id of config.json and "
+            f"generation_config.json is {', '.join(map(str, sorted(model.stop_ids)))}; one of them belongs to another "
+            "model, or add the token to the list in generation_config.json"
+        )
+
+
+def generation_ends(path: Path, vocab_size: int) -> frozenset[int]:
+    """The tokens that end a response by a directory's `generation_config.json`: its eos_token_id, one id or a list.
+
+    Raises ModelError for anything else, and for an id outside the vocabulary.
+    """
+    file = path / "generation_config.json"
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ModelError(
+                f"{file}: eos_token_id = {value!r}; give an id, or a list of ids, in the vocabulary of {vocab_size}"
+            )
+    return frozenset(ids)
 
 
 def save_model(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -108,13 +149,18 @@ def copy_companions(source: Path, out: Path) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a model directory."""
-    file = path / "config.json"
+    if not (path / "config.json").exists():
+        hub = f"; if it is a hub id: hf download {path} --local-dir models/{path.name}" if len(path.parts) == 2 else ""
+        raise ModelError(f"{path}: not a model directory (no config.json){'' if path.exists() else hub}")
+    return read_json(path / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a model directory. Raises ModelError naming the file."""
     try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: not a model directory (no config.json)") from None
-    except json.JSONDecodeError as error:
+        value = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: not a JSON object; a model's config is one")
-    return config
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: not a JSON object; fetch the file again")
+    return value

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
+from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import Facts
 from dtrpo_ray.models.trunk import QWEN_SIZES, TrunkLM
 
@@ -26,12 +27,20 @@ class SDAR(TrunkLM):
         shift=0,
         block_key="block_size",  # 4, 8, 16, 32 or 64 by release: a guess would decode noise
         block_size=None,
-        mask_id=None,
+        mask_id=151669,
         eos_id=None,
         sources=("JetAstra/SDAR: config.json and modeling_sdar.py of SDAR-4B-Chat", "Gen-Verse/dLLM-RL: generate.py"),
     )
     trunk = Qwen3ForCausalLM
     sizes = (*QWEN_SIZES, "block_size")
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        if config.get("block_size") is None:
+            raise ModelError(
+                'config.json: block_size = None; add "block_size": 4 for SDAR-Chat and TraDo, or the N of a release '
+                "that ends in -bN"
+            )
+        super().__init__(config)
 
     def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
         return Qwen3Config(**keys)

@@ -40,14 +40,23 @@ class TrunkLM(DiffusionLM):
         self.config = dict(config)
         self.vocab_size = self.vocabulary(config)
         self.mask_id = integer(config, "mask_token_id", facts.mask_id, facts)
-        self.eos_id = self.end_token(config)
+        self.eos_id, *others = self.end_tokens(config)
+        self.other_ends = frozenset(others)
         self.block_size = integer(config, facts.block_key, facts.block_size, facts)
         self.attention, self.block_origin, self.shift = facts.attention, facts.block_origin, facts.shift
         if self.block_size < 1:
             raise ModelError(
                 f"config.json: {facts.block_key} = {self.block_size}; {_kind(facts)} needs at least 1 here"
             )
-        for key, token in (("mask_token_id", self.mask_id), ("eos_token_id", self.eos_id)):
+        whole = min(facts.small_block_size or self.block_size, self.block_size)
+        self.small_block_size = integer(config, "small_block_size", whole, facts)
+        if self.small_block_size < 1 or self.block_size % self.small_block_size:
+            raise ModelError(
+                f"config.json: small_block_size = {self.small_block_size} does not divide {facts.block_key} = "
+                f"{self.block_size}; give one that does, or {self.block_size} to decode by whole blocks"
+            )
+        ends = (("eos_token_id", token) for token in (self.eos_id, *others))
+        for key, token in (("mask_token_id", self.mask_id), *ends):
             if not 0 <= token < self.vocab_size:
                 raise ModelError(
                     f"config.json: {key} = {token} lies outside the vocabulary of {self.vocab_size}; "
@@ -55,6 +64,12 @@ class TrunkLM(DiffusionLM):
                 )
         if config.get("use_sliding_window"):
             raise ModelError("config.json: use_sliding_window = true is not supported; every layer sees the whole mask")
+        if odd := set(config.get("layer_types") or ()) - {"full_attention"}:
+            raise ModelError(
+                f"config.json: layer_types names {min(odd)!r}, which is not supported; every layer sees the whole mask "
+                "(full_attention)"
+            )
+        rope_parameters(config, facts)  # whose base has no default here
         try:
             keys = {k: v for k, v in config.items() if k not in NOT_OF_THE_TRUNK}
             trunk = self.trunk_config({**keys, "attn_implementation": "sdpa"})
@@ -74,9 +89,9 @@ class TrunkLM(DiffusionLM):
         """Rows of the embedding."""
         return int(config["vocab_size"])
 
-    def end_token(self, config: dict[str, Any]) -> int:
-        """The token that ends a response."""
-        return integer(config, "eos_token_id", self.facts.eos_id, self.facts)
+    def end_tokens(self, config: dict[str, Any]) -> list[int]:
+        """The tokens that end a response, `eos_id` first."""
+        return integers(config, "eos_token_id", self.facts.eos_id, self.facts)
 
     @abstractmethod
     def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
@@ -150,6 +165,33 @@ def integer(config: dict[str, Any], key: str, default: int | None, facts: Facts)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ModelError(f"config.json: {key} = {value!r}; {_kind(facts)} needs an integer here")
     return value
+
+
+def integers(config: dict[str, Any], key: str, default: int | None, facts: Facts) -> list[int]:
+    """As `integer`, where the key may also hold a list of them."""
+    value = config.get(key)
+    if not isinstance(value, list):
+        return [integer(config, key, default, facts)]
+    if not value:
+        raise ModelError(f"config.json: {key} = []; {_kind(facts)} needs at least one id here")
+    return [integer({key: each}, key, None, facts) for each in value]
+
+
+def number(config: dict[str, Any], key: str, facts: Facts) -> float:
+    """A positive number of `config.json` for which no default stands in: a guess would load, and compute noise."""
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ModelError(
+            f"config.json: {key} = {value!r}; {_kind(facts)} needs a number above 0 here; copy it from the release's"
+        )
+    return float(value)
+
+
+def rope_parameters(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """The rotary positions as transformers 5 says them; `rope_theta` may be a key of its own, as it was before."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {"rope_type": "default"}
+    theta = given.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
+    return {**given, "rope_theta": number({"rope_theta": theta}, "rope_theta", facts)}
 
 
 def require_sizes(config: dict[str, Any], keys: tuple[str, ...], facts: Facts) -> None:

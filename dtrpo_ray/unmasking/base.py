@@ -12,19 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """A proposal for each masked position of R blocks.
+    """A proposal for each masked position of R blocks, of their current sub-blocks alone where they have such.
 
     `masked` bool [R, B]; `confidence` [R, B] the log-probability of the proposed token, -inf where not masked;
-    `entropy` [R, B] of the token predictor in nats, +inf where not masked or not asked for.
+    `entropy` [R, B] of the token predictor in nats, +inf where not masked or not asked for; `left` [R] the masked
+    positions of the whole block.
     """
 
     masked: Tensor
     confidence: Tensor
     entropy: Tensor
+    left: Tensor
 
     def of(self, rows: list[int]) -> "Candidates":
         """Those of some rows."""
-        return Candidates(self.masked[rows], self.confidence[rows], self.entropy[rows])
+        return Candidates(self.masked[rows], self.confidence[rows], self.entropy[rows], self.left[rows])
 
 
 Policy = Callable[[Candidates, Tensor], Tensor]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.errors import ModelError
@@ -115,6 +116,32 @@ def test_control_text_reaches_no_message_and_no_response(sdar: PreTrainedTokeniz
     assert [r.reason for r in rejected] == ["control token"]
 
 
+def test_an_answer_ends_as_the_template_ends_a_turn_and_one_to_text_as_the_tokenizer_ends_text(
+    sdar: PreTrainedTokenizerBase,
+) -> None:
+    """SDAR's <|im_end|> is 151645, its <|endoftext|> 151643, which also fills the block."""
+    rows = [PreferenceRow(ASKED, "So.", "No.", "f:1"), PreferenceRow("Why?", "So.", "No.", "f:2")]
+    table, rejected = tokenize_preferences(rows, Target(sdar, 4, 64, 64))
+    assert not rejected
+    for side, text in (("chosen_ids", "So."), ("rejected_ids", "No.")):
+        words = sdar.encode(text, add_special_tokens=False)
+        in_chat, in_text = table[side].to_pylist()
+        assert in_chat[: len(words) + 1] == [*words, 151645]
+        assert {*in_chat[len(words) + 1 :], *in_text[len(words) :]} == {151643}
+    assert in_text[: len(words)] == words
+
+
+def test_a_token_that_is_special_in_the_files_alone_is_a_control_token() -> None:
+    """Dream names two of its special tokens in special_tokens_map.json, and <|im_end|> is none of them."""
+    tokenizer = character_tokenizer("0123456789")
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<b>", special=False)])
+    assert "<|im_end|>" not in tokenizer.all_special_tokens
+    rows = [PreferenceRow("1", "2<|im_end|>", "3", "f:1"), PreferenceRow("1", "2<b>", "3", "f:2")]
+    table, rejected = tokenize_preferences(rows, Target(tokenizer, 4, 64, 64))
+    assert len(table) == 1
+    assert [(r.origin, r.reason) for r in rejected] == [("f:1", "control token")]
+
+
 def test_a_text_prompt_may_hold_the_models_own_markup_but_not_the_mask(sdar: PreTrainedTokenizerBase) -> None:
     markup = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     rows = [PreferenceRow(markup, "So.", "No.", "f:1"), PreferenceRow(ASKED, "So.", "No.", "f:2")]
@@ -176,7 +203,7 @@ def test_tokens_of_another_tokenizer_share_their_step_and_other_text_has_none() 
     assert table["response_ids"].to_pylist() == [[3, 4, 5, 6], [3, 4, 5, EOS]]
     assert table["steps"].to_pylist() == [[5, 5, 5, 1], None]
     assert table["ranks"].to_pylist() == [[1, 1, 1, 0], None]
-    assert table["response_ids"].to_pylist()[1] == encode_response(DIGITS, "345", 0, 4)
+    assert table["response_ids"].to_pylist()[1] == encode_response(DIGITS, "345", 0, 4, EOS)
     assert table.schema.equals(TRAJECTORY)
 
 

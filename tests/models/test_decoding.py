@@ -19,21 +19,23 @@ from dtrpo_ray.trajectory import GIVEN
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.parametrize("prompt_len", [11, 16])
+@pytest.mark.parametrize("small_block_size", [None, 2])
 def test_log_probs_of_all_steps_are_those_that_the_decoder_recorded(
-    write_upstream: Callable[..., Path], model_type: str, prompt_len: int
+    write_upstream: Callable[..., Path], model_type: str, prompt_len: int, small_block_size: int | None
 ) -> None:
     model = load_model(write_upstream(model_type)).eval()
     prompt = [5 + 3 * i % 60 for i in range(prompt_len)]
-    params = SamplingParams(2 * model.block_size, 3, temperature=1.0, ignore_eos=True)
+    params = SamplingParams(2 * model.block_size, 3, 1.0, ignore_eos=True, small_block_size=small_block_size)
     made = generate(model, [prompt], params, [7])[0]
     row = {"row_id": "r", "epoch": 0, "prompt_ids": prompt}
     row |= {f"{side}_{name}": values for side in ("chosen", "rejected") for name, values in
             (("ids", made.ids), ("steps", made.steps))}  # fmt: skip
     batch = build_batch([row], Objective(num_draws="all"), seed=0, **asdict(Layout.of(model)))
     chosen = batch.slot == 0
-    recorded = [logp for logp, step in zip(made.logps, made.steps, strict=True) if step >= 0]
-    assert int(chosen.sum()) == len(recorded)
-    total = float((batch.weight * scored_logps(model, batch))[chosen].sum())
-    assert total == pytest.approx(sum(recorded), abs=2e-4)
+    positions = batch.position[batch.scored_row, batch.scored_col][chosen] + model.shift - prompt_len
+    read = dict(zip(positions.tolist(), scored_logps(model, batch)[chosen].tolist(), strict=True))
+    recorded = {i: logp for i, (logp, step) in enumerate(zip(made.logps, made.steps, strict=True)) if step >= 0}
+    assert read == pytest.approx(recorded, abs=1e-4)  # token by token
+    assert (batch.weight[chosen] == 1).all()
     opens = model.attention == "block" and model.shift == 1
     assert (GIVEN in made.steps) == opens

@@ -159,6 +159,13 @@ def test_another_architecture_under_the_same_name_is_refused(upstream: Callable[
         skeleton(config)
 
 
+def test_an_sdar_config_without_its_added_keys_says_what_to_add(upstream: Callable[..., Any]) -> None:
+    config = upstream("sdar")[0] | {"vocab_size": 151936}
+    assert skeleton({k: v for k, v in config.items() if k != "mask_token_id"}).mask_id == 151669
+    with pytest.raises(ModelError, match=r'block_size = None; add "block_size": 4 for SDAR-Chat and TraDo'):
+        skeleton({k: v for k, v in config.items() if k != "block_size"})
+
+
 def test_a_broken_trunk_config_is_the_users_error(upstream: Callable[..., Any]) -> None:
     config = upstream("Fast_dLLM_Qwen")[0] | {"layer_types": ["full_attention"]}  # one of two
     with pytest.raises(ModelError, match=r"config\.json: not a config of the Qwen2 trunk"):
@@ -179,6 +186,69 @@ def test_the_tokenizer_beside_the_weights_must_agree(write_upstream: Write) -> N
     (folder / "added_tokens.json").unlink()
     with pytest.raises(ModelError, match="mask_token_id = 151665 lies outside the vocabulary of 96"):
         load_model(folder)
+
+
+@every_family
+def test_a_tokenizer_of_another_model_is_refused(write_upstream: Write, model_type: str) -> None:
+    """Its end of text is not the model's, or it has tokens that the model has no row for."""
+    folder = write_upstream(model_type)
+    model = load_model(folder)
+    file = folder / "tokenizer_config.json"
+
+    def tokenizer(eos: int, last: int = 95) -> None:
+        tokens = {str(eos): {"content": "<|end|>"}, str(last): {"content": "<|last|>"}}
+        file.write_text(json.dumps({"eos_token": "<|end|>", "added_tokens_decoder": tokens}))
+
+    tokenizer(model.eos_id)
+    assert load_model(folder).stop_ids == {model.eos_id}
+    tokenizer(40)
+    with pytest.raises(ModelError, match=rf"end-of-sequence token is 40, and eos_token_id of .* is {model.eos_id};"):
+        load_model(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [40, model.eos_id]}))
+    assert load_model(folder).stop_ids == {40, model.eos_id}
+    tokenizer(model.eos_id, last=96)
+    with pytest.raises(ModelError, match=r"'<\|last\|>' has the id 96, outside the model's vocabulary of 96"):
+        load_model(folder)
+
+
+@every_family
+def test_a_list_of_end_tokens_is_taken_whole(upstream: Callable[..., Any], model_type: str) -> None:
+    config = upstream(model_type)[0]
+    model = skeleton(config | {"eos_token_id": [40, 41]})
+    assert (model.eos_id, model.stop_ids) == (40, {40, 41})
+    for value, complaint in (
+        ([], r"eos_token_id = \[\]; a config of .* needs at least one id"),
+        ([40, None], "eos_token_id = None; a config of .* needs an integer"),
+        ([40, 96], "eos_token_id = 96 lies outside the vocabulary of 96"),
+    ):
+        with pytest.raises(ModelError, match=complaint):
+            skeleton(config | {"eos_token_id": value})
+
+
+@every_family
+def test_no_default_stands_in_for_the_base_of_the_positions(upstream: Callable[..., Any], model_type: str) -> None:
+    config = upstream(model_type)[0]
+    theta = config.pop("rope_theta")
+    for value in (None, 0, "1e6", True):
+        with pytest.raises(
+            ModelError, match=rf"rope_theta = {value!r}; a config of {model_type} needs a number above 0"
+        ):
+            skeleton(config | {"rope_theta": value})
+    with pytest.raises(ModelError, match="rope_theta = None"):
+        skeleton(config)
+    nested = skeleton(config | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}})
+    assert nested.lm.config.rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize("model_type", ["Dream", "Fast_dLLM_Qwen", "sdar", "sdar_moe"])
+def test_a_sliding_window_is_refused(upstream: Callable[..., Any], model_type: str) -> None:
+    config = upstream(model_type)[0]
+    for change, complaint in (
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names 'sliding_attention'"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window = true is not supported"),
+    ):
+        with pytest.raises(ModelError, match=complaint):
+            skeleton(config | change)
 
 
 def test_a_broken_index_or_a_missing_shard_is_named(write_upstream: Write, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrpo_ray.models.registry import load_model
+from dtrpo_ray.errors import ModelError
+from dtrpo_ray.models.registry import load_model, skeleton
 
 Json = dict[str, Any]
 
@@ -62,3 +63,18 @@ def test_the_facts_of_the_release(write_upstream: Callable[..., Path]) -> None:
     assert (model.shift, model.attention, model.block_origin, model.block_size) == (1, "block", "global", 8)
     assert (model.mask_id, model.eos_id) == (92, 91)
     assert (model.facts.mask_id, model.facts.eos_id, model.facts.block_size) == (151665, 151645, 32)
+    assert model.facts.small_block_size == 8
+
+
+def test_sub_blocks_are_8_unless_the_config_says_otherwise(upstream: Callable[..., Any]) -> None:
+    config = upstream("Fast_dLLM_Qwen")[0]
+    for changes, expected in (
+        ({"bd_size": 32}, 8),
+        ({"bd_size": 32, "small_block_size": 4}, 4),
+        ({"bd_size": 32, "small_block_size": 32}, 32),
+        ({"bd_size": 4}, 4),
+    ):
+        assert skeleton(config | changes).small_block_size == expected
+    for changes, said in (({"bd_size": 12}, "8 does not divide bd_size = 12"), ({"small_block_size": 0}, "0 does not")):
+        with pytest.raises(ModelError, match=f"small_block_size = {said}"):
+            skeleton(config | changes)

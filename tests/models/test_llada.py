@@ -74,6 +74,7 @@ def test_the_facts_of_the_release(write_upstream: Callable[..., Path]) -> None:
         ("activation_type", "swiglu"),
         ("alibi", True),
         ("rope", False),
+        ("clip_qkv", 8.0),
         ("attention_layer_norm", True),
         ("include_bias", True),
         ("include_qkv_bias", True),
@@ -86,6 +87,25 @@ def test_a_variant_that_is_not_built_is_named(upstream: Upstream, key: str, valu
     config, _ = upstream("llada", **{key: value})
     with pytest.raises(ModelError, match=rf"config.json: {key} = {value!r} is not supported for llada"):
         skeleton(config)
+
+
+def test_rotary_positions_must_be_asked_for(upstream: Upstream) -> None:
+    """Upstream's own default is none."""
+    config, _ = upstream("llada")
+    for absent in ({"rope": None}, {}):
+        with pytest.raises(ModelError, match="rope = False is not supported for llada; only True is"):
+            skeleton({k: v for k, v in config.items() if k != "rope"} | absent)
+
+
+def test_the_tying_of_the_head_is_said_once(upstream: Upstream) -> None:
+    config, _ = upstream("llada")
+    for tied in (True, False):
+        assert bool(skeleton(config | {"weight_tying": tied}).tied_tensors()) == tied
+        assert bool(skeleton(config | {"weight_tying": tied, "tie_word_embeddings": tied}).tied_tensors()) == tied
+        with pytest.raises(ModelError, match=f"weight_tying = {tied} and tie_word_embeddings = {not tied} disagree"):
+            skeleton(config | {"weight_tying": tied, "tie_word_embeddings": not tied})
+    with pytest.raises(ModelError, match="weight_tying = None; a config of llada needs true or false"):
+        skeleton(config | {"weight_tying": None})
 
 
 def test_absent_sizes_follow_the_published_defaults(upstream: Upstream) -> None:

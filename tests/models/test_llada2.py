@@ -143,6 +143,35 @@ def test_a_variant_that_is_not_built_is_named(upstream: Upstream, key: str, valu
         skeleton(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"n_group": 5}, "n_group = 5 does not divide num_experts = 12"),
+        ({"topk_group": 5}, "topk_group = 5 exceeds n_group = 4"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok = 7 exceeds the experts of topk_group = 2 groups of 3"),
+        (
+            {"routed_scaling_factor": None},
+            "routed_scaling_factor = None; a config of llada2_moe needs a number above 0",
+        ),
+        ({"partial_rotary_factor": None, "rotary_dim": None}, "partial_rotary_factor = None; a config of llada2_moe"),
+        ({"rotary_dim": 4}, r"partial_rotary_factor = 0\.5 and rotary_dim = 4 with head_dim = 12; give one share"),
+        ({"partial_rotary_factor": 1.5, "rotary_dim": 18}, ".* with head_dim = 12; give one share, of at most 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(upstream: Upstream, changes: Json, complaint: str) -> None:
+    config, _ = upstream("llada2_moe")
+    with pytest.raises(ModelError, match=rf"config\.json: {complaint}"):
+        skeleton(config | changes)
+
+
+@pytest.mark.parametrize("absent", ["partial_rotary_factor", "rotary_dim"])
+def test_either_name_of_the_rotary_share_is_enough(upstream: Upstream, absent: str) -> None:
+    config, _ = upstream("llada2_moe")
+    for value in ({absent: None}, {}):
+        model = skeleton({k: v for k, v in config.items() if k != absent} | value)
+        assert model.lm.config.rope_parameters["partial_rotary_factor"] == 0.5
+
+
 def test_a_single_expert_a_token_is_refused(write_upstream: Callable[..., Path]) -> None:
     """Upstream normalises the chosen weights only where there are several; the trunk always does."""
     path = write_upstream("llada2_moe")

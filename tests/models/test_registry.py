@@ -114,6 +114,8 @@ def test_broken_files_are_named(saved: Path) -> None:
         with pytest.raises(ModelError, match=rf"config.json: {complaint}"):
             read_config(saved)
     (saved / "config.json").unlink()
+    with pytest.raises(ModelError, match="hf download JetLM/SDAR-4B-Chat --local-dir models/SDAR-4B-Chat"):
+        load_model(Path("JetLM/SDAR-4B-Chat"))
     with pytest.raises(ModelError, match=f"{saved}: not a model directory"):
         load_model(saved)
 

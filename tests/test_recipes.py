@@ -1,0 +1,81 @@
+"""jobs/recipes: each parses, is planned at its real size, fits its GPUs, and trains a tiny model of its own family."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dtrpo_ray.backend import PlainBackend
+from dtrpo_ray.config import Job, load_job
+from dtrpo_ray.loop import collate, optimizer_step
+from dtrpo_ray.lora import BaseReference, add_adapters
+from dtrpo_ray.models.registry import build_model
+from dtrpo_ray.plan import Shape, row_bounds, training
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.toml"))
+TINY = json.loads((ROOT / "tests" / "models" / "tiny_configs.json").read_text())["Fast_dLLM_Qwen"]
+SIZE_1_5B = {  # Qwen2.5-1.5B's config.json
+    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+    "num_key_value_heads": 2, "vocab_size": 151936,
+}  # fmt: skip
+PARAMETERS = {"fast_dllm_1_5b": 1_543_714_304, "fast_dllm_7b_full": 7_615_616_512, "fast_dllm_7b_lora": 7_615_616_512}
+GPU_BYTES = 80 * 10**9
+
+
+def load(recipe: Path, folder: Path, config: dict[str, Any]) -> Job:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "pairs.parquet").touch()
+    return load_job(recipe, [f"model.path={folder}", f"task.files=['{folder}/pairs.parquet']"])
+
+
+def test_there_is_a_recipe_for_each_size() -> None:
+    assert [recipe.stem for recipe in RECIPES] == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_hyperparameter_says_whose_it_is(recipe: Path) -> None:
+    section, unmarked = "", []
+    for line in recipe.read_text().splitlines():
+        section = line if line.startswith("[") else section
+        if re.match(r"\w+ = ", line) and section not in ("", "[cluster]") and line != 'type = "preferences"':
+            unmarked += [] if re.search(r"# (ours|paper)\b", line) else [line]
+    assert unmarked == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_fits_its_gpus(recipe: Path, shared_data: Path, tmp_path: Path) -> None:
+    config = json.loads((shared_data / "upstream_layouts" / "fast_dllm_v2_7b" / "config.json").read_text())
+    job = load(recipe, tmp_path, {**config, **(SIZE_1_5B if "1_5b" in recipe.stem else {})})
+    fewest = job.cluster.num_workers if isinstance(job.cluster.num_workers, int) else job.cluster.num_workers[0]
+    bounds = (Shape.of(job), *row_bounds(job, pair=True))
+    made = training(job.train, fewest, PARAMETERS[recipe.stem], 60_000, bounds)
+    assert made["precision"] == "bf16"
+    assert made["memory_per_worker_bytes"] < GPU_BYTES / 2  # half is left for what the plan does not count
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_tiny_model_of_the_family_trains_by_it(recipe: Path, tmp_path: Path) -> None:
+    """Two optimizer steps in float32 on the recipe's own objective: the loss is finite and falls on the same rows."""
+    job = load(recipe, tmp_path, TINY)
+    train = job.train.model_copy(update={"precision": "fp32", "lr": 1e-2, "warmup_ratio": 0.0, "micro_batch": 2})
+    policy, reference = build_model(TINY, seed=0), build_model(TINY, seed=0).requires_grad_(False).eval()
+    if train.lora:
+        add_adapters(policy, train.lora, 0)
+    rng = np.random.default_rng(0)
+    sides = {"prompt_ids": 9, "chosen_ids": 23, "rejected_ids": 31}
+    rows = [
+        {name: rng.integers(0, 40, length).tolist() for name, length in sides.items()}
+        | {"row_id": str(i), "epoch": 0, "batch_weight": 4.0}
+        for i in range(4)
+    ]
+    backend = PlainBackend(policy, train, 4, torch.device("cpu"))
+    of_base = BaseReference(policy, policy) if train.lora else reference
+    to_batch = collate(train, policy, 0, reference=of_base)
+    losses = [optimizer_step(train, backend, of_base, rows, to_batch).metrics["loss"] for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert np.isfinite(losses).all()
