@@ -1,17 +1,18 @@
-"""Ray Data shell: many parts of work on a pool of actors, each part exactly once, whatever is killed in between.
+"""Ray Data shell: parts of work on a pool of actors, each part done once, whatever is killed in between.
 
-A worker turns one part into files of its own names in `out` and returns a summary; the summary, written last and under
-its final name at once, is what says that the part is done. A second run takes what is done as it is.
+A worker turns a part into files whose names are the part's own, and returns a summary. The summary, renamed into
+`done/` when all else is written, says that the part is done; a second run takes it as it is.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray.data
+from ray.exceptions import RayError
 
 from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.errors import DataError, DtrpoError
@@ -19,75 +20,90 @@ from dtrpo_ray.progress import bar, console
 from dtrpo_ray.session import CPU_WORKER_ENV, uses_gpu
 from dtrpo_ray.stages import read_json, write_json
 
-DONE = "done"  # the folder of summaries
+DONE = "done"  # the folder of summaries, and of an empty file for each part that was begun
+TRIES = 3  # of a part whose worker dies
 
 Worker = Callable[[Any, Path], dict[str, Any]]
 """(part, folder) -> {"rows": how many it read, ...}; what it writes it may write again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """How to make a worker in each actor, and what an actor needs."""
-
-    make: Callable[..., Worker]
-    kwargs: dict[str, Any]
-    gpu: bool = False
-
-
 class _Actor:
-    def __init__(self, pool: Pool, parts: Sequence[Any], out: Path) -> None:
-        self.work, self.parts, self.out = pool.make(**pool.kwargs), parts, out
+    """Makes its worker at the first part, so that what cannot be made is an error like any other."""
+
+    def __init__(self, make: Callable[[], Worker], parts: Sequence[Any], out: Path) -> None:
+        self.make, self.parts, self.out = make, parts, out
+
+    @cached_property
+    def work(self) -> Worker:
+        return self.make()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (number,) = batch["part"].to_pylist()
+        part, rows, error = self.parts[number], 0, None
         try:
-            summary = self.work(self.parts[number], self.out)
-        except DtrpoError as error:  # the user's to mend: another try would say the same
-            return pa.table({"part": [number], "rows": [0], "error": [str(error)]})
-        write_json(_summary(self.out, number), summary)
-        return pa.table({"part": [number], "rows": [int(summary["rows"])], "error": pa.array([None], pa.string())})
+            _began(self.out, number).touch()
+            summary = self.work(part, self.out)
+            write_json(_summary(self.out, number), summary)
+            rows = int(summary["rows"])
+        except DtrpoError as problem:  # the user's to mend: another try would say the same
+            error = str(problem)
+        except OSError as problem:
+            error = f"{part}: {problem}; writing to {self.out}. Mend it and run the same command again"
+        return pa.table({"part": [number], "rows": [rows], "error": pa.array([error], pa.string())})
 
 
-def run_parts(parts: Sequence[Any], pool: Pool, out: Path, cluster: ClusterConfig, label: str) -> list[dict[str, Any]]:
+def run_parts(
+    parts: Sequence[Any], make: Callable[[], Worker], out: Path, cluster: ClusterConfig, label: str, gpu: bool = False
+) -> list[dict[str, Any]]:
     """The summary of every part, in order; those that are done already are not done again.
 
-    Raises DataError with a worker's message, which names the file to mend; the other parts' work is kept.
+    Raises DataError with a worker's message, or naming the parts on which workers died; finished parts are kept.
     """
     (out / DONE).mkdir(parents=True, exist_ok=True)
-    open_parts = [number for number in range(len(parts)) if not _summary(out, number).exists()]
+    left = [number for number in range(len(parts)) if not _summary(out, number).exists()]
     began, rows = time.perf_counter(), 0
-    gpu = pool.gpu and uses_gpu(cluster)
     with bar() as progress:
-        task = progress.add_task(label, total=len(open_parts), note="", visible=console.is_terminal)
-        for row in _results(open_parts, parts, pool, out, cluster, gpu):
-            if row["error"] is not None:
-                raise DataError(row["error"])
-            rows += row["rows"]
-            progress.update(task, advance=1, note=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
+        task = progress.add_task(label, total=len(left), note="", visible=console.is_terminal)
+        try:
+            for row in _results(left, make, parts, out, cluster, gpu and uses_gpu(cluster)):
+                if row["error"] is not None:
+                    raise DataError(row["error"])
+                rows += row["rows"]
+                progress.update(task, advance=1, note=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
+        except RayError as error:
+            on = [str(parts[i]) for i in left if _began(out, i).exists() and not _summary(out, i).exists()]
+            raise DataError(f"{label}: workers died {TRIES} times on {' or '.join(on)} ({error})") from None
     seconds = time.perf_counter() - began
-    done = len(parts) - len(open_parts)
-    kept = f", {done} part(s) were done before" if done else ""
+    kept = f", {len(parts) - len(left)} part(s) were done before" if len(left) < len(parts) else ""
     console.print(f"{label}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s){kept}", highlight=False)
     return [read_json(_summary(out, number)) for number in range(len(parts))]
 
 
 def _results(
-    open_parts: list[int], parts: Sequence[Any], pool: Pool, out: Path, cluster: ClusterConfig, gpu: bool
-) -> Any:
-    if not open_parts:
-        return ()
-    source = ray.data.from_arrow([pa.table({"part": [number]}) for number in open_parts])
-    return source.map_batches(
+    left: list[int], make: Callable[[], Worker], parts: Sequence[Any], out: Path, cluster: ClusterConfig, gpu: bool
+) -> Iterator[dict[str, Any]]:
+    if not left:
+        return iter(())
+    source = ray.data.from_arrow([pa.table({"part": [number]}) for number in left])
+    done = source.map_batches(
         _Actor,
-        fn_constructor_kwargs={"pool": pool, "parts": parts, "out": out.resolve()},
+        fn_constructor_kwargs={"make": make, "parts": parts, "out": out.resolve()},
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_actors, len(open_parts))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_actors, len(left))),
         num_cpus=1,
         num_gpus=1 if gpu else 0,
+        max_task_retries=TRIES - 1,
         runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
-    ).iter_rows()
+    )
+    done.context.enable_progress_bars = False  # ours counts rows
+    rows: Iterator[dict[str, Any]] = iter(done.iter_rows())
+    return rows
 
 
 def _summary(out: Path, number: int) -> Path:
     return out / DONE / f"{number:06d}.json"
+
+
+def _began(out: Path, number: int) -> Path:
+    return out / DONE / f"{number:06d}.began"

@@ -6,7 +6,7 @@
 import json
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,21 @@ from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.pairs import make_pairs
-from dtrpo_ray.parts import Pool, run_parts
+from dtrpo_ray.parts import run_parts
 from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
 from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
-from dtrpo_ray.tables import QUARANTINE, read_table, table_files, write_manifest, write_shards
+from dtrpo_ray.tables import (
+    QUARANTINE,
+    count_lines,
+    read_manifest,
+    read_table,
+    table_files,
+    write_manifest,
+    write_shards,
+)
 from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
@@ -182,11 +190,11 @@ class River:
 
         def make(out: Path) -> dict[str, Any]:
             (out / TABLE).mkdir(exist_ok=True)
-            pool = Pool(Scorer, {"config": config}, gpu=model is not None)
-            files = table_files(trajectories.path / TABLE)
-            done = run_parts(files, pool, out / TABLE, job.cluster, f"score-{number}")
-            write_manifest(out / TABLE, TRAJECTORY)
+            files = [file.resolve() for file in table_files(trajectories.path / TABLE)]
+            scorer = partial(Scorer, config)
+            done = run_parts(files, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
+            write_manifest(out / TABLE, TRAJECTORY, rows=rows)
             return {"trajectories": rows, "mean_reward": sum(part["sum"] for part in done) / max(rows, 1)}
 
         return self._stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
@@ -228,13 +236,13 @@ class River:
             (out / TABLE).mkdir(exist_ok=True)
             model = skeleton_of(self.base.path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
-            kwargs = {"task": task, "tokenizer": self.base.path, "grid": grid, "data_hashes": hashes}
-            parts, pool = prepare.import_parts(task), Pool(prepare.Importer, kwargs)
-            done = run_parts(parts, pool, out / TABLE, job.cluster, "prepare")
+            importer = partial(prepare.Importer, task, self.base.path.resolve(), grid, hashes)
+            done = run_parts(prepare.import_parts(task), importer, out / TABLE, job.cluster, "prepare")
             counts = prepare.finish_import(done, schema, out / TABLE)
+            console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
-            return {name: len(read_table(out / TABLE, schema)), **counts}
+            return {name: (read_manifest(out / TABLE) or {})["rows"], **counts}
 
         return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
 

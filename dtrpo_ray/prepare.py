@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrpo_ray.config import Job, PreferencesTask, TrajectoriesTask
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences, responses
-from dtrpo_ray.importers.files import Shard, data_files, plan_shards, raw_rows
+from dtrpo_ray.importers.files import Shard, data_files, first_rows, plan_shards
 from dtrpo_ray.importers.tokenize import JOIN, Target, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.stages import read_json, write_json
@@ -98,7 +98,7 @@ class Importer:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
         target = replace(self.target, data_hash=self.hashes[part.shard.file])
         rows = self._rows(part)
-        summary: dict[str, Any] = {"rows": 0, "good": 0, "refused": {}}
+        summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
         refused: list[Rejected] = []
         for batch in count():
             found = list(islice(rows, BATCH_ROWS))
@@ -110,6 +110,7 @@ class Importer:
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
             summary["good"] += sum(len(origin.split(JOIN)) for origin in table["origin"].to_pylist())
+            summary["made"] += len(table)  # of two origins each, where unpaired rows were paired
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
         summary["refused"] = Counter(row.reason for row in refused)
         summary["rows"] = summary["good"] + len(refused)
@@ -118,8 +119,7 @@ class Importer:
 
     def _rows(self, part: "ImportPart") -> Iterator[Any]:
         reader = preferences.read_shard if self.task.type == "preferences" else responses.read_shard
-        rows: Any = reader(self.form(part.shard.file), part.shard)
-        return islice(rows, part.most) if part.most is not None else rows
+        return iter(reader(self.form(part.shard.file), part.shard))
 
     def _tokenize(self, rows: list[Any], target: Target) -> tuple[pa.Table, list[Rejected]]:
         return (tokenize_preferences if self.task.type == "preferences" else tokenize_responses)(rows, target)
@@ -127,24 +127,26 @@ class Importer:
 
 @dataclass(frozen=True, slots=True)
 class ImportPart:
-    """A part of a file, by a name that is unique in the job, and the most rows to take of it."""
+    """A part of a file, by a name that is unique in the job."""
 
     name: str
     shard: Shard
-    most: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.shard)
 
 
 def import_parts(task: PreferencesTask | TrajectoriesTask) -> list[ImportPart]:
-    """The parts of a task's files, in their order. A file of unpaired rows is one part; `max_rows` cuts the last."""
-    parts, left = [], task.max_rows
+    """The parts of a task's files, in their order, up to `max_rows` rows. A file of unpaired rows is one part."""
+    parts: list[ImportPart] = []
+    left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
         whole = task.type == "preferences" and preferences.recognise(file).unpaired
         shards = [Shard(file)] if whole else plan_shards(file)
         if left is not None:
-            # how many rows a part holds is known once it is read: with a bound, in this process
-            taken = sum(1 for _ in islice(raw_rows(Shard(file)), left))
-            shards, left, most = [Shard(file)] if taken else [], left - taken, taken
-        parts += [ImportPart(f"{number:04d}-{i:05d}", s, None if left is None else most) for i, s in enumerate(shards)]
+            shards, taken = first_rows(shards, left)
+            left -= taken
+        parts += [ImportPart(f"{number:04d}-{i:05d}", shard) for i, shard in enumerate(shards)]
     return parts
 
 
@@ -179,23 +181,35 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
     rows = sum(summary["rows"] for summary in summaries)
     good = sum(summary["good"] for summary in summaries) - len(repeated)
     counts = {"rows": rows, "good": good, "refused": dict(refused.most_common())}
-    write_manifest(out, schema, {"counts": counts})
+    made = sum(summary["made"] for summary in summaries) - sum(len(entry["refused"]) for entry in doomed.values())
+    write_manifest(out, schema, {"counts": counts}, made)
     return counts
 
 
 def _duplicates(files: list[Path], note: Path) -> dict[str, Any]:
-    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once."""
+    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once.
+
+    Holds the ids of all rows, and the origins of the repeated alone. No file repeats a row of its own: it was tokenized
+    in one call.
+    """
     if note.exists():
         return dict(read_json(note))
+    ids = [pq.read_table(file, columns=["row_id"])["row_id"] for file in files]
+    counts = pc.value_counts(pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string()))
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     first: dict[str, str] = {}
     found: dict[str, Any] = {}
-    for file in files:
-        table = pq.read_table(file, columns=["row_id", "origin"])
-        rows = list(zip(table["row_id"].to_pylist(), table["origin"].to_pylist(), strict=True))
-        again = [[i, origin, first[row_id]] for i, (row_id, origin) in enumerate(rows) if row_id in first]
-        first |= {row_id: origin for row_id, origin in rows if row_id not in first}
+    for file, column in zip(files, ids, strict=True):
+        at = np.flatnonzero(pc.is_in(column, repeated).to_numpy())
+        if not len(at):
+            continue
+        rows = pq.read_table(file, columns=["row_id", "origin"]).take(pa.array(at)).to_pylist()
+        again = [
+            [int(i), r["origin"], first[r["row_id"]]] for i, r in zip(at, rows, strict=True) if r["row_id"] in first
+        ]
+        first = {r["row_id"]: r["origin"] for r in rows} | first
         if again:
-            found[file.name] = {"rows": len(table), "refused": again}
+            found[file.name] = {"rows": len(column), "refused": again}
     write_json(note, found)
     return found
 

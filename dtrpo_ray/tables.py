@@ -47,9 +47,13 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report as a table of text."""
-        totals = self.totals
-        rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
-        return [f"{self.source}: {self.table}", *(f"  {name:<22}{count:>10,}" for name, count in rows)]
+        return [f"{self.source}: {self.table}", *count_lines(self.totals)]
+
+
+def count_lines(totals: dict[str, Any]) -> list[str]:
+    """Counts {rows, good, refused: {reason: rows}} as lines of a table that adds up."""
+    rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
+    return [f"  {name:<22}{count:>10,}" for name, count in rows]
 
 
 @dataclass(slots=True)
@@ -150,14 +154,22 @@ def write_shards(table: pa.Table, out: Path, facts: dict[str, Any] | None = None
     write_manifest(out, table.schema, facts)
 
 
-def write_manifest(folder: Path, schema: pa.Schema, facts: dict[str, Any] | None = None) -> None:
-    """Write `manifest.json`: the table, its files with rows and SHA-256, and `facts` of where it came from."""
+def write_manifest(
+    folder: Path, schema: pa.Schema, facts: dict[str, Any] | None = None, rows: int | None = None
+) -> None:
+    """Write `manifest.json`: the table, its files with rows and SHA-256, and `facts` of where it came from.
+
+    Raises DataError if the files do not hold `rows` rows, where that is known.
+    """
     files = {
         file.name: {"rows": pq.read_metadata(file).num_rows, "sha256": sha256_file(file)}
         for file in sorted(folder.glob("*.parquet"))
     }
+    found = sum(entry["rows"] for entry in files.values())
+    if rows is not None and found != rows:
+        raise DataError(f"{folder}: its files hold {found} rows, {rows} were written; make it anew with --fresh")
     record = {"table": table_name(schema), "contract_version": CONTRACT_VERSION}
-    record |= {"rows": sum(entry["rows"] for entry in files.values()), "files": files, **(facts or {})}
+    record |= {"rows": found, "files": files, **(facts or {})}
     write_json(folder / MANIFEST, record)
 
 

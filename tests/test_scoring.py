@@ -12,7 +12,7 @@ from example_rows import trajectory
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from dtrpo_ray.config import ScoreConfig
-from dtrpo_ray.errors import DataError
+from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.records import TRAJECTORY
 from dtrpo_ray.scoring import RewardModel, Scorer, conversation, prompt_messages
 from dtrpo_ray.tables import read_table
@@ -73,6 +73,15 @@ def test_a_reward_does_not_depend_on_the_batch_it_is_in(reward_model: Path) -> N
     apart = [RewardModel(reward_model, 1)([p], [r], [None])[0] for p, r in zip(prompts, responses, strict=True)]
     assert RewardModel(reward_model, 2)(prompts, responses, [None] * 3) == pytest.approx(apart, abs=1e-5)
     assert len(set(apart)) == 3
+
+
+def test_a_conversation_longer_than_the_reward_model_reads_is_named(reward_model: Path, tmp_path: Path) -> None:
+    config = ScoreConfig(scorer="reward_model", reward_model=reward_model)
+    source = write(tmp_path / "part-0.parquet", [{"response": "1"}, {"response": "1" * 40}])
+    with pytest.raises(DataError, match=r"row 1: 43 tokens; the reward model reads 32"):
+        Scorer(config)(source, tmp_path)
+    with pytest.raises(ModelError, match="not a sequence-classification model"):
+        RewardModel(tmp_path, 1)
 
 
 def test_prompts_are_text_or_messages_as_json() -> None:

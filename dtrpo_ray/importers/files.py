@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A part of a file that one task reads: `rows` rows from number `first` (from 0) on, the last part to the end.
+    """A part of a file that one task reads: `rows` rows (of JSONL: lines) from number `first` (from 0) on, or all.
 
     `start` is the byte of a JSONL file where that row begins, else 0.
     """
@@ -42,6 +42,19 @@ class Shard:
     first: int = 0
     start: int = 0
     rows: int | None = None
+
+    def __str__(self) -> str:
+        last = "the end" if self.rows is None else self.first + self.rows
+        return f"{self.file}, rows {self.first + 1} to {last}"
+
+
+def first_rows(shards: list[Shard], most: int) -> tuple[list[Shard], int]:
+    """The parts that hold the first `most` rows of a file, which `shards` are all of, and how many rows those are."""
+    file = Shard(shards[0].file)
+    origins = [origin for origin, _ in itertools.islice(raw_rows(file), most)]
+    end = int(origins[-1].rsplit(":", 1)[1]) if origins else 0  # blank lines are no rows, but have numbers
+    cut = [replace(s, rows=min(s.rows or end, end - s.first)) for s in shards if s.first < end]
+    return cut, len(origins)
 
 
 def data_files(where: str) -> list[str]:
@@ -137,7 +150,7 @@ def raw_rows(shard: Shard) -> Iterator[tuple[str, Any]]:
         if file.endswith((".jsonl", ".jsonl.gz")):
             yield from _json_lines(shard, filesystem, path)
         elif file.endswith(".json"):
-            yield from _json_list(file, filesystem, path)
+            yield from _json_list(shard, filesystem, path)
         elif file.endswith(".parquet"):
             with filesystem.open_input_file(path) as stream:
                 yield from _parquet_rows(shard, pq.ParquetFile(stream))
@@ -187,14 +200,14 @@ def _json_lines(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterato
                 yield f"{shard.file}:{number}", _decode_json(line)
 
 
-def _json_list(file: str, filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
+def _json_list(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
     with filesystem.open_input_stream(path) as stream:
         values = _decode_json(stream.read().removeprefix(_BOM))
     if isinstance(values, Refusal):
-        raise DataError(f"{file}: not JSON ({values.args[1]}); rows one to a line belong in a .jsonl file")
+        raise DataError(f"{shard.file}: not JSON ({values.args[1]}); rows one to a line belong in a .jsonl file")
     if not isinstance(values, list):
-        raise DataError(f"{file}: holds a JSON {type(values).__name__}; expected a list of rows")
-    yield from ((f"{file}:{number}", value) for number, value in enumerate(values, 1))
+        raise DataError(f"{shard.file}: holds a JSON {type(values).__name__}; expected a list of rows")
+    yield from ((f"{shard.file}:{number}", value) for number, value in enumerate(values[: shard.rows], 1))
 
 
 def _parquet_rows(shard: Shard, source: pq.ParquetFile) -> Iterator[tuple[str, Any]]:

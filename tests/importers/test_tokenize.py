@@ -223,7 +223,7 @@ def test_a_response_that_must_not_be_trained_on_is_refused(row: ResponseRow, rea
 
 def test_llada_s_real_run_becomes_a_trajectory_of_64_steps(sdar: PreTrainedTokenizerBase, shared_data: Path) -> None:
     rows, _ = read_responses(shared_data / "llada_trajectory" / "sample_process.txt")
-    table, rejected = tokenize_responses(rows, Target(sdar, 64, 512, 512, "response"))
+    table, rejected = tokenize_responses(rows, Target(sdar, 128, 512, 512, "response"))
     (row,) = table.to_pylist()
     assert rejected == []
     assert row["response"].startswith("Artificial intelligence (AI) refers to the technology used in computer systems")
