@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.exceptions import RayError
 
 from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.errors import DataError, DtrpoError
@@ -20,8 +19,8 @@ from dtrpo_ray.progress import bar, console
 from dtrpo_ray.session import CPU_WORKER_ENV, uses_gpu
 from dtrpo_ray.stages import read_json, write_json
 
-DONE = "done"  # the folder of summaries, and of an empty file for each part that was begun
-TRIES = 3  # of a part whose worker dies
+DONE = "done"  # the folder of summaries, and of a dot for each try of a part
+TRIES = 3  # of a part whose workers die
 
 Worker = Callable[[Any, Path], dict[str, Any]]
 """(part, folder) -> {"rows": how many it read, ...}; what it writes it may write again."""
@@ -41,7 +40,7 @@ class _Actor:
         (number,) = batch["part"].to_pylist()
         part, rows, error = self.parts[number], 0, None
         try:
-            _began(self.out, number).touch()
+            self._count_try(number)
             summary = self.work(part, self.out)
             write_json(_summary(self.out, number), summary)
             rows = int(summary["rows"])
@@ -51,28 +50,32 @@ class _Actor:
             error = f"{part}: {problem}; writing to {self.out}. Mend it and run the same command again"
         return pa.table({"part": [number], "rows": [rows], "error": pa.array([error], pa.string())})
 
+    def _count_try(self, number: int) -> None:
+        with _tries(self.out, number).open("a") as dots:
+            dots.write(".")
+        if _tries(self.out, number).stat().st_size > TRIES:
+            raise DataError(f"{self.parts[number]}: {TRIES} workers died on it; mend it, or give workers more memory")
+
 
 def run_parts(
     parts: Sequence[Any], make: Callable[[], Worker], out: Path, cluster: ClusterConfig, label: str, gpu: bool = False
 ) -> list[dict[str, Any]]:
     """The summary of every part, in order; those that are done already are not done again.
 
-    Raises DataError with a worker's message, or naming the parts on which workers died; finished parts are kept.
+    Raises DataError with a worker's message, or naming a part on which workers died; finished parts are kept.
     """
     (out / DONE).mkdir(parents=True, exist_ok=True)
     left = [number for number in range(len(parts)) if not _summary(out, number).exists()]
+    for number in left:
+        _tries(out, number).unlink(missing_ok=True)
     began, rows = time.perf_counter(), 0
     with bar() as progress:
         task = progress.add_task(label, total=len(left), note="", visible=console.is_terminal)
-        try:
-            for row in _results(left, make, parts, out, cluster, gpu and uses_gpu(cluster)):
-                if row["error"] is not None:
-                    raise DataError(row["error"])
-                rows += row["rows"]
-                progress.update(task, advance=1, note=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
-        except RayError as error:
-            on = [str(parts[i]) for i in left if _began(out, i).exists() and not _summary(out, i).exists()]
-            raise DataError(f"{label}: workers died {TRIES} times on {' or '.join(on)} ({error})") from None
+        for row in _results(left, make, parts, out, cluster, gpu and uses_gpu(cluster)):
+            if row["error"] is not None:
+                raise DataError(row["error"])
+            rows += row["rows"]
+            progress.update(task, advance=1, note=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
     seconds = time.perf_counter() - began
     kept = f", {len(parts) - len(left)} part(s) were done before" if len(left) < len(parts) else ""
     console.print(f"{label}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s){kept}", highlight=False)
@@ -93,7 +96,6 @@ def _results(
         compute=ray.data.ActorPoolStrategy(size=min(cluster.num_actors, len(left))),
         num_cpus=1,
         num_gpus=1 if gpu else 0,
-        max_task_retries=TRIES - 1,
         runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
     )
     done.context.enable_progress_bars = False  # ours counts rows
@@ -105,5 +107,5 @@ def _summary(out: Path, number: int) -> Path:
     return out / DONE / f"{number:06d}.json"
 
 
-def _began(out: Path, number: int) -> Path:
-    return out / DONE / f"{number:06d}.began"
+def _tries(out: Path, number: int) -> Path:
+    return out / DONE / f"{number:06d}.tries"

@@ -204,10 +204,9 @@ def _duplicates(files: list[Path], note: Path) -> dict[str, Any]:
         if not len(at):
             continue
         rows = pq.read_table(file, columns=["row_id", "origin"]).take(pa.array(at)).to_pylist()
-        again = [
-            [int(i), r["origin"], first[r["row_id"]]] for i, r in zip(at, rows, strict=True) if r["row_id"] in first
-        ]
-        first = {r["row_id"]: r["origin"] for r in rows} | first
+        origins = {row["row_id"]: row["origin"] for row in rows}
+        again = [[int(i), origins[k], first[k]] for i, k in zip(at, origins, strict=True) if k in first]
+        first = origins | first
         if again:
             found[file.name] = {"rows": len(column), "refused": again}
     write_json(note, found)

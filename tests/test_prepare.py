@@ -1,11 +1,18 @@
 """Files -> tables, part by part: counts that add up, duplicates across parts, buckets, and cuts at any point."""
 
+import gzip
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from dtrpo_ray import prepare
 from dtrpo_ray.config import PreferencesTask, TrajectoriesTask
@@ -118,3 +125,56 @@ def test_responses_become_trajectories_and_unpaired_rows_count_two_to_a_pair(tok
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = imported(task(path), tokenizer, tmp_path / "pairs", PREFERENCE)
     assert counts == {"rows": 3, "good": 2, "refused": {"no partner": 1}}
+    counts = imported(task(path, max_rows=2), tokenizer, tmp_path / "two", PREFERENCE)  # both good: rows, not pairs
+    assert counts == {"rows": 2, "good": 0, "refused": {"no partner": 2}}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet", "rows.arrow"])
+def test_max_rows_counts_rows_of_any_kind_of_file(tokenizer: Path, tmp_path: Path, name: str) -> None:
+    path, rows = tmp_path / name, [{"prompt": f"{i}", "chosen": "1", "rejected": "2"} for i in range(9)]
+    lines = "\n\n".join(json.dumps(row) for row in rows)  # blank lines are no rows
+    if name.endswith((".parquet", ".arrow")):
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, path) if name.endswith(".parquet") else feather.write_feather(table, path)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(json.dumps(rows) if name.endswith(".json") else lines)
+    config = PreferencesTask.model_validate({"type": "preferences", "files": [str(path)] * 2, "max_rows": 13})
+    counts = imported(config, tokenizer, tmp_path / "table", PREFERENCE)
+    assert counts == {"rows": 13, "good": 9, "refused": {"duplicate row": 4}}
+
+
+def test_ctrl_c_and_the_same_command_again_give_every_row_once(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i % 9 + 1), "rejected": "0"}) for i in range(40_000)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    job = tmp_path / "job.toml"
+    job.write_text(f"""
+        name = "cut"
+        storage = "{tmp_path / "runs"}"
+        task = {{type = "preferences", files = ["{tmp_path / "pairs.jsonl"}"]}}
+        model = {{tokenizer = "{tokenizer}", init = {{hidden_size = 16, num_layers = 1, num_heads = 1}}}}
+        train = {{objective = {{schedule = "random"}}}}
+        cluster = {{num_actors = 1}}
+    """)
+    command = [sys.executable, "-m", "dtrpo_ray", "prepare", str(job), "--json"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_take_ctrl_c)
+    while not (done := list(tmp_path.glob("runs/stages/pairs-*.partial/table/done/*.json"))) and first.poll() is None:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    assert "Traceback" not in first.communicate(timeout=60)[1]
+    assert first.returncode == 130
+    assert done
+    assert not list(tmp_path.glob("runs/stages/pairs-*/stage.json"))
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "part(s) were done before" in again.stderr
+    made = json.loads(again.stdout.splitlines()[-1])
+    assert made["summary"] == {"pairs": 40_000, "rows": 40_000, "good": 40_000, "refused": {}}
+    origins = read_table(Path(made["directory"]) / "table", PREFERENCE)["origin"].to_pylist()
+    assert sorted(int(origin.rsplit(":", 1)[1]) for origin in origins) == list(range(1, 40_001))
+
+
+def _take_ctrl_c() -> None:
+    """A shell that runs tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
