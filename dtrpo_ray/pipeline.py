@@ -291,9 +291,8 @@ class River:
         module = prepare.puzzle(self.job)
         for path in task.public_tests:
             if not path.exists():
-                console.print(
-                    f"task.public_tests: {path} is not there and is left out", highlight=False, soft_wrap=True
-                )
+                message = f"task.public_tests: {path} is not there and is left out"
+                console.print(message, markup=False, highlight=False, soft_wrap=True)
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
         return {evaluation.HELD_OUT: held_out, **public}
 
