@@ -43,9 +43,10 @@ def scored_logps(model: DiffusionLM, batch: Batch, inputs: Inputs | None = None)
     if Layout.of(model) != batch.layout:
         raise ValueError(f"the batch was built for {batch.layout}, and the model is {Layout.of(model)}")
     ids, position, mask = inputs or packed_inputs(batch)
-    trunk: Any = model.lm  # a transformers model, in every family
-    if isinstance(mask, BlockMask) and trunk.config._attn_implementation != "flex_attention":
-        trunk.set_attn_implementation("flex_attention")
+    if isinstance(mask, BlockMask):
+        trunk: Any = model.lm  # a transformers model, in every family
+        if trunk.config._attn_implementation != "flex_attention":
+            trunk.set_attn_implementation("flex_attention")
     logps: Tensor = model(ids, position, mask, batch.scored_row, batch.scored_col, batch.target)
     return logps
 
