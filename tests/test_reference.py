@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError, TrainError
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.reference import ReferenceCache, write_reference
+from dtrpo_ray.reference import ReferenceCache, reference_values
 from dtrpo_ray.step import training_step
 
 MakeModel = Callable[..., SDAR]
@@ -42,7 +44,9 @@ def write(path: Path, reference: SDAR, seed: int = SEED, rows: list[Json] = ROWS
     to_batch = loop.collate(config(**changes), reference, seed)
     micro_batches = [rows[i : i + 3] for i in range(0, len(rows), 3)]
     file = path / "ref-logps.parquet"
-    assert write_reference(file, reference, micro_batches, to_batch, seed, HASH, CPU) == 2 * len(rows)
+    tables = [reference_values(reference, part, to_batch, seed, HASH, CPU) for part in micro_batches]
+    pq.write_table(pa.concat_tables(tables), file)
+    assert pq.read_metadata(file).num_rows == 2 * len(rows)
     return file
 
 
