@@ -80,7 +80,7 @@ class Store:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """One command at a time finds or makes a stage; another one waits, and then finds it. A dead one holds nothing."""
+        """One command at a time finds or makes a stage; another waits, then finds it. A dead one holds nothing."""
         lock = FileLock(self.root.with_name("locks") / f"{name}.lock")
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
