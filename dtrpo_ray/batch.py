@@ -30,7 +30,6 @@ from dtrpo_ray.trajectory import (
 
 SIDES = ("chosen", "rejected")
 PLANES = {"ids": 0, "position": 0, "block": 0, "side": PAD, "stream": 0, "pair": 0}  # name -> value of padding
-WHOLE = -1  # `draw` of a scored token that belongs to no draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,9 @@ class Batch:
     ids, position, block, side, stream, pair: int64 [R, T], the packed rows (see `attention`).
     scored_row, scored_col, target, slot: int64 [N]; where the hidden state of a scored token lies, its id, and
         pair * S + side. Tokens of a slot follow each other.
-    draw: int64 [N], which of the m draws scores it; WHOLE for a token scored once whatever the draw.
+    draw: int64 [N], which of the m draws scores it.
+    exact: bool [N], whether it is scored whatever the draws are: tokens of a block whose every step is taken, and
+        those that no denoising step chose.
     weight: float32 [N], the estimator's weight; 0 for a token that only the SFT term reads.
     nll_weight: float32 [N], the weight in the side's negative log-likelihood.
     tokens: float32 [P, S], response tokens per side.
@@ -76,6 +77,7 @@ class Batch:
     target: Tensor
     slot: Tensor
     draw: Tensor
+    exact: Tensor
     weight: Tensor
     nll_weight: Tensor
     tokens: Tensor
@@ -102,6 +104,7 @@ class _Scored:
     stream: np.ndarray
     position: np.ndarray
     draw: np.ndarray
+    exact: np.ndarray
     weight: np.ndarray
     nll_weight: np.ndarray
 
@@ -247,13 +250,14 @@ def _scored(
         if layout.shift and layout.attention == "block" and objective.first_token == "clean":
             stream[first[index]] = CLEAN
         weight, nll_weight = state.weight[index], (state.coverage if whole else state.weight)[index]
-        parts.append((index, stream, np.full(len(index), draw), weight, nll_weight))
+        parts.append((index, stream, np.full(len(index), draw), state.exact[index], weight, nll_weight))
     if objective.given_tokens == "clean":
         index = np.flatnonzero(given)
         once = np.ones(len(index))
-        parts.append((index, np.full(len(index), CLEAN), np.full(len(index), WHOLE), once, once))
-    index, stream, draw_of, weight, nll_weight = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return _Scored(index, stream, prompt_len + index - layout.shift, draw_of, weight, nll_weight)
+        nothing = np.zeros(len(index), dtype=np.int64)
+        parts.append((index, nothing + CLEAN, nothing, once > 0, once, once))
+    index, stream, draw_of, exact, weight, nll_weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _Scored(index, stream, prompt_len + index - layout.shift, draw_of, exact, weight, nll_weight)
 
 
 def _share_rows(lengths: list[int], row_tokens: int | None) -> list[tuple[int, int]]:
@@ -294,10 +298,10 @@ def _collate(
                 column[here] = first + row.columns(s, stream, tokens.position[here])
             slot = np.full(len(column), b * num_sides + s)
             where = (np.full(len(column), r), column, response[tokens.index], slot, tokens.draw)
-            parts.append((*where, tokens.weight, tokens.nll_weight))
-    names = ("scored_row", "scored_col", "target", "slot", "draw", "weight", "nll_weight")
+            parts.append((*where, tokens.exact, tokens.weight, tokens.nll_weight))
+    names = ("scored_row", "scored_col", "target", "slot", "draw", "exact", "weight", "nll_weight")
     joined = dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
-    types = {"weight": np.float32, "nll_weight": np.float32}
+    types = {"exact": np.bool_, "weight": np.float32, "nll_weight": np.float32}
     return Batch(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
         **{name: torch.from_numpy(values.astype(types.get(name, np.int64))) for name, values in joined.items()},

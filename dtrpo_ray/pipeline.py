@@ -32,6 +32,7 @@ from dtrpo_ray.pairs import make_pairs
 from dtrpo_ray.parts import run_parts
 from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
+from dtrpo_ray.ref_logps import write_reference_logps
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
 from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
@@ -47,7 +48,7 @@ from dtrpo_ray.tables import (
 from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
 TABLE, MODEL = "table", trainer.MODEL
-REF_LOGPS = "ref-logps.parquet"
+REF_LOGPS = "ref-logps"
 HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and variant
 
 
@@ -262,10 +263,12 @@ class River:
         inputs |= {"table": pairs.digest}
 
         def make(out: Path) -> dict[str, Any]:
-            stage = trainer.TrainStage(f"ref-{number}", reference.path, pairs.path / TABLE, out / REF_LOGPS, seed)
-            return {"values": trainer.write_reference_logps(stage, config, reference.digest)}
+            shutil.rmtree(out / REF_LOGPS, ignore_errors=True)  # a cut-off attempt
+            base, table, cluster = reference.path, pairs.path / TABLE, self.job.cluster
+            made = write_reference_logps(base, reference.digest, table, config, seed, cluster, out / REF_LOGPS)
+            return {"values": made}
 
-        return self._stage(f"ref-{number}", inputs, [REF_LOGPS], make)
+        return self._stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
     @property
     def aligned(self) -> ModelRef:
@@ -354,9 +357,8 @@ class River:
         module = prepare.puzzle(self.job)
         for path in task.public_tests:
             if not path.exists():
-                console.print(
-                    f"task.public_tests: {path} is not there and is left out", highlight=False, soft_wrap=True
-                )
+                message = f"task.public_tests: {path} is not there and is left out"
+                console.print(message, markup=False, highlight=False, soft_wrap=True)
         public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
         return {evaluation.HELD_OUT: held_out, **public}
 

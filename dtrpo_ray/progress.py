@@ -16,9 +16,10 @@ _SHOWN = ("loss", "margin", "reward_accuracy", "nll", "nll_chosen")
 
 
 def bar() -> Progress:
-    """The one look of all progress bars."""
+    """The one look of all progress bars; none where there is no terminal."""
     columns = (TextColumn("[bold]{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+    note = TextColumn("{task.fields[note]}")
+    return Progress(*columns, TimeRemainingColumn(), note, console=console, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -38,12 +39,12 @@ def watch(metrics: Path, label: str, total: int, events: Path | None = None) -> 
 def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events: Path | None, known: int) -> None:
     seen, printed = 0, 0
     with bar() as progress:
-        task = progress.add_task(label, total=total, note="", visible=console.is_terminal)
+        task = progress.add_task(label, total=total, note="")
         while True:
             last = stop.wait(0.5)
             for event in read_metrics(events)[known:] if events else ():
                 known += 1
-                console.print(f"{label}: {event['message']}", highlight=False, soft_wrap=True)
+                console.print(f"{label}: {event['message']}", markup=False, highlight=False, soft_wrap=True)
             for row in read_metrics(metrics):
                 if row["step"] <= seen:
                     continue

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities written beforehand: a Parquet folder keyed by what each value depends on.
+"""The reference's log-probabilities written beforehand: a Parquet file or folder keyed by what each value depends on.
 
 A value belongs to (row id, side, epoch), the seed of the draws and the reference's hash. `draws` is a digest of the
 very states and tokens that were scored, so that another objective, table or code cannot pass unnoticed.
@@ -19,6 +19,7 @@ import torch
 from dtrpo_ray.batch import SIDES, Batch
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.step import scored_logps
 
 Rows = Sequence[Mapping[str, Any]]
@@ -39,37 +40,38 @@ SCHEMA = pa.schema(
 REMEDY = "write it anew with dtrpo ref-logps"
 
 
-def write_reference(
-    path: Path,
+def load_reference(base: Path, precision: str, device: torch.device) -> DiffusionLM:
+    """The frozen reference, in the precision (`train.precision`) in which the policy computes."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    reference = load_model(base, torch.bfloat16 if bf16 else torch.float32, str(device))
+    return reference.eval().requires_grad_(False)
+
+
+def reference_values(
     reference: DiffusionLM,
-    micro_batches: Iterable[Rows],
+    rows: Rows,
     to_batch: Callable[[Rows], Batch],
     seed: int,
     reference_hash: str,
     device: torch.device,
-) -> int:
-    """Write `path`, one Parquet file, from one no-grad forward a micro-batch; returns the number of values (sides)."""
-    count = 0
-    with pq.ParquetWriter(path, SCHEMA) as writer:
-        for rows in micro_batches:
-            batch = to_batch(rows)
-            with torch.no_grad():
-                logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
-            made = [
-                {
-                    "row_id": row_id,
-                    "side": side,
-                    "epoch": epoch,
-                    "seed": seed,
-                    "reference": reference_hash,
-                    "draws": draws,
-                    "logps": logps[where],
-                }
-                for (row_id, side, epoch), where, draws in _sides(batch, rows)
-            ]
-            writer.write_table(pa.Table.from_pylist(made, schema=SCHEMA))
-            count += len(made)
-    return count
+) -> pa.Table:
+    """The cache's rows, one for each side of each of these rows, from one no-grad forward on `device`."""
+    batch = to_batch(rows)
+    with torch.no_grad():
+        logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
+    made = [
+        {
+            "row_id": row_id,
+            "side": side,
+            "epoch": epoch,
+            "seed": seed,
+            "reference": reference_hash,
+            "draws": draws,
+            "logps": logps[where],
+        }
+        for (row_id, side, epoch), where, draws in _sides(batch, rows)
+    ]
+    return pa.Table.from_pylist(made, schema=SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dtrpo_ray.errors import DataError
 
 MANIFEST = "stage.json"
@@ -72,8 +74,24 @@ class Store:
         """
         key = sha256_json({"stage": name, "inputs": inputs, "contract": CODE_CONTRACT})
         if key not in self._known:
-            self._known[key] = self._find_or_make(name, key, inputs, outputs, make)
+            with self._alone(f"{name}-{key[:12]}"):
+                self._known[key] = self._find_or_make(name, key, inputs, outputs, make)
         return self._known[key]
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """One command at a time finds or makes a stage; another waits, then finds it. A dead one holds nothing."""
+        lock = FileLock(self.root.with_name("locks") / f"{name}.lock")
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.announce(f"{name}: another command is making it; waiting")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _find_or_make(
         self,

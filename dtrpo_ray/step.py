@@ -14,32 +14,39 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dtrpo_ray.attention import FLEX_BUCKET, dense_mask, sparse_mask
-from dtrpo_ray.batch import SIDES, WHOLE, Batch, Layout, build_batch, opens_block
+from dtrpo_ray.batch import SIDES, Batch, Layout, build_batch, opens_block
 from dtrpo_ray.config import Objective
 from dtrpo_ray.loss import LossOutput, preference_loss, sum_by_side
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.trajectory import GIVEN
 
+Inputs = tuple[Tensor, Tensor, Tensor | BlockMask]
 
-def scored_logps(model: DiffusionLM, batch: Batch) -> Tensor:
-    """log mu of the scored tokens [N] from one forward pass over the packed rows.
+
+def packed_inputs(batch: Batch) -> Inputs:
+    """ids and positions [R, T] and the attention mask of the packed rows; policy and reference read the same.
 
     On a GPU the mask is block-sparse and rows are padded to a multiple of `FLEX_BUCKET`; on a CPU it is dense.
+    """
+    if batch.ids.device.type != "cuda":
+        return batch.ids, batch.position, dense_mask(batch.planes)
+    length = -(-batch.ids.shape[1] // FLEX_BUCKET) * FLEX_BUCKET
+    extra = (0, length - batch.ids.shape[1])
+    return F.pad(batch.ids, extra), F.pad(batch.position, extra), sparse_mask(batch.planes.padded(length))
+
+
+def scored_logps(model: DiffusionLM, batch: Batch, inputs: Inputs | None = None) -> Tensor:
+    """log mu of the scored tokens [N] from one forward pass over the packed rows, `packed_inputs` of the batch.
+
     Raises ValueError for a batch built for another block grid, kind of attention or shift than the model's.
     """
     if Layout.of(model) != batch.layout:
         raise ValueError(f"the batch was built for {batch.layout}, and the model is {Layout.of(model)}")
-    ids, position, planes = batch.ids, batch.position, batch.planes
-    if ids.device.type == "cuda":
-        length = -(-ids.shape[1] // FLEX_BUCKET) * FLEX_BUCKET
-        extra = (0, length - ids.shape[1])
-        ids, position, planes = F.pad(ids, extra), F.pad(position, extra), planes.padded(length)
-        mask: Tensor | BlockMask = sparse_mask(planes)
+    ids, position, mask = inputs or packed_inputs(batch)
+    if isinstance(mask, BlockMask):
         trunk: Any = model.lm  # a transformers model, in every family
         if trunk.config._attn_implementation != "flex_attention":
             trunk.set_attn_implementation("flex_attention")
-    else:
-        mask = dense_mask(planes)
     logps: Tensor = model(ids, position, mask, batch.scored_row, batch.scored_col, batch.target)
     return logps
 
@@ -59,7 +66,8 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
     def by_side(values_N: Tensor) -> Tensor:
         return sum_by_side(values_N, batch.slot, num_pairs, num_sides)
 
-    logp_N = scored_logps(policy, batch)
+    inputs = packed_inputs(batch)
+    logp_N = scored_logps(policy, batch, inputs)
     nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
     scored_PS = by_side((batch.weight > 0).float())
     common = {"scored_tokens": scored_PS.sum(1), "scored_fraction": scored_PS.sum(1) / batch.tokens.sum(1)}
@@ -70,7 +78,7 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
         if reference is None:
             raise ValueError(f"objective {objective.type} needs a reference model")
         with torch.no_grad():
-            ref_logp_N = scored_logps(reference, batch)
+            ref_logp_N = scored_logps(reference, batch, inputs)
     ratio_N = batch.weight * (logp_N - ref_logp_N)
     out = preference_loss(by_side(ratio_N), objective.beta, objective.loss_type, objective.label_smoothing)
     logp_PS = by_side(batch.weight * logp_N.detach())
@@ -92,9 +100,10 @@ def _spread(ratio_N: Tensor, batch: Batch, num_draws: int) -> Tensor:
 
     Each draw adds up to c_j, and the estimate is their sum: sqrt(m / (m - 1) sum_j (c_j - mean c)^2). For independent
     draws its square is unbiased; strata that differ among themselves make it too large, never too small on average.
+    What is the same whatever is drawn (`exact`) does not enter.
     """
     num_pairs, num_sides = batch.tokens.shape
-    drawn = batch.draw != WHOLE
+    drawn = ~batch.exact
     sign = torch.where(batch.slot % num_sides == 0, 1.0, -1.0).to(ratio_N.dtype)
     place = torch.div(batch.slot, num_sides, rounding_mode="floor") * num_draws + batch.draw
     parts = torch.zeros(num_pairs * num_draws, dtype=ratio_N.dtype, device=ratio_N.device)

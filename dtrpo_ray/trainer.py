@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray.train
 import torch
 from ray.train import (
@@ -38,7 +37,7 @@ from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_ada
 from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, RUN, append_event, read_metrics
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
-from dtrpo_ray.reference import ReferenceCache, write_reference
+from dtrpo_ray.reference import ReferenceCache, load_reference
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 from dtrpo_ray.stages import whole_folder
 from dtrpo_ray.step import checkpoint_layers
@@ -63,7 +62,7 @@ class TrainStage:
     identity: Mapping[str, Any] = field(default_factory=dict)
     resume_from: Path | None = None
     cache: tuple[Path, str] | None = None
-    """Reference log-probs written beforehand and the reference's hash (`write_reference_logps`), if not computed."""
+    """Reference log-probs written beforehand and the reference's hash (`ref_logps`), if not computed."""
 
 
 def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
@@ -291,7 +290,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
         fill = ReferenceCache.load(Path(settings["cache"][0]), settings["seed"], settings["cache"][1]).fill
     elif config.objective.type != "sft":
         lora = BaseReference(backend.policy, policy) if config.lora else None
-        reference = lora or _frozen_reference(base, config, device)
+        reference = lora or load_reference(base, config.precision, device)
     start = recovery.resume(backend, found, out, other_world)
     if rank == 0:
         _announce(out / EVENTS, start, num_steps, world, found)
@@ -362,29 +361,6 @@ def _announce(events: Path, start: int, num_steps: int, world: int, found: recov
     else:
         message = f"step 0 of {num_steps} on {world} worker(s)"
         append_event(events, "start", message, step=0, num_steps=num_steps, num_workers=world)
-
-
-def _frozen_reference(base: Path, config: TrainConfig, device: torch.device) -> Any:
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    reference = load_model(base, torch.bfloat16 if bf16 else torch.float32, str(device))
-    return reference.eval().requires_grad_(False)
-
-
-def write_reference_logps(stage: TrainStage, config: TrainConfig, reference_hash: str) -> int:
-    """Write the log-probs of the stage's base at every state its training will draw into the file `stage.out`.
-
-    Returns the number of (row, side, epoch) values. One process computes them, on a GPU if it sees one.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = _frozen_reference(stage.base, config, device)
-    files = sorted(str(p) for p in stage.table.glob("*.parquet"))
-    table = pq.read_table(files).to_pylist()
-    plan = dataset.make_plan([row["row_id"] for row in table], config, stage.seed)
-    drawn = sorted(set(zip(plan.epoch.tolist(), plan.row.tolist(), strict=True)))
-    rows = [{**table[row], "epoch": epoch} for epoch, row in drawn]
-    micro_batches = (rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch))
-    to_batch = loop.collate(config, reference, stage.seed, reference, device=device)
-    return write_reference(stage.out, reference, micro_batches, to_batch, stage.seed, reference_hash, device)
 
 
 def _write_model(backend: DeepSpeedBackend, config: TrainConfig, base: Path, out: Path, rank: int) -> None:

@@ -10,7 +10,7 @@ id, epoch) and the block's number, so that like blocks of two sides take like dr
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -31,13 +31,15 @@ class State:
 
     `hidden` (bool [n]) is masked in it; `scored` (bool [n]) enters the ratio with `weight` (float [n]); `coverage`
     (float [n]) is the weight B_b / |hidden in b| of each hidden token in the masked-diffusion likelihood, times the
-    share of the block's steps that this draw stands for (1 for a single draw).
+    share of the block's steps that this draw stands for (1 for a single draw). `exact` (bool [n]) marks the tokens of
+    blocks whose every step is taken, where nothing is left to chance.
     """
 
     hidden: np.ndarray
     scored: np.ndarray
     weight: np.ndarray
     coverage: np.ndarray
+    exact: np.ndarray
 
 
 def row_generator(seed: int, row_id: str, epoch: int, tag: str) -> np.random.Generator:
@@ -133,6 +135,7 @@ def sample_step_states(
     for draw in range(max([1, *map(len, drawn)])):
         hidden, scored = ranks == NEVER, np.zeros(len(ranks), dtype=bool)
         weight, coverage = np.zeros(len(ranks)), np.zeros(len(ranks))
+        exact = np.zeros(len(ranks), dtype=bool)
         for block, steps in zip(blocks, drawn, strict=True):
             if draw < len(steps):
                 step, step_weight, share = steps[draw]
@@ -142,7 +145,8 @@ def sample_step_states(
                 scored[block] = rank == step
                 weight[block] = step_weight
                 coverage[block] = to_come * share * np.count_nonzero(rank >= 0) / np.count_nonzero(to_come)
-        states.append(State(hidden, scored, weight * scored, coverage))
+                exact[block] = len(steps) > rank.max()
+        states.append(State(hidden, scored, weight * scored, coverage, exact))
     return states
 
 
@@ -175,7 +179,7 @@ def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighti
 def sample_elbo_states(num_tokens: int, blocks: list[slice], rng: Draws, num_draws: int = 1) -> list[State]:
     """n independent Monte-Carlo draws of the block ELBO, each with its share 1 / n (VRPO, arXiv 2505.19223)."""
     states = [sample_elbo_state(num_tokens, blocks, rng) for _ in range(num_draws)]
-    return [State(s.hidden, s.scored, s.weight / num_draws, s.coverage / num_draws) for s in states]
+    return [replace(s, weight=s.weight / num_draws, coverage=s.coverage / num_draws) for s in states]
 
 
 def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: Draws) -> State:
@@ -191,4 +195,4 @@ def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: Draws) -> State
         count = int(own.integers(1, size + 1))
         hidden[block][own.permutation(size)[:count]] = True
         weight[block] = size / count
-    return State(hidden, hidden.copy(), weight * hidden, weight * hidden)
+    return State(hidden, hidden.copy(), weight * hidden, weight * hidden, np.zeros(num_tokens, dtype=bool))

@@ -204,9 +204,11 @@ def test_types_and_shapes_are_as_documented() -> None:
     assert batch.layout == moved.layout == Layout(B, MASK)
     for field in fields(Batch)[:-2]:
         value = getattr(batch, field.name)
-        assert value.dtype == (torch.float32 if field.name in floats else torch.int64)
+        assert value.dtype == {"exact": torch.bool}.get(
+            field.name, torch.float32 if field.name in floats else torch.int64
+        )
         assert torch.equal(value, getattr(moved, field.name))
-    scored = ("scored_row", "scored_col", "slot", "draw", "weight", "nll_weight")
+    scored = ("scored_row", "scored_col", "slot", "draw", "exact", "weight", "nll_weight")
     assert {getattr(batch, name).shape for name in scored} == {batch.target.shape}
     assert len({getattr(batch, name).shape for name in PLANES}) == 1
 

@@ -262,6 +262,7 @@ def test_a_lora_jobs_adapter_names_its_base(
     (folder / "model").mkdir(parents=True)
     (folder / "adapter").mkdir()
     Path("hub/SDAR-4B-Chat").mkdir(parents=True)
+    Path("hub/SDAR-4B-Chat/config.json").write_text("{}")
     PeftConfig(base_model_name_or_path=str(tmp_path / "elsewhere")).save_pretrained(str(folder / "adapter"))
     save_file({"a": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
     base = tmp_path / "stages" / "base-4567" / "model"

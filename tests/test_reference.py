@@ -1,11 +1,13 @@
 """reference: what is read back is what a frozen reference computes in the step, and a mismatch is an error."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError, TrainError
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.reference import ReferenceCache, write_reference
+from dtrpo_ray.reference import ReferenceCache, reference_values
 from dtrpo_ray.step import training_step
 
 MakeModel = Callable[..., SDAR]
@@ -42,7 +44,9 @@ def write(path: Path, reference: SDAR, seed: int = SEED, rows: list[Json] = ROWS
     to_batch = loop.collate(config(**changes), reference, seed)
     micro_batches = [rows[i : i + 3] for i in range(0, len(rows), 3)]
     file = path / "ref-logps.parquet"
-    assert write_reference(file, reference, micro_batches, to_batch, seed, HASH, CPU) == 2 * len(rows)
+    tables = [reference_values(reference, part, to_batch, seed, HASH, CPU) for part in micro_batches]
+    pq.write_table(pa.concat_tables(tables), file)
+    assert pq.read_metadata(file).num_rows == 2 * len(rows)
     return file
 
 
@@ -92,6 +96,22 @@ def test_rows_that_were_not_written_or_have_changed_are_refused(tiny: SDAR, tmp_
     for objective in (Objective(num_draws=1, sft_weight=0.5), Objective(num_draws=2), Objective(schedule="random")):
         with pytest.raises(DataError, match="has changed"):
             fill(ROWS, objective=objective)
+
+
+@pytest.mark.parametrize("name", ["ids", "stream", "scored_col", "target", "weight", "nll_weight"])
+def test_the_digest_covers_all_that_a_value_depends_on(tiny: SDAR, tmp_path: Path, name: str) -> None:
+    """One entry changed on one side of one pair is refused by that side's name."""
+    cache = ReferenceCache.load(write(tmp_path, tiny), SEED, HASH)
+    batch = loop.collate(config(), tiny, SEED)(ROWS)
+    slot = 2 * 5 + 1  # row-1, rejected, epoch 1
+    values = getattr(batch, name).clone()
+    if values.dim() == 2:
+        r, columns = batch.scored_row[batch.slot == slot][0], batch.scored_col[batch.slot == slot]
+        values[r, columns[-1]] += 1
+    else:
+        values[torch.nonzero(batch.slot == slot)[-1, 0]] += 1
+    with pytest.raises(DataError, match="row row-1, rejected, epoch 1: written for draws"):
+        cache.fill(replace(batch, **{name: values}), ROWS)
 
 
 def test_a_cache_needs_an_objective_with_a_reference_and_no_order_of_its_making() -> None:

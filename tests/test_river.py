@@ -190,6 +190,19 @@ def test_training_resumes_from_its_last_checkpoint(run: dict[str, Any], storage:
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
 
 
+def test_training_from_a_cache_of_the_reference_is_training_beside_it(run: dict[str, Any], storage: Path) -> None:
+    """`ref-logps` writes the values of this round's very draws; training from them has the same losses."""
+    cached, said = dtrpo("train", storage, "--set", "train.reference=cache")
+    assert "ref-1" in said
+    rows = [json.loads(line) for line in (Path(cached["directory"]) / "metrics.jsonl").read_text().splitlines()]
+    frozen = [json.loads(line) for line in (stage(run, "train-1") / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "margin", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in frozen], rel=1e-4, abs=1e-5), name
+    again, said = dtrpo("ref-logps", storage, "--set", "train.reference=cache")
+    assert "made" not in said
+    assert again["values"] == 2 * 4 * 4  # both sides of what four steps of four pairs read
+
+
 def test_an_exported_model_is_the_aligned_one(run: dict[str, Any], storage: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "dtrpo_ray", "export", str(ROOT / "jobs" / "demo.toml"), str(tmp_path / "out")]
     settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]

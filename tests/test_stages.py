@@ -1,6 +1,8 @@
 """Finished stages are found by their inputs' hash; what was cut off or damaged never passes for whole."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,26 @@ def test_the_same_inputs_are_made_once(tmp_path: Path) -> None:
     again = Store(tmp_path, announce=quiet).stage("s", {"a": 1}, ["*.txt"], fail)
     assert (first.reused, again.reused) == (False, True)
     assert (first.key, first.digest, first.summary) == (again.key, again.digest, again.summary)
+
+
+def test_two_commands_make_a_stage_once(tmp_path: Path) -> None:
+    """The second waits for the first and finds its work, and says so."""
+    said: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(folder: Path) -> dict[str, Any]:
+        begun.set()
+        assert go_on.wait(60)
+        return make(folder)
+
+    with ThreadPoolExecutor(2) as commands:
+        first = commands.submit(Store(tmp_path, announce=quiet).stage, "s", {"a": 1}, ["*.txt"], slowly)
+        assert begun.wait(60)
+        announce = lambda text: said.append(text) or go_on.set()  # noqa: E731
+        second = commands.submit(Store(tmp_path, announce=announce).stage, "s", {"a": 1}, ["*.txt"], fail)
+        assert (first.result(60).reused, second.result(60).reused) == (False, True)
+    assert said[0].endswith("another command is making it; waiting")
+    assert "reused" in said[1]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrpo_ray import step
+from dtrpo_ray.attention import dense_mask
 from dtrpo_ray.batch import Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
 from dtrpo_ray.errors import ConfigError, DataError
@@ -230,8 +232,11 @@ def test_one_forward_each_and_no_gradient_for_the_reference(
         return inner(self, *args)
 
     monkeypatch.setattr(SDAR, "forward", forward)
+    masks: list[Tensor] = []
+    monkeypatch.setattr(step, "dense_mask", lambda planes: masks.append(dense_mask(planes)) or masks[-1])
     out = training_step(policy, reference, build(ROWS, PAIR_OBJECTIVES["steps"]), PAIR_OBJECTIVES["steps"])
     assert calls == [(True, True), (False, False)]
+    assert len(masks) == 1  # policy and reference read the same
     out.loss_B.sum().backward()
     assert all(p.grad is None for p in reference.parameters())
     assert all(not v.requires_grad for v in out.metrics.values())
@@ -326,10 +331,11 @@ def test_the_default_loss_is_what_it_was(tiny_config: Json) -> None:
 TEXTS = [row(10, 5, 7, 11), row(11, 1, 3, 4), row(12, 8, 8, 1), row(13, 3, 13, 2), row(14, 4, 9, 12)]
 
 
-def alone(model: SDAR, rows: list[Json], batch: Batch) -> Tensor:
+def alone(model: SDAR, rows: list[Json], batch: Batch, first_token: str = "clean") -> Tensor:
     """log mu of each scored token from a plain forward of [clean text before its block | its block in its draw].
 
-    With a shift, the state at the token before it; before a block's first token that is the end of the clean text.
+    With a shift, the state at the token before it; before a block's first token that is the end of the clean text, or
+    with `first_token` "noisy" the block before in its draw.
     """
     size, shift, full = model.block_size, model.shift, model.attention == "full"
     out = []
@@ -342,7 +348,8 @@ def alone(model: SDAR, rows: list[Json], batch: Batch) -> Tensor:
         offset = -len(prompt) % size if model.block_origin == "response" else 0
         position = int(batch.position[r, col]) + shift
         assert whole[position] == target
-        block = 0 if full else (position + offset) // size
+        noisy_before = shift and first_token == "noisy" and position > len(prompt)
+        block = 0 if full else (position - noisy_before + offset) // size
         first = 0 if full else max(block * size - offset, 0)
         own = (batch.side[r] == side) & (batch.stream[r] == draw + 1) & (batch.block[r] == block)
         own &= batch.pair[r] == batch.pair[r, col]
@@ -395,16 +402,35 @@ def test_every_scored_token_is_read_in_its_own_state(
     assert torch.allclose(scored_logps(model, batch), alone(model, TEXTS, batch), rtol=0, atol=1e-10)
 
 
-@torch.no_grad()
-def test_packing_pairs_into_rows_changes_no_loss(policy: SDAR, reference: SDAR) -> None:
+def test_packing_pairs_into_rows_changes_no_loss_and_no_gradient(policy: SDAR, reference: SDAR) -> None:
     objective = Objective(beta=0.3, num_draws=2)
+    parameters = list(policy.parameters())
     apart = training_step(policy, reference, build(TEXTS, objective), objective)
+    gradients = torch.autograd.grad(apart.loss_B.sum(), parameters)
     for row_tokens in (60, 120, 1000):
         batch = build_for(policy, TEXTS, objective, row_tokens=row_tokens)
         assert len(batch.ids) < len(TEXTS)
         together = training_step(policy, reference, batch, objective)
         assert torch.allclose(apart.loss_B, together.loss_B, rtol=0, atol=1e-12)
         assert apart.metrics.keys() == together.metrics.keys()
+        for one, other in zip(gradients, torch.autograd.grad(together.loss_B.sum(), parameters), strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("origin", ["global", "response"])
+@torch.no_grad()
+def test_a_first_token_in_the_noisy_stream_is_read_in_the_block_before_it(make_model: MakeModel, origin: str) -> None:
+    """And that block stands there in the very draw that hides the token's own, not in its clean text."""
+    model = like(make_model, shift=1, block_origin=origin)
+    differ = 0
+    for num_draws in (1, 2):
+        made = {f: Objective(first_token=f, num_draws=num_draws) for f in ("clean", "noisy")}  # type: ignore[arg-type]
+        clean, noisy = (build_for(model, TEXTS, objective) for objective in made.values())
+        assert torch.equal(clean.target, noisy.target)
+        values = scored_logps(model, noisy)
+        assert torch.allclose(values, alone(model, TEXTS, noisy, "noisy"), rtol=0, atol=1e-10)
+        differ += int(((values - scored_logps(model, clean)).abs() > 1e-6).sum())
+    assert differ > 5
 
 
 @pytest.mark.parametrize("first_token", ["clean", "noisy"])
@@ -463,11 +489,11 @@ def whole_sum(model: SDAR, one: Json, side: str) -> float:
     """log mu of every token of a side, each in the state before its own step: the whole trajectory, step by step."""
     prompt, ids, steps = one["prompt_ids"], one[f"{side}_ids"], one[f"{side}_steps"]
     total, whole = 0.0, prompt + ids
-    for i, step in enumerate(steps):
+    for i, at in enumerate(steps):
         block = (len(prompt) + i) // B
         first, last = (0, len(whole)) if model.attention == "full" else (block * B, min(block * B + B, len(whole)))
         seen = whole[:first] + [
-            MASK if p >= len(prompt) and steps[p - len(prompt)] >= step else whole[p] for p in range(first, last)
+            MASK if p >= len(prompt) and steps[p - len(prompt)] >= at else whole[p] for p in range(first, last)
         ]
         grid = torch.zeros(len(seen)) if model.attention == "full" else torch.arange(len(seen)) // B
         mask = (grid[None, :] <= grid[:, None])[None, None]
@@ -510,14 +536,20 @@ def test_a_full_attention_model_has_one_state_a_forward_and_says_so(make_model: 
     assert set(made_up.weight.tolist()) == {2.0, 3.0}  # two and three blocks, each in one step
 
 
-def test_swapping_sides_negates_the_margin(policy: SDAR, reference: SDAR) -> None:
-    objective = PAIR_OBJECTIVES["steps"]
-    batch = build(ROWS, objective)
-    swapped = replace(batch, slot=batch.slot ^ 1, tokens=batch.tokens.flip(1))
+@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+def test_swapping_sides_negates_the_margin(policy: SDAR, reference: SDAR, name: str) -> None:
+    """The rows are swapped, and the batch built anew: packing, draws and weights know no side."""
+    objective = PAIR_OBJECTIVES[name]
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    swapped = [
+        {"_".join(other.get(word, word) for word in key.split("_")): value for key, value in one.items()}
+        for one in ROWS
+    ]
     with torch.no_grad():
-        a, b = (training_step(policy, reference, x, objective).metrics["margin"] for x in (batch, swapped))
-    assert torch.allclose(a, -b, rtol=0, atol=1e-12)
-    assert (a != 0).all()
+        a, b = (training_step(policy, reference, build(x, objective), objective) for x in (ROWS, swapped))
+    assert torch.allclose(a.metrics["margin"], -b.metrics["margin"], rtol=0, atol=1e-12)
+    assert torch.allclose(a.metrics["log_ratio_chosen"], b.metrics["log_ratio_rejected"], rtol=0, atol=1e-12)
+    assert (a.metrics["margin"] != 0).all()
 
 
 @torch.no_grad()
@@ -541,6 +573,24 @@ def test_spread_is_the_standard_error_of_the_draws(policy: SDAR, reference: SDAR
         assert out.metrics["spread"][b].item() == pytest.approx(np.std(3 * np.array(parts), ddof=1) / math.sqrt(3))
     assert training_step(policy, policy, batch, objective).metrics["spread"].tolist() == [0, 0, 0]
     assert "spread" not in training_step(policy, reference, build(rows, Objective()), Objective()).metrics
+
+
+@torch.no_grad()
+def test_blocks_whose_every_step_is_taken_add_nothing_to_the_spread(policy: SDAR, reference: SDAR) -> None:
+    """Two of four blocks have no more steps than draws: they are exact, and only the others' draws differ."""
+    objective = Objective(beta=0.3, num_draws=2)
+    steps = [0, 0, 1, 1, *range(4), 0, 1, 1, 0, *range(4)]
+    one = row(40, 4, 16, 16) | {"chosen_steps": steps, "rejected_steps": steps}
+    batch = build([one], objective)
+    block = batch.block[0, batch.scored_col]
+    assert torch.equal(batch.exact, (block == 1) | (block == 3))
+    out = training_step(policy, reference, batch, objective)
+    ratio = batch.weight * (scored_logps(policy, batch) - scored_logps(reference, batch))
+    sign = torch.where(batch.slot == 0, 1.0, -1.0)
+    parts = [(sign * ratio)[(batch.draw == draw) & ~batch.exact].sum().item() for draw in (0, 1)]
+    assert out.metrics["spread"].item() == pytest.approx(np.std(2 * np.array(parts), ddof=1) / math.sqrt(2))
+    short = row(41, 4, 4, 4) | {"chosen_steps": [0, 0, 1, 1], "rejected_steps": [0, 1, 1, 0]}
+    assert training_step(policy, reference, build([short], objective), objective).metrics["spread"].tolist() == [0]
 
 
 @torch.no_grad()
@@ -573,7 +623,7 @@ def test_given_tokens_are_scored_from_the_clean_stream_if_asked(make_model: Make
     steps = [3, 1, 2, -2, 5, 5, 4, -2, 7, 6, 6]  # prompt 5: positions 8 and 12 open blocks
     one = row(30, 5, 11, 11) | {"chosen_steps": steps, "rejected_steps": steps}
     plain, with_given = (build_for(model, [one], Objective(given_tokens=g)) for g in ("exclude", "clean"))  # type: ignore[arg-type]
-    extra = with_given.draw == -1
+    extra = with_given.exact
     assert torch.equal(with_given.target[~extra], plain.target)
     assert with_given.target[extra].tolist() == [one[f"{s}_ids"][i] for s in ("chosen", "rejected") for i in (3, 7)]
     assert with_given.weight[extra].tolist() == [1] * 4

@@ -124,20 +124,21 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
 
 
 def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch, lean: bool) -> Tensor:
-    """log mu of the batch's scored tokens [N], one forward for each side and draw.
+    """log mu of the batch's scored tokens [N], one forward for each side and noisy stream.
 
     Needs blocks that begin with the prompt's end, and shift 0: then a noisy half is the prompt and a noisy stream.
     """
     out = torch.zeros(len(batch.target), dtype=torch.float32)
+    streams = batch.stream[batch.scored_row, batch.scored_col]
     for slot in range(batch.tokens.numel()):
         row, side = divmod(slot, batch.tokens.shape[1])
         prompt, response = (torch.as_tensor(rows[row][f"{name}_ids"]) for name in ("prompt", SIDES[side]))
         length = len(prompt) + len(response)
         mask = two_stream_mask(length, model.block_size)
         positions = torch.arange(length).repeat(2)[None]
-        for draw in batch.draw[batch.slot == slot].unique().tolist():
-            mine = (batch.slot == slot) & (batch.draw == draw)
-            here = (batch.side[row] == side) & (batch.stream[row] == draw + 1)
+        for stream in streams[batch.slot == slot].unique().tolist():
+            mine = (batch.slot == slot) & (streams == stream)
+            here = (batch.side[row] == side) & (batch.stream[row] == stream)
             ids = torch.cat([prompt, batch.ids[row][here], prompt, response])[None]
             hidden = model.hidden(ids, positions, mask)[0]
             logits = model.head(hidden[:length] if lean else hidden)[:length].float()
@@ -189,7 +190,8 @@ def _setup(name: str, shape: Shape) -> _Setup:
 
     if way == "packed":  # policy and reference read the same
         return _Setup(step, policy, 2 * batch.ids.numel(), 2 * len(batch.target))
-    draws = len(set(zip(batch.slot.tolist(), batch.draw.tolist(), strict=True)))  # of both sides of all pairs
+    streams = batch.stream[batch.scored_row, batch.scored_col]
+    draws = len(set(zip(batch.slot.tolist(), streams.tolist(), strict=True)))  # of both sides of all pairs
     length = shape.prompt + shape.response
     return _Setup(step, policy, 4 * draws * length, (2 if way == "lean" else 4) * draws * length)
 
