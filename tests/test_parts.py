@@ -1,4 +1,7 @@
-"""Parts of work on Ray, and prepare and score on it: each part once, whatever is killed, or an error that names it."""
+"""Parts of work on Ray, and prepare and score on it: each part once, whatever is killed, or an error that names it.
+
+Workers import this file: transformers, which takes them seconds, is imported where it is needed.
+"""
 
 import json
 import os
@@ -11,15 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtrpo_ray import prepare
 from dtrpo_ray.config import ClusterConfig, PreferencesTask, ScoreConfig
 from dtrpo_ray.errors import DataError, ModelError
-from dtrpo_ray.importers import files
 from dtrpo_ray.parts import DONE, TRIES, _Actor, run_parts
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
-from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.tables import read_table
-from dtrpo_ray.tokenizer import character_tokenizer
 
 ONE, TWO = ClusterConfig(num_actors=1), ClusterConfig(num_actors=2)
 
@@ -86,11 +85,14 @@ def test_what_cannot_be_read_or_made_is_said(tmp_path: Path) -> None:
     assert one_part(lambda: work, tmp_path)["error"] == "shard-0: cannot be read"
 
 
-class MortalImporter(prepare.Importer):
-    """Is killed once, when the second part is written and not yet told to be done."""
+class Mortal:
+    """Is killed once, when an import's second part is written and not yet told to be done."""
 
-    def __call__(self, part: prepare.ImportPart, out: Path) -> dict[str, Any]:
-        summary = super().__call__(part, out)
+    def __init__(self, make: Any) -> None:
+        self.work = make()
+
+    def __call__(self, part: Any, out: Path) -> dict[str, Any]:
+        summary: dict[str, Any] = self.work(part, out)
         if part.shard.first == 5 and not (out / "killed").exists():
             (out / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -101,6 +103,10 @@ class MortalImporter(prepare.Importer):
 def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dtrpo_ray import prepare
+    from dtrpo_ray.importers import files
+    from dtrpo_ray.tokenizer import character_tokenizer
+
     monkeypatch.setattr(files, "SHARD_ROWS", 5)  # the parts are cut here
     rows = [{"prompt": f"{i % 20}", "chosen": "1" * (i % 20 + 1), "rejected": "2" + "x" * (i == 8)} for i in range(23)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -111,7 +117,7 @@ def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
     parts = prepare.import_parts(task)
     assert len(parts) == 5
 
-    done = run_parts(parts, partial(MortalImporter, *arguments), tmp_path / "pool", TWO, "prepare")
+    done = run_parts(parts, partial(Mortal, partial(prepare.Importer, *arguments)), tmp_path / "pool", TWO, "prepare")
     counts = prepare.finish_import(done, PREFERENCE, tmp_path / "pool")
     assert (tmp_path / "pool" / "killed").exists()
     assert counts == {"rows": 23, "good": 19, "refused": {"duplicate row": 3, "cannot be tokenized": 1}}
@@ -124,7 +130,9 @@ def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
 
 @pytest.mark.usefixtures("local_ray")
 def test_files_of_a_table_are_scored_side_by_side(tmp_path: Path) -> None:
-    from example_rows import trajectory  # not where workers look, and they import this file
+    from example_rows import trajectory
+
+    from dtrpo_ray.scoring import Scorer
 
     paths = [tmp_path / f"part-{i}.parquet" for i in range(3)]
     for i, path in enumerate(paths):
