@@ -13,7 +13,7 @@ demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(DEV)
 	$(BIN)/ruff check .
