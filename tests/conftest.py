@@ -25,11 +25,11 @@ MakeModel = Callable[..., SDAR]
 RAY = {"test_dataset", "test_recovery", "test_river", "test_server", "test_submit", "test_trainer"}
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist a file stays in one process, and all that starts Ray in the same one: a cluster at a time."""
+    """Mark what starts Ray, for `make test`: one cluster at a time, and the other tests beside it."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in RAY else str(item.path)))
+        if item.path.stem in RAY:
+            item.add_marker("ray")
 
 
 class ExactSDAR(SDAR):
