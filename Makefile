@@ -7,13 +7,20 @@ RUN = $(VENV)/.run-stamp
 DEV = $(VENV)/.dev-stamp
 JOB ?= jobs/demo.toml
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-ray test-core lint setup clean
 
 demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(MAKE) -j 2 --output-sync=target --no-print-directory test-ray test-core
+
+# side by side, and as important as each other: Ray's workers are nice by default
+test-ray: $(DEV)
+	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m ray
+
+test-core: $(DEV)
+	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray"
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -284,6 +284,8 @@ class River:
         def make(out: Path) -> dict[str, Any]:
             if config.validation:
                 self._write_questions(config.validation.num_prompts, base, table, out)
+            if self.store.fresh:
+                trainer.forget_checkpoints(out, self.job.cluster)
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
             written = (cache.path / REF_LOGPS, base.digest) if cache else None

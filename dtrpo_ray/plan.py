@@ -1,7 +1,9 @@
-"""A job -> what it would run: batches, forwards, memory, checkpoint size. Imports neither torch nor ray."""
+"""A job -> what it would run: batches, forwards, memory, checkpoint size, and how long a step took where it was run
+before. Imports neither torch nor ray."""
 
 import json
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dtrpo_ray.config import Job, LoraConfig, ModelInit, PreferencesTask, TrainConfig, TrajectoriesTask
+from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
 from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
@@ -64,6 +67,7 @@ def plan(job: Job) -> dict[str, Any]:
     if job.sft:
         bounds = (Shape.of(job), *row_bounds(job, pair=False))
         stages["base"] = training(job.sft, workers, count, job.sft.num_examples, bounds)
+        stages["base"] |= measured(job.storage, "base", job.sft, stages["base"]["optimizer_steps"])
     if job.rollout:
         made = job.rollout.num_prompts * job.rollout.num_samples
         stages["rollout"] = {"trajectories": made, "rounds": job.rounds, "actors": job.cluster.num_actors}
@@ -72,9 +76,28 @@ def plan(job: Job) -> dict[str, Any]:
         rows = job.rollout.num_prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
     bounds = (Shape.of(job), *row_bounds(job, job.train.objective.type != "sft"))
     stages["train"] = {**training(job.train, workers, count, rows, bounds), "rounds": job.rounds}
+    stages["train"] |= measured(job.storage, "train-1", job.train, stages["train"]["optimizer_steps"])
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"
     return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": vocab, "stages": stages}
+
+
+def measured(storage: Path, stage: str, config: TrainConfig, num_steps: int | None) -> dict[str, Any]:
+    """What an optimizer step took in the newest run of a stage on this storage; {} if there was none.
+
+    `differs` names the settings in which that run was another one, the number of workers not among them.
+    """
+    runs = [(file.stat().st_mtime, file) for file in storage.glob(f"stages/{stage}-*/{METRICS}")]
+    rows = read_metrics(max(runs)[1])[1:] if runs else []  # the first step warms up
+    if not rows:
+        return {}
+    folder = max(runs)[1].parent
+    then, now = json.loads((folder / RUN).read_text())["config"], config.model_dump(mode="json")
+    begun = [event for event in read_metrics(folder / EVENTS) if "num_workers" in event]
+    seconds = statistics.median(row["step_seconds"] for row in rows)
+    facts = {"run": str(folder), "step_seconds": seconds, "num_workers": begun[-1]["num_workers"] if begun else None}
+    facts["differs"] = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
+    return {"measured": {**facts, "seconds": seconds * num_steps if num_steps else None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +145,15 @@ def activation_bytes(
     """What one micro-batch keeps for its backward pass: of the trunk, and of the head at the scored tokens.
 
     Counted from the tensors that transformers' Qwen3 saves in a layer: two norms (input, normalised, scaled), queries
-    and keys with their norms, what attention reads and writes, four of the MLP, the mask; the norms upcast to float32.
-    The head keeps the float32 log-softmax; the logits it is made of live for a moment. Where layers are `recomputed`,
-    each keeps its input, and one of them all.
+    and keys with their norms, what attention reads and writes, four of the MLP; the norms upcast to float32. All layers
+    share the mask. The head keeps the float32 log-softmax; the logits it is made of live for a moment. Where layers
+    are `recomputed`, each keeps its input, and one of them all.
     """
     h, q, k, i, tokens = shape.hidden, shape.queries, shape.keys, shape.intermediate, rows * row_tokens
     if bf16:
-        layer, final = 16 * h + 14 * q + 6 * k + 8 * i + 2 * row_tokens, 8 * h
+        layer, final = 16 * h + 14 * q + 6 * k + 8 * i, 8 * h + 2 * row_tokens
     else:
-        layer, final = 4 * (6 * h + 6 * q + 2 * k + 4 * i + row_tokens), 4 * 2 * h
+        layer, final = 4 * (6 * h + 6 * q + 2 * k + 4 * i), 4 * (2 * h + row_tokens)
     head = BYTES_FP32 * shape.vocab + (BYTES_BF16 if bf16 else BYTES_FP32) * shape.hidden
     chunk = min(scored, max(1, CHUNK_LOGITS // shape.vocab))
     momentary = BYTES_FP32 + (BYTES_BF16 if bf16 else 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.train
 import torch
+from pyarrow.fs import FileType
 from ray.train import (
     DataConfig,
     FailureConfig,
@@ -141,6 +142,13 @@ def _root(out: Path, cluster: ClusterConfig) -> str:
         return str(out.resolve() / RAY_RUN)
     where = cluster.checkpoints if "://" in cluster.checkpoints else str(Path(cluster.checkpoints).resolve())
     return f"{where.rstrip('/')}/{out.name.removesuffix('.partial')}"
+
+
+def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
+    """Delete the checkpoints of a stage that is made anew, wherever they lie."""
+    filesystem, path = checkpoint.open_storage(_root(out, cluster))
+    if filesystem.get_file_info(path).type != FileType.NotFound:
+        filesystem.delete_dir(path)
 
 
 def _description(stage: TrainStage, config: TrainConfig) -> dict[str, Any]:

@@ -22,6 +22,14 @@ settings.load_profile("suite")
 BLOCK, VOCAB, EOS, MASK = 4, 23, 21, 22
 
 MakeModel = Callable[..., SDAR]
+RAY = {"test_dataset", "test_parts", "test_recovery", "test_river", "test_server", "test_submit", "test_trainer"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts Ray, for `make test`: one cluster at a time, and the other tests beside it."""
+    for item in items:
+        if item.path.stem in RAY:
+            item.add_marker("ray")
 
 
 class ExactSDAR(SDAR):

@@ -1,14 +1,16 @@
 """A stage is named by what changes its weights, and by nothing else; what cannot work is refused before any is made."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dtrpo_ray.config import Job, TrainConfig
+from dtrpo_ray.config import Job, TrainConfig, load_job
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.pipeline import River, weight_fields
-from dtrpo_ray.stages import Store
+from dtrpo_ray.stages import Stage, Store, sha256_json
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,41 @@ def test_knobs_that_change_weights_do(change: dict[str, object]) -> None:
 
 def test_stages_made_before_there_was_offload_keep_their_names() -> None:
     assert "offload" not in weight_fields(TrainConfig())
+
+
+class Dry:
+    """A store that makes nothing and keeps what each stage depends on."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    def stage(self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: object) -> Stage:
+        self.inputs[name] = inputs
+        key = sha256_json({"stage": name, "inputs": inputs})
+        return Stage(name, key, Path(name), 0.0, False, {f"model/{name}": key})
+
+
+def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it() -> None:
+    job = load_job(Path(__file__).parents[1] / "jobs" / "demo.toml", ["rounds=3", "train.reference=cache"])
+    store = Dry()
+    river = River(job, store)  # type: ignore[arg-type]
+    policies = [river.policy(number) for number in range(4)]
+    assert river.aligned == policies[3]
+    assert len({policy.digest for policy in policies}) == 4
+    for number in (1, 2, 3):
+        before = policies[number - 1].digest
+        assert store.inputs[f"rollout-{number}"]["policy"] == before
+        assert store.inputs[f"train-{number}"]["base"] == before
+        assert store.inputs[f"ref-{number}"]["reference"] == before
+        assert store.inputs[f"ref-{number}"]["seed"] == store.inputs[f"train-{number}"]["seed"] == job.seed + number
+        assert store.inputs[f"pair-{number}"]["trajectories"] == river.trajectories(number).digest
+        assert store.inputs[f"train-{number}"]["table"] == river.pairs(number).digest
+    assert job.rollout
+    prompts = [river._rollout_prompts(job.rollout.model_copy(update={"num_prompts": 50}), n) for n in (1, 2)]
+    ids = [{row["row_id"] for row in rows} for rows in prompts]
+    assert len(ids[0]) == len(prompts[0]) == 50 * job.rollout.num_samples
+    assert not ids[0] & ids[1]
+    assert {row["prompt"] for row in prompts[0]} != {row["prompt"] for row in prompts[1]}
 
 
 def test_adapters_that_a_model_does_not_take_are_refused_before_any_stage(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The plan's numbers, against a model that was really built."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -149,8 +151,8 @@ def test_recomputed_layers_keep_their_inputs() -> None:
     whole, recomputed = (
         activation_bytes(shape, rows, tokens, scored, False, flag)["activations"] for flag in (False, True)
     )
-    layer = (whole - 2 * 4 * 128 * rows * tokens) // shape.layers
-    assert recomputed == layer + inputs + 2 * 4 * 128 * rows * tokens
+    once = (2 * 4 * 128 + 4 * tokens) * rows * tokens  # the last norm, and the mask that all layers share
+    assert recomputed == (whole - once) // shape.layers + inputs + once
     assert final < whole / 2
 
 
@@ -160,3 +162,21 @@ def test_recomputed_layers_keep_their_inputs() -> None:
 )
 def test_long_pairs_share_rows_where_they_fit(pairs: int, row_tokens: int | None, expected: tuple[int, int]) -> None:
     assert packed_rows(pairs, 100, row_tokens) == expected
+
+
+def test_a_step_takes_what_the_newest_run_on_this_storage_took(tmp_path: Path) -> None:
+    job = load_job(DEMO, [f"storage={tmp_path}", "train.max_steps=50"])
+    assert "measured" not in plan(job)["stages"]["train"]
+    for name, age, took in (("train-1-aaaa", 9, 7.0), ("train-1-bbbb.partial", 0, 2.0), ("train-2-cccc", 0, 5.0)):
+        folder = tmp_path / "stages" / name
+        folder.mkdir(parents=True)
+        steps = [9.0, took, took + 1, took - 1]  # the first warms up
+        rows = [{"step": i + 1, "step_seconds": seconds} for i, seconds in enumerate(steps)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = job.train.model_copy(update={"lr": 1.0, "micro_batch": 3})
+        (folder / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
+        (folder / "events.jsonl").write_text(json.dumps({"event": "start", "num_workers": 2}) + "\n")
+        os.utime(folder / "metrics.jsonl", (10**9 - age, 10**9 - age))
+    made = plan(job)["stages"]["train"]["measured"]
+    assert made.pop("run").endswith("train-1-bbbb.partial")
+    assert made == {"step_seconds": 2.0, "num_workers": 2, "differs": ["lr", "micro_batch"], "seconds": 100.0}

@@ -5,10 +5,13 @@ Another `dtrpo` process for each command, as a user would run it.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,8 +83,31 @@ def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(storage: Path, interrupted: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The same command again: it goes on where the first one stopped."""
-    return dtrpo("run", storage)[0]
+    """The same command again, its endpoint kept up: it goes on where the first one stopped, and Ctrl-C ends it."""
+    words, environment = command("run", storage, "--keep-serving"), {**os.environ, "CI": "1"}
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        said, url = [], None
+        assert process.stderr
+        for line in process.stderr:
+            said.append(line)
+            if found := re.match(r"serving at (http://127\.0\.0\.1:\d+); Ctrl-C stops it", line):
+                url = found[1]
+                break
+        assert url, "".join(said)[-3000:]
+        assert urllib.request.urlopen(f"{url}/health", timeout=60).status == 200
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=120)
+        assert process.returncode == 0, rest[-3000:]
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            urllib.request.urlopen(f"{url}/health", timeout=60)
+    finally:
+        process.kill()
+    value: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return value
 
 
 def test_ctrl_c_ends_in_one_message_and_nothing_half_made(

@@ -298,3 +298,17 @@ def _drive(base: str, table: str, out: str) -> None:
 
 if __name__ == "__main__":
     _drive(*sys.argv[1:])
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stage_made_anew_forgets_its_checkpoints_and_no_others(tmp_path: Path, elsewhere: bool) -> None:
+    out = tmp_path / "stages" / "train-1-0123.partial"
+    cluster = ClusterConfig(checkpoints=str(tmp_path / "disk") if elsewhere else None)
+    mine = tmp_path / "disk" / "train-1-0123" if elsewhere else out / "checkpoints"
+    other = tmp_path / "disk" / "train-1-4567"
+    trainer.forget_checkpoints(out, cluster)  # nothing there is nothing to do
+    for root in (mine, other):
+        (root / "step-00000002").mkdir(parents=True)
+    trainer.forget_checkpoints(out, cluster)
+    assert not mine.exists()
+    assert (other / "step-00000002").exists()

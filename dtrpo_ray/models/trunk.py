@@ -104,6 +104,8 @@ class TrunkLM(DiffusionLM):
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: object | None = None) -> Tensor:
         # a mask of four axes, or a dict of masks by kind of layer, bypasses the trunk's own causal mask
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make this of it, and keep it
+            mask = torch.zeros_like(mask, dtype=self.lm.dtype).masked_fill_(~mask, float("-inf"))
         kept = {} if cache is None else {self.cache_name: cache}
         return self.lm.model(
             input_ids=ids_BT,
