@@ -145,6 +145,7 @@ def test_max_rows_counts_rows_of_any_kind_of_file(tokenizer: Path, tmp_path: Pat
     assert counts == {"rows": 13, "good": 9, "refused": {"duplicate row": 4}}
 
 
+@pytest.mark.ray
 def test_ctrl_c_and_the_same_command_again_give_every_row_once(tokenizer: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i % 9 + 1), "rejected": "0"}) for i in range(40_000)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
