@@ -62,6 +62,8 @@ class LLaDA(TrunkLM):
         refuse(keys, self.facts, include_qkv_bias=no, input_emb_norm=no, scale_logits=no, block_group_size=(1,))
         refuse(keys, self.facts, layer_norm_with_affine=yes, clip_qkv=("null",))
         refuse({"rope": bool(keys.get("rope"))}, self.facts, rope=yes)  # absent, upstream has no rotary positions
+        rope = rope_parameters(keys, self.facts)
+        refuse(rope, self.facts, rope_type=("default",), type=("default",))  # upstream reads no scaling, and has none
         heads = keys["n_heads"]
         renamed = {
             "vocab_size": self.vocabulary(keys),
@@ -71,7 +73,7 @@ class LLaDA(TrunkLM):
             "num_key_value_heads": keys.get("n_kv_heads") or (1 if keys.get("multi_query_attention") else heads),
             "intermediate_size": keys.get("mlp_hidden_size") or keys.get("mlp_ratio", 4) * keys["d_model"],
             "rms_norm_eps": keys.get("rms_norm_eps", 1e-5),
-            "rope_parameters": rope_parameters(keys, self.facts),
+            "rope_parameters": rope,
             "max_position_embeddings": keys.get("max_sequence_length", 4096),
             "initializer_range": keys.get("init_std", 0.02),
             "tie_word_embeddings": self._tying(keys),

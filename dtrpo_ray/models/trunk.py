@@ -6,6 +6,7 @@ how its tensors map (`pieces`). The trunk's own causal mask, its training forwar
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
@@ -71,7 +72,8 @@ class TrunkLM(DiffusionLM):
             )
         rope_parameters(config, facts)  # whose base has no default here
         try:
-            keys = {k: v for k, v in config.items() if k not in NOT_OF_THE_TRUNK}
+            # a copy: transformers writes into the nested rope_scaling, which is saved as it was read
+            keys = deepcopy({k: v for k, v in config.items() if k not in NOT_OF_THE_TRUNK})
             trunk = self.trunk_config({**keys, "attn_implementation": "sdpa"})
             # the grouped kernel refuses weights that start at odd addresses, as those gathered by ZeRO-3 do
             trunk._experts_implementation = "eager"

@@ -240,6 +240,15 @@ def test_no_default_stands_in_for_the_base_of_the_positions(upstream: Callable[.
     assert nested.lm.config.rope_parameters["rope_theta"] == theta
 
 
+@pytest.mark.parametrize("model_type", ["Dream", "Fast_dLLM_Qwen", "sdar", "sdar_moe", "llada2_moe"])
+def test_scaled_positions_are_saved_as_they_were_read(write_upstream: Write, tmp_path: Path, model_type: str) -> None:
+    folder = write_upstream(model_type, rope_scaling={"type": "linear", "factor": 2.0})
+    model = load_model(folder)
+    assert model.lm.config.rope_parameters["rope_type"] == "linear"
+    save_model(model, tmp_path)
+    assert read_config(tmp_path)["rope_scaling"] == {"type": "linear", "factor": 2.0}
+
+
 @pytest.mark.parametrize("model_type", ["Dream", "Fast_dLLM_Qwen", "sdar", "sdar_moe"])
 def test_a_sliding_window_is_refused(upstream: Callable[..., Any], model_type: str) -> None:
     config = upstream(model_type)[0]

@@ -97,6 +97,15 @@ def test_rotary_positions_must_be_asked_for(upstream: Upstream) -> None:
             skeleton({k: v for k, v in config.items() if k != "rope"} | absent)
 
 
+def test_positions_are_never_scaled(upstream: Upstream) -> None:
+    """Upstream reads no rope_scaling: its own code would load such a checkpoint and turn unscaled."""
+    config, _ = upstream("llada")
+    for key, where in (("rope_type", "rope_scaling"), ("type", "rope_scaling"), ("rope_type", "rope_parameters")):
+        with pytest.raises(ModelError, match=f"{key} = 'linear' is not supported for llada; only 'default' is"):
+            skeleton(config | {where: {key: "linear", "factor": 2.0}})
+        skeleton(config | {where: {key: "default"}})
+
+
 def test_the_tying_of_the_head_is_said_once(upstream: Upstream) -> None:
     config, _ = upstream("llada")
     for tied in (True, False):
