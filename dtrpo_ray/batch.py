@@ -61,6 +61,7 @@ class Batch:
     weight: float32 [N], the estimator's weight; 0 for a token that only the SFT term reads.
     nll_weight: float32 [N], the weight in the side's negative log-likelihood.
     tokens: float32 [P, S], response tokens per side.
+    scored: float32 [P, S], response tokens per side with a weight in some draw.
     row_weight: float32 [P]; 0 marks pairs that only fill the batch.
     ref_logp: float32 [N] or None, the reference's log mu where it was computed beforehand (`reference`).
     layout: of the model that it was built for.
@@ -81,6 +82,7 @@ class Batch:
     weight: Tensor
     nll_weight: Tensor
     tokens: Tensor
+    scored: Tensor
     row_weight: Tensor
     ref_logp: Tensor | None
     layout: Layout
@@ -137,6 +139,11 @@ def build_batch(
             'train.objective.given_tokens = "clean" reads the state before a block; this model has no such state '
             f"(shift = {shift}, attention = {attention!r}): leave it at 'exclude'"
         )
+    if objective.first_token == "noisy" and (shift == 0 or attention == "full"):
+        raise ConfigError(
+            'train.objective.first_token = "noisy" is about models that read a token from the one before it, block by '
+            f"block; this one does not (shift = {shift}, attention = {attention!r}): leave it at 'clean'"
+        )
     sides = SIDES[: 1 if objective.type == "sft" else 2]
     packed, scored = [], []
     for row in rows:
@@ -151,7 +158,7 @@ def build_batch(
 
 def _reads_all(objective: Objective, side: str) -> bool:
     """Whether every hidden token of the side is scored, for a likelihood; else the newly unmasked ones only."""
-    return side == "chosen" and (objective.type != "dtrpo" or objective.sft_weight > 0)
+    return side == "chosen" and (objective.type != "dtrpo" or objective.rpo_alpha > 0)
 
 
 def _draw(
@@ -195,14 +202,15 @@ def _states(
     blocks = block_slices(len(row["prompt_ids"]), length, layout.block_size, layout.block_origin)
     whole = [slice(0, length)]  # one state shows the whole response to a full-attention model: its only block
     full = layout.attention == "full"
+    # as its decoder does; sft must learn the first tokens too
+    given = first if layout.shift and not full and objective.type != "sft" else None
     if objective.type != "dtrpo":
         assert objective.num_draws != "all"
-        states = sample_elbo_states(length, whole if full else blocks, rng, objective.num_draws)
-        return states, np.zeros(length, dtype=bool)
+        states = sample_elbo_states(length, whole if full else blocks, rng, objective.num_draws, given)
+        return states, np.zeros(length, dtype=bool) if given is None else given
     if objective.schedule == "recorded":
         ranks = dense_ranks(_column(row, f"{side}_steps", "recorded"), whole if full else blocks)
     else:
-        given = first if layout.shift and not full else None  # as its decoder does
         if objective.schedule == "random":
             order = block_generators(seed, row["row_id"], row["epoch"], "order")
             ranks = random_ranks(blocks, objective.tokens_per_step, order, given)
@@ -250,7 +258,9 @@ def _scored(
         if layout.shift and layout.attention == "block" and objective.first_token == "clean":
             stream[first[index]] = CLEAN
         weight, nll_weight = state.weight[index], (state.coverage if whole else state.weight)[index]
-        parts.append((index, stream, np.full(len(index), draw), state.exact[index], weight, nll_weight))
+        # read in the noisy block before it, a first token depends on that block's draw
+        exact = state.exact[index] & ~(first[index] & (objective.first_token == "noisy"))
+        parts.append((index, stream, np.full(len(index), draw), exact, weight, nll_weight))
     if objective.given_tokens == "clean":
         index = np.flatnonzero(given)
         once = np.ones(len(index))
@@ -258,6 +268,10 @@ def _scored(
         parts.append((index, nothing + CLEAN, nothing, once > 0, once, once))
     index, stream, draw_of, exact, weight, nll_weight = (np.concatenate(column) for column in zip(*parts, strict=True))
     return _Scored(index, stream, prompt_len + index - layout.shift, draw_of, exact, weight, nll_weight)
+
+
+def _distinct(tokens: _Scored) -> int:
+    return len(np.unique(tokens.index[tokens.weight > 0]))
 
 
 def _share_rows(lengths: list[int], row_tokens: int | None) -> list[tuple[int, int]]:
@@ -306,6 +320,7 @@ def _collate(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
         **{name: torch.from_numpy(values.astype(types.get(name, np.int64))) for name, values in joined.items()},
         tokens=torch.tensor([[len(ids) for ids, _ in sides] for sides in scored], dtype=torch.float32),
+        scored=torch.tensor([[_distinct(part) for _, part in sides] for sides in scored], dtype=torch.float32),
         row_weight=torch.tensor([float(row.get("row_weight", 1.0)) for row in rows]),
         ref_logp=None,
         layout=layout,

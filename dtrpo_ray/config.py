@@ -116,21 +116,23 @@ class Objective(_Section):
     beta: float = Field(0.1, gt=0)
     """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
-    """As in TRL's DPOConfig."""
+    """As in TRL's DPOConfig, on log-ratios summed over the response; TRL's "ipo" averages, so its beta is another."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """As in TRL's DPOConfig (cDPO); sigmoid only."""
-    sft_weight: float = Field(0.0, ge=0)
-    """Weight of the chosen side's masked-diffusion negative log-likelihood per token, at the sampled states."""
+    rpo_alpha: float = Field(0.0, ge=0)
+    """As in TRL's DPOConfig: weight of the chosen side's negative log-likelihood per token, here the masked-diffusion
+    one at the sampled states; dtrpo and elbo_dpo."""
     weighting: Literal["steps", "tokens", "unit"] = "steps"
-    """dTRPO's weight of a sampled step: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
+    """Weight of a sampled step, dtrpo only: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     """Denoising steps sampled per block, stratified; "all" takes every step (exact, dtrpo only); ELBO draws else."""
     schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
-    """Where the unmasking order comes from: the row's recorded steps, or one made up (docs/method.md)."""
+    """Where the unmasking order comes from, dtrpo only: the row's recorded steps, or one made up (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
     """Tokens unmasked per denoising step of a made-up schedule."""
     given_tokens: Literal["exclude", "clean"] = "exclude"
-    """Tokens no denoising step chose (autoregressive firsts of blocks): unscored, or scored from the clean stream."""
+    """Tokens no denoising step chose (autoregressive firsts of blocks), dtrpo and elbo_dpo only: unscored, or scored
+    from the clean stream."""
     first_token: Literal["clean", "noisy"] = "clean"
     """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
 

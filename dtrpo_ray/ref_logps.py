@@ -14,7 +14,7 @@ import torch
 
 from dtrpo_ray import dataset, loop
 from dtrpo_ray.config import ClusterConfig, TrainConfig
-from dtrpo_ray.reference import load_reference, reference_values
+from dtrpo_ray.reference import load_reference, reference_key, reference_values
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 
 
@@ -26,11 +26,11 @@ class _Reference:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_reference(base, config.precision, self.device)
         self.to_batch = loop.collate(config, self.model, seed, self.model, device=self.device)
-        self.seed, self.reference_hash = seed, reference_hash
+        self.seed, self.key = seed, reference_key(reference_hash, config.precision, self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        return reference_values(self.model, rows, self.to_batch, self.seed, self.reference_hash, self.device)
+        return reference_values(self.model, rows, self.to_batch, self.seed, self.key, self.device)
 
 
 def drawn_pairs(table: Path, config: TrainConfig, seed: int) -> pa.Table:

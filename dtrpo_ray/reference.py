@@ -1,7 +1,7 @@
 """The reference's log-probabilities written beforehand: a Parquet file or folder keyed by what each value depends on.
 
-A value belongs to (row id, side, epoch), the seed of the draws and the reference's hash. `draws` is a digest of the
-very states and tokens that were scored, so that another objective, table or code cannot pass unnoticed.
+A value belongs to (row id, side, epoch), the seed of the draws, the reference's hash and its dtype. `draws` is a digest
+of the very states and tokens that were scored, so that another objective, table or code cannot pass unnoticed.
 """
 
 import hashlib
@@ -40,11 +40,21 @@ SCHEMA = pa.schema(
 REMEDY = "write it anew with dtrpo ref-logps"
 
 
-def load_reference(base: Path, precision: str, device: torch.device) -> DiffusionLM:
-    """The frozen reference, in the precision (`train.precision`) in which the policy computes."""
+def reference_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """In which the policy computes too (`train.precision`); with another one equal models are not equal."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    reference = load_model(base, torch.bfloat16 if bf16 else torch.float32, str(device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_reference(base: Path, precision: str, device: torch.device) -> DiffusionLM:
+    """The frozen reference."""
+    reference = load_model(base, reference_dtype(precision, device), str(device))
     return reference.eval().requires_grad_(False)
+
+
+def reference_key(reference_hash: str, precision: str, device: torch.device) -> str:
+    """What a cache names its reference by: its hash and the dtype that it computed in."""
+    return f"{reference_hash} {str(reference_dtype(precision, device)).removeprefix('torch.')}"
 
 
 def reference_values(
@@ -52,10 +62,11 @@ def reference_values(
     rows: Rows,
     to_batch: Callable[[Rows], Batch],
     seed: int,
-    reference_hash: str,
+    key: str,
     device: torch.device,
 ) -> pa.Table:
-    """The cache's rows, one for each side of each of these rows, from one no-grad forward on `device`."""
+    """The cache's rows, one for each side of each of these rows, from one no-grad forward on `device`; `key` is
+    `reference_key`."""
     batch = to_batch(rows)
     with torch.no_grad():
         logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
@@ -65,7 +76,7 @@ def reference_values(
             "side": side,
             "epoch": epoch,
             "seed": seed,
-            "reference": reference_hash,
+            "reference": key,
             "draws": draws,
             "logps": logps[where],
         }
@@ -82,15 +93,15 @@ class ReferenceCache:
     values: dict[Key, tuple[str, np.ndarray]]
 
     @classmethod
-    def load(cls, path: Path, seed: int, reference_hash: str) -> "ReferenceCache":
-        """Read a cache. Raises DataError if it is missing, or of another seed or reference."""
+    def load(cls, path: Path, seed: int, reference: str) -> "ReferenceCache":
+        """Read a cache. Raises DataError if it is missing, or of another seed or `reference_key`."""
         try:
             table = pq.read_table(path)
         except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: no readable cache of reference log-probs ({error}); {REMEDY}") from None
         if table.schema.names != SCHEMA.names:
             raise DataError(f"{path}: columns {table.schema.names} are not those of a reference cache; {REMEDY}")
-        for name, wanted in (("seed", seed), ("reference", reference_hash)):
+        for name, wanted in (("seed", seed), ("reference", reference)):
             found = table[name].unique().to_pylist()
             if found != [wanted]:
                 raise DataError(f"{path}: {name} = {found[0] if found else None}, this run has {wanted}; {REMEDY}")

@@ -161,7 +161,7 @@ def _unevaluated(curves: dict[str, list[Row]], evaluation: Row | None) -> str:
 def _curves(job: Row) -> list[Curve]:
     objective = (job.get("train") or {}).get("objective") or {}
     plain = objective.get("type") != "sft" and objective.get("loss_type", "sigmoid") == "sigmoid"
-    start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("sft_weight") else None
+    start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("rpo_alpha") else None
     ratios = {"log_ratio_chosen": "chosen", "log_ratio_rejected": "rejected"}
     return [
         Curve("base_loss", "Base model: training loss", "loss", {"loss": "base"}),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dtrpo_ray.attention import FLEX_BUCKET, dense_mask, sparse_mask
+from dtrpo_ray.attention import FLEX_BUCKET, Planes, dense_mask, sparse_mask
 from dtrpo_ray.batch import SIDES, Batch, Layout, build_batch, opens_block
 from dtrpo_ray.config import Objective
 from dtrpo_ray.loss import LossOutput, preference_loss, sum_by_side
@@ -30,9 +30,15 @@ def packed_inputs(batch: Batch) -> Inputs:
     """
     if batch.ids.device.type != "cuda":
         return batch.ids, batch.position, dense_mask(batch.planes)
+    ids, position, planes = padded_inputs(batch)
+    return ids, position, sparse_mask(planes)
+
+
+def padded_inputs(batch: Batch) -> tuple[Tensor, Tensor, Planes]:
+    """ids, positions and mask planes, padded on the right so that few lengths of a row are compiled."""
     length = -(-batch.ids.shape[1] // FLEX_BUCKET) * FLEX_BUCKET
     extra = (0, length - batch.ids.shape[1])
-    return F.pad(batch.ids, extra), F.pad(batch.position, extra), sparse_mask(batch.planes.padded(length))
+    return F.pad(batch.ids, extra), F.pad(batch.position, extra), batch.planes.padded(length)
 
 
 def scored_logps(model: DiffusionLM, batch: Batch, inputs: Inputs | None = None) -> Tensor:
@@ -55,7 +61,7 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
     """The loss of each pair [P] and its metrics.
 
     `sft`: the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo`: the preference loss
-    on sum_N weight (log mu_theta - log mu_ref), at the same sampled states for both, plus `sft_weight` times the
+    on sum_N weight (log mu_theta - log mu_ref), at the same sampled states for both, plus `rpo_alpha` times the
     chosen side's masked-diffusion negative log-likelihood per token: all tokens hidden in the very same states, so
     no forward is added (an SFT term as in RPO, arXiv 2404.19733). The reference's log-probs are the batch's own
     (`ref_logp`) where it carries them; else `reference` computes them: a frozen model, or anything that answers
@@ -69,8 +75,7 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
     inputs = packed_inputs(batch)
     logp_N = scored_logps(policy, batch, inputs)
     nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
-    scored_PS = by_side((batch.weight > 0).float())
-    common = {"scored_tokens": scored_PS.sum(1), "scored_fraction": scored_PS.sum(1) / batch.tokens.sum(1)}
+    common = {"scored_tokens": batch.scored.sum(1), "scored_fraction": batch.scored.sum(1) / batch.tokens.sum(1)}
     if objective.type == "sft":
         return LossOutput(nll_PS[:, 0], {"nll": nll_PS[:, 0].detach(), **common})
     ref_logp_N = batch.ref_logp
@@ -86,7 +91,7 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
         common |= {f"nll_{name}": nll_PS[:, side].detach(), f"logp_{name}": logp_PS[:, side]}
     if objective.num_draws != "all" and objective.num_draws > 1:
         common["spread"] = _spread(ratio_N.detach(), batch, objective.num_draws)
-    return LossOutput(out.loss_B + objective.sft_weight * nll_PS[:, 0], {**out.metrics, **common})
+    return LossOutput(out.loss_B + objective.rpo_alpha * nll_PS[:, 0], {**out.metrics, **common})
 
 
 def checkpoint_layers(policy: DiffusionLM) -> None:

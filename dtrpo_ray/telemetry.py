@@ -10,6 +10,7 @@ from ray.util.metrics import Gauge
 from dtrpo_ray import trackers
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.metrics import EVENTS, METRICS, MetricsLog, append_event
+from dtrpo_ray.models.base import DiffusionLM
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the makers' data sheets
 
@@ -20,6 +21,26 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def step_flops(policy: DiffusionLM, config: TrainConfig) -> float:
+    """Floating-point operations of a training step for each token of the trunk, by its weight matrices.
+
+    2 for each weight forward, 2 for the gradient of its input, 2 for its own where it is trained, 2 in a reference's
+    forward; of a mixture, the experts that a token takes. Left out, so that the MFU is never too high: attention
+    scores, recomputed layers, and the head, which reads the scored tokens alone.
+    """
+    settings, count = policy.lm.config, 0.0
+    share = getattr(settings, "num_experts_per_tok", 1) / _num_experts(settings)
+    for name, weight in policy.lm.model.named_parameters():
+        if weight.dim() > 1 and "embed" not in name:
+            count += getattr(weight, "ds_numel", weight.numel()) * (share if ".experts." in name else 1)
+    referenced = config.objective.type != "sft" and config.reference == "frozen"
+    return count * (2 + 2 + 2 * (config.lora is None) + 2 * referenced)
+
+
+def _num_experts(settings: Any) -> int:
+    return int(getattr(settings, "num_experts", None) or getattr(settings, "n_routed_experts", None) or 1)
 
 
 def memory_bytes(device: torch.device) -> int:

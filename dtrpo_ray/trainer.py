@@ -38,7 +38,7 @@ from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_ada
 from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, RUN, append_event, read_metrics
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
-from dtrpo_ray.reference import ReferenceCache, load_reference
+from dtrpo_ray.reference import ReferenceCache, load_reference, reference_key
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
 from dtrpo_ray.stages import whole_folder
 from dtrpo_ray.step import checkpoint_layers
@@ -72,6 +72,8 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     Raises CheckpointError where `resume_from` is of another run, field by field, and TrainError with the workers' own
     message when the run has failed more often than `max_failures` or has an error that a restart cannot mend.
     """
+    if config.reference == "cache" and stage.cache is None:
+        raise TrainError(f'{stage.label}: train.reference = "cache", and the stage has none; run dtrpo ref-logps')
     trackers.require(cluster.trackers)
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     roots = [_root(stage.out, cluster), *_other_root(stage, config)]
@@ -288,14 +290,16 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     policy = load_model(base, device=str(device), sharding=sharding)
     reference: Any = None
     fill: Any = None
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
+    flops = telemetry.step_flops(policy, config)  # before adapters are added
     if config.lora:
         add_adapters(policy, config.lora, settings["seed"])
     if config.gradient_checkpointing:
         checkpoint_layers(policy)
     backend = DeepSpeedBackend(policy, config, num_steps, world, device, universal=other_world)
-    if settings["cache"]:
-        fill = ReferenceCache.load(Path(settings["cache"][0]), settings["seed"], settings["cache"][1]).fill
+    if config.reference == "cache":
+        path, digest = settings["cache"]
+        key = reference_key(digest, config.precision, device)
+        fill = ReferenceCache.load(Path(path), settings["seed"], key).fill
     elif config.objective.type != "sft":
         lora = BaseReference(backend.policy, policy) if config.lora else None
         reference = lora or load_reference(base, config.precision, device)
@@ -307,9 +311,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     share = (rank, world) if settings["elastic"] else None
     batches = dataset.rank_batches(rows, config, world, start, share)
     to_batch = loop.collate(config, policy, settings["seed"], reference, fill, device)
-    # 2 flops a parameter forward, 4 backward, 2 for the reference, over all workers' devices
-    flops = (6.0 + 2.0 * (reference is not None)) * count / world
-    with _callbacks(settings, config, rank, start, alive, saver, flops) as (write, save, hooks):
+    with _callbacks(settings, config, rank, start, alive, saver, flops / world) as (write, save, hooks):
         loop.run(config, backend, reference, batches, to_batch, start, num_steps, write, save, hooks)
     saver.wait()
     _write_model(backend, config, base, out, rank)

@@ -176,23 +176,29 @@ def sample_step_state(ranks: np.ndarray, blocks: list[slice], weighting: Weighti
     return sample_step_states(ranks, blocks, weighting, rng)[0]
 
 
-def sample_elbo_states(num_tokens: int, blocks: list[slice], rng: Draws, num_draws: int = 1) -> list[State]:
+def sample_elbo_states(
+    num_tokens: int, blocks: list[slice], rng: Draws, num_draws: int = 1, given: np.ndarray | None = None
+) -> list[State]:
     """n independent Monte-Carlo draws of the block ELBO, each with its share 1 / n (VRPO, arXiv 2505.19223)."""
-    states = [sample_elbo_state(num_tokens, blocks, rng) for _ in range(num_draws)]
+    states = [sample_elbo_state(num_tokens, blocks, rng, given) for _ in range(num_draws)]
     return [replace(s, weight=s.weight / num_draws, coverage=s.coverage / num_draws) for s in states]
 
 
-def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: Draws) -> State:
+def sample_elbo_state(num_tokens: int, blocks: list[slice], rng: Draws, given: np.ndarray | None = None) -> State:
     """The block ELBO's state: per block l ~ U{1..B_b} random tokens hidden and all of them scored, weight B_b / l.
 
     The discrete form of the masked-diffusion bound (LLaDA, arXiv 2502.09992, eq. 14) applied per block; the control
-    for dTRPO and, averaged per token, the SFT objective.
+    for dTRPO and, averaged per token, the SFT objective. `given` (bool [n]) marks tokens that are shown and not
+    counted, as in `random_ranks`.
     """
     hidden = np.zeros(num_tokens, dtype=bool)
     weight = np.zeros(num_tokens)
     for number, block in enumerate(blocks):
-        size, own = block.stop - block.start, rng(number)
-        count = int(own.integers(1, size + 1))
-        hidden[block][own.permutation(size)[:count]] = True
-        weight[block] = size / count
+        free = np.arange(block.start, block.stop)
+        free = free if given is None else free[~given[block]]
+        if len(free):
+            own = rng(number)
+            count = int(own.integers(1, len(free) + 1))
+            hidden[free[own.permutation(len(free))[:count]]] = True
+            weight[free] = len(free) / count
     return State(hidden, hidden.copy(), weight * hidden, weight * hidden, np.zeros(num_tokens, dtype=bool))

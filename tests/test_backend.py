@@ -32,7 +32,7 @@ DIAMONDS = [(stage, cut) for stage in (0, 1, 2, 3) for cut in CUTS]
 
 
 def config(**changes: Any) -> TrainConfig:
-    objective = Objective(beta=0.5, sft_weight=0.1)
+    objective = Objective(beta=0.5, rpo_alpha=0.1)
     values = {"lr": 1e-2, "global_batch": 4, "micro_batch": 1, "num_epochs": EPOCHS, "save_every": 1}
     return TrainConfig.model_validate({"objective": objective, "warmup_ratio": 0.3, **values, **changes})
 

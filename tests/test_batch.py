@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dtrpo_ray.attention import PAD
 from dtrpo_ray.batch import PLANES, Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
-from dtrpo_ray.errors import DataError
+from dtrpo_ray.errors import ConfigError, DataError
 
 B, MASK, SEED = 4, 22, 5
 
@@ -42,7 +42,7 @@ OBJECTIVES = {
     "tokens": Objective(type="dtrpo", weighting="tokens"),
     "random": Objective(type="dtrpo", schedule="random", tokens_per_step=2),
     "elbo": Objective(type="elbo_dpo"),
-    "mixed": Objective(sft_weight=0.5),
+    "mixed": Objective(rpo_alpha=0.5),
     "sft": Objective(type="sft"),
 }
 
@@ -199,7 +199,7 @@ def test_row_weight_is_carried_and_defaults_to_one() -> None:
 def test_types_and_shapes_are_as_documented() -> None:
     batch = build(ROWS, OBJECTIVES["steps"])
     moved = batch.to(torch.device("cpu"))
-    floats = {"weight", "nll_weight", "tokens", "row_weight"}
+    floats = {"weight", "nll_weight", "tokens", "scored", "row_weight"}
     assert batch.ref_logp is None
     assert batch.layout == moved.layout == Layout(B, MASK)
     for field in fields(Batch)[:-2]:
@@ -220,3 +220,46 @@ def test_weights_of_a_side_add_up_to_its_tokens(prompt: int, chosen: int, reject
         batch = build([row(0, prompt, chosen, rejected)], OBJECTIVES[name], seed)
         total = torch.zeros(2).index_add(0, batch.slot, batch.weight)
         assert total.tolist() == pytest.approx([chosen, rejected])
+
+
+@given(lens=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=8), room=st.integers(8, 90))
+def test_no_row_is_longer_than_the_budget_but_for_a_pair_that_is(lens: list[tuple[int, int]], room: int) -> None:
+    rows = [row(i, prompt, response, 10 - response) for i, (prompt, response) in enumerate(lens)]
+    alone = [build([one], OBJECTIVES["steps"]).ids.shape[1] for one in rows]
+    batch = build_batch(rows, OBJECTIVES["steps"], B, MASK, 0, row_tokens=room)
+    used = (batch.side != PAD).sum(1).tolist()
+    assert sum(used) == sum(alone)
+    assert sorted(u for u in used if u > room) == sorted(a for a in alone if a > room)
+    assert len(used) == 1 or min(a + b for i, a in enumerate(used) for b in used[:i]) > room  # no two rows fit in one
+
+
+def test_a_token_is_counted_once_whatever_draws_score_it() -> None:
+    for objective in (Objective(type="elbo_dpo", num_draws=8), Objective(weighting="tokens", num_draws=3)):
+        batch = build(ROWS, objective)
+        sides = zip(batch.slot.tolist(), batch.position[batch.scored_row, batch.scored_col].tolist(), strict=True)
+        assert batch.scored.sum() == len(set(sides))
+        assert objective.type == "dtrpo" or batch.scored.sum() < len(batch.target)
+        assert (batch.scored <= batch.tokens).all()
+
+
+@pytest.mark.parametrize("given_tokens", ["exclude", "clean"])
+def test_of_a_shifted_model_the_control_estimates_what_dtrpo_does(given_tokens: str) -> None:
+    """The first token of a block is autoregressive in both: never hidden, and scored once from clean text or not."""
+    with_prompts = [one for one in ROWS if one["prompt_ids"]]
+    for objective in (Objective(schedule="random"), Objective(type="elbo_dpo")):
+        asked = objective.model_copy(update={"given_tokens": given_tokens})
+        batch = build_batch(with_prompts, asked, B, MASK, 0, shift=1)
+        first = (batch.position % B == 0) & (batch.position > 0)
+        assert not ((batch.ids == MASK) & first).any()
+        at = batch.position[batch.scored_row, batch.scored_col] + 1
+        opens = at % B == 0
+        assert opens.any() == (given_tokens == "clean")
+        assert (batch.weight[opens] == 1).all()
+        assert (batch.stream[batch.scored_row, batch.scored_col][opens] == 0).all()
+    batch = build_batch(with_prompts, Objective(type="sft"), B, MASK, 0, shift=1)
+    assert ((batch.ids == MASK) & (batch.position % B == 0)).any()  # sft learns them
+
+
+def test_a_noisy_first_token_is_for_shifted_block_models() -> None:
+    with pytest.raises(ConfigError, match=r"first_token = \"noisy\" is about models that read a token from"):
+        build(ROWS, Objective(first_token="noisy"))

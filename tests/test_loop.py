@@ -52,7 +52,7 @@ def weights(model: DiffusionLM) -> torch.Tensor:
 
 
 def config(**changes: Any) -> TrainConfig:
-    objective = changes.pop("objective", Objective(beta=0.5, sft_weight=0.1))
+    objective = changes.pop("objective", Objective(beta=0.5, rpo_alpha=0.1))
     return TrainConfig(lr=1e-3, global_batch=4, micro_batch=4, warmup_ratio=0.0, objective=objective, **changes)
 
 
@@ -184,3 +184,9 @@ def test_a_drain_saves_at_once(make_model: Any) -> None:
     to_batch = loop.collate(cfg, model, 0)
     loop.run(cfg, backend, make_model(), [rows(4)] * 6, to_batch, 0, 6, lambda row: None, saved.append, hooks)
     assert (len(asked), saved) == (2, [4, 5, 6])
+
+
+def test_pairs_share_rows_of_the_jobs_budget(tiny: DiffusionLM) -> None:
+    apart, together = (loop.collate(TrainConfig(row_tokens=n), tiny, 0)(rows(6)) for n in (None, 400))
+    assert len(apart.ids) == 6
+    assert len(together.ids) == 1

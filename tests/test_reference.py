@@ -16,7 +16,7 @@ from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError, TrainError
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.reference import ReferenceCache, reference_values
+from dtrpo_ray.reference import ReferenceCache, reference_key, reference_values
 from dtrpo_ray.step import training_step
 
 MakeModel = Callable[..., SDAR]
@@ -33,7 +33,7 @@ def row(number: int, epoch: int = 0) -> Json:
 
 
 ROWS = [row(i, epoch) for epoch in (0, 1) for i in range(4)]
-OBJECTIVE = Objective(beta=0.3, num_draws=2, sft_weight=0.5)
+OBJECTIVE = Objective(beta=0.3, num_draws=2, rpo_alpha=0.5)
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -73,6 +73,9 @@ def test_another_seed_reference_or_file_is_refused(tiny: SDAR, tmp_path: Path) -
         ReferenceCache.load(file, SEED, "other")
     with pytest.raises(DataError, match="no readable cache"):
         ReferenceCache.load(tmp_path / "none.parquet", SEED, HASH)
+    cuda = torch.device("cuda")
+    keys = [reference_key(HASH, precision, device) for precision in ("auto", "bf16") for device in (CPU, cuda)]
+    assert keys == [f"{HASH} float32", *[f"{HASH} bfloat16"] * 3]
     (tmp_path / "text.parquet").write_text("not Parquet")
     with pytest.raises(DataError, match="no readable cache"):
         ReferenceCache.load(tmp_path / "text.parquet", SEED, HASH)
@@ -93,7 +96,7 @@ def test_rows_that_were_not_written_or_have_changed_are_refused(tiny: SDAR, tmp_
     edited["rejected_ids"][0] = (edited["rejected_ids"][0] + 1) % 20
     with pytest.raises(DataError, match=r"row row-1, rejected, epoch 0: written for draws .* has changed"):
         fill([edited])
-    for objective in (Objective(num_draws=1, sft_weight=0.5), Objective(num_draws=2), Objective(schedule="random")):
+    for objective in (Objective(num_draws=1, rpo_alpha=0.5), Objective(num_draws=2), Objective(schedule="random")):
         with pytest.raises(DataError, match="has changed"):
             fill(ROWS, objective=objective)
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 JOB: Row = {
     "name": "sudoku-demo", "seed": 7, "rounds": 2, "task": {"type": "sudoku"},
-    "train": {"lr": 1e-4, "objective": {"type": "dtrpo", "beta": 0.05, "loss_type": "sigmoid", "sft_weight": 0.0}},
+    "train": {"lr": 1e-4, "objective": {"type": "dtrpo", "beta": 0.05, "loss_type": "sigmoid", "rpo_alpha": 0.0}},
 }  # fmt: skip
 KEY, DIGEST = "3f2a9b7c1d5e" + "0" * 52, "ab12" * 16
 LINEAGE = [

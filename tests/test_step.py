@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dtrpo_ray import step
@@ -18,7 +19,7 @@ from dtrpo_ray.batch import Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.step import checkpoint_layers, order_by_confidence, scored_logps, training_step
+from dtrpo_ray.step import checkpoint_layers, order_by_confidence, padded_inputs, scored_logps, training_step
 
 B, MASK = 4, 22
 MakeModel = Callable[..., SDAR]
@@ -90,6 +91,28 @@ def test_equal_models_cost_ln_2_for_any_draw(policy: SDAR, name: str) -> None:
             assert out.metrics[metric].tolist() == [0] * 4
 
 
+def test_ipo_and_label_smoothing_reach_the_loss(policy: SDAR, reference: SDAR) -> None:
+    batch = build(ROWS, Objective())
+    plain = training_step(policy, reference, batch, Objective(beta=0.3)).metrics
+    delta = plain["log_ratio_chosen"] - plain["log_ratio_rejected"]
+    ipo = training_step(policy, reference, batch, Objective(beta=0.3, loss_type="ipo")).loss_B
+    assert torch.allclose(ipo, (delta - 1 / 0.6) ** 2, rtol=0, atol=1e-10)
+    smooth = training_step(policy, reference, batch, Objective(beta=0.3, label_smoothing=0.2)).loss_B
+    expected = -0.8 * F.logsigmoid(0.3 * delta) - 0.2 * F.logsigmoid(-0.3 * delta)
+    assert torch.allclose(smooth, expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_gpus_padded_rows_have_the_same_states(policy: SDAR) -> None:
+    """What a GPU is given, read through the dense mask of a CPU."""
+    batch = build_for(policy, TEXTS, Objective(num_draws=2), row_tokens=100)
+    ids, position, planes = padded_inputs(batch)
+    assert ids.shape == position.shape == planes.side.shape
+    assert ids.shape[1] % 256 == 0
+    padded = scored_logps(policy, batch, (ids, position, dense_mask(planes)))
+    assert torch.allclose(padded, scored_logps(policy, batch), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", PAIR_OBJECTIVES)
 def test_loss_is_dpo_on_separate_forwards(policy: SDAR, reference: SDAR, name: str) -> None:
     objective = PAIR_OBJECTIVES[name]
@@ -120,10 +143,10 @@ def test_sft_loss_is_the_weighted_nll_per_response_token(policy: SDAR) -> None:
 
 
 @pytest.mark.parametrize("name", PAIR_OBJECTIVES)
-def test_sft_weight_adds_the_nll_of_all_hidden_chosen_tokens(policy: SDAR, reference: SDAR, name: str) -> None:
+def test_rpo_alpha_adds_the_nll_of_all_hidden_chosen_tokens(policy: SDAR, reference: SDAR, name: str) -> None:
     """B_b / |hidden in b| at every hidden token of the chosen side, per response token, in the very same states."""
     plain = PAIR_OBJECTIVES[name]
-    mixed = plain.model_copy(update={"sft_weight": 0.25})
+    mixed = plain.model_copy(update={"rpo_alpha": 0.25})
     lean, batch = build(ROWS, plain), build(ROWS, mixed)
     assert torch.equal(lean.ids, batch.ids)
     a, b = training_step(policy, reference, lean, plain), training_step(policy, reference, batch, mixed)
@@ -297,7 +320,7 @@ PINNED = {  # SHA-256 over every tensor of the batch, seed 11, since each block 
     "sft": "539b96842c2bfc20",
     "mixed": "427fb865e0a66140",
 }
-MIXED = Objective(beta=0.05, sft_weight=4.0)
+MIXED = Objective(beta=0.05, rpo_alpha=4.0)
 PINNED_FIELDS = (
     "ids", "position", "side", "stream", "scored_row", "scored_col", "target", "slot", "weight", "nll_weight",
     "tokens", "row_weight",
@@ -381,7 +404,7 @@ def build_for(model: SDAR, rows: list[Json], objective: Objective, seed: int = 0
         Objective(),
         Objective(num_draws=2, weighting="tokens"),
         Objective(num_draws="all"),
-        Objective(schedule="random", tokens_per_step=2, sft_weight=1.0),
+        Objective(schedule="random", tokens_per_step=2, rpo_alpha=1.0),
         Objective(schedule="left_to_right", tokens_per_step=3, num_draws=2),
         Objective(type="elbo_dpo", num_draws=3),
     ],
@@ -607,11 +630,11 @@ def test_confidence_order_is_the_references_at_the_hidden_blocks(make_model: Mak
                 assert len(confidence) == size
                 given = [bool(facts.get("shift")) and (len(one["prompt_ids"]) + i) % B == 0 for i in range(size)]
                 assert [c == 0 for c in confidence] == given
-                if not facts:
-                    batch_of_one = build_for(model, [hidden], Objective())
-                    slot = ("chosen", "rejected").index(side)
-                    expected = alone(model, [hidden], batch_of_one)[batch_of_one.slot == slot]
-                    assert confidence.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+                steps = np.where(given, -2, 0).tolist()
+                batch_of_one = build_for(model, [hidden | {f"{side}_steps": steps}], Objective())
+                slot = ("chosen", "rejected").index(side)
+                expected = alone(model, [hidden], batch_of_one)[batch_of_one.slot == slot]
+                assert confidence[~np.array(given)].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
         assert torch.isfinite(scored_logps(model, batch)).all()
     with pytest.raises(DataError, match="chosen_confidence is missing"):
         build(TEXTS, Objective(schedule="confidence"))
@@ -626,7 +649,7 @@ def test_given_tokens_are_scored_from_the_clean_stream_if_asked(make_model: Make
     extra = with_given.exact
     assert torch.equal(with_given.target[~extra], plain.target)
     assert with_given.target[extra].tolist() == [one[f"{s}_ids"][i] for s in ("chosen", "rejected") for i in (3, 7)]
-    assert with_given.weight[extra].tolist() == [1] * 4
+    assert with_given.weight[extra].tolist() == with_given.nll_weight[extra].tolist() == [1] * 4
     assert with_given.stream[0, with_given.scored_col[extra]].tolist() == [0] * 4
     with torch.no_grad():
         assert torch.allclose(scored_logps(model, with_given), alone(model, [one], with_given), rtol=0, atol=1e-10)

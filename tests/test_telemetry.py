@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dtrpo_ray import telemetry
-from dtrpo_ray.config import TrainConfig
+from dtrpo_ray.config import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.metrics import METRICS, read_metrics
+from dtrpo_ray.models.registry import build_model
 
 ROOT = Path(__file__).parents[1]
 ROW = {
@@ -57,3 +58,18 @@ def test_a_profile_of_a_few_steps_is_a_trace(tmp_path: Path) -> None:
     profiler.stop()
     trace = json.loads(next((tmp_path / "profile").glob("*.json")).read_text())
     assert any(event.get("name") == "aten::sum" for event in trace["traceEvents"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "each"),
+    [({}, 8), ({"reference": "cache"}, 6), ({"lora": LoraConfig()}, 6), ({"objective": Objective(type="sft")}, 6)],
+)
+def test_flops_are_those_of_the_weights_that_a_token_meets(changes: dict[str, Any], each: int) -> None:
+    """Of a mixture, two experts of six; 2 a weight forward, backward once or twice, and in a reference."""
+    tiny = json.loads((ROOT / "tests" / "models" / "tiny_configs.json").read_text())
+    for name, share in (("sdar", 1), ("sdar_moe", 2 / 6)):
+        model = build_model(tiny[name])
+        weights = {n: p.numel() for n, p in model.lm.model.named_parameters() if p.dim() > 1}
+        del weights["embed_tokens.weight"]
+        met = sum(count * (share if ".experts." in n else 1) for n, count in weights.items())
+        assert telemetry.step_flops(model, TrainConfig(**changes)) == pytest.approx(each * met)

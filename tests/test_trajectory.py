@@ -599,16 +599,29 @@ def test_variance_of_m_draws_is_the_sum_over_strata() -> None:
     assert found[-1] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("weighting", ["steps", "tokens"])
 @pytest.mark.parametrize("num_draws", [1, 2, "all"])
-def test_shares_of_a_block_add_up_to_its_tokens(num_draws: NumDraws) -> None:
+def test_shares_of_a_block_add_up_to_its_tokens(num_draws: NumDraws, weighting: Weighting) -> None:
     """The likelihood's weights too: whatever m is, a block's coverage adds up to its unmasked tokens."""
     for ranks in (UNEQUAL, EQUAL, PARTIAL):
         for _, states in every_draw(
-            lambda rng, r=ranks: sample_step_states(np.array(r), BLOCKS, "steps", rng, num_draws)
+            lambda rng, r=ranks: sample_step_states(np.array(r), BLOCKS, weighting, rng, num_draws)
         ):
             for block in BLOCKS:
                 unmasked = sum(r != NEVER for r in ranks[block])
                 assert sum(s.coverage[block].sum() for s in states) == pytest.approx(unmasked)
+
+
+def test_given_tokens_are_shown_in_the_elbos_states_and_the_others_are_a_block_of_their_own() -> None:
+    given = np.array([True, False, False, False, True, False])
+    blocks = [slice(0, 3), slice(3, 4), slice(4, 6)]
+    for n in (1, 3):
+        for seed in range(20):
+            states = sample_elbo_states(6, blocks, block_generators(seed, "row", 0, "state"), n, given)
+            for block, free in zip(blocks, (2, 1, 1), strict=True):
+                for values in ("weight", "coverage"):
+                    assert sum(getattr(s, values)[block].sum() for s in states) == pytest.approx(free)
+            assert not any((s.hidden | s.scored)[given].any() for s in states)
 
 
 def test_elbo_draws_are_independent_and_share_the_weight() -> None:

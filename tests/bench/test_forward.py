@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.bench import forward
 from dtrpo_ray.bench.forward import VARIANTS, Shape, common_logps, two_stream_mask
+from dtrpo_ray.errors import TrainError
 from dtrpo_ray.step import scored_logps
 
 SMALL = Shape(prompt=8, response=12, block=4, steps=2, width=64, layers=2, vocab=64, pairs=2)
@@ -60,3 +62,29 @@ def test_gradients_and_counts_of_the_ways(monkeypatch: pytest.MonkeyPatch) -> No
         gradients.append(torch.cat([p.grad.flatten() for p in setup.policy.parameters() if p.grad is not None]))
     for other in gradients[1:]:
         assert torch.allclose(gradients[0], other, rtol=1e-3, atol=1e-5)
+
+
+def test_ratios_and_bars_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Common practice 3 times as slow as ours and 2 times as large: the bars of time and memory are met and not met."""
+    keys = ("peak_bytes", "process_bytes", "trunk_tokens", "head_rows", "flops", "weight_bytes")
+
+    def answer(job: str, name: str, shape: Shape, repeats: int) -> dict[str, Any]:
+        slow, large = (3.0, 2) if name == forward.COMMON else (5.5, 2) if name == "vrpo n=4 common" else (1.0, 1)
+        loss = {"loss": 0.5 if name != "all rounds packed" else wrong}
+        return {**loss, "seconds": slow, "cpu_seconds": slow} if job == "time" else dict.fromkeys(keys, 7 * large)
+
+    monkeypatch.setattr(forward, "_in_process", answer)
+    wrong = 0.5
+    value = forward.compare(SMALL, rounds=2, repeats=1, say=lambda text: None)
+    assert [(bar["measured"], bar["met"]) for bar in value["bars"]] == [(3.0, True), (2.0, False), (5.5, True)]
+    assert "| dtrpo common | 3.000 |" in forward.table(value)
+    wrong = 0.6
+    with pytest.raises(TrainError, match=r"all rounds: loss 0\.6 packed, 0\.5 the common way"):
+        forward.compare(SMALL, rounds=1, repeats=1, say=lambda text: None)
+
+
+def test_flops_of_attention_on_a_cpu_are_counted() -> None:
+    queries, keys = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 12, 8)
+    with FlopCounterMode(display=False, custom_mapping=forward.CPU_ATTENTION) as counter:
+        torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
+    assert counter.get_total_flops() == 2 * 3 * 2 * (2 * 10 * 12 * 8)  # scores, then values

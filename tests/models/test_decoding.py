@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.config import Objective
+from dtrpo_ray.decoder import Decoder
 from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.models.registry import FAMILIES, load_model
 from dtrpo_ray.sampler import generate
-from dtrpo_ray.step import scored_logps
+from dtrpo_ray.step import packed_inputs, scored_logps
 from dtrpo_ray.trajectory import GIVEN
 
 
@@ -20,9 +22,23 @@ from dtrpo_ray.trajectory import GIVEN
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.parametrize("prompt_len", [11, 16])
 @pytest.mark.parametrize("small_block_size", [None, 2])
-def test_log_probs_of_all_steps_are_those_that_the_decoder_recorded(
-    write_upstream: Callable[..., Path], model_type: str, prompt_len: int, small_block_size: int | None
+def test_the_training_forward_reads_what_the_decoder_saw(
+    write_upstream: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    prompt_len: int,
+    small_block_size: int | None,
 ) -> None:
+    """Every logit of every newly unmasked token, and the log-probability that was recorded."""
+    seen: dict[int, tuple[int, torch.Tensor]] = {}  # step -> first position of its block, log mu of the block
+    denoise = Decoder._denoise
+
+    def watched(self: Decoder, slots: list[int], states: torch.Tensor) -> Any:
+        (row,) = (self.rows[slot] for slot in slots)
+        seen[row.forwards] = row.start, self.model.log_mu(states[0])
+        return denoise(self, slots, states)
+
+    monkeypatch.setattr(Decoder, "_denoise", watched)
     model = load_model(write_upstream(model_type)).eval()
     prompt = [5 + 3 * i % 60 for i in range(prompt_len)]
     params = SamplingParams(2 * model.block_size, 3, 1.0, ignore_eos=True, small_block_size=small_block_size)
@@ -36,6 +52,10 @@ def test_log_probs_of_all_steps_are_those_that_the_decoder_recorded(
     read = dict(zip(positions.tolist(), scored_logps(model, batch)[chosen].tolist(), strict=True))
     recorded = {i: logp for i, (logp, step) in enumerate(zip(made.logps, made.steps, strict=True)) if step >= 0}
     assert read == pytest.approx(recorded, abs=1e-4)  # token by token
+    states = model.hidden(*packed_inputs(batch))[batch.scored_row, batch.scored_col][chosen]
+    for place, log_mu in zip(positions.tolist(), model.log_mu(states), strict=True):
+        start, block = seen[made.steps[place]]
+        assert torch.allclose(log_mu, block[prompt_len + place - start], rtol=0, atol=1e-4)
     assert (batch.weight[chosen] == 1).all()
     opens = model.attention == "block" and model.shift == 1
     assert (GIVEN in made.steps) == opens
