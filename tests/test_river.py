@@ -226,7 +226,7 @@ def test_training_from_a_cache_of_the_reference_is_training_beside_it(run: dict[
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in frozen], rel=1e-4, abs=1e-5), name
     again, said = dtrpo("ref-logps", storage, "--set", "train.reference=cache")
     assert "made" not in said
-    assert again["values"] == 2 * 4 * 4  # both sides of what four steps of four pairs read
+    assert again["summary"]["values"] == 2 * 4 * 4  # both sides of what four steps of four pairs read
 
 
 def test_an_exported_model_is_the_aligned_one(run: dict[str, Any], storage: Path, tmp_path: Path) -> None:
