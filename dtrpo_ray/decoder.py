@@ -429,6 +429,8 @@ class Decoder:
         row.response.append(block)
         row.start, row.block_steps = span.stop, 0
         self.counters.committed_tokens += len(ids)
+        self.counters.committed_blocks += 1
+        self.counters.committed_positions += row.block
         if row.start < row.end and row.stops.isdisjoint(ids):
             return [(row.key, block)]
         self._leave(slot)

@@ -92,15 +92,28 @@ Event = Unmasked | Committed | Finished
 
 @dataclass(slots=True)
 class Counters:
-    """What a decoder has done: passes are forwards of the model, the rest is summed over requests."""
+    """What a decoder has done: passes are forwards of the model, the rest is summed over requests.
+
+    vLLM counts the commit of a block as a step over its canvas too, and `vllm bench serve` takes those off again.
+    """
 
     passes: int = 0
     pass_tokens: int = 0
     denoising_steps: int = 0
     canvas_positions: int = 0
     committed_tokens: int = 0
+    committed_blocks: int = 0
+    committed_positions: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
+
+    @property
+    def steps_with_commits(self) -> int:
+        return self.denoising_steps + self.committed_blocks
+
+    @property
+    def positions_with_commits(self) -> int:
+        return self.canvas_positions + self.committed_positions
 
     def __add__(self, other: "Counters") -> "Counters":
         return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

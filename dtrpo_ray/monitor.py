@@ -11,8 +11,8 @@ from dtrpo_ray.batcher import Batcher
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 COUNTERS = {  # name -> (field of Counters, help)
-    "vllm:diffusion_num_denoising_steps": ("denoising_steps", "Denoising steps, summed over choices."),
-    "vllm:diffusion_num_canvas_positions": ("canvas_positions", "Block positions that denoising steps looked at."),
+    "vllm:diffusion_num_denoising_steps": ("steps_with_commits", "Denoising steps and commits, summed over choices."),
+    "vllm:diffusion_num_canvas_positions": ("positions_with_commits", "Block positions of those steps and commits."),
     "vllm:diffusion_num_committed_tokens": ("committed_tokens", "Tokens of finished blocks."),
     "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices."),
     "vllm:prefix_cache_hits": ("reused_tokens", "Prompt tokens whose keys and values were there already."),

@@ -386,9 +386,14 @@ def test_metrics_count_what_was_decoded() -> None:
         answer = complete(client, temperature=0, max_tokens=16, steps=2, return_trajectory=True, ignore_eos=True)
         row = answer["choices"][0]["trajectory"]
         lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
-    assert float(lines['vllm:diffusion_num_denoising_steps_total{model_name="tiny"}']) == row["num_forwards"] == 8
-    assert float(lines['vllm:diffusion_num_canvas_positions_total{model_name="tiny"}']) == 8 * 4
-    assert float(lines['vllm:diffusion_num_committed_tokens_total{model_name="tiny"}']) == len(row["response_ids"])
+    steps, positions, tokens = (
+        float(lines[f'vllm:diffusion_num_{name}_total{{model_name="tiny"}}'])
+        for name in ("denoising_steps", "canvas_positions", "committed_tokens")
+    )
+    assert tokens == len(row["response_ids"]) == 16
+    # as `vllm bench serve` reads them: positions over steps is a canvas, and each canvas has a commit among its steps
+    assert positions / steps == 4
+    assert steps - tokens / (positions / steps) == row["num_forwards"] == 8
     assert float(lines['dtrpo:requests_total{model_name="tiny",outcome="complete"}']) == 1
     assert float(lines['vllm:num_requests_running{model_name="tiny"}']) == 0
 
