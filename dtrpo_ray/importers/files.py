@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.tables import Rejected
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
 SHARD_ROWS = 5_000  # rows that one task reads
@@ -29,6 +30,18 @@ _BOM = b"\xef\xbb\xbf"
 
 class Refusal(Exception):
     """(reason, detail) of one row; it never leaves the importers."""
+
+
+T = TypeVar("T")
+
+
+def parted(rows: Iterable[T | Rejected]) -> tuple[list[T], list[Rejected]]:
+    """The rows that became something, and those that were refused."""
+    good: list[T] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        rejected.append(row) if isinstance(row, Rejected) else good.append(row)
+    return good, rejected
 
 
 @dataclass(frozen=True, slots=True)

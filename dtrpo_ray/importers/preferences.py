@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, plan_shards, raw_rows, text
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, parted, plan_shards, raw_rows, text
 from dtrpo_ray.stages import sha256_json
 from dtrpo_ray.tables import Rejected
 
@@ -49,14 +49,13 @@ def read_preferences(where: str | Path) -> tuple[list[PreferenceRow], list[Rejec
 
     Raises DataError for a file that cannot be read, holds no row, or has columns of no known format.
     """
-    rows: list[PreferenceRow] = []
-    rejected: list[Rejected] = []
-    for file in data_files(str(where)):
-        form = recognise(file)
-        for shard in [Shard(file)] if form.unpaired else plan_shards(file):
-            for row in read_shard(form, shard):
-                rejected.append(row) if isinstance(row, Rejected) else rows.append(row)
-    return rows, rejected
+    return parted(row for file in data_files(str(where)) for row in _read_file(file))
+
+
+def _read_file(file: str) -> Iterator[PreferenceRow | Rejected]:
+    form = recognise(file)
+    for shard in [Shard(file)] if form.unpaired else plan_shards(file):
+        yield from read_shard(form, shard)
 
 
 def read_shard(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejected]:

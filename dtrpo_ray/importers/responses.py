@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, plan_shards, raw_rows
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, parted, plan_shards, raw_rows
 from dtrpo_ray.importers.files import field as required
 from dtrpo_ray.importers.files import text as as_text
 from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, row_object
@@ -56,14 +56,13 @@ def read_responses(where: str | Path) -> tuple[list[ResponseRow], list[Rejected]
 
     Raises DataError for a file that cannot be read, holds no row, or has columns of no known format.
     """
-    rows: list[ResponseRow] = []
-    rejected: list[Rejected] = []
-    for file in data_files(str(where)):
-        form = recognise(file)
-        for shard in plan_shards(file):
-            for row in read_shard(form, shard):
-                rejected.append(row) if isinstance(row, Rejected) else rows.append(row)
-    return rows, rejected
+    return parted(row for file in data_files(str(where)) for row in _read_file(file))
+
+
+def _read_file(file: str) -> Iterator[ResponseRow | Rejected]:
+    form = recognise(file)
+    for shard in plan_shards(file):
+        yield from read_shard(form, shard)
 
 
 def read_shard(form: "Format", shard: Shard) -> Iterator[ResponseRow | Rejected]:
