@@ -15,7 +15,6 @@ import torch
 
 from dtrpo_ray.config import JUDGE_TEMPLATE, Job
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.importers.tokenize import content_id
 from dtrpo_ray.llm import LanguageModel, Reply, Sampling
 from dtrpo_ray.pipeline import River
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
@@ -109,7 +108,7 @@ def test_drafts_are_drawn_judged_and_paired(river: River) -> None:
     assert drafts.summary["drafts"] == len(rows)
     assert sum(drafts.summary["refused"].values()) + len(rows) == 4 * SAMPLES
     assert len(rows) > 2 * SAMPLES
-    assert set(Counter(row["prompt_id"] for row in rows)) <= {content_id(row["prompt"]) for row in rows}
+    assert len({row["prompt_id"] for row in rows}) == 4
     assert {row["engine"] for row in rows} == {"vllm"}
     assert all(row["steps"] is None for row in rows)
     assert len({row["seed"] for row in rows}) == len(rows)
