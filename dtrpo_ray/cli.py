@@ -55,6 +55,10 @@ def river(
         raise ConfigError(f"{path}: there is no [{needs}] section, so there is nothing to do here")
     if needs == "eval" and not job.is_puzzle:
         raise ConfigError(f"{path}: task.type = {job.task.type!r} has no verifier, so there is no accuracy to measure")
+    if needs == "drafts" or (needs == "score" and job.score and job.score.judge):
+        from dtrpo_ray.llm import require_vllm
+
+        require_vllm(f"{path}: {'drafts' if needs == 'drafts' else 'score.judge'}")
     from dtrpo_ray.pipeline import River
     from dtrpo_ray.session import ray_session
     from dtrpo_ray.stages import Store
@@ -67,7 +71,7 @@ def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
     """Register a verb that runs the pipeline up to a stage."""
 
     def verb(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-        with river(job, overrides, fresh, name if name in ("sft", "rollout", "score") else None) as stages:
+        with river(job, overrides, fresh, name if name in ("sft", "rollout", "drafts", "score") else None) as stages:
             pick(stages)
             lineage = stages.lineage()
         last = lineage[-1]
@@ -144,6 +148,7 @@ def bench_forward(
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
 _stage_verb("prepare", "Read, validate and tokenize the job's files into a table.", lambda r: r.prepared)
+_stage_verb("drafts", "Let an ordinary language model on vLLM answer the job's prompts.", lambda r: r.trajectories(1))
 _stage_verb("score", "Score the trajectories of the job's files.", lambda r: r.scored(r.job.rounds))
 _stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
 _stage_verb(

@@ -73,7 +73,14 @@ class TrajectoriesTask(_FilesTask):
     type: Literal["trajectories"]
 
 
-Task = Annotated[SudokuTask | CountdownTask | PreferencesTask | TrajectoriesTask, Field(discriminator="type")]
+class PromptsTask(_FilesTask):
+    """Prompts from files, answered by an ordinary language model ([drafts]): no rollout and no accuracy."""
+
+    type: Literal["prompts"]
+
+
+FilesTask = PreferencesTask | TrajectoriesTask | PromptsTask
+Task = Annotated[SudokuTask | CountdownTask | FilesTask, Field(discriminator="type")]
 
 
 class ModelInit(_Section):
@@ -265,11 +272,77 @@ class RolloutConfig(_Section):
     max_new_tokens: int = Field(16, ge=1)
 
 
+class _LanguageModel(_Section):
+    model: Path
+    """The directory of a model that vLLM runs (config.json, safetensors, tokenizer); each actor loads it."""
+    engine: dict[str, str | int | float | bool] = {}
+    """Arguments of vllm.LLM by its own names, for example {max_model_len = 4096, enforce_eager = true}."""
+
+
+class DraftsConfig(_LanguageModel):
+    """Answers of an ordinary (autoregressive) language model on vLLM to the prompts of `task.files`."""
+
+    num_samples: int = Field(4, ge=1)
+    """Answers per prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0: no limit."""
+    max_new_tokens: int = Field(512, ge=1)
+    """In tokens of that model; an answer that does not end before goes to the quarantine file."""
+    batch_size: int = Field(256, ge=1)
+    """Prompts of one part of the work, which is done whole or done again."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "DraftsConfig":
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(f"num_samples = {self.num_samples}: at temperature = 0 they are all the same; set 1")
+        return self
+
+
+JUDGE_FIELDS = ("{prompt}", "{first}", "{second}")  # of a template
+JUDGE_TEMPLATE = """Compare two answers to the same request. Judge how well each serves the request, and neither its \
+place nor its length.
+
+[Request]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+[Task]
+Say in a few sentences which answer is better and why. Then end with one line: "Verdict: A", "Verdict: B" or, if \
+neither is better, "Verdict: tie"."""
+
+
+class JudgeConfig(_LanguageModel):
+    """A language model on vLLM that compares the responses to a prompt two by two, in both orders, greedily."""
+
+    template: str = JUDGE_TEMPLATE
+    """What it is asked; {prompt}, {first} and {second} are filled in, and a verdict A, B or tie is read back."""
+    max_new_tokens: int = Field(512, ge=1)
+    """A reply that is cut off before its verdict is unparsable."""
+    batch_size: int = Field(256, ge=1)
+    """Responses of one part of the work, about: all that answer a prompt are judged together."""
+
+    @model_validator(mode="after")
+    def _has_its_fields(self) -> "JudgeConfig":
+        if missing := [name for name in JUDGE_FIELDS if name not in self.template]:
+            raise ValueError(f"template lacks {' and '.join(missing)}: the judge must see what it compares")
+        return self
+
+
 class ScoreConfig(_Section):
     """Rewards of recorded trajectories."""
 
-    scorer: Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions", "reward_model"]
-    """A verifier of dtrpo_ray/verifiers, which reads the column `answer`, or a reward model."""
+    scorer: Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions", "reward_model", "judge"]
+    """A verifier of dtrpo_ray/verifiers, which reads the column `answer`; a reward model; a language model as judge."""
+    judge: JudgeConfig | None = None
+    """For scorer = "judge"."""
     reward_model: Path | None = None
     """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
     batch_size: int = Field(16, ge=1)
@@ -279,6 +352,8 @@ class ScoreConfig(_Section):
     def _model_of_the_scorer(self) -> "ScoreConfig":
         if (self.scorer == "reward_model") != (self.reward_model is not None):
             raise ValueError("scorer = 'reward_model' and reward_model, a model directory, go together")
+        if (self.scorer == "judge") != (self.judge is not None):
+            raise ValueError("scorer = 'judge' and a section [score.judge] go together")
         return self
 
 
@@ -359,7 +434,7 @@ class ClusterConfig(_Section):
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
     """Ray Train workers; [fewest, most]: as many as the cluster has, changing when nodes come and go."""
     num_actors: int = Field(2, ge=1)
-    """Decoding actors of rollout and evaluation."""
+    """Actors that decode (rollout, evaluation, drafts) and that do the parts of prepare and score."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: one GPU a worker if the cluster has any."""
     max_failures: int = Field(3, ge=0)
@@ -400,8 +475,10 @@ class Job(_Section):
     """Trains model.init; absent: the initialised or given model is the base as it is."""
     rollout: RolloutConfig | None = None
     """Absent for tasks that bring their own pairs."""
+    drafts: DraftsConfig | None = None
+    """Answers the prompts of a task of type "prompts"."""
     score: ScoreConfig | None = None
-    """Scores imported trajectories; the puzzles score what they decode themselves."""
+    """Scores imported trajectories and drafts; the puzzles score what they decode themselves."""
     pair: PairConfig = PairConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig | None = EvalConfig()
@@ -420,6 +497,8 @@ class Job(_Section):
                 raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
             if self.score:
                 raise ValueError(f"task.type = {self.task.type!r} scores what it decodes: remove [score]")
+            if self.drafts:
+                raise ValueError(f"task.type = {self.task.type!r} decodes its own prompts: remove [drafts]")
         else:
             self._fits_files()
         if self.sft and self.sft.objective.type != "sft":
@@ -452,9 +531,11 @@ class Job(_Section):
             raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
         if self.model.init and self.model.tokenizer is None:
             raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
-        if self.task.type != "preferences":
+        if (self.task.type == "prompts") != (self.drafts is not None):
+            raise ValueError(f"{kind}: task.type = 'prompts' and [drafts], which answers them, go together")
+        if self.task.type == "trajectories":
             return
-        if self.score:
+        if self.score and self.task.type == "preferences":
             raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
         if self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
             raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")
@@ -535,6 +616,8 @@ def _require_files(path: Path, job: Job) -> None:
     wanted.append(("serve.api_key_file", job.serve.api_key_file))
     wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
     wanted.append(("score.reward_model", job.score.reward_model if job.score else None))
+    wanted.append(("score.judge.model", job.score.judge.model if job.score and job.score.judge else None))
+    wanted.append(("drafts.model", job.drafts.model if job.drafts else None))
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")

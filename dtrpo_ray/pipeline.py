@@ -5,6 +5,8 @@
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,17 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrpo_ray import evaluation, prepare, trainer, validation
-from dtrpo_ray.config import (
-    CountdownTask,
-    Job,
-    PreferencesTask,
-    RolloutConfig,
-    SudokuTask,
-    TrainConfig,
-    TrajectoriesTask,
-)
+from dtrpo_ray.config import CountdownTask, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
+from dtrpo_ray.drafts import Drafter
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.importers.files import data_files, sha256_uri
+from dtrpo_ray.llm import require_vllm
 from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
@@ -34,7 +30,7 @@ from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.ref_logps import write_reference_logps
 from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
-from dtrpo_ray.scoring import Scorer
+from dtrpo_ray.scoring import Scorer, prompt_parts
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tables import (
     QUARANTINE,
@@ -82,12 +78,9 @@ class River:
         if job.model.path:
             if job.train.lora:
                 target_modules(skeleton_of(job.model.path), job.train.lora)  # refused now, and not after other stages
-            files = {f.name: sha256_file(f) for f in sorted(job.model.path.iterdir()) if f.is_file()}
-            return ModelRef(job.model.path, sha256_json(files))
+            return ModelRef(job.model.path, sha256_json(_hashes(job.model.path)))
         source = job.model.tokenizer
-        tokenizer = (
-            {f.name: sha256_file(f) for f in sorted(source.iterdir()) if f.is_file()} if source else job.task.type
-        )
+        tokenizer = _hashes(source) if source else job.task.type
         inputs = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
         return _model_of(self._stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
 
@@ -139,10 +132,13 @@ class River:
         return summary
 
     def trajectories(self, number: int) -> Stage:
-        """The recorded trajectories of a round, decoded by the policy that enters it, or those of the job's files."""
+        """The recorded trajectories of a round, decoded by the policy that enters it, or those of the job's files.
+
+        Of a file of prompts they are drafts.
+        """
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
-        if job.task.type == "trajectories":
-            return self._imported("trajectories", TRAJECTORY)
+        if job.task.type in ("trajectories", "prompts"):
+            return self._imported("drafts" if job.drafts else "trajectories", TRAJECTORY)
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
         inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": job.seed, "round": number}
@@ -185,18 +181,23 @@ class River:
         job, config, trajectories = self.job, self.job.score, self.trajectories(number)
         if config is None:
             return trajectories
-        model = config.reward_model
+        model = config.judge.model if config.judge else config.reward_model
         inputs: dict[str, Any] = {"score": config.model_dump(mode="json"), "trajectories": trajectories.digest}
-        inputs |= {"model": model and {f.name: sha256_file(f) for f in sorted(model.iterdir()) if f.is_file()}}
+        if config.judge is None:
+            del inputs["score"]["judge"]  # as before there was such a field
+        inputs |= {"model": model and _hashes(model)}
 
         def make(out: Path) -> dict[str, Any]:
+            if config.judge:
+                require_vllm("score.judge")
             (out / TABLE).mkdir(exist_ok=True)
             files = [file.resolve() for file in table_files(trajectories.path / TABLE)]
+            parts = prompt_parts(files, config.judge.batch_size) if config.judge else files
             scorer = partial(Scorer, config)
-            done = run_parts(files, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
+            done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
             write_manifest(out / TABLE, TRAJECTORY, rows=rows)
-            return {"trajectories": rows, "mean_reward": sum(part["sum"] for part in done) / max(rows, 1)}
+            return {"trajectories": rows, **_rewards(done, out)}
 
         return self._stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -229,16 +230,27 @@ class River:
 
     def _imported(self, name: str, schema: pa.Schema) -> Stage:
         job, task = self.job, self.job.task
-        assert isinstance(task, PreferencesTask | TrajectoriesTask)
+        assert isinstance(task, FilesTask)
         hashes = {file: sha256_uri(file) for where in task.files for file in data_files(where)}
-        inputs = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base.digest}
+        inputs: dict[str, Any] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base.digest}
+        drafts, drafter = job.drafts, ""
+        if drafts:
+            drafter = sha256_json(_hashes(drafts.model))
+            inputs |= {"drafts": drafts.model_dump(mode="json"), "drafter": drafter, "seed": job.seed}
 
         def make(out: Path) -> dict[str, Any]:
+            if drafts:
+                require_vllm("drafts")
             (out / TABLE).mkdir(exist_ok=True)
             model = skeleton_of(self.base.path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
-            importer = partial(prepare.Importer, task, self.base.path.resolve(), grid, hashes)
-            done = run_parts(prepare.import_parts(task), importer, out / TABLE, job.cluster, "prepare")
+            known = (task, self.base.path.resolve(), grid, hashes)
+            importer: Callable[[], Any] = partial(prepare.Importer, *known)
+            if drafts:
+                importer = partial(Drafter, *known, drafts, drafter, job.seed)
+            parts = prepare.import_parts(task, drafts.batch_size if drafts else None)
+            label = "drafts" if drafts else "prepare"
+            done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=drafts is not None)
             counts = prepare.finish_import(done, schema, out / TABLE)
             console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
@@ -372,6 +384,22 @@ class River:
     def lineage(self) -> list[dict[str, Any]]:
         """Every stage asked for so far, once, as rows for a report."""
         return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
+
+
+def _rewards(done: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """What a stage of scoring says of its parts. Raises DataError if no row got a reward."""
+    scored = sum(part["scored"] for part in done)
+    unscored = sum(part["rows"] for part in done) - scored
+    comparisons = sum((Counter(part.get("comparisons", {})) for part in done), Counter[str]())
+    facts = {"unscored": unscored, "comparisons": dict(comparisons)}
+    facts = {name: value for name, value in facts.items() if value}
+    if not scored:
+        raise DataError(f"{out}: no response got a reward ({facts}); see Scoring in docs/data.md")
+    return {"mean_reward": sum(part["sum"] for part in done) / scored, **facts}
 
 
 def _seed_of(*parts: int | str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dtrpo_ray.config import Job, LoraConfig, ModelInit, PreferencesTask, TrainConfig, TrajectoriesTask
+from dtrpo_ray.config import FilesTask, Job, LoraConfig, ModelInit, TrainConfig
 from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
 from dtrpo_ray.tasks import countdown, sudoku
 
@@ -192,7 +192,7 @@ def checkpoint_bytes(config: TrainConfig, count: int, trained: int, bf16: bool) 
 
 def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
     """(packed tokens, scored tokens) that a row has at most: its prompt, and each response clean and noisy."""
-    if isinstance(job.task, PreferencesTask | TrajectoriesTask):
+    if isinstance(job.task, FilesTask):
         prompt, response = job.task.max_prompt_tokens, job.task.max_response_tokens
     else:
         prompt = response = job.rollout.max_new_tokens if job.rollout else 16

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from dtrpo_ray.config import Job, PreferencesTask, TrajectoriesTask
+from dtrpo_ray.config import FilesTask, Job
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers import preferences, responses
+from dtrpo_ray.importers import preferences, prompts, responses
 from dtrpo_ray.importers.files import Shard, data_files, first_rows, plan_shards
 from dtrpo_ray.importers.tokenize import JOIN, Target, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
@@ -27,6 +27,7 @@ from dtrpo_ray.tables import QUARANTINE, Rejected, quarantine_lines, write_manif
 from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
+READERS: dict[str, ModuleType] = {"preferences": preferences, "trajectories": responses, "prompts": prompts}
 BATCH_ROWS = 2_000  # of an import, tokenized in one call
 
 
@@ -82,7 +83,7 @@ class Importer:
 
     def __init__(
         self,
-        task: PreferencesTask | TrajectoriesTask,
+        task: FilesTask,
         tokenizer: Path,
         grid: dict[str, Any],
         data_hashes: dict[str, str],
@@ -92,7 +93,8 @@ class Importer:
         self.target = Target(
             load_tokenizer(tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
         )
-        self.form: Any = cache(preferences.recognise if task.type == "preferences" else responses.recognise)
+        self.reader = READERS[task.type]
+        self.form: Any = cache(self.reader.recognise)
 
     def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
@@ -118,8 +120,7 @@ class Importer:
         return summary
 
     def _rows(self, part: "ImportPart") -> Iterator[Any]:
-        reader = preferences.read_shard if self.task.type == "preferences" else responses.read_shard
-        return iter(reader(self.form(part.shard.file), part.shard))
+        return iter(self.reader.read_shard(self.form(part.shard.file), part.shard))
 
     def _tokenize(self, rows: list[Any], target: Target) -> tuple[pa.Table, list[Rejected]]:
         return (tokenize_preferences if self.task.type == "preferences" else tokenize_responses)(rows, target)
@@ -136,13 +137,16 @@ class ImportPart:
         return str(self.shard)
 
 
-def import_parts(task: PreferencesTask | TrajectoriesTask) -> list[ImportPart]:
-    """The parts of a task's files, in their order, up to `max_rows` rows. A file of unpaired rows is one part."""
+def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
+    """The parts of a task's files, in their order, up to `max_rows` rows. A file of unpaired rows is one part.
+
+    A part has `rows` rows, or as many as an import takes.
+    """
     parts: list[ImportPart] = []
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
         whole = task.type == "preferences" and preferences.recognise(file).unpaired
-        shards = [Shard(file)] if whole else plan_shards(file)
+        shards = [Shard(file)] if whole else plan_shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken

@@ -1,11 +1,14 @@
-"""Recorded responses -> rewards: a file of trajectory/v1 at a time, by a verifier or by a reward model."""
+"""Recorded responses -> rewards: a file of trajectory/v1 at a time by a verifier or a reward model, for a judge the
+responses to some prompts, in whatever files they are."""
 
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -13,44 +16,89 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from dtrpo_ray.config import ScoreConfig
 from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.importers.tokenize import prompt_messages
+from dtrpo_ray.judge import Judge
 from dtrpo_ray.records import TRAJECTORY
 from dtrpo_ray.rules import check_table
-from dtrpo_ray.tables import read_file
+from dtrpo_ray.tables import read_file, with_columns
 from dtrpo_ray.tokenizer import load_tokenizer
 
 WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for
 
-Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], list[float]]
-"""(prompts, responses, reference answers) -> rewards."""
+Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
+"""(prompts, responses, reference answers) -> rewards; None where there is none to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """All responses to some prompts, as row numbers of files, and the name of the file that they are scored into."""
+
+    name: str
+    rows: dict[Path, list[int]]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(map(str, self.rows))})"
+
+
+def prompt_parts(files: Sequence[Path], size: int) -> list[PromptPart]:
+    """The rows of a table in parts of whole prompts, each of `size` rows or a few more; prompts stay in their order."""
+    ids = [pq.read_table(file, columns=["prompt_id"])["prompt_id"].combine_chunks() for file in files]
+    prompt = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
+    before = np.cumsum(np.bincount(prompt)) - np.bincount(prompt)  # rows of earlier prompts
+    part = (before // size)[prompt]
+    starts = np.cumsum([0, *map(len, ids)])
+    made = []
+    for number, which in enumerate(np.unique(part)):
+        rows = np.flatnonzero(part == which)
+        of = np.searchsorted(starts, rows, side="right") - 1
+        held = {files[f]: (rows[of == f] - starts[f]).tolist() for f in np.unique(of)}
+        made.append(PromptPart(f"part-{number:05d}.parquet", held))
+    return made
 
 
 class Scorer:
-    """Scores the files of a trajectory table, each into a file of the same name."""
+    """Scores the parts of a trajectory table, each into a file of the part's name."""
 
     def __init__(self, config: ScoreConfig) -> None:
         self.source: str = config.scorer
+        self.judge: Judge | None = None
         if config.reward_model is not None:
             self.score: Score = RewardModel(config.reward_model, config.batch_size)
             self.source += f" {config.reward_model.name}"
+        elif config.judge is not None:
+            self.score = self.judge = Judge(config.judge)
+            self.source += f" {config.judge.model.name}"
         else:
             self.score = verifier(config.scorer)
 
-    def __call__(self, part: Path, out: Path) -> dict[str, Any]:
-        """Score one file. Raises DataError naming the file and the row that cannot be scored."""
-        table = check_table(read_file(part, TRAJECTORY), str(part))
+    def __call__(self, part: Path | PromptPart, out: Path) -> dict[str, Any]:
+        """Score one part. Raises DataError naming the file and the row that cannot be scored."""
+        table = _read(part)
         columns = [table[name].to_pylist() for name in ("prompt", "response", "answer")]
         try:
             rewards = self.score(*columns)
         except Unscorable as error:
             row, reason = error.args
             raise DataError(f"{part}: row {table['row_id'][row].as_py()}: {reason}") from None
-        for name, values in (("reward", rewards), ("reward_source", [self.source] * len(table))):
-            at = table.schema.get_field_index(name)
-            table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+        given = [reward for reward in rewards if reward is not None]
+        sources = [None if reward is None else self.source for reward in rewards]
         partial = out / f"{part.name}.partial"
-        pq.write_table(table, partial)
+        pq.write_table(with_columns(table, {"reward": list(rewards), "reward_source": sources}), partial)
         partial.replace(out / part.name)
-        return {"rows": len(table), "sum": sum(rewards)}
+        summary: dict[str, Any] = {"rows": len(table), "scored": len(given), "sum": sum(given)}
+        if self.judge is not None:
+            summary["comparisons"] = dict(self.judge.counts)
+            self.judge.counts.clear()
+        return summary
+
+
+def _read(part: Path | PromptPart) -> pa.Table:
+    rows = {part: None} if isinstance(part, Path) else part.rows
+    tables = []
+    for file, numbers in rows.items():
+        table = check_table(read_file(file, TRAJECTORY), str(file))
+        tables.append(table if numbers is None else table.take(pa.array(numbers)))
+    return pa.concat_tables(tables)
 
 
 class Unscorable(Exception):
@@ -116,15 +164,3 @@ def conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str)
         return "\n".join([*(turn["content"] for turn in messages), response])
     turns = [*messages, {"role": "assistant", "content": response}]
     return str(tokenizer.apply_chat_template(turns, tokenize=False))
-
-
-def prompt_messages(prompt: str) -> list[dict[str, str]]:
-    """The column `prompt` as messages: those it holds as JSON, or the text as the user's."""
-    if prompt.startswith("[{"):
-        try:
-            messages = json.loads(prompt)
-        except json.JSONDecodeError:
-            messages = []
-        if messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-            return list(messages)
-    return [{"role": "user", "content": prompt}]

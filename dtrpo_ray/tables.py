@@ -115,6 +115,14 @@ def read_file(file: Path, schema: pa.Schema) -> pa.Table:
         raise DataError(f"{file}: not the types of {table_name(schema)} ({error}); write it anew") from None
 
 
+def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
+    """A table with some of its columns replaced, in the types that they had."""
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    return table
+
+
 def schema_of(path: Path) -> pa.Schema | None:
     """Which of our tables a folder or file holds, by its columns; None if none."""
     try:

@@ -117,3 +117,24 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
     )
     with pytest.raises(ConfigError, match=r"model\.path: .* is no model directory \(it has no config\.json\)"):
         load_job(model, [f"task.files=['{tmp_path}/pairs.jsonl']"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("drafts.temperature=0", "num_samples = 4: at temperature = 0 they are all the same; set 1"),
+        ("drafts.engine.x=[1]", "drafts.engine.x"),
+        ("drafts.modle=m", "did you mean drafts.model?"),
+        ("task.type=trajectories", "task.type = 'prompts' and [drafts], which answers them, go together"),
+        ("train.objective.schedule=recorded", "task.type = 'prompts' has no recorded steps"),
+        ("score.scorer=gsm8k", "scorer = 'judge' and a section [score.judge] go together"),
+        ("score.judge.template='{prompt} {first}'", "template lacks {second}: the judge must see what it compares"),
+        ("drafts.num_samples=2", "drafts.model: models/Qwen2.5-0.5B-Instruct does not exist"),
+    ],
+)
+def test_mistakes_about_drafts_and_judge(override: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").touch()
+    there = [f"task.files=['{tmp_path}/prompts.jsonl']", f"model.tokenizer={tmp_path}", f"score.judge.model={tmp_path}"]
+    with pytest.raises(ConfigError) as caught:
+        load_job(DEMO.with_name("drafts.toml"), [override, *there])
+    assert words in str(caught.value), str(caught.value)

@@ -1,6 +1,7 @@
 """Rewards: a verifier and a reward model over a file of trajectories, and the rows they cannot score."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from example_rows import trajectory
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from dtrpo_ray.config import ScoreConfig
+from dtrpo_ray.config import JudgeConfig, ScoreConfig
 from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.importers.tokenize import prompt_messages
 from dtrpo_ray.records import TRAJECTORY
-from dtrpo_ray.scoring import RewardModel, Scorer, conversation, prompt_messages
+from dtrpo_ray.scoring import PromptPart, RewardModel, Scorer, conversation, prompt_parts
 from dtrpo_ray.tables import read_table
 from dtrpo_ray.tokenizer import character_tokenizer
 
@@ -32,7 +34,7 @@ def test_a_file_is_scored_into_a_file_of_the_same_name_and_nothing_else_changes(
     (tmp_path / "out").mkdir()
     summary = Scorer(ScoreConfig(scorer="gsm8k"))(source, tmp_path / "out")
     table, before = read_table(tmp_path / "out", TRAJECTORY), read_table(source, TRAJECTORY)
-    assert summary == {"rows": 2, "sum": 1.0}
+    assert summary == {"rows": 2, "scored": 2, "sum": 1.0}
     assert table["reward"].to_pylist() == [1.0, 0.0]
     assert set(table["reward_source"].to_pylist()) == {"gsm8k"}
     same = [name for name in TRAJECTORY.names if not name.startswith("reward")]
@@ -90,3 +92,42 @@ def test_prompts_are_text_or_messages_as_json() -> None:
     assert prompt_messages(json.dumps(messages)) == messages
     assert prompt_messages("[{") == [{"role": "user", "content": "[{"}]
     assert conversation(character_tokenizer("1"), "Why?", "So.") == "Why?\nSo."
+
+
+def test_parts_of_a_judge_hold_whole_prompts_and_every_row_once(tmp_path: Path) -> None:
+    prompts = [["p", "q", "p"], ["r"], ["q", "p", "s", "s"]]
+    files = [
+        write(tmp_path / f"{i}.parquet", [{"row_id": f"{i}{n}", "prompt_id": p} for n, p in enumerate(names)])
+        for i, names in enumerate(prompts)
+    ]
+    assert prompt_parts(files, 100) == [
+        PromptPart("part-00000.parquet", {files[0]: [0, 1, 2], files[1]: [0], files[2]: [0, 1, 2, 3]})
+    ]
+    assert [part.rows for part in prompt_parts(files, 3)] == [
+        {files[0]: [0, 2], files[2]: [1]},
+        {files[0]: [1], files[1]: [0], files[2]: [0]},
+        {files[2]: [2, 3]},
+    ]
+
+
+def test_a_judge_scores_a_prompt_across_files_and_leaves_a_lone_response_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer:
+        def __init__(self, config: JudgeConfig) -> None:
+            self.counts = Counter(decided=1)
+            assert config.model == Path("judge")
+
+        def __call__(self, prompts: Any, responses: Any, answers: Any) -> list[float | None]:
+            return [1.0 if text == "xx" else 0.0 if text == "x" else None for text in responses]
+
+    monkeypatch.setattr("dtrpo_ray.scoring.Judge", Longer)
+    files = [write(tmp_path / "a.parquet", [{"response": "x"}, {"response": "lone", "prompt_id": "q"}])]
+    files += [write(tmp_path / "b.parquet", [{"response": "xx", "row_id": "2"}])]
+    (tmp_path / "out").mkdir()
+    scorer = Scorer(ScoreConfig(scorer="judge", judge=JudgeConfig(model=Path("judge"))))
+    (part,) = prompt_parts(files, 10)
+    assert scorer(part, tmp_path / "out") == {"rows": 3, "scored": 2, "sum": 1.0, "comparisons": {"decided": 1}}
+    table = read_table(tmp_path / "out", TRAJECTORY)
+    assert table["reward"].to_pylist() == [0.0, None, 1.0]
+    assert table["reward_source"].to_pylist() == ["judge judge", None, "judge judge"]

@@ -128,25 +128,26 @@ def sha256_uri(file: str) -> str:
     return digest.hexdigest()
 
 
-def plan_shards(file: str) -> list[Shard]:
-    """A file cut into parts of SHARD_ROWS rows; one part where it cannot be entered in the middle (gzip, JSON)."""
+def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
+    """A file in parts of `rows`, else SHARD_ROWS, rows; one part if it cannot be entered in the middle (gzip, JSON)."""
+    rows = rows or SHARD_ROWS
     filesystem, path = open_filesystem(file)
     with _readable(file):
         if file.endswith(".parquet"):
             with filesystem.open_input_file(path) as stream:
                 total = pq.ParquetFile(stream).metadata.num_rows
-            return [Shard(file, first, 0, SHARD_ROWS) for first in range(0, max(total, 1), SHARD_ROWS)]
+            return [Shard(file, first, 0, rows) for first in range(0, max(total, 1), rows)]
         if not file.endswith(".jsonl"):
             return [Shard(file)]
-        shards, lines, at = [Shard(file, 0, 0, SHARD_ROWS)], 0, 0
+        shards, lines, at = [Shard(file, 0, 0, rows)], 0, 0
         with filesystem.open_input_stream(path) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 cut = 0
                 for _ in range(chunk.count(b"\n")):
                     cut = chunk.index(b"\n", cut) + 1
                     lines += 1
-                    if lines % SHARD_ROWS == 0:
-                        shards.append(Shard(file, lines, at + cut, SHARD_ROWS))
+                    if lines % rows == 0:
+                        shards.append(Shard(file, lines, at + cut, rows))
                 at += len(chunk)
         return shards
 

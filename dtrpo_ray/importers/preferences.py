@@ -77,7 +77,7 @@ def _paired(form: "Format", raw: Iterable[tuple[str, Any]]) -> Iterator[Preferen
     for origin, value in raw:
         try:
             prompt, answer, is_good = form.parse(row_object(value))
-            _require_text([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt], answer=answer)
+            require_text([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt], answer=answer)
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
             continue
@@ -109,13 +109,13 @@ def row_object(value: Any) -> dict[str, Any]:
 def _checked(row: PreferenceRow) -> PreferenceRow:
     """The rules that hold for every format."""
     turns = [row.prompt] if isinstance(row.prompt, str) else [turn["content"] for turn in row.prompt]
-    _require_text(turns, chosen=row.chosen, rejected=row.rejected)
+    require_text(turns, chosen=row.chosen, rejected=row.rejected)
     if row.chosen.strip() == row.rejected.strip():
         raise Refusal("identical sides", "chosen and rejected are the same text")
     return row
 
 
-def _require_text(turns: list[str], **sides: str) -> None:
+def require_text(turns: list[str], **sides: str) -> None:
     try:
         "".join([*turns, *sides.values()]).encode()
     except UnicodeEncodeError as error:

@@ -196,6 +196,18 @@ def prompt_text(prompt: Prompt | None, ids: list[int], tokenizer: PreTrainedToke
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
+def prompt_messages(prompt: str) -> list[dict[str, str]]:
+    """The column `prompt` as messages: those it holds as JSON, or the text as the user's."""
+    if prompt.startswith("[{"):
+        try:
+            messages = json.loads(prompt)
+        except json.JSONDecodeError:
+            messages = []
+        if messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+            return list(messages)
+    return [{"role": "user", "content": prompt}]
+
+
 def _tokens(row: ResponseRow, target: Target) -> tuple[list[int], list[int] | None, list[float] | None]:
     """Ids, steps and log-probs of a response as its source has it."""
     if row.response_ids is not None:

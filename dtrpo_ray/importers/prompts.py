@@ -1,0 +1,67 @@
+"""Files of prompts -> `PromptRow`s: a column `prompt` or `question`, or the prompts of preference pairs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers import preferences
+from dtrpo_ray.importers.files import Refusal, Shard, raw_rows
+from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, require_text, row_object
+from dtrpo_ray.tables import Rejected
+
+COLUMNS = ("prompt", "question")  # the first that a file has
+ANSWERS = ("answer", "ground_truth", "ground_truth_answer")  # what a verifier compares with, if there is one
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A prompt, "file:line" or "file:row" where it stands, and the reference answer if the file has one."""
+
+    origin: str
+    prompt: Prompt
+    answer: str | None = None
+
+
+Form = preferences.Format | str
+"""A format of pairs, or the column that holds the prompt."""
+
+
+def recognise(file: str) -> Form:
+    """How a file holds its prompts, by the columns of its first rows. Raises DataError if it holds none."""
+    try:
+        if not (form := preferences.recognise(file)).unpaired:
+            return form
+    except DataError:
+        pass
+    rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    for name in COLUMNS:
+        if name in columns:
+            return name
+    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
+    raise DataError(f"{file}: no column of prompts among {found}; known are {', '.join(COLUMNS)}, and pairs")
+
+
+def read_shard(form: Form, shard: Shard) -> Iterator[PromptRow | Rejected]:
+    """The prompts of one part of a file."""
+    if not isinstance(form, str):
+        for row in preferences.read_shard(form, shard):
+            yield row if isinstance(row, Rejected) else PromptRow(row.origin, row.prompt)
+        return
+    for origin, value in raw_rows(shard):
+        try:
+            yield _row(origin, row_object(value), form)
+        except Refusal as refusal:
+            yield Rejected(origin, *refusal.args)
+
+
+def _row(origin: str, row: dict[str, Any], column: str) -> PromptRow:
+    if (prompt := row.get(column)) is None:
+        raise Refusal("missing field", column)
+    prompt = prompt if isinstance(prompt, str) else messages(prompt, column)
+    require_text([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])
+    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    return PromptRow(origin, prompt, answer if answer is None or isinstance(answer, str) else json.dumps(answer))
