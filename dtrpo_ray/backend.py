@@ -23,6 +23,15 @@ from dtrpo_ray.models.base import DiffusionLM
 
 STATE_FILE = "plain.pt"
 TAG = "deepspeed"  # the folder of its files in a checkpoint
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the makers' data sheets
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 class Backend(Protocol):

@@ -134,13 +134,15 @@ def bench_decode(
 def bench_forward(
     rounds: Annotated[int, typer.Option(help="Fresh processes a variant, interleaved.")] = 3,
     repeats: Annotated[int, typer.Option(help="Timed steps in each process.")] = 3,
+    shape: Annotated[str, typer.Option(help="Sizes: bars, or 8b for a GPU of 80 GB.")] = "bars",
+    device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """One training step: the packed row against the common ways, VRPO and the replay of all rounds."""
     from dtrpo_ray.bench import forward
 
-    value = forward.compare(forward.Shape(), rounds, repeats, say)
+    value = forward.compare(forward.named_shape(shape, device), rounds, repeats, say)
     _write_results(out, value, forward.page(value))
     result({"bench": "forward", **value}, as_json, forward.table(value))
 

@@ -8,19 +8,10 @@ import torch
 from ray.util.metrics import Gauge
 
 from dtrpo_ray import trackers
+from dtrpo_ray.backend import peak_flops
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.metrics import EVENTS, METRICS, MetricsLog, append_event
 from dtrpo_ray.models.base import DiffusionLM
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the makers' data sheets
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Of one device, where it is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 def step_flops(policy: DiffusionLM, config: TrainConfig) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtrpo_ray import step
-from dtrpo_ray.attention import dense_mask
+from dtrpo_ray.attention import dense_mask, sparse_mask
 from dtrpo_ray.batch import Batch, Layout, build_batch
+from dtrpo_ray.bench.forward import Shape
 from dtrpo_ray.config import Objective
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.models.sdar import SDAR
@@ -703,3 +705,27 @@ def test_the_confidence_schedule_unmasks_the_surest_first() -> None:
 
     assert order(0) == [8, 6, 7, 5]
     assert order(1) == [9, 10, 11, 12]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ for the CPU's kernel")
+@torch.no_grad()
+def test_compiled_flex_attention_is_exact_and_compiled_for_few_lengths() -> None:
+    """As on a GPU, with the kernel that inductor writes for this CPU, forward only (it has no backward there).
+
+    Rows of one bucket share a kernel, in training mode or not; a second bucket's kernel serves all other lengths.
+    """
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    counted.clear()
+    model = Shape(block=16, width=64, layers=1, vocab=64).model(0)
+    kernels = []
+    for response, training in ((48, False), (32, True), (48, False), (160, False), (320, True), (420, False)):
+        rows = Shape(prompt=32, response=response, block=16, vocab=64).rows()
+        batch = build_batch(rows, Objective(), seed=0, **asdict(Layout.of(model)))
+        ids, position, planes = padded_inputs(batch)
+        model.lm.set_attn_implementation("sdpa")
+        dense = scored_logps(model, batch, (batch.ids, batch.position, dense_mask(batch.planes)))
+        sparse = scored_logps(model.train(training), batch, (ids, position, sparse_mask(planes)))
+        assert torch.allclose(dense, sparse, rtol=0, atol=1e-5)
+        kernels.append((ids.shape[1], counted["unique_graphs"]))
+    assert kernels == [(256, 1), (256, 1), (256, 1), (768, 2), (1280, 2), (1792, 2)]

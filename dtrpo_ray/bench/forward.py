@@ -5,7 +5,8 @@
     lean     the common way with the logits of the noisy half only: a harder baseline than the bars ask for
 
 All compute the same loss, and the bench stops if they do not. Times and memory are those of fresh processes, one for
-each variant and round, the rounds interleaved; `peak` is what a step takes beyond weights and gradients.
+each variant and round, the rounds interleaved; `peak` is what a step takes beyond weights and gradients. On a GPU the
+same comparison runs in bfloat16, with the share of the device's peak that the counted operations reach.
 """
 
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from dtrpo_ray.backend import peak_flops
 from dtrpo_ray.batch import SIDES, Batch, Layout, build_batch
 from dtrpo_ray.config import Objective
-from dtrpo_ray.errors import TrainError
+from dtrpo_ray.errors import ConfigError, TrainError
 from dtrpo_ray.loss import preference_loss, sum_by_side
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import build_model
@@ -60,7 +62,7 @@ BARS = (  # what, of which variant over ours, at least
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of the comparison, in tokens and units; the defaults are those of the bars."""
+    """Sizes of the comparison, in tokens and units, and where it runs; the defaults are those of the bars."""
 
     prompt: int = 256
     response: int = 256
@@ -70,29 +72,38 @@ class Shape:
     layers: int = 4
     vocab: int = 32768
     pairs: int = 1
+    head_dim: int = 64
+    heads_per_key: int = 1
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations; log-probabilities are float32 either way."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     def model(self, seed: int) -> DiffusionLM:
-        """A random model of this shape."""
-        heads = max(self.width // 64, 1)
-        return build_model(
-            {
-                "model_type": "sdar",
-                "architectures": ["SDARForCausalLM"],
-                "vocab_size": self.vocab,
-                "hidden_size": self.width,
-                "intermediate_size": 3 * self.width,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": heads,
-                "head_dim": self.width // heads,
-                "block_size": self.block,
-                "mask_token_id": self.vocab - 1,
-                "eos_token_id": self.vocab - 2,
-                "tie_word_embeddings": False,
-                "rope_theta": 10000.0,
-            },
-            seed,
-        )
+        """A random model of this shape, made on its device."""
+        heads = max(self.width // self.head_dim, 1)
+        with torch.device(self.device):
+            return build_model(self._config(heads), seed).to(self.dtype)
+
+    def _config(self, heads: int) -> Json:
+        return {
+            "model_type": "sdar",
+            "architectures": ["SDARForCausalLM"],
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": 3 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(heads // self.heads_per_key, 1),
+            "head_dim": self.width // heads,
+            "block_size": self.block,
+            "mask_token_id": self.vocab - 1,
+            "eos_token_id": self.vocab - 2,
+            "tie_word_embeddings": False,
+            "rope_theta": 10000.0,
+        }
 
     def rows(self) -> list[Json]:
         """Random pairs; each block of a response unmasked in `steps` steps of equal size, in a random order."""
@@ -107,6 +118,23 @@ class Shape:
                     row[f"{name}_steps"] = np.concatenate(orders)[:length] * self.steps // self.block
             rows.append(row)
         return rows
+
+
+SHAPES = {
+    "bars": Shape(),
+    "8b": Shape(width=4096, layers=36, vocab=151936, head_dim=128, heads_per_key=4),  # Qwen3-8B's, and so SDAR-8B's
+}
+
+
+def named_shape(name: str, device: str) -> Shape:
+    """One of SHAPES on a device. Raises ConfigError for another name, and for a GPU that torch does not see."""
+    if name not in SHAPES:
+        raise ConfigError(f"--shape {name}: no such sizes; there are {', '.join(SHAPES)}")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU; leave it out, or install torch's CUDA build")
+    return replace(SHAPES[name], device=device)
 
 
 # --- the common way ---
@@ -128,14 +156,16 @@ def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch, lean: bool)
 
     Needs blocks that begin with the prompt's end, and shift 0: then a noisy half is the prompt and a noisy stream.
     """
-    out = torch.zeros(len(batch.target), dtype=torch.float32)
+    out = torch.zeros(len(batch.target), dtype=torch.float32, device=batch.target.device)
     streams = batch.stream[batch.scored_row, batch.scored_col]
     for slot in range(batch.tokens.numel()):
         row, side = divmod(slot, batch.tokens.shape[1])
-        prompt, response = (torch.as_tensor(rows[row][f"{name}_ids"]) for name in ("prompt", SIDES[side]))
+        prompt, response = (
+            torch.as_tensor(rows[row][f"{name}_ids"], device=out.device) for name in ("prompt", SIDES[side])
+        )
         length = len(prompt) + len(response)
-        mask = two_stream_mask(length, model.block_size)
-        positions = torch.arange(length).repeat(2)[None]
+        mask = two_stream_mask(length, model.block_size).to(out.device)
+        positions = torch.arange(length, device=out.device).repeat(2)[None]
         for stream in streams[batch.slot == slot].unique().tolist():
             mine = (batch.slot == slot) & (streams == stream)
             here = (batch.side[row] == side) & (batch.stream[row] == stream)
@@ -176,7 +206,7 @@ class _Setup:
 def _setup(name: str, shape: Shape) -> _Setup:
     way, objective = VARIANTS[name]
     policy, reference, rows = shape.model(0), shape.model(1).requires_grad_(False), shape.rows()
-    batch = build_batch(rows, objective, seed=0, **asdict(Layout.of(policy)))
+    batch = build_batch(rows, objective, seed=0, **asdict(Layout.of(policy))).to(torch.device(shape.device))
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -203,12 +233,15 @@ def _resident(field: str) -> int:
 
 
 def time_variant(name: str, shape: Shape, repeats: int) -> Json:
-    """Median wall and processor seconds of a step, after one to warm up."""
+    """Median wall and processor seconds of a step, after two to warm up (the first compiles, on a GPU)."""
     setup = _setup(name, shape)
     loss, wall, processor = setup.step(), [], []
+    setup.step()
     for _ in range(repeats):
         began, cpu = time.perf_counter(), time.process_time()
-        setup.step()
+        setup.step()  # ends by reading the loss; what the device still owes the gradients is waited for here
+        if shape.device != "cpu":
+            torch.cuda.synchronize()
         wall.append(time.perf_counter() - began)
         processor.append(time.process_time() - cpu)
     return {"loss": loss, "seconds": statistics.median(wall), "cpu_seconds": statistics.median(processor)}
@@ -216,13 +249,19 @@ def time_variant(name: str, shape: Shape, repeats: int) -> Json:
 
 def weigh_variant(name: str, shape: Shape) -> Json:
     """Peak memory of a step beyond what stands before it (weights and gradients), and its FLOPs."""
-    small = Shape(**{**asdict(shape), "prompt": shape.block, "response": shape.block})
+    small = replace(shape, prompt=shape.block, response=shape.block)
     _setup(name, small).step()  # libraries load what they load at first use
     setup = _setup(name, shape)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    setup.step()
-    peak = _resident("VmHWM")
+    if shape.device == "cpu":
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        setup.step()
+        peak = _resident("VmHWM")
+    else:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        setup.step()
+        peak = torch.cuda.max_memory_allocated()
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         setup.step()
     counts = {"trunk_tokens": setup.trunk_tokens, "head_rows": setup.head_rows, "flops": counter.get_total_flops()}
@@ -262,18 +301,28 @@ def compare(shape: Shape, rounds: int, repeats: int, say: Callable[[str], None])
         seconds = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds")}
         spread = [round(f(run["seconds"] for run in runs), 4) for f in (min, max)]
         rows.append({"variant": name, "loss": runs[0]["loss"], **seconds, "seconds_range": spread, **weighed})
+        rows[-1]["tokens_per_second"] = 2 * shape.pairs * (shape.prompt + shape.response) / seconds["seconds"]
+        if peak := peak_flops(torch.device(shape.device)):
+            rows[-1]["mfu"] = weighed["flops"] / seconds["seconds"] / peak
     by_name = {row["variant"]: row for row in rows}
     for objective in ("dtrpo", "vrpo n=4", "all rounds"):
         ours, theirs = (by_name[f"{objective} {way}"]["loss"] for way in ("packed", "common"))
-        if abs(ours - theirs) > 1e-3 * max(abs(theirs), 1):
+        if abs(ours - theirs) > (1e-3 if shape.device == "cpu" else 0.05) * max(abs(theirs), 1):
             raise TrainError(f"bench forward: {objective}: loss {ours} packed, {theirs} the common way")
     keys = ("seconds", "cpu_seconds", "peak_bytes", "process_bytes", "trunk_tokens", "head_rows", "flops")
     ratios = {name: {key: row[key] / by_name[OURS][key] for key in keys} for name, row in by_name.items()}
     bars = [
         {"what": what, "of": name, "bar": bar, "measured": ratios[name][what], "met": ratios[name][what] >= bar}
         for what, name, bar in BARS
+        if shape == Shape()
     ]
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    device = torch.cuda.get_device_name() if shape.device != "cpu" else _cpu()
+    machine = {
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     return {"shape": asdict(shape), "machine": machine, "variants": rows, "ratios": ratios, "bars": bars}
 
 
@@ -285,13 +334,14 @@ def _cpu() -> str:
 
 def table(value: Json) -> str:
     """The comparison as a Markdown table, and whether each bar is met."""
-    head = "| variant | seconds | CPU s | peak MiB | process MiB | trunk tokens | head rows | GFLOP | time / ours |"
-    lines = [head, "|---" * 9 + "|"]
+    head = "| variant | seconds | CPU s | peak MiB | process MiB | trunk tokens | head rows | GFLOP | tokens/s | MFU "
+    lines = [head + "| time / ours |", "|---" * 11 + "|"]
     for row in value["variants"]:
         mib = [f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "process_bytes")]
         ratio = f"{value['ratios'][row['variant']]['seconds']:.2f}"
         cells = [row["variant"], f"{row['seconds']:.3f}", f"{row['cpu_seconds']:.3f}", *mib]
-        cells += [str(row["trunk_tokens"]), str(row["head_rows"]), f"{row['flops'] / 1e9:.1f}", ratio]
+        cells += [str(row["trunk_tokens"]), str(row["head_rows"]), f"{row['flops'] / 1e9:.1f}"]
+        cells += [f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.3f}" if "mfu" in row else "", ratio]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for bar in value["bars"]:
@@ -305,10 +355,11 @@ def page(value: Json) -> str:
     shape, machine = value["shape"], value["machine"]
     text = (
         "# One training step: packed against the common ways\n\nPrompt {prompt}, response {response}, block {block}, "
-        "{steps} denoising steps a block, width {width}, {layers} layers, vocabulary {vocab}, {pairs} pair, float32, "
-        "forward and backward. Written by `dtrpo bench forward`; `peak` is beyond weights and gradients.\n\n"
-    ).format(**shape)
-    where = "Machine: {cpu}, {cores} cores, {threads} thread(s), torch {torch}.\n\n".format(**machine)
+        "{steps} denoising steps a block, width {width}, {layers} layers, vocabulary {vocab}, {pairs} pair, {precision}, "
+        "forward and backward. Written by `dtrpo bench forward`; `peak` is beyond weights and gradients, tokens/s counts "
+        "those of the pair with its prompt twice.\n\n"
+    ).format(**shape, precision="float32" if shape["device"] == "cpu" else "bfloat16")
+    where = "Machine: {device}, {cores} cores, {threads} thread(s), torch {torch}.\n\n".format(**machine)
     return text + where + table(value) + "\n"
 
 

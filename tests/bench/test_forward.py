@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dtrpo_ray.batch import Layout, build_batch
 from dtrpo_ray.bench import forward
 from dtrpo_ray.bench.forward import VARIANTS, Shape, common_logps, two_stream_mask
-from dtrpo_ray.errors import TrainError
+from dtrpo_ray.errors import ConfigError, TrainError
 from dtrpo_ray.step import scored_logps
 
 SMALL = Shape(prompt=8, response=12, block=4, steps=2, width=64, layers=2, vocab=64, pairs=2)
@@ -66,6 +66,7 @@ def test_gradients_and_counts_of_the_ways(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_ratios_and_bars_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Common practice 3 times as slow as ours and 2 times as large: the bars of time and memory are met and not met."""
+    shape = Shape()
     keys = ("peak_bytes", "process_bytes", "trunk_tokens", "head_rows", "flops", "weight_bytes")
 
     def answer(job: str, name: str, shape: Shape, repeats: int) -> dict[str, Any]:
@@ -75,12 +76,13 @@ def test_ratios_and_bars_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(forward, "_in_process", answer)
     wrong = 0.5
-    value = forward.compare(SMALL, rounds=2, repeats=1, say=lambda text: None)
+    value = forward.compare(shape, rounds=2, repeats=1, say=lambda text: None)
     assert [(bar["measured"], bar["met"]) for bar in value["bars"]] == [(3.0, True), (2.0, False), (5.5, True)]
+    assert value["variants"][0]["tokens_per_second"] == 2 * 512
     assert "| dtrpo common | 3.000 |" in forward.table(value)
     wrong = 0.6
     with pytest.raises(TrainError, match=r"all rounds: loss 0\.6 packed, 0\.5 the common way"):
-        forward.compare(SMALL, rounds=1, repeats=1, say=lambda text: None)
+        forward.compare(shape, rounds=1, repeats=1, say=lambda text: None)
 
 
 def test_flops_of_attention_on_a_cpu_are_counted() -> None:
@@ -88,3 +90,22 @@ def test_flops_of_attention_on_a_cpu_are_counted() -> None:
     with FlopCounterMode(display=False, custom_mapping=forward.CPU_ATTENTION) as counter:
         torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
     assert counter.get_total_flops() == 2 * 3 * 2 * (2 * 10 * 12 * 8)  # scores, then values
+
+
+def test_a_gpu_is_asked_for_by_name_and_missed_by_name() -> None:
+    assert forward.named_shape("bars", "cpu") == Shape()
+    for arguments, remedy in ((("7b", "cpu"), "there are bars, 8b"), (("8b", "tpu"), "cpu or cuda")):
+        with pytest.raises(ConfigError, match=remedy):
+            forward.named_shape(*arguments)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch sees no GPU"):
+            forward.named_shape("8b", "cuda")
+
+
+@pytest.mark.parametrize("name", ["dtrpo packed", "dtrpo common"])
+def test_bfloat16_gives_the_loss_of_float32(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    exact = forward._setup(name, SMALL).step()
+    monkeypatch.setattr(Shape, "dtype", torch.bfloat16)
+    rounded = forward._setup(name, SMALL)
+    assert next(rounded.policy.parameters()).dtype == torch.bfloat16
+    assert rounded.step() == pytest.approx(exact, rel=0.05)
