@@ -356,8 +356,8 @@ def page(value: Json) -> str:
     text = (
         "# One training step: packed against the common ways\n\nPrompt {prompt}, response {response}, block {block}, "
         "{steps} denoising steps a block, width {width}, {layers} layers, vocabulary {vocab}, {pairs} pair, "
-        "{precision}, forward and backward. Written by `dtrpo bench forward`; `peak` is beyond weights and gradients, tokens/s are "
-        "those of the pair, its prompt twice.\n\n"
+        "{precision}, forward and backward. Written by `dtrpo bench forward`; `peak` is beyond weights and gradients, "
+        "tokens/s are those of the pair, its prompt twice.\n\n"
     ).format(**shape, precision="float32" if shape["device"] == "cpu" else "bfloat16")
     where = "Machine: {device}, {cores} cores, {threads} thread(s), torch {torch}.\n\n".format(**machine)
     return text + where + table(value) + "\n"
