@@ -28,6 +28,14 @@ from dtrpo_ray.plan import checkpoint_bytes, state_bytes
 CPU = torch.device("cpu")
 ROWS, EPOCHS, STEPS = 12, 2, 6  # three steps an epoch
 CUTS = {1: "mid-epoch", 3: "an epoch's end", 5: "mid-epoch", 6: "the last step"}
+MODES = {  # name -> what differs from the default
+    "bf16, zero-1": {"zero_stage": 1, "precision": "bf16"},
+    "bf16, zero-3": {"zero_stage": 3, "precision": "bf16"},
+    "offload, zero-2": {"zero_stage": 2, "offload": True},
+    "offload, zero-3": {"zero_stage": 3, "offload": True},
+    "bf16, offload, zero-2": {"zero_stage": 2, "precision": "bf16", "offload": True},
+    "checkpointing, zero-2": {"zero_stage": 2, "gradient_checkpointing": True},
+}
 DIAMONDS = [(stage, cut) for stage in (0, 1, 2, 3) for cut in CUTS]
 
 
@@ -138,6 +146,11 @@ def difference(one: DiffusionLM, other: dict[str, torch.Tensor]) -> float:
     return max(float((p.detach() - other[n]).abs().max()) for n, p in one.named_parameters())
 
 
+def distance(one: DiffusionLM, other: dict[str, torch.Tensor]) -> float:
+    """Euclidean, over all weights."""
+    return float(sum((p.detach() - other[n]).square().sum() for n, p in one.named_parameters()) ** 0.5)
+
+
 def diamonds(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for stage in (0, 1, 2, 3):
@@ -158,6 +171,24 @@ def diamonds(settings: dict[str, Any], folder: Path, rank: int, world: int) -> d
         model_now = straight.backend.full_model()
         if rank == 0:
             torch.save({n: p.detach().clone() for n, p in model_now.named_parameters()}, folder / f"end-{stage}.pt")
+    return seen
+
+
+def modes(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """A diamond, cut at step 3, in each of MODES; and how far its end lies from that of plain ZeRO in float32."""
+    seen: dict[str, Any] = {}
+    plain = Run(settings, config(zero_stage=2), rank, world, dropout=0.0).go(0).backend.full_model()
+    usual = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    start = distance(model(settings, 1, 0.0), usual)
+    for name, changes in MODES.items():
+        cfg, kept = config(**changes), folder / name.replace(", ", "-")
+        straight = Run(settings, cfg, rank, world, dropout=0.0).go(0, kept)
+        resumed = Run(settings, cfg, rank, world, dropout=0.0)
+        resumed.backend.load(kept / "3")
+        differs = same(straight.state(), resumed.go(3).state())
+        dtype = str(next(straight.policy.parameters()).dtype)
+        far = distance(straight.backend.full_model().float(), usual)
+        seen[name] = {"differs": differs, "far": far / start, "dtype": dtype}
     return seen
 
 
@@ -287,6 +318,22 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(seen: list[dict[str, Any]
 def test_every_row_is_seen_once_an_epoch(seen: list[dict[str, Any]]) -> None:
     rows = [row for rank in (0, 1) for step in seen[rank]["rows"] for row in step]
     assert sorted(rows) == sorted(f"{e}/row-{i}" for e in range(EPOCHS) for i in range(ROWS))
+
+
+@pytest.fixture(scope="module")
+def other_modes(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
+    return spawn("modes", 2, folder, tiny_config)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_resume_is_exact_in_bfloat16_and_with_offload(other_modes: list[dict[str, Any]], name: str) -> None:
+    """And the end is the usual one, measured by the way that weights went: to the order of sums, or to bfloat16's."""
+    bf16 = "bf16" in name
+    for rank in (0, 1):
+        mine = other_modes[rank][name]
+        assert mine["differs"] == []
+        assert mine["dtype"] == ("torch.bfloat16" if bf16 else "torch.float32")
+        assert mine["far"] < (0.5 if bf16 else 1e-3), mine["far"]
 
 
 @pytest.fixture(scope="module")
