@@ -22,10 +22,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from dtrpo_ray import server
 from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING
-from dtrpo_ray.config import ServeConfig
+from dtrpo_ray.config import LoraConfig, ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ModelError, ServeError
-from dtrpo_ray.models.registry import build_model, save_model
+from dtrpo_ray.lora import add_adapters, save_adapter
+from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.sampler import SamplingParams
 from dtrpo_ray.tokenizer import character_tokenizer
 
@@ -72,6 +73,18 @@ def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("another")
     save_model(build_model(CONFIG, seed=5), path)
     character_tokenizer("01234").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, settings = tmp_path_factory.mktemp("adapter"), LoraConfig(rank=2, alpha=16)
+    model = load_model(checkpoint)
+    add_adapters(model, settings, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    save_adapter(model, settings, "a/base", path)
     return path
 
 
@@ -315,26 +328,58 @@ def test_replicas_are_bounded_where_they_follow_the_load() -> None:
     assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
 
 
-def test_a_replica_swaps_what_user_config_changes(
-    config: ServeConfig, another: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The replica's class by itself, without Ray: another directory for a name is loaded, the same one is not."""
+@pytest.fixture
+def replica(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., server.Model]:
+    """The replica's class by itself, without Ray, from its other models."""
     context = SimpleNamespace(get_assigned_resources=dict)
     monkeypatch.setattr(server.ray, "get_runtime_context", lambda: context)
-    model = server.Model(config.model_copy(update={"api_key_file": None, "other_models": {"base": config.checkpoint}}))
-    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
-    with TestClient(model.__serve_build_asgi_app__()) as client:
+    return lambda **others: server.Model(config.model_copy(update={"api_key_file": None, "other_models": others}))
 
-        def texts() -> list[str]:
-            answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in ("tiny", "base")]
-            return [answer.json()["choices"][0]["text"] for answer in answers]
 
-        before, kept = texts(), model.asgi.state.service.hosted["base"]
-        assert before[0] == before[1]
-        asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
-        assert model.asgi.state.service.hosted["base"] is kept
-        after = texts()
+def said(model: server.Model, *names: str) -> list[str]:
+    """What models of a replica write to one prompt."""
+    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "steps": 2}
+    client = TestClient(model.__serve_build_asgi_app__())  # without its lifespan, which would end the replica
+    answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in names]
+    return [answer.json()["choices"][0]["text"] for answer in answers]
+
+
+def test_a_replica_swaps_what_user_config_changes(
+    config: ServeConfig, another: Path, replica: Callable[..., server.Model]
+) -> None:
+    """Another directory for a name is loaded, the same one is not, and one that is no model leaves all as it was."""
+    model = replica(base=config.checkpoint)
+    before, kept = said(model, "tiny", "base"), model.asgi.state.service.hosted["base"]
+    assert before[0] == before[1]
+    with pytest.raises(ModelError):
+        asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": "nowhere"}}))
+    assert said(model, "tiny", "base") == before
+    asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
+    assert model.asgi.state.service.hosted["base"] is kept
+    after = said(model, "tiny", "base")
     assert after[1] == before[1] != after[0]
+
+
+def test_adapters_stand_on_the_base_that_serves(
+    config: ServeConfig, checkpoint: Path, another: Path, adapter: Path, replica: Callable[..., server.Model]
+) -> None:
+    """Asked for by name beside their base; a new base is swapped in with its adapters on it, also with new ones."""
+
+    def expected(base: Path) -> list[str]:
+        engine = Engine.load(base)
+        params = SamplingParams(20, 2, ignore_eos=True)
+        made = [e.generate([e.encode("0123")], params, [0])[0] for e in (engine, engine.adapted(adapter))]
+        return [engine.decode(each.text_ids) for each in made]
+
+    model = replica(aligned=str(adapter))
+    assert said(model, "tiny", "aligned") == expected(checkpoint)
+    hosted = model.asgi.state.service.hosted
+    embeddings = [hosted[name].engine.model.lm.model.embed_tokens.weight for name in ("tiny", "aligned")]
+    assert embeddings[0].data_ptr() == embeddings[1].data_ptr()
+    asyncio.run(model.reconfigure({"checkpoints": {"new": str(adapter), "tiny": str(another)}}))
+    on_another = expected(another)
+    assert said(model, "tiny", "aligned", "new") == [*on_another, on_another[1]]
+    assert len({*expected(checkpoint), *on_another}) == 4
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
