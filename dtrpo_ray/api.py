@@ -357,6 +357,8 @@ class Denoising(BaseModel):
     token_ids: list[int]
     tokens: list[str]
     probabilities: list[float]
+    block_start: int
+    """Where their block begins; before 0 where the prompt ends inside it."""
     block_size: int
 
 

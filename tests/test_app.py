@@ -448,6 +448,10 @@ def test_every_denoising_step_can_be_seen(client: TestClient) -> None:
     shown = {place: token for s in steps for place, token in zip(s["places"], s["token_ids"], strict=True)}
     assert [shown[place] for place in range(len(row["response_ids"]))] == row["response_ids"]
     assert all(0 < p <= 1 for s in steps for p in s["probabilities"])
+    assert all(s["block_start"] <= place < s["block_start"] + 4 for s in steps for place in s["places"])
+    assert [s["block_start"] for s in steps] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8]
+    odd = events(client, prompt="01234", max_tokens=8, stream_options={"include_denoising": True}, ignore_eos=True)
+    assert {chunk["denoising"]["block_start"] for chunk in odd if "denoising" in chunk} == {-1, 3, 7}
 
 
 def test_a_failure_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
