@@ -104,6 +104,21 @@ def test_the_committing_pass_is_the_next_blocks_first_step(model: SDAR) -> None:
     assert decoder.counters.pass_tokens == 12 + 4 + 4 * (8 + 4)
 
 
+@pytest.mark.parametrize("kind", ["block", "full"])
+def test_a_crowd_takes_the_passes_of_one(kind: str, tiny_config: dict[str, Any], model: SDAR) -> None:
+    """Eight prompts are read in one pass, and eight blocks denoised in one."""
+    model = model if kind == "block" else build(Full, tiny_config)
+    params, prompts = SamplingParams(20, 2), [[n, *LONG[:7]] for n in range(1, 9)]
+    passes = []
+    for crowd in (prompts[:1], prompts):
+        decoder = Decoder(model, 8, 99)
+        for key, prompt in enumerate(crowd):
+            assert decoder.admit(key, prompt, params, 0)
+        run(decoder)
+        passes.append(decoder.counters.passes)
+    assert passes == [10, 10]
+
+
 # --- prefixes and pages ---
 
 
