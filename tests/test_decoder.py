@@ -244,6 +244,19 @@ def test_top_k_and_top_p_keep_what_they_say(model: SDAR, top_p: float, top_k: in
     assert (np.abs(frequency - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / n) + 1e-9).all()
 
 
+@pytest.mark.parametrize("fields", [{"top_p": 5e-324}, {"temperature": 1e-39}, {"temperature": 5e-324}], ids=str)
+def test_the_smallest_numbers_are_greedy(model: SDAR, fields: dict[str, float]) -> None:
+    """Beside a row that is sampled in earnest; float32 knows neither of these numbers."""
+    greedy = generate(model, [LONG], SamplingParams(12, 2), [0])[0]
+    crowd = [SamplingParams(12, 2, **{"temperature": 1.0, **fields}), SamplingParams(12, 2, 1.0, top_p=0.9)]  # type: ignore[arg-type]
+    decoder = Decoder(model, 2, 99)
+    for key, params in enumerate(crowd):
+        decoder.admit(key, LONG, params, key)
+    made = run(decoder)
+    assert same(made[0], greedy)
+    assert same(made[1], generate(model, [LONG], crowd[1], [1])[0])
+
+
 # --- families: a shifted model, and one with full attention, decoded again without a cache ---
 
 
