@@ -148,17 +148,17 @@ def test_streams_pass_serve_block_by_block(url: str) -> None:
     assert "".join(parts) == post(url, **body).json()["choices"][0]["text"]
 
 
-def load(url: str, seconds: float, workers: int = 4) -> Iterator[Callable[[], list[int]]]:
-    """Requests in a loop while the block runs; what it yields stops them and returns their statuses.
+def load(url: str, seconds: float, workers: int = 4, retries: int = 3) -> Iterator[Callable[[], list[int]]]:
+    """Requests in a loop while the block runs; what it yields stops them and returns their statuses, 0 for a failure.
 
-    A connection that breaks is tried again, as a retry policy would: three times, on any status from 500 on too.
+    A connection that breaks, or a status from 500 on, is tried again `retries` times, as a retry policy would.
     """
     stop = threading.Event()
     statuses: list[int] = []
 
     def ask() -> None:
         while not stop.is_set():
-            for _ in range(4):
+            for _ in range(1 + retries):
                 with suppress(httpx.TransportError):
                     status = post(url, prompt="0123", max_tokens=32, ignore_eos=True, temperature=0).status_code
                     if status < 500:
@@ -208,15 +208,43 @@ def test_a_new_checkpoint_is_swapped_in_under_load(url: str, config: ServeConfig
     assert text_of(url) == engine.decode(expected.text_ids) != before
 
 
-def test_a_rolled_or_killed_replica_loses_no_request_that_is_retried(url: str, config: ServeConfig) -> None:
-    """Rolled: Serve drains it, nothing is lost. Killed: what it decoded breaks off, and a retry is answered."""
-    for finish in load(url, 1.0):
-        deploy(config.model_copy(update={"denoising_steps": 2}))  # other arguments: a new replica
-        ours = psutil.Process().children(recursive=True)  # this session's, whatever else runs on the machine
-        next(process for process in ours if "ServeReplica" in " ".join(process.cmdline())).kill()
+def processes() -> set[psutil.Process]:
+    """The replicas of this session, whatever else runs on the machine."""
+    ours = psutil.Process().children(recursive=True)
+    return {process for process in ours if "ServeReplica" in " ".join(process.cmdline())}
+
+
+def test_a_rolled_replica_ends_what_it_has_begun(url: str, config: ServeConfig) -> None:
+    """Other arguments, so another process; nothing is tried again, and nothing is lost."""
+    before = processes()
+    for finish in load(url, 1.0, retries=0):
+        deploy(config.model_copy(update={"denoising_steps": 2}))
+        assert processes() - before
         statuses = finish()
     assert len(statuses) >= 4
     assert set(statuses) == {200}
+
+
+def test_a_killed_replica_loses_no_request_that_is_retried_and_says_so_to_a_stream(url: str) -> None:
+    body = {"prompt": "0123", "max_tokens": 240, "ignore_eos": True, "steps": 4, "n": 16, "stream": True}
+    killed, lines = processes(), list[str]()
+    for finish in load(url, 1.0):
+        with (
+            suppress(httpx.TransportError),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, headers=KEY, timeout=60) as answer,
+        ):
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if not lines:
+                    for process in killed:
+                        process.kill()
+                lines.append(line)
+        statuses = finish()
+    assert lines
+    assert "data: [DONE]" not in lines
+    assert len(statuses) >= 4
+    assert set(statuses) == {200}
+    assert processes() - killed
 
 
 def replicas() -> int:
