@@ -50,6 +50,7 @@ class Choice:
     text: str = ""
     sent: int = 0
     tokens: list[Token] = field(default_factory=list)
+    told: int = 0  # of `tokens`, in pieces so far
     opened: bool = False  # a stream has named its role
     finish_reason: api.FinishReason | None = None
 
@@ -70,10 +71,13 @@ class Choice:
         elif len(self.ids) >= params.max_new_tokens:
             self.finish_reason = "length"
         end = len(self.text) if self.finish_reason else self._safe_end()
-        tokens = self._tokens(before, block)
-        self.tokens += tokens
-        piece = Piece(self.text[self.sent : end], tokens, self.finish_reason)
-        self.sent = max(end, self.sent)
+        self.tokens += self._tokens(before, block)
+        if found is not None:
+            self.tokens = [token for token in self.tokens if token.offset < found]
+        ready = (i for i, token in enumerate(self.tokens) if token.offset >= end)
+        told = len(self.tokens) if self.finish_reason else next(ready, len(self.tokens))
+        piece = Piece(self.text[self.sent : end], self.tokens[self.told : told], self.finish_reason)
+        self.sent, self.told = max(end, self.sent), told
         return piece if piece.text or piece.tokens or piece.finish_reason else None
 
     def _safe_end(self) -> int:
@@ -92,9 +96,8 @@ class Choice:
         done = sum(len(b.ids) for b in self.whole) - len(block.ids)
         for i in range(before, len(self.ids)):
             offset = len(self.engine.decode(self.ids[:i]))
-            if offset < len(self.text) or not self.stop:
-                logp, top = block.logps[i - done], block.top.get(i, [])
-                made.append(Token(self.ids[i], self.engine.decode([self.ids[i]]), offset, logp, top))
+            logp, top = block.logps[i - done], block.top.get(i, [])
+            made.append(Token(self.ids[i], self.engine.decode([self.ids[i]]), offset, logp, top))
         return made
 
     def trajectory(self, row_id: str) -> api.Trajectory:

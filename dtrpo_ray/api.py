@@ -6,8 +6,16 @@ ignored, since clients send many. `null` means absent.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dtrpo_ray.generation import Remasking
 
@@ -21,16 +29,23 @@ SCHEDULES: dict[str, Remasking] = {  # the field that says how much -> the polic
 }
 
 
-def _only(*neutral: Any) -> AfterValidator:
-    """Accept the values that ask for nothing, refuse every other."""
+class _Only:
+    """Accept the values that ask for nothing, which the specification lists, and refuse every other."""
 
-    def check(value: Any) -> Any:
+    def __init__(self, *neutral: Any) -> None:
+        self.neutral = neutral
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [*(v for v in self.neutral if not isinstance(v, float)), None]}  # 0 is 0.0 in JSON
+
+    def check(self, value: Any) -> Any:
         # `True == 1`, and `logprobs = 0` asks for something that `logprobs = false` does not
-        if any(type(value) is type(allowed) and value == allowed for allowed in neutral):
+        if any(type(value) is type(allowed) and value == allowed for allowed in self.neutral):
             return value
         raise PydanticCustomError(UNSUPPORTED, "is not supported by this server; leave the field out")
-
-    return AfterValidator(check)
 
 
 def _as_list(value: Any) -> Any:
@@ -103,18 +118,18 @@ class _Request(_Body):
     return_trajectory: bool = False
     """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
 
-    echo: Annotated[Any, _only(False)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-    suffix: Annotated[Any, _only("")] = None
-    min_p: Annotated[Any, _only(0, 0.0)] = None
-    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
-    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
-    repetition_penalty: Annotated[Any, _only(1, 1.0)] = None
-    min_tokens: Annotated[Any, _only(0)] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    tools: Annotated[Any, _only([])] = None
-    functions: Annotated[Any, _only([])] = None
+    echo: Annotated[Any, _Only(False)] = None
+    best_of: Annotated[Any, _Only(1)] = None
+    logit_bias: Annotated[Any, _Only({})] = None
+    suffix: Annotated[Any, _Only("")] = None
+    min_p: Annotated[Any, _Only(0, 0.0)] = None
+    frequency_penalty: Annotated[Any, _Only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, _Only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, _Only(1, 1.0)] = None
+    min_tokens: Annotated[Any, _Only(0)] = None
+    response_format: Annotated[Any, _Only({"type": "text"})] = None
+    tools: Annotated[Any, _Only([])] = None
+    functions: Annotated[Any, _Only([])] = None
 
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
@@ -215,6 +230,15 @@ class ChatRequest(_Request):
 
 class TokenizeRequest(_Body):
     """The body of POST /tokenize: a prompt, or messages for the chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
 
     model: str | None = None
     prompt: str | None = None
@@ -357,6 +381,8 @@ class Denoising(BaseModel):
     token_ids: list[int]
     tokens: list[str]
     probabilities: list[float]
+    block_start: int
+    """Where their block begins; before 0 where the prompt ends inside it."""
     block_size: int
 
 

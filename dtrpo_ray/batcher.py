@@ -48,6 +48,10 @@ class Batcher:
         self.dropped: list[Ticket] = []
         self.closing = False
         self.changed = threading.Condition()
+        self._start()
+
+    def _start(self) -> None:
+        self.ended = False
         self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self.thread.start()
 
@@ -63,6 +67,8 @@ class Batcher:
         ticket = Ticket(prompts, params, seeds, emit, watch)
         with self.changed:
             self.arrived.append(ticket)
+            if self.ended:
+                self._start()
             self.changed.notify()
         return ticket
 
@@ -73,7 +79,10 @@ class Batcher:
             self.changed.notify()
 
     def close(self) -> None:
-        """End the thread once everything submitted has finished; does not wait for it."""
+        """End the thread once everything submitted has finished; does not wait for it.
+
+        A request that was on its way here is still answered: its `submit` starts the thread again, until it is done.
+        """
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -97,6 +106,7 @@ class Batcher:
                 busy = self.waiting or self.decoder.num_running
                 if not (busy or self.arrived or self.dropped):
                     if self.closing:
+                        self.ended = True
                         return
                     self.changed.wait()
                 arrived, self.arrived = self.arrived, []

@@ -12,6 +12,7 @@ from dtrpo_ray.generation import Alternatives
 from dtrpo_ray.models.base import DiffusionLM
 
 MAX_LOGITS = 2**27  # elements of one [N, V]: more positions go in parts
+MIN_TEMPERATURE = 1e-30  # greedy in all but name; below it, log mu over the temperature leaves float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def _sample(log_mu: Tensor, draw: Draw) -> Tensor:
 
     Temperature comes before top-k and top-p, as in vLLM and transformers.
     """
-    probs = torch.softmax(log_mu / draw.temperature[:, None], -1).double()
+    probs = torch.softmax(log_mu / draw.temperature.clamp(min=MIN_TEMPERATURE)[:, None], -1).double()
     if bool((draw.top_k > 0).any()) or bool((draw.top_p < 1).any()):
         probs = _nucleus(probs, draw)
     cdf = probs.cumsum(-1)
@@ -107,5 +108,7 @@ def _nucleus(probs: Tensor, draw: Draw) -> Tensor:
     limit = torch.where(draw.top_k > 0, draw.top_k, probs.shape[-1])
     ordered = ordered.masked_fill(torch.arange(probs.shape[-1], device=probs.device) >= limit[:, None], 0)
     before = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= draw.top_p[:, None] * ordered.sum(-1, keepdim=True), 0)
+    outside = before >= draw.top_p[:, None] * ordered.sum(-1, keepdim=True)
+    outside[:, 0] = False  # however small top_p is
+    ordered = ordered.masked_fill(outside, 0)
     return torch.zeros_like(probs).scatter_(-1, order, ordered)

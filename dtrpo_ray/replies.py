@@ -138,7 +138,9 @@ def chat_chunk(work: Work, index: int, piece: Piece) -> api.ChatChunk:
 
 def denoising(work: Work, index: int, step: Unmasked) -> BaseModel:
     """A denoising step, as a chunk without choices."""
-    engine = work.hosted.engine
+    engine, choice = work.hosted.engine, work.choices[index]
+    size = choice.params.block_length or engine.model.block_size
+    given = len(choice.prompt) % size if engine.model.block_origin == "global" else 0  # in the choice's first block
     seen = api.Denoising(
         index=index,
         step=step.step,
@@ -146,7 +148,8 @@ def denoising(work: Work, index: int, step: Unmasked) -> BaseModel:
         token_ids=step.ids,
         tokens=[engine.decode([token]) for token in step.ids],
         probabilities=[math.exp(logp) for logp in step.logps],
-        block_size=work.choices[index].params.block_length or engine.model.block_size,
+        block_start=(step.places[0] + given) // size * size - given,
+        block_size=size,
     )
     return empty_chunk(work).model_copy(update={"denoising": seen})
 

@@ -41,26 +41,16 @@ UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of l
 class Model:
     """One replica: engines and their app, which Serve asks for once they are there."""
 
-    base: Engine
-
     def __init__(self, config: ServeConfig) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
         # here and not in `build`: Serve stores what a builder returns, and keys do not belong there
         self.config, self.keys = config, read_keys(config.api_key_file)
         self.checkpoints = {config.model_name: config.checkpoint, **config.other_models}
-        engines = {name: self._load(name, path) for name, path in self.checkpoints.items()}
+        engine = Engine.load(Path(config.checkpoint))
+        others = {name: _load(Path(path), engine) for name, path in config.other_models.items()}
         # not `app`: Serve gives the class a property of that name
-        self.asgi = create_app(engines.pop(config.model_name), config, self.keys, engines)
-
-    def _load(self, name: str, path: str) -> Engine:
-        """A model, or an adapter on the one that bears `serve.model_name`, which is loaded first."""
-        if name != self.config.model_name and is_adapter(Path(path)):
-            return self.base.adapted(Path(path))
-        engine = Engine.load(Path(path))
-        if name == self.config.model_name:
-            self.base = engine
-        return engine
+        self.asgi = create_app(engine, config, self.keys, others)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.asgi
@@ -68,13 +58,26 @@ class Model:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config: {checkpoints: {name: directory}}`: load what has changed beside what serves, then swap it in.
 
-        Requests under way end with the model they began with, and none is refused meanwhile.
+        A new base takes its adapters with it. Requests under way end with the model they began with, and none is
+        refused meanwhile; if one directory cannot be loaded, nothing is swapped.
         """
-        for name, path in user_config.get("checkpoints", {}).items():
-            if self.checkpoints.get(name) != path:
-                engine = await asyncio.to_thread(self._load, name, path)
-                self.asgi.state.service.swap(name, engine)
-                self.checkpoints[name] = path
+        service, base = self.asgi.state.service, self.config.model_name
+        wanted = {**self.checkpoints, **user_config.get("checkpoints", {})}
+        changed = {name for name, path in wanted.items() if self.checkpoints.get(name) != path}
+        engines = {base: service.hosted[base].engine}
+        if base in changed:
+            engines[base] = await asyncio.to_thread(Engine.load, Path(wanted[base]))
+            changed |= {name for name, path in wanted.items() if is_adapter(Path(path))}
+        for name in changed - {base}:
+            engines[name] = await asyncio.to_thread(_load, Path(wanted[name]), engines[base])
+        for name in changed:
+            service.swap(name, engines[name])
+        self.checkpoints = wanted
+
+
+def _load(path: Path, base: Engine) -> Engine:
+    """A model, or an adapter on the weights of `base`."""
+    return base.adapted(path) if is_adapter(path) else Engine.load(path)
 
 
 def build(args: ServeConfig) -> serve.Application:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dtrpo_ray.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionRequest
+from dtrpo_ray.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionRequest, TokenizeRequest
 
 TURN = [{"role": "user", "content": "hi"}]
 
@@ -130,3 +130,16 @@ def test_refuses_fields_that_do_not_fit_together(extra: dict[str, Any]) -> None:
 def test_refuses_messages_of_another_shape(messages: object) -> None:
     with pytest.raises(ValidationError, match="messages"):
         ChatRequest.model_validate({"messages": messages})
+
+
+def test_the_specification_says_what_is_refused() -> None:
+    """A field that is not served has its neutral values and null, all of which are taken, and no other."""
+    for request_type in (CompletionRequest, ChatRequest):
+        fields = request_type.model_json_schema()["properties"]
+        for name, value in REFUSED:
+            assert value not in fields[name]["enum"]
+            assert None in fields[name]["enum"]
+            for neutral in fields[name]["enum"]:
+                request_type.model_validate({"prompt": "a", "messages": TURN, name: neutral})
+    (prompt, messages) = TokenizeRequest.model_json_schema()["oneOf"]
+    assert (prompt["required"], messages["required"]) == (["prompt"], ["messages"])

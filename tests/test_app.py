@@ -448,6 +448,10 @@ def test_every_denoising_step_can_be_seen(client: TestClient) -> None:
     shown = {place: token for s in steps for place, token in zip(s["places"], s["token_ids"], strict=True)}
     assert [shown[place] for place in range(len(row["response_ids"]))] == row["response_ids"]
     assert all(0 < p <= 1 for s in steps for p in s["probabilities"])
+    assert all(s["block_start"] <= place < s["block_start"] + 4 for s in steps for place in s["places"])
+    assert [s["block_start"] for s in steps] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8]
+    odd = events(client, prompt="01234", max_tokens=8, stream_options={"include_denoising": True}, ignore_eos=True)
+    assert {chunk["denoising"]["block_start"] for chunk in odd if "denoising" in chunk} == {-1, 3, 7}
 
 
 def test_a_failure_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,6 +520,26 @@ def test_models_are_told_apart_by_name_and_swapped_in_place(engine: Engine) -> N
         assert texts(complete(client, **asked)) == mine
         app.state.service.swap("tiny", other)
         assert texts(complete(client, model="tiny", **asked)) == its
+
+
+def test_a_request_that_is_read_while_its_model_is_swapped_ends_with_the_old_one(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "DEADLINE_SECONDS", 20)
+    app = create_app(engine, SERVE, frozenset())
+    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    reading, go, encode = threading.Event(), threading.Event(), engine.encode
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        before = texts(complete(client, **asked))
+        monkeypatch.setattr(engine, "encode", lambda prompt: (reading.set(), go.wait(10), encode(prompt))[-1])
+        answer = pool.submit(client.post, COMPLETIONS, json=asked)
+        assert reading.wait(10)
+        old = app.state.service.batchers["tiny"]
+        app.state.service.swap("tiny", make_engine(seed=4))
+        old.thread.join(10)  # it has nothing to decode yet
+        go.set()
+        assert texts(answer.result(30).json()) == before
+        assert texts(complete(client, **asked)) != before
 
 
 # --- keys ------------------------------------------------------------------------------------------------------

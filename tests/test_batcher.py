@@ -101,3 +101,17 @@ def test_a_failure_is_told_and_the_thread_lives_on(gated: Gated) -> None:
     batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
     assert list(inbox.rest(1)) == [0]
     batcher.close()
+
+
+def test_a_request_on_its_way_to_a_closed_batcher_is_answered(tiny: SDAR) -> None:
+    """A swap closes the old model's batcher while a request for it may still be read."""
+    batcher = Batcher(tiny, 4, 99)
+    for _ in range(2):
+        batcher.close()
+        batcher.thread.join(10)
+        assert not batcher.thread.is_alive()
+        inbox = Inbox()
+        batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+        assert list(inbox.rest(1)) == [0]
+    batcher.thread.join(10)
+    assert not batcher.thread.is_alive()

@@ -1,11 +1,17 @@
 """The command as a user meets it: quick, one clear message for a mistake, JSON on demand, nothing heavy imported."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+
+from dtrpo_ray.models.registry import save_model
+from dtrpo_ray.models.sdar import SDAR
+from dtrpo_ray.tokenizer import character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "jobs" / "demo.toml")
@@ -128,3 +134,32 @@ def test_a_lora_job_of_rounds_exports_merged_only(tmp_path: Path) -> None:
     done = dtrpo(*words)
     assert done.returncode == 2
     assert "export it with --merged" in done.stderr
+
+
+@pytest.mark.ray
+def test_serve_answers_until_it_is_interrupted(tmp_path: Path, tiny: SDAR) -> None:
+    """A model directory by itself and another one beside it: the command's own process, on loopback."""
+    save_model(tiny, tmp_path)
+    character_tokenizer("abcdefghijklmnopqrstu").save_pretrained(tmp_path)
+    words = ["serve", str(tmp_path), "--set", "port=0", "--set", f"other_models.base={tmp_path}", "--json"]
+    with subprocess.Popen([sys.executable, "-m", "dtrpo_ray", *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = json.loads(process.stdout.readline())
+            assert (said["verb"], said["model"]) == ("serve", "dtrpo")
+            assert said["url"].startswith("http://127.0.0.1:")
+            names = [card["id"] for card in httpx.get(f"{said['url']}/v1/models").json()["data"]]
+            assert names == ["dtrpo", "base"]
+            asked = {"prompt": "abc", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+            answers = [
+                httpx.post(f"{said['url']}/v1/completions", json={**asked, "model": name}, timeout=60).json()
+                for name in names
+            ]
+            assert answers[0]["choices"] == answers[1]["choices"]
+            assert answers[0]["usage"]["completion_tokens"] == 8
+            assert "Watch a diffusion language model write" in httpx.get(said["url"]).text
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{said['url']}/health")

@@ -104,6 +104,21 @@ def test_the_committing_pass_is_the_next_blocks_first_step(model: SDAR) -> None:
     assert decoder.counters.pass_tokens == 12 + 4 + 4 * (8 + 4)
 
 
+@pytest.mark.parametrize("kind", ["block", "full"])
+def test_a_crowd_takes_the_passes_of_one(kind: str, tiny_config: dict[str, Any], model: SDAR) -> None:
+    """Eight prompts are read in one pass, and eight blocks denoised in one."""
+    model = model if kind == "block" else build(Full, tiny_config)
+    params, prompts = SamplingParams(20, 2), [[n, *LONG[:7]] for n in range(1, 9)]
+    passes = []
+    for crowd in (prompts[:1], prompts):
+        decoder = Decoder(model, 8, 99)
+        for key, prompt in enumerate(crowd):
+            assert decoder.admit(key, prompt, params, 0)
+        run(decoder)
+        passes.append(decoder.counters.passes)
+    assert passes == [10, 10]
+
+
 # --- prefixes and pages ---
 
 
@@ -227,6 +242,19 @@ def test_top_k_and_top_p_keep_what_they_say(model: SDAR, top_p: float, top_k: in
     expected[kept] = probs[kept] / probs[kept].sum()
     frequency = np.bincount(drawn, minlength=VOCAB) / n
     assert (np.abs(frequency - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / n) + 1e-9).all()
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 5e-324}, {"temperature": 1e-39}, {"temperature": 5e-324}], ids=str)
+def test_the_smallest_numbers_are_greedy(model: SDAR, fields: dict[str, float]) -> None:
+    """Beside a row that is sampled in earnest; float32 knows neither of these numbers."""
+    greedy = generate(model, [LONG], SamplingParams(12, 2), [0])[0]
+    crowd = [SamplingParams(12, 2, **{"temperature": 1.0, **fields}), SamplingParams(12, 2, 1.0, top_p=0.9)]  # type: ignore[arg-type]
+    decoder = Decoder(model, 2, 99)
+    for key, params in enumerate(crowd):
+        decoder.admit(key, LONG, params, key)
+    made = run(decoder)
+    assert same(made[0], greedy)
+    assert same(made[1], generate(model, [LONG], crowd[1], [1])[0])
 
 
 # --- families: a shifted model, and one with full attention, decoded again without a cache ---

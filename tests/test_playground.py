@@ -20,6 +20,8 @@ from tests.test_app import SERVE, make_engine
 DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium")
 QUIET = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+PROMPT = "4114"  # both models go on to the most tokens
+PHONE = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # W3C WebDriver's name of an element reference
 
 
@@ -58,6 +60,12 @@ class Browser:
     def press(self, key: str) -> None:
         keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
         self.call("/actions", actions=[{"type": "key", "id": "keys", "actions": keys}])
+
+    def tab(self, times: int = 1) -> str:
+        """Move the focus on; the id of what has it then."""
+        for _ in range(times):
+            self.press("\ue004")
+        return str(self.js("document.activeElement.id"))
 
     def wait(self, script: str, met: Callable[[Any], bool] = bool) -> Any:
         deadline = time.monotonic() + 60
@@ -103,16 +111,19 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 def test_watch_scrub_and_compare(url: str, browser: Browser) -> None:
     browser.call("/url", url=url)
     browser.wait("document.querySelector('#left').options.length", lambda n: n == 2)
-    browser.type("#prompt", "0123")
+    browser.type("#prompt", PROMPT)
     browser.click("#right option[value=base]")
     browser.click("#go")
     browser.wait("sides.length === 2 && sides.every(side => side.count !== null)")
-    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 64, "steps": 4}
+    asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 64, "steps": 4}
     for number, name in enumerate(("tiny", "base")):
         text = httpx.post(f"{url}v1/completions", json={**asked, "model": name}).json()["choices"][0]["text"]
         assert browser.js(f"sides[{number}].text") == text
         shown = browser.js(f"document.querySelectorAll('.tokens')[{number}].textContent")
         assert shown.startswith(text)
+    blocks = "document.querySelector('.tokens').querySelectorAll('.block')"
+    assert browser.js(f"{blocks}.length") == 64 // 4 - 1  # one line between any two blocks
+    assert browser.js(f"[...{blocks}].every(at => [...at.parentNode.children].indexOf(at) % 4 === 0)")
     most = browser.js("longest()")
     status = "document.querySelector('#where').textContent"
     assert browser.js(status) == f"Denoising step {most} of {most}"
@@ -137,13 +148,46 @@ def test_watch_scrub_and_compare(url: str, browser: Browser) -> None:
 
 
 def test_a_phone_and_a_mistake(url: str, browser: Browser) -> None:
-    """Nothing sticks out of 390 pixels; what the server refuses is said; every field has a label."""
-    browser.call("/window/rect", width=390, height=800)
+    """Nothing sticks out of 390 pixels, long answers side by side included; what the server refuses is said; every
+    field has a label."""
+    browser.call("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=PHONE)
     browser.call("/url", url=url)
     browser.wait("document.querySelector('#left').options.length", lambda n: n == 2)
+    assert browser.js("window.innerWidth") == 390
     browser.type("#prompt", "x")
     browser.click("#go")
     assert "cannot be tokenized" in browser.wait("document.querySelector('#error').textContent")
+    browser.type("#prompt", "\ue003" + PROMPT)  # backspace
+    browser.click("#right option[value=base]")
+    browser.click("#go")
+    browser.wait("sides.length === 2 && sides.every(side => side.count !== null)")
+    assert browser.js("document.querySelector('#error').textContent") == ""
     assert browser.js("document.documentElement.scrollWidth <= window.innerWidth")
+    tops = browser.js("[...document.querySelectorAll('.side')].map(side => side.getBoundingClientRect().top)")
+    assert tops[0] < tops[1]  # one under the other
     fields = "[...document.querySelectorAll('form textarea, form input, form select')]"
     assert browser.js(f"{fields}.every(field => field.labels.length === 1)")
+
+
+def test_all_of_it_goes_by_keyboard(url: str, browser: Browser) -> None:
+    """No mouse: from the prompt over every field to the button, and to the steps."""
+    browser.call("/url", url=url)
+    browser.wait("document.querySelector('#left').options.length", lambda n: n == 2)
+    assert browser.tab() == "prompt"
+    for letter in PROMPT:
+        browser.press(letter)
+    assert [browser.tab() for _ in range(2)] == ["left", "right"]
+    browser.press("b")  # a select goes to the option that begins so
+    assert browser.tab(8) == "go"
+    browser.press("\ue007")  # enter
+    browser.wait("sides.length === 2 && sides.every(side => side.count !== null)")
+    most = browser.js("longest()")
+    assert browser.tab() == "back"  # the button that stops is off again
+    browser.press("\ue007")
+    assert browser.js("shown") == most - 1
+    assert browser.tab() == "step"
+    browser.press("\ue011")  # home
+    assert browser.js("shown") == 0
+    browser.press("\ue014")  # arrow right
+    assert browser.js("shown") == 1
+    assert browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"

@@ -22,10 +22,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from dtrpo_ray import server
 from dtrpo_ray.app import DEADLINE_SECONDS, MAX_PENDING
-from dtrpo_ray.config import ServeConfig
+from dtrpo_ray.config import LoraConfig, ServeConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ModelError, ServeError
-from dtrpo_ray.models.registry import build_model, save_model
+from dtrpo_ray.lora import add_adapters, save_adapter
+from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.sampler import SamplingParams
 from dtrpo_ray.tokenizer import character_tokenizer
 
@@ -72,6 +73,18 @@ def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("another")
     save_model(build_model(CONFIG, seed=5), path)
     character_tokenizer("01234").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, settings = tmp_path_factory.mktemp("adapter"), LoraConfig(rank=2, alpha=16)
+    model = load_model(checkpoint)
+    add_adapters(model, settings, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    save_adapter(model, settings, "a/base", path)
     return path
 
 
@@ -135,17 +148,17 @@ def test_streams_pass_serve_block_by_block(url: str) -> None:
     assert "".join(parts) == post(url, **body).json()["choices"][0]["text"]
 
 
-def load(url: str, seconds: float, workers: int = 4) -> Iterator[Callable[[], list[int]]]:
-    """Requests in a loop while the block runs; what it yields stops them and returns their statuses.
+def load(url: str, seconds: float, workers: int = 4, retries: int = 3) -> Iterator[Callable[[], list[int]]]:
+    """Requests in a loop while the block runs; what it yields stops them and returns their statuses, 0 for a failure.
 
-    A connection that breaks is tried again, as a retry policy would: three times, on any status from 500 on too.
+    A connection that breaks, or a status from 500 on, is tried again `retries` times, as a retry policy would.
     """
     stop = threading.Event()
     statuses: list[int] = []
 
     def ask() -> None:
         while not stop.is_set():
-            for _ in range(4):
+            for _ in range(1 + retries):
                 with suppress(httpx.TransportError):
                     status = post(url, prompt="0123", max_tokens=32, ignore_eos=True, temperature=0).status_code
                     if status < 500:
@@ -195,15 +208,43 @@ def test_a_new_checkpoint_is_swapped_in_under_load(url: str, config: ServeConfig
     assert text_of(url) == engine.decode(expected.text_ids) != before
 
 
-def test_a_rolled_or_killed_replica_loses_no_request_that_is_retried(url: str, config: ServeConfig) -> None:
-    """Rolled: Serve drains it, nothing is lost. Killed: what it decoded breaks off, and a retry is answered."""
-    for finish in load(url, 1.0):
-        deploy(config.model_copy(update={"denoising_steps": 2}))  # other arguments: a new replica
-        ours = psutil.Process().children(recursive=True)  # this session's, whatever else runs on the machine
-        next(process for process in ours if "ServeReplica" in " ".join(process.cmdline())).kill()
+def processes() -> set[psutil.Process]:
+    """The replicas of this session, whatever else runs on the machine."""
+    ours = psutil.Process().children(recursive=True)
+    return {process for process in ours if "ServeReplica" in " ".join(process.cmdline())}
+
+
+def test_a_rolled_replica_ends_what_it_has_begun(url: str, config: ServeConfig) -> None:
+    """Other arguments, so another process; nothing is tried again, and nothing is lost."""
+    before = processes()
+    for finish in load(url, 1.0, retries=0):
+        deploy(config.model_copy(update={"denoising_steps": 2}))
+        assert processes() - before
         statuses = finish()
     assert len(statuses) >= 4
     assert set(statuses) == {200}
+
+
+def test_a_killed_replica_loses_no_request_that_is_retried_and_says_so_to_a_stream(url: str) -> None:
+    body = {"prompt": "0123", "max_tokens": 240, "ignore_eos": True, "steps": 4, "n": 16, "stream": True}
+    killed, lines = processes(), list[str]()
+    for finish in load(url, 1.0):
+        with (
+            suppress(httpx.TransportError),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, headers=KEY, timeout=60) as answer,
+        ):
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if not lines:
+                    for process in killed:
+                        process.kill()
+                lines.append(line)
+        statuses = finish()
+    assert lines
+    assert "data: [DONE]" not in lines
+    assert len(statuses) >= 4
+    assert set(statuses) == {200}
+    assert processes() - killed
 
 
 def replicas() -> int:
@@ -315,26 +356,58 @@ def test_replicas_are_bounded_where_they_follow_the_load() -> None:
     assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
 
 
-def test_a_replica_swaps_what_user_config_changes(
-    config: ServeConfig, another: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The replica's class by itself, without Ray: another directory for a name is loaded, the same one is not."""
+@pytest.fixture
+def replica(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., server.Model]:
+    """The replica's class by itself, without Ray, from its other models."""
     context = SimpleNamespace(get_assigned_resources=dict)
     monkeypatch.setattr(server.ray, "get_runtime_context", lambda: context)
-    model = server.Model(config.model_copy(update={"api_key_file": None, "other_models": {"base": config.checkpoint}}))
-    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
-    with TestClient(model.__serve_build_asgi_app__()) as client:
+    return lambda **others: server.Model(config.model_copy(update={"api_key_file": None, "other_models": others}))
 
-        def texts() -> list[str]:
-            answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in ("tiny", "base")]
-            return [answer.json()["choices"][0]["text"] for answer in answers]
 
-        before, kept = texts(), model.asgi.state.service.hosted["base"]
-        assert before[0] == before[1]
-        asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
-        assert model.asgi.state.service.hosted["base"] is kept
-        after = texts()
+def said(model: server.Model, *names: str) -> list[str]:
+    """What models of a replica write to one prompt."""
+    asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "steps": 2}
+    client = TestClient(model.__serve_build_asgi_app__())  # without its lifespan, which would end the replica
+    answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in names]
+    return [answer.json()["choices"][0]["text"] for answer in answers]
+
+
+def test_a_replica_swaps_what_user_config_changes(
+    config: ServeConfig, another: Path, replica: Callable[..., server.Model]
+) -> None:
+    """Another directory for a name is loaded, the same one is not, and one that is no model leaves all as it was."""
+    model = replica(base=config.checkpoint)
+    before, kept = said(model, "tiny", "base"), model.asgi.state.service.hosted["base"]
+    assert before[0] == before[1]
+    with pytest.raises(ModelError):
+        asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": "nowhere"}}))
+    assert said(model, "tiny", "base") == before
+    asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
+    assert model.asgi.state.service.hosted["base"] is kept
+    after = said(model, "tiny", "base")
     assert after[1] == before[1] != after[0]
+
+
+def test_adapters_stand_on_the_base_that_serves(
+    config: ServeConfig, checkpoint: Path, another: Path, adapter: Path, replica: Callable[..., server.Model]
+) -> None:
+    """Asked for by name beside their base; a new base is swapped in with its adapters on it, also with new ones."""
+
+    def expected(base: Path) -> list[str]:
+        engine = Engine.load(base)
+        params = SamplingParams(20, 2, ignore_eos=True)
+        made = [e.generate([e.encode("0123")], params, [0])[0] for e in (engine, engine.adapted(adapter))]
+        return [engine.decode(each.text_ids) for each in made]
+
+    model = replica(aligned=str(adapter))
+    assert said(model, "tiny", "aligned") == expected(checkpoint)
+    hosted = model.asgi.state.service.hosted
+    embeddings = [hosted[name].engine.model.lm.model.embed_tokens.weight for name in ("tiny", "aligned")]
+    assert embeddings[0].data_ptr() == embeddings[1].data_ptr()
+    asyncio.run(model.reconfigure({"checkpoints": {"new": str(adapter), "tiny": str(another)}}))
+    on_another = expected(another)
+    assert said(model, "tiny", "aligned", "new") == [*on_another, on_another[1]]
+    assert len({*expected(checkpoint), *on_another}) == 4
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])

