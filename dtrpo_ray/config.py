@@ -434,7 +434,7 @@ class ClusterConfig(_Section):
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
     """Ray Train workers; [fewest, most]: as many as the cluster has, changing when nodes come and go."""
     num_actors: int = Field(2, ge=1)
-    """Actors that decode (rollout, evaluation, drafts) and that do the parts of prepare and score."""
+    """Actors that do the parts of prepare, rollout, drafts, score, ref-logps and evaluation."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: one GPU a worker if the cluster has any."""
     max_failures: int = Field(3, ge=0)

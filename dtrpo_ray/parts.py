@@ -66,6 +66,8 @@ def run_parts(
     """
     (out / DONE).mkdir(parents=True, exist_ok=True)
     left = [number for number in range(len(parts)) if not _summary(out, number).exists()]
+    for file in out.glob("*.partial"):  # of workers that were killed
+        file.unlink()
     for number in left:
         _tries(out, number).unlink(missing_ok=True)
     began, rows = time.perf_counter(), 0

@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrpo_ray import evaluation, prepare, trainer, validation
-from dtrpo_ray.config import CountdownTask, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
+from dtrpo_ray.config import CountdownTask, EvalConfig, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
 from dtrpo_ray.drafts import Drafter
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.importers.files import data_files, sha256_uri
@@ -24,22 +23,24 @@ from dtrpo_ray.llm import require_vllm
 from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
-from dtrpo_ray.pairs import make_pairs
+from dtrpo_ray.pairs import Pairer
 from dtrpo_ray.parts import run_parts
 from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
-from dtrpo_ray.ref_logps import write_reference_logps
-from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
-from dtrpo_ray.scoring import Scorer, prompt_parts
+from dtrpo_ray.ref_logps import ReferenceScorer, drawn_parts
+from dtrpo_ray.rollout import DecodeJob, Recorder, prompts_parts
+from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tables import (
     QUARANTINE,
+    SHARD_ROWS,
     count_lines,
+    file_parts,
+    prompt_parts,
     read_manifest,
     read_table,
     table_files,
     write_manifest,
-    write_shards,
 )
 from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
@@ -145,16 +146,9 @@ class River:
         inputs["task"] = job.task.model_dump(mode="json", exclude={"public_tests"})
 
         def make(out: Path) -> dict[str, Any]:
-            shutil.rmtree(out / TABLE, ignore_errors=True)  # a cut-off attempt
             prompts = self._rollout_prompts(config, number)
-            decode = self._decode_job(policy, config.max_new_tokens, config.temperature)
-            decode_to_folder(prompts, decode, job.cluster, config.batch_size, out / TABLE)
-            table = read_table(out / TABLE, TRAJECTORY)
-            if len(table) != len(prompts):
-                raise DataError(
-                    f"{out}: {len(table)} trajectories of {len(prompts)} prompts; run it again with --fresh"
-                )
-            return {"trajectories": len(table), "mean_reward": float(table["reward"].to_numpy().mean())}
+            done = self._record(prompts, policy, config, out, f"rollout-{number}")
+            return {"trajectories": len(prompts), **_rewards(done, out)}
 
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -168,13 +162,30 @@ class River:
                 "prompt": puzzle["prompt"],
                 "denoising_steps": config.denoising_steps[sample % len(config.denoising_steps)],
             }
-            for sample in range(config.num_samples)
             for i, puzzle in enumerate(puzzles)
+            for sample in range(config.num_samples)
         ]
 
-    def _decode_job(self, model: ModelRef, max_new_tokens: int, temperature: float) -> DecodeJob:
-        scorer = f"{prepare.PUZZLES[self.job.task.type]}:score"
-        return DecodeJob(model.path, model.digest, max_new_tokens, temperature, scorer, self.job.seed)
+    def _record(
+        self, prompts: list[dict[str, Any]], model: ModelRef, config: RolloutConfig | EvalConfig, out: Path, label: str
+    ) -> list[dict[str, Any]]:
+        """Decode and score prompts of the puzzle into a table; returns what is said of its parts."""
+        decode = DecodeJob(
+            model=model.path.resolve(),
+            model_hash=model.digest,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            scorer=f"{prepare.PUZZLES[self.job.task.type]}:score",
+            seed=self.job.seed,
+            batch_size=config.batch_size,
+            data_hash=sha256_json([row["prompt"] for row in prompts]),
+        )
+        (out / TABLE).mkdir(exist_ok=True)
+        parts, cluster = prompts_parts(prompts, config.batch_size), self.job.cluster
+        recorder = partial(Recorder, decode, cluster.num_actors)
+        done = run_parts(parts, recorder, out / TABLE, cluster, label, gpu=True)
+        write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
+        return done
 
     def scored(self, number: int) -> Stage:
         """The trajectories of a round with their rewards: a puzzle's own, or those that [score] gives."""
@@ -192,7 +203,7 @@ class River:
                 require_vllm("score.judge")
             (out / TABLE).mkdir(exist_ok=True)
             files = [file.resolve() for file in table_files(trajectories.path / TABLE)]
-            parts = prompt_parts(files, config.judge.batch_size) if config.judge else files
+            parts = prompt_parts(files, config.judge.batch_size) if config.judge else file_parts(files)
             scorer = partial(Scorer, config)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
@@ -210,14 +221,14 @@ class River:
         inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
         def make(out: Path) -> dict[str, Any]:
-            rows = read_table(trajectories.path / TABLE, TRAJECTORY)
-            table = make_pairs(rows, job.pair)
-            if not len(table):
-                raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
             (out / TABLE).mkdir(exist_ok=True)
-            write_shards(table, out / TABLE)
-            unscored = rows["reward"].null_count
-            return {"pairs": len(table), **({"unscored": unscored} if unscored else {})}
+            parts = prompt_parts([file.resolve() for file in table_files(trajectories.path / TABLE)], SHARD_ROWS)
+            done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
+            made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
+            if not made:
+                raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
+            write_manifest(out / TABLE, PREFERENCE, rows=made)
+            return {"pairs": made, **({"unscored": unscored} if unscored else {})}
 
         return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -275,10 +286,13 @@ class River:
         inputs |= {"table": pairs.digest}
 
         def make(out: Path) -> dict[str, Any]:
-            shutil.rmtree(out / REF_LOGPS, ignore_errors=True)  # a cut-off attempt
-            base, table, cluster = reference.path, pairs.path / TABLE, self.job.cluster
-            made = write_reference_logps(base, reference.digest, table, config, seed, cluster, out / REF_LOGPS)
-            return {"values": made}
+            cluster, files = self.job.cluster, [file.resolve() for file in table_files(pairs.path / TABLE)]
+            (out / REF_LOGPS).mkdir(exist_ok=True)
+            parts = drawn_parts(files, config, seed)
+            known = (reference.path.resolve(), config, seed, reference.digest, cluster.num_actors)
+            scorer = partial(ReferenceScorer, *known)
+            done = run_parts(parts, scorer, out / REF_LOGPS, cluster, f"ref-{number}", gpu=True)
+            return {"values": sum(part["values"] for part in done)}
 
         return self._stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
@@ -313,7 +327,8 @@ class River:
         """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
         job, tokenizer = self.job, load_tokenizer(base.path)
         if not job.is_puzzle:
-            ids = pq.read_table(table.path / TABLE, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
+            files = table_files(table.path / TABLE)  # beside what an import leaves in the folder
+            ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
             prompts = [{"prompt": str(tokenizer.decode(row)), "prompt_ids": row} for row in ids]
             validation.write_questions(prompts, None, out)
             return
@@ -353,9 +368,8 @@ class River:
                 for title, rows in sets.items()
                 for i, row in enumerate(rows)
             ]
-            decode = self._decode_job(model, config.max_new_tokens, config.temperature)
-            done = decode_to_table(prompts, decode, job.cluster, config.batch_size)
-            pq.write_table(done, out / "trajectories.parquet")
+            self._record(prompts, model, config, out, f"eval-{name}")
+            done = read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
             record = evaluation.summarise(done, answers, config, load_tokenizer(model.path))
             (out / "eval.json").write_text(json.dumps(record))

@@ -1,7 +1,7 @@
-"""Ray Data shell: prompts -> decoded, scored responses by a pool of actors that hold the engine.
+"""Prompts -> decoded, scored responses: the worker of a part, which holds the engine.
 
 A prompt row has `row_id`, `prompt_id`, `prompt` and `denoising_steps`; what comes back is the table trajectory/v1.
-A response's seed comes from (seed, row id), so batches and actors change nothing.
+A response's seed comes from (seed, row id), so parts, batches and actors change nothing.
 """
 
 import pkgutil
@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 import torch
 
-from dtrpo_ray.config import ClusterConfig
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.generation import ENGINE_NAME, Generation, SamplingParams
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
 from dtrpo_ray.rows import how_decoded, tokenizer_hash
-from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
-from dtrpo_ray.stages import sha256_json
-from dtrpo_ray.tables import write_manifest
+from dtrpo_ray.rules import check_table
+from dtrpo_ray.session import cpu_threads
+from dtrpo_ray.tables import write_whole
 from dtrpo_ray.trajectory import row_generator
 
 
@@ -35,24 +33,48 @@ class DecodeJob:
     temperature: float
     scorer: str
     seed: int
+    batch_size: int
+    data_hash: str
 
 
-class _Decoder:
-    """An actor of the pool: loads the engine once, then decodes and scores batches of prompts."""
+@dataclass(frozen=True, slots=True)
+class PromptsPart:
+    """Some prompt rows, and the name of the file that their responses become."""
 
-    def __init__(self, job: DecodeJob, data_hash: str, sharers: int) -> None:
+    name: str
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        return f"prompts {self.rows[0]['row_id']} to {self.rows[-1]['row_id']}"
+
+
+def prompts_parts(prompts: Sequence[dict[str, Any]], batch_size: int) -> list[PromptsPart]:
+    """Prompt rows in parts of about a batch for each number of denoising steps, which are decoded apart."""
+    size = batch_size * len({row["denoising_steps"] for row in prompts})
+    chunks = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    return [PromptsPart(f"part-{number:05d}.parquet", rows) for number, rows in enumerate(chunks)]
+
+
+class Recorder:
+    """Loads the engine once, then decodes and scores parts of prompts, each into a file of the part's name."""
+
+    def __init__(self, job: DecodeJob, sharers: int) -> None:
         torch.set_num_threads(cpu_threads(sharers))
         self.job, self.engine = job, Engine.load(job.model)
         self.hashes = {"model_hash": job.model_hash, "tokenizer_hash": tokenizer_hash(self.engine.tokenizer)}
-        self.hashes["data_hash"] = data_hash
+        self.hashes["data_hash"] = job.data_hash
         self.score = pkgutil.resolve_name(job.scorer)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
+    def __call__(self, part: PromptsPart, out: Path) -> dict[str, Any]:
+        """Decode one part. Raises DataError if a row breaks a rule of its table."""
         made: list[dict[str, Any]] = []
-        for steps in sorted({row["denoising_steps"] for row in rows}):
-            made += self._decode([row for row in rows if row["denoising_steps"] == steps], steps)
-        return pa.Table.from_pylist(made, schema=TRAJECTORY)
+        for steps in sorted({row["denoising_steps"] for row in part.rows}):
+            rows = [row for row in part.rows if row["denoising_steps"] == steps]
+            for start in range(0, len(rows), self.job.batch_size):
+                made += self._decode(rows[start : start + self.job.batch_size], steps)
+        table = check_table(pa.Table.from_pylist(made, schema=TRAJECTORY), str(part))
+        write_whole(table, out / part.name)
+        return {"rows": len(made), "scored": len(made), "sum": sum(row["reward"] for row in made)}
 
     def _decode(self, rows: list[dict[str, Any]], denoising_steps: int) -> list[dict[str, Any]]:
         job = self.job
@@ -83,43 +105,3 @@ class _Decoder:
             "engine": ENGINE_NAME,
             **self.hashes,
         }
-
-
-def decode(
-    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int
-) -> ray.data.Dataset:
-    """A lazy dataset of trajectories, one for each prompt row."""
-    gpu = uses_gpu(cluster)
-    blocks = -(-len(prompts) // batch_size)
-    data_hash = sha256_json([row["prompt"] for row in prompts])
-    return (
-        ray.data.from_arrow(pa.Table.from_pylist(list(prompts)))
-        .repartition(blocks)
-        .map_batches(
-            _Decoder,
-            fn_constructor_kwargs={"job": job, "data_hash": data_hash, "sharers": cluster.num_actors},
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
-            num_cpus=1,
-            num_gpus=1 if gpu else 0,
-            runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
-        )
-    )
-
-
-def decode_to_table(
-    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int
-) -> pa.Table:
-    """Decode and gather on the driver: for evaluations, whose size is bounded."""
-    return pa.concat_tables(ray.get(decode(prompts, job, cluster, batch_size).to_arrow_refs()))
-
-
-def decode_to_folder(
-    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int, out: Path
-) -> None:
-    """Decode and write Parquet files from the workers, named by their place alone: same rows, same files."""
-    decode(prompts, job, cluster, batch_size).write_parquet(str(out.resolve()))
-    for number, file in enumerate(sorted(out.glob("*.parquet"))):  # Ray's names are a random id, then the place
-        file.rename(out / f"part-{number:05d}.parquet")
-    write_manifest(out, TRAJECTORY)
