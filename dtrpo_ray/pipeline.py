@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrpo_ray import evaluation, prepare, trainer, validation
-from dtrpo_ray.config import CountdownTask, EvalConfig, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
+from dtrpo_ray.config import CountdownTask, DraftsConfig, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
 from dtrpo_ray.drafts import Drafter
 from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.importers.files import data_files, sha256_uri
 from dtrpo_ray.llm import require_vllm
 from dtrpo_ray.lora import target_modules
@@ -28,7 +29,15 @@ from dtrpo_ray.parts import run_parts
 from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.ref_logps import ReferenceScorer, drawn_parts
-from dtrpo_ray.rollout import DecodeJob, Recorder, prompts_parts
+from dtrpo_ray.rollout import (
+    Asked,
+    DecodeJob,
+    FileRecorder,
+    Recorder,
+    prompts_parts,
+    require_fit,
+    sampling_params,
+)
 from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tables import (
@@ -135,19 +144,24 @@ class River:
     def trajectories(self, number: int) -> Stage:
         """The recorded trajectories of a round, decoded by the policy that enters it, or those of the job's files.
 
-        Of a file of prompts they are drafts.
+        Of a file of prompts they are this policy's, or drafts of an ordinary language model.
         """
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
-        if job.task.type in ("trajectories", "prompts"):
-            return self._imported("drafts" if job.drafts else "trajectories", TRAJECTORY)
+        if job.drafts:
+            return self._imported("drafts", "drafts", TRAJECTORY, self._drafts(job.drafts))
+        if job.task.type == "prompts" and config:
+            return self._imported(f"rollout-{number}", "trajectories", TRAJECTORY, self._rollout(config, number))
+        if job.task.type == "trajectories":
+            return self._imported("trajectories", "trajectories", TRAJECTORY)
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
         inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": job.seed, "round": number}
         inputs["task"] = job.task.model_dump(mode="json", exclude={"public_tests"})
 
         def make(out: Path) -> dict[str, Any]:
-            prompts = self._rollout_prompts(config, number)
-            done = self._record(prompts, policy, config, out, f"rollout-{number}")
+            require_fit(policy.path, config)
+            prompts, params = self._rollout_prompts(config, number), sampling_params(config)
+            done = self._record(prompts, policy, params, config.batch_size, out, f"rollout-{number}")
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
@@ -167,23 +181,16 @@ class River:
         ]
 
     def _record(
-        self, prompts: list[dict[str, Any]], model: ModelRef, config: RolloutConfig | EvalConfig, out: Path, label: str
+        self, prompts: list[Asked], model: ModelRef, params: SamplingParams, batch_size: int, out: Path, label: str
     ) -> list[dict[str, Any]]:
         """Decode and score prompts of the puzzle into a table; returns what is said of its parts."""
-        decode = DecodeJob(
-            model=model.path.resolve(),
-            model_hash=model.digest,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            scorer=f"{prepare.PUZZLES[self.job.task.type]}:score",
-            seed=self.job.seed,
-            batch_size=config.batch_size,
-            data_hash=sha256_json([row["prompt"] for row in prompts]),
-        )
+        scorer = f"{prepare.PUZZLES[self.job.task.type]}:score"
+        decode = DecodeJob(model.path.resolve(), model.digest, params, batch_size, self.job.seed, scorer)
+        data_hash = sha256_json([row["prompt"] for row in prompts])
         (out / TABLE).mkdir(exist_ok=True)
-        parts, cluster = prompts_parts(prompts, config.batch_size), self.job.cluster
-        recorder = partial(Recorder, decode, cluster.num_actors)
-        done = run_parts(parts, recorder, out / TABLE, cluster, label, gpu=True)
+        parts = prompts_parts([{**row, "data_hash": data_hash} for row in prompts], batch_size)
+        recorder = partial(Recorder, decode, self.job.cluster.num_actors)
+        done = run_parts(parts, recorder, out / TABLE, self.job.cluster, label, gpu=True)
         write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
         return done
 
@@ -216,7 +223,7 @@ class River:
         """The preference pairs of a round: from its scored trajectories, or from the job's files."""
         job = self.job
         if job.task.type == "preferences":
-            return self._imported("pairs", PREFERENCE)
+            return self._imported("pairs", "pairs", PREFERENCE)
         trajectories = self.scored(number)
         inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
@@ -239,34 +246,43 @@ class River:
             raise ConfigError(f"task.type = {self.job.task.type!r} has no files to prepare; its stages make their own")
         return self.pairs(1) if self.job.task.type == "preferences" else self.trajectories(1)
 
-    def _imported(self, name: str, schema: pa.Schema) -> Stage:
+    def _drafts(self, config: DraftsConfig) -> "_Answers":
+        digest = sha256_json(_hashes(config.model))
+        inputs = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
+        drafter = partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
+        return _Answers(inputs, drafter, config.batch_size, partial(require_vllm, "drafts"))
+
+    def _rollout(self, config: RolloutConfig, number: int) -> "_Answers":
+        policy, seed = self.policy(number - 1), self.job.seed
+        inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": seed, "round": number}
+        decode = DecodeJob(policy.path.resolve(), policy.digest, sampling_params(config), config.batch_size, seed)
+        recorder = partial(FileRecorder, job=decode, config=config, number=number, sharers=self.job.cluster.num_actors)
+        rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
+        return _Answers(inputs, recorder, max(1, rows), partial(require_fit, policy.path, config))
+
+    def _imported(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
         job, task = self.job, self.job.task
         assert isinstance(task, FilesTask)
         hashes = {file: sha256_uri(file) for where in task.files for file in data_files(where)}
         inputs: dict[str, Any] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base.digest}
-        drafts, drafter = job.drafts, ""
-        if drafts:
-            drafter = sha256_json(_hashes(drafts.model))
-            inputs |= {"drafts": drafts.model_dump(mode="json"), "drafter": drafter, "seed": job.seed}
+        inputs |= answers.inputs if answers else {}
 
         def make(out: Path) -> dict[str, Any]:
-            if drafts:
-                require_vllm("drafts")
+            if answers:
+                answers.require()
             (out / TABLE).mkdir(exist_ok=True)
             model = skeleton_of(self.base.path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
             known = (task, self.base.path.resolve(), grid, hashes)
-            importer: Callable[[], Any] = partial(prepare.Importer, *known)
-            if drafts:
-                importer = partial(Drafter, *known, drafts, drafter, job.seed)
-            parts = prepare.import_parts(task, drafts.batch_size if drafts else None)
-            label = "drafts" if drafts else "prepare"
-            done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=drafts is not None)
+            importer = partial(answers.importer if answers else prepare.Importer, *known)
+            parts = prepare.import_parts(task, answers.part_rows if answers else None)
+            label = name if answers else "prepare"
+            done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
             counts = prepare.finish_import(done, schema, out / TABLE)
             console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
-            return {name: (read_manifest(out / TABLE) or {})["rows"], **counts}
+            return {noun: (read_manifest(out / TABLE) or {})["rows"], **counts}
 
         return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -368,7 +384,8 @@ class River:
                 for title, rows in sets.items()
                 for i, row in enumerate(rows)
             ]
-            self._record(prompts, model, config, out, f"eval-{name}")
+            params = SamplingParams(config.max_new_tokens, 1, config.temperature)
+            self._record(prompts, model, params, config.batch_size, out, f"eval-{name}")
             done = read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
             record = evaluation.summarise(done, answers, config, load_tokenizer(model.path))
@@ -398,6 +415,19 @@ class River:
     def lineage(self) -> list[dict[str, Any]]:
         """Every stage asked for so far, once, as rows for a report."""
         return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """Who answers a file's prompts: what more the stage depends on, the importer, and how many prompts a part has.
+
+    `require` raises what should be said before any actor starts.
+    """
+
+    inputs: dict[str, Any]
+    importer: Callable[..., prepare.Importer]
+    part_rows: int
+    require: Callable[[], None]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dtrpo_ray.config import ClusterConfig, PreferencesTask, ScoreConfig
-from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.errors import ConfigError, DataError, ModelError
 from dtrpo_ray.parts import DONE, TRIES, _Actor, run_parts
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.stages import read_json
@@ -174,10 +175,11 @@ def sudoku_prompts(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, policy: Path) -> None:
+    from dtrpo_ray.generation import SamplingParams
     from dtrpo_ray.rollout import DecodeJob, Recorder, prompts_parts
 
     prompts = sudoku_prompts(21)
-    job = DecodeJob(policy, "model", 16, 1.0, "dtrpo_ray.tasks.sudoku:score", 0, 2, "data")
+    job = DecodeJob(policy, "model", SamplingParams(16, 1, 1.0), 2, 0, "dtrpo_ray.tasks.sudoku:score")
     parts = prompts_parts(prompts, 2)
     assert len(parts) == 6
     pool, alone = pool_and_alone(parts, partial(Recorder, job, 2), tmp_path)
@@ -186,7 +188,7 @@ def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, poli
     assert table["row_id"].to_pylist() == [row["row_id"] for row in prompts]
 
     (tmp_path / "one").mkdir()
-    Recorder(job, 2)(prompts_parts(prompts, 100)[0], tmp_path / "one")
+    Recorder(replace(job, batch_size=100), 2)(prompts_parts(prompts, 100)[0], tmp_path / "one")
     sampled = ["row_id", "response_ids", "steps", "seed", "reward"]  # a wider batch moves the last bits of logps
     assert read_table(tmp_path / "one", TRAJECTORY).sort_by("row_id").select(sampled).equals(table.select(sampled))
 
@@ -232,3 +234,28 @@ def test_files_of_a_table_are_scored_side_by_side(tmp_path: Path) -> None:
     done = run_parts(file_parts(paths), partial(Scorer, ScoreConfig(scorer="gsm8k")), tmp_path / "out", TWO, "score")
     assert sum(part["rows"] for part in done) == 3
     assert read_table(tmp_path / "out", TRAJECTORY)["reward"].to_pylist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Path) -> None:
+    from dtrpo_ray.config import Job
+    from dtrpo_ray.pipeline import River
+    from dtrpo_ray.stages import Store
+
+    rows = [{"prompt": row["prompt"], "answer": "1"} for row in sudoku_prompts(5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections: dict[str, Any] = {
+        "task": {"type": "prompts", "files": [str(tmp_path / "prompts.jsonl")]},
+        "model": {"path": policy},
+        "rollout": {"num_samples": 2, "batch_size": 4, "denoising_steps": [1]},
+        "score": {"scorer": "gsm8k"},
+    }
+    job = Job.model_validate({"name": "prompts", "storage": tmp_path / "runs", "rounds": 2, **sections})
+    scored = River(job, Store(job.storage)).scored(1)
+    table = read_table(scored.path / "table", TRAJECTORY)
+    assert scored.summary["trajectories"] == len(table) == 10
+    assert set(table["reward"].to_pylist()) <= {0.0, 1.0}
+    assert {row_id[:3] for row_id in table["row_id"].to_pylist()} == {"r1-"}
+    job = job.model_copy(update={"rollout": job.rollout and job.rollout.model_copy(update={"block_length": 8})})
+    with pytest.raises(ConfigError, match=r"rollout\.block_length = 8, but this model was trained on blocks of 4"):
+        River(job, Store(job.storage)).scored(1)
