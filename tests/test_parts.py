@@ -5,6 +5,7 @@ Workers import this file: transformers, which takes them seconds, is imported wh
 
 import json
 import os
+import re
 import signal
 from contextlib import suppress
 from dataclasses import replace
@@ -50,12 +51,16 @@ def tries(out: Path) -> list[int]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_bad_part_is_named_and_the_next_run_does_what_is_left(tmp_path: Path) -> None:
+def test_a_bad_part_is_named_and_the_next_run_does_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dtrpo_ray.parts.PLAIN_SECONDS", 0)
     with pytest.raises(DataError, match=f"2: {TRIES} workers died on it"):
         squares(tmp_path, mortal=True)
     assert tries(tmp_path).count(2) == TRIES
     assert squares(tmp_path) == [0, 1, 4, 9]
     assert [tries(tmp_path).count(part) for part in (0, 1, 2)] == [1, 1, TRIES + 1]
+    assert re.search(r"squares: part 1/\d  \S+ rows/s  \d+ s left", capsys.readouterr().err)
     before = tries(tmp_path)
     assert squares(tmp_path) == [0, 1, 4, 9]
     assert tries(tmp_path) == before  # all is done: no worker starts
