@@ -17,16 +17,11 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from dtrpo_ray.generation import Remasking
+from dtrpo_ray.generation import SCHEDULES, Remasking
 
 MAX_CHOICES = 64  # sequences one request may decode: prompts times n
 MAX_ALTERNATIVES = 20  # log-probabilities of other tokens, for each place
 UNSUPPORTED = "unsupported_parameter"
-SCHEDULES: dict[str, Remasking] = {  # the field that says how much -> the policy it is for
-    "threshold": "low_confidence_dynamic",
-    "tokens_per_step": "low_confidence_top_k",
-    "entropy_bound": "entropy_bounded",
-}
 
 
 class _Only:

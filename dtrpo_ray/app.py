@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from dtrpo_ray import api
 from dtrpo_ray.answers import Choice
 from dtrpo_ray.config import ServeConfig
-from dtrpo_ray.engine import Engine
+from dtrpo_ray.engine import Engine, misfit
 from dtrpo_ray.gate import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, short
 from dtrpo_ray.generation import Event, SamplingParams
 from dtrpo_ray.monitor import Monitor
@@ -261,18 +261,12 @@ class Service:
 
     def _check(self, body: api.CompletionRequest | api.ChatRequest, hosted: Hosted) -> None:
         model = hosted.engine.model
-        size = model.block_size if body.block_length is None else body.block_length
-        if model.attention == "block" and size != model.block_size:
-            only = f"block_length = {size}, but this model was trained on blocks of {model.block_size}; leave it out"
-            raise refusal(400, only, "block_length")
-        if size > hosted.engine.context_tokens:
+        counts = {"steps": body.steps, "tokens_per_step": body.tokens_per_step}
+        if problem := misfit(model, body.block_length, body.small_block_size, **counts):
+            field, message = problem
+            raise refusal(400, message, field)
+        if (size := body.block_length or model.block_size) > hosted.engine.context_tokens:
             raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
-        if body.small_block_size is not None and size % body.small_block_size:
-            refused = f"small_block_size = {body.small_block_size} does not divide the block of {size} tokens"
-            raise refusal(400, f"{refused}; give one that does", "small_block_size")
-        for name, value in (("steps", body.steps), ("tokens_per_step", body.tokens_per_step)):
-            if value is not None and value > size:
-                raise refusal(400, f"{name} = {value} exceeds the model's block of {size} tokens; ask for fewer", name)
 
     def _params(self, body: api.CompletionRequest | api.ChatRequest, limit: int) -> SamplingParams:
         return SamplingParams(

@@ -215,7 +215,7 @@ def check(
         for file in getattr(parsed.task, "files", ()):
             from dtrpo_ray.checking import check_data
 
-            reports += check_data(file, max_tokens)
+            reports += check_data(file, max_tokens, kind=parsed.task.type)
         if not reports:
             counts = {"job": parsed.name, "task": parsed.task.type}
             result(counts, as_json, f"{source}: valid. " + json.dumps(counts))

@@ -74,7 +74,7 @@ class TrajectoriesTask(_FilesTask):
 
 
 class PromptsTask(_FilesTask):
-    """Prompts from files, answered by an ordinary language model ([drafts]): no rollout and no accuracy."""
+    """Prompts from files, answered by the model itself ([rollout]) or by an ordinary one ([drafts]): no accuracy."""
 
     type: Literal["prompts"]
 
@@ -261,15 +261,42 @@ class RolloutConfig(_Section):
     """Decoding of training prompts into recorded trajectories."""
 
     num_prompts: int = Field(2500, ge=1)
-    """Fresh prompts per round."""
+    """Fresh puzzles per round; of a task of type "prompts" every prompt is decoded, up to `task.max_rows`."""
     num_samples: int = Field(8, ge=2)
     """Samples per prompt."""
     temperature: float = Field(1.0, gt=0)
     denoising_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((2,), min_length=1)
     """Denoising steps per block; samples of a prompt go through the list in turn."""
+    threshold: float | None = Field(None, gt=0, lt=1)
+    """Instead of `denoising_steps`: each step unmasks every token more probable than this."""
+    tokens_per_step: int | None = Field(None, ge=1)
+    """Instead of `denoising_steps`: each step unmasks this many tokens, the most probable."""
+    entropy_bound: float | None = Field(None, ge=0)
+    """Instead of `denoising_steps`: nats of entropy within which tokens are unmasked together (EB-Sampler)."""
+    remasking: Literal["low_confidence_static", "sequential"] = "low_confidence_static"
+    """With `denoising_steps`: which tokens a step unmasks, the most probable or the leftmost."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = Field(0, ge=0)
+    """Sample from this many tokens; 0 is all."""
+    block_length: int | None = Field(None, ge=1)
+    """Tokens of a block, for a full-attention model; others have their own."""
+    small_block_size: int | None = Field(None, ge=1)
+    """Tokens of a sub-block; those of a block are unmasked in turn. Absent: as the model's release does."""
     batch_size: int = Field(256, ge=1)
     """Sequences decoded side by side by one actor."""
     max_new_tokens: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> "RolloutConfig":
+        ways = [name for name in ("threshold", "tokens_per_step", "entropy_bound") if getattr(self, name) is not None]
+        ways += ["denoising_steps"] if "denoising_steps" in self.model_fields_set else []
+        if len(ways) > 1:
+            listed = " and ".join(f"{name} = {getattr(self, name)}" for name in ways)
+            raise ValueError(f"{listed} exclude each other; give one")
+        if self.remasking == "sequential" and ways and ways != ["denoising_steps"]:
+            raise ValueError(f"remasking = 'sequential' goes with denoising_steps; {ways[0]} has a policy of its own")
+        return self
 
 
 class _LanguageModel(_Section):
@@ -434,7 +461,7 @@ class ClusterConfig(_Section):
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
     """Ray Train workers; [fewest, most]: as many as the cluster has, changing when nodes come and go."""
     num_actors: int = Field(2, ge=1)
-    """Actors that decode (rollout, evaluation, drafts) and that do the parts of prepare and score."""
+    """Actors that do the parts of prepare, rollout, drafts, score, ref-logps and evaluation."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: one GPU a worker if the cluster has any."""
     max_failures: int = Field(3, ge=0)
@@ -474,11 +501,11 @@ class Job(_Section):
     sft: SFTConfig | None = None
     """Trains model.init; absent: the initialised or given model is the base as it is."""
     rollout: RolloutConfig | None = None
-    """Absent for tasks that bring their own pairs."""
+    """Decodes puzzles, or the prompts of a task of type "prompts"; absent for tasks that bring their own pairs."""
     drafts: DraftsConfig | None = None
     """Answers the prompts of a task of type "prompts"."""
     score: ScoreConfig | None = None
-    """Scores imported trajectories and drafts; the puzzles score what they decode themselves."""
+    """Scores imported trajectories, drafts and rollouts of prompts; the puzzles score what they decode themselves."""
     pair: PairConfig = PairConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig | None = EvalConfig()
@@ -525,20 +552,36 @@ class Job(_Section):
 
     def _fits_files(self) -> None:
         kind = f"task.type = {self.task.type!r}"
-        if self.rollout or self.sft or self.rounds > 1:
-            raise ValueError(f"{kind} brings its pairs: remove [rollout], [sft] and rounds")
+        if self.task.type == "prompts":
+            self._fits_prompts(self.task.max_response_tokens)
+        elif self.rollout or self.drafts:
+            raise ValueError(f"{kind} brings its responses: remove [rollout] and [drafts]")
+        if self.sft or (self.rounds > 1 and not self.rollout):
+            raise ValueError(f"{kind} has neither examples nor puzzles to make: remove [sft] and rounds")
         if self.train.keep_best == "accuracy":
             raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
         if self.model.init and self.model.tokenizer is None:
             raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
-        if (self.task.type == "prompts") != (self.drafts is not None):
-            raise ValueError(f"{kind}: task.type = 'prompts' and [drafts], which answers them, go together")
-        if self.task.type == "trajectories":
+        if self.task.type == "trajectories" or self.rollout:
             return
         if self.score and self.task.type == "preferences":
             raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
         if self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
             raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")
+
+    def _fits_prompts(self, longest: int) -> None:
+        if (self.rollout is None) == (self.drafts is None):
+            raise ValueError("task.type = 'prompts': give [rollout] or [drafts], one of which answers them")
+        if self.rollout is None:
+            return
+        if self.score is None:
+            raise ValueError("task.type = 'prompts' has no scorer of its own: add a [score] section to [rollout]")
+        if "num_prompts" in self.rollout.model_fields_set:
+            raise ValueError("rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read")
+        if self.rollout.max_new_tokens > longest:
+            raise ValueError(
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} exceeds task.max_response_tokens = {longest}"
+            )
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:

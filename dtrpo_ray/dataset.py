@@ -7,6 +7,7 @@ the object store (which spills to disk) and cut into one exact piece a rank: Ray
 blocks first come, first served, which would tie a batch to timing.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,16 @@ from dtrpo_ray.trajectory import row_generator
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which row stands where: ordinal -> (epoch, row number), and the number of optimizer steps."""
+    """Which row stands where: ordinal -> (epoch, row number), and the number of optimizer steps.
+
+    Two plans of one `digest` read the same rows, by their ids, in the same optimizer steps.
+    """
 
     epoch: np.ndarray
     row: np.ndarray
     weight: np.ndarray
     num_steps: int
+    digest: str
 
 
 def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
@@ -42,7 +47,10 @@ def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
     real = min(total, len(rows))
     fill = np.resize(rows[:real], total)
     weight = (np.arange(total) < real).astype(np.float64)
-    return Plan(np.resize(epochs[:real], total), fill, weight, num_steps)
+    digest = hashlib.sha256(f"{config.global_batch} {num_steps}".encode())
+    for row in rows[:real]:
+        digest.update(f"\n{row_ids[row]}".encode())
+    return Plan(np.resize(epochs[:real], total), fill, weight, num_steps, digest.hexdigest()[:16])
 
 
 def _epoch_order(row_ids: list[str], seed: int, epoch: int) -> np.ndarray:
@@ -52,8 +60,8 @@ def _epoch_order(row_ids: list[str], seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> tuple[list[ray.data.Dataset], int]:
-    """One materialised dataset a rank, and the number of optimizer steps."""
+def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> tuple[list[ray.data.Dataset], Plan]:
+    """One materialised dataset a rank, and their plan."""
     files = sorted(str(p) for p in table_dir.glob("*.parquet"))
     ids = pq.read_table(files, columns=["row_id"])["row_id"].to_pylist()
     plan = make_plan(ids, config, seed)
@@ -83,7 +91,7 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
 
     ordered = ray.data.read_parquet(files).map_batches(place, batch_format="pyarrow").sort("place").materialize()
     cuts = [plan.num_steps * per_rank * r for r in range(1, num_workers)]
-    return ordered.split_at_indices(cuts) if cuts else [ordered], plan.num_steps
+    return ordered.split_at_indices(cuts) if cuts else [ordered], plan
 
 
 def rank_batches(

@@ -19,6 +19,23 @@ from dtrpo_ray.tokenizer import encode_prompt, eos_token_id, load_tokenizer, mas
 DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 
 
+def misfit(
+    model: DiffusionLM, block_length: int | None, small_block_size: int | None, **counts: int | None
+) -> tuple[str, str] | None:
+    """(field, message) of a setting that the model's blocks do not allow; `counts` are tokens or steps of a block."""
+    size = block_length or model.block_size
+    if model.attention == "block" and size != model.block_size:
+        only = f"this model was trained on blocks of {model.block_size}; leave it out"
+        return "block_length", f"block_length = {size}, but {only}"
+    if small_block_size is not None and size % small_block_size:
+        refused = f"small_block_size = {small_block_size} does not divide the block of {size} tokens"
+        return "small_block_size", f"{refused}; give one that does"
+    for name, value in counts.items():
+        if value is not None and value > size:
+            return name, f"{name} = {value} exceeds the model's block of {size} tokens; ask for fewer"
+    return None
+
+
 class Engine:
     """A model, its tokenizer and the device they decode on."""
 

@@ -6,6 +6,11 @@ from typing import Literal
 Remasking = Literal[
     "low_confidence_static", "low_confidence_dynamic", "low_confidence_top_k", "entropy_bounded", "sequential"
 ]
+SCHEDULES: dict[str, Remasking] = {  # the field that says how much -> the policy it is for
+    "threshold": "low_confidence_dynamic",
+    "tokens_per_step": "low_confidence_top_k",
+    "entropy_bound": "entropy_bounded",
+}
 ENGINE_NAME = "dtrpo_ray.sampler/2"  # raise the number when decoding changes what a seed gives
 
 Alternatives = list[tuple[int, float]]  # (id, log mu), most probable first

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow.compute as pc
 
 from dtrpo_ray.config import PairConfig
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.records import CONTRACT_VERSION, PREFERENCE
+from dtrpo_ray.records import CONTRACT_VERSION, PREFERENCE, TRAJECTORY
+from dtrpo_ray.tables import TablePart, write_whole
 
 _COMPARED = 1 << 24  # ids compared at once
 
@@ -18,6 +20,21 @@ _COMPARED = 1 << 24  # ids compared at once
 SAME_PROMPT = ("prompt_ids", "mask_id", "block_size", "block_origin", "tokenizer_hash", "reward_source")
 SHARED = (*SAME_PROMPT, "prompt_id", "model_hash", "data_hash")
 _SIDE = {"ids": "response_ids", "steps": "steps", "types": "types", "reward": "reward"}
+
+
+class Pairer:
+    """Pairs the responses of a part, which holds whole prompts, into a file of the part's name, if there are pairs."""
+
+    def __init__(self, config: PairConfig) -> None:
+        self.config = config
+
+    def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
+        """Pair one part. Raises DataError as `make_pairs` does, or naming a row that breaks a rule."""
+        table = part.read(TRAJECTORY)
+        pairs = make_pairs(table, self.config)
+        if len(pairs):
+            write_whole(pairs, out / part.name)
+        return {"rows": len(table), "pairs": len(pairs), "unscored": table["reward"].null_count}
 
 
 def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:

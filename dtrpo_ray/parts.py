@@ -21,6 +21,7 @@ from dtrpo_ray.stages import read_json, write_json
 
 DONE = "done"  # the folder of summaries, and of a dot for each try of a part
 TRIES = 3  # of a part whose workers die
+PLAIN_SECONDS = 30  # between lines of progress where there is no terminal
 
 Worker = Callable[[Any, Path], dict[str, Any]]
 """(part, folder) -> {"rows": how many it read, ...}; what it writes it may write again."""
@@ -66,16 +67,24 @@ def run_parts(
     """
     (out / DONE).mkdir(parents=True, exist_ok=True)
     left = [number for number in range(len(parts)) if not _summary(out, number).exists()]
+    for file in out.glob("*.partial"):  # of workers that were killed
+        file.unlink()
     for number in left:
         _tries(out, number).unlink(missing_ok=True)
-    began, rows = time.perf_counter(), 0
+    began = told = time.perf_counter()
+    rows = 0
     with bar() as progress:
         task = progress.add_task(label, total=len(left), note="", visible=console.is_terminal)
-        for row in _results(left, make, parts, out, cluster, gpu and uses_gpu(cluster)):
+        results = _results(left, make, parts, out, cluster, gpu and uses_gpu(cluster))
+        for done, row in enumerate(results, 1):
             if row["error"] is not None:
                 raise DataError(row["error"])
-            rows += row["rows"]
-            progress.update(task, advance=1, note=f"{rows / (time.perf_counter() - began):,.0f} rows/s")
+            rows, now = rows + row["rows"], time.perf_counter()
+            speed = f"{rows / (now - began):,.0f} rows/s"
+            progress.update(task, advance=1, note=speed)
+            if not console.is_terminal and now - told > PLAIN_SECONDS:
+                told, wait = now, (now - began) / done * (len(left) - done)
+                console.print(f"{label}: part {done}/{len(left)}  {speed}  {wait:.0f} s left", highlight=False)
     seconds = time.perf_counter() - began
     kept = f", {len(parts) - len(left)} part(s) were done before" if len(left) < len(parts) else ""
     console.print(f"{label}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s){kept}", highlight=False)

@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,30 +15,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrpo_ray import evaluation, prepare, trainer, validation
-from dtrpo_ray.config import CountdownTask, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
+from dtrpo_ray.config import CountdownTask, DraftsConfig, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
 from dtrpo_ray.drafts import Drafter
 from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.importers.files import data_files, sha256_uri
 from dtrpo_ray.llm import require_vllm
 from dtrpo_ray.lora import target_modules
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
-from dtrpo_ray.pairs import make_pairs
+from dtrpo_ray.pairs import Pairer
 from dtrpo_ray.parts import run_parts
 from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
-from dtrpo_ray.ref_logps import write_reference_logps
-from dtrpo_ray.rollout import DecodeJob, decode_to_folder, decode_to_table
-from dtrpo_ray.scoring import Scorer, prompt_parts
+from dtrpo_ray.ref_logps import ReferenceScorer, drawn_parts
+from dtrpo_ray.rollout import (
+    Asked,
+    DecodeJob,
+    FileRecorder,
+    Recorder,
+    prompts_parts,
+    require_fit,
+    sampling_params,
+)
+from dtrpo_ray.scoring import Scorer
 from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
 from dtrpo_ray.tables import (
     QUARANTINE,
+    SHARD_ROWS,
     count_lines,
+    file_parts,
+    prompt_parts,
     read_manifest,
     read_table,
     table_files,
     write_manifest,
-    write_shards,
 )
 from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 
@@ -134,27 +144,25 @@ class River:
     def trajectories(self, number: int) -> Stage:
         """The recorded trajectories of a round, decoded by the policy that enters it, or those of the job's files.
 
-        Of a file of prompts they are drafts.
+        Of a file of prompts they are this policy's, or drafts of an ordinary language model.
         """
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
-        if job.task.type in ("trajectories", "prompts"):
-            return self._imported("drafts" if job.drafts else "trajectories", TRAJECTORY)
+        if job.drafts:
+            return self._imported("drafts", "drafts", TRAJECTORY, self._drafts(job.drafts))
+        if job.task.type == "prompts" and config:
+            return self._imported(f"rollout-{number}", "trajectories", TRAJECTORY, self._rollout(config, number))
+        if job.task.type == "trajectories":
+            return self._imported("trajectories", "trajectories", TRAJECTORY)
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
         inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": job.seed, "round": number}
         inputs["task"] = job.task.model_dump(mode="json", exclude={"public_tests"})
 
         def make(out: Path) -> dict[str, Any]:
-            shutil.rmtree(out / TABLE, ignore_errors=True)  # a cut-off attempt
-            prompts = self._rollout_prompts(config, number)
-            decode = self._decode_job(policy, config.max_new_tokens, config.temperature)
-            decode_to_folder(prompts, decode, job.cluster, config.batch_size, out / TABLE)
-            table = read_table(out / TABLE, TRAJECTORY)
-            if len(table) != len(prompts):
-                raise DataError(
-                    f"{out}: {len(table)} trajectories of {len(prompts)} prompts; run it again with --fresh"
-                )
-            return {"trajectories": len(table), "mean_reward": float(table["reward"].to_numpy().mean())}
+            require_fit(policy.path, config)
+            prompts, params = self._rollout_prompts(config, number), sampling_params(config)
+            done = self._record(prompts, policy, params, config.batch_size, out, f"rollout-{number}")
+            return {"trajectories": len(prompts), **_rewards(done, out)}
 
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -168,13 +176,23 @@ class River:
                 "prompt": puzzle["prompt"],
                 "denoising_steps": config.denoising_steps[sample % len(config.denoising_steps)],
             }
-            for sample in range(config.num_samples)
             for i, puzzle in enumerate(puzzles)
+            for sample in range(config.num_samples)
         ]
 
-    def _decode_job(self, model: ModelRef, max_new_tokens: int, temperature: float) -> DecodeJob:
+    def _record(
+        self, prompts: list[Asked], model: ModelRef, params: SamplingParams, batch_size: int, out: Path, label: str
+    ) -> list[dict[str, Any]]:
+        """Decode and score prompts of the puzzle into a table; returns what is said of its parts."""
         scorer = f"{prepare.PUZZLES[self.job.task.type]}:score"
-        return DecodeJob(model.path, model.digest, max_new_tokens, temperature, scorer, self.job.seed)
+        decode = DecodeJob(model.path.resolve(), model.digest, params, batch_size, self.job.seed, scorer)
+        data_hash = sha256_json([row["prompt"] for row in prompts])
+        (out / TABLE).mkdir(exist_ok=True)
+        parts = prompts_parts([{**row, "data_hash": data_hash} for row in prompts], batch_size)
+        recorder = partial(Recorder, decode, self.job.cluster.num_actors)
+        done = run_parts(parts, recorder, out / TABLE, self.job.cluster, label, gpu=True)
+        write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
+        return done
 
     def scored(self, number: int) -> Stage:
         """The trajectories of a round with their rewards: a puzzle's own, or those that [score] gives."""
@@ -192,7 +210,7 @@ class River:
                 require_vllm("score.judge")
             (out / TABLE).mkdir(exist_ok=True)
             files = [file.resolve() for file in table_files(trajectories.path / TABLE)]
-            parts = prompt_parts(files, config.judge.batch_size) if config.judge else files
+            parts = prompt_parts(files, config.judge.batch_size) if config.judge else file_parts(files)
             scorer = partial(Scorer, config)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
@@ -205,19 +223,19 @@ class River:
         """The preference pairs of a round: from its scored trajectories, or from the job's files."""
         job = self.job
         if job.task.type == "preferences":
-            return self._imported("pairs", PREFERENCE)
+            return self._imported("pairs", "pairs", PREFERENCE)
         trajectories = self.scored(number)
         inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
         def make(out: Path) -> dict[str, Any]:
-            rows = read_table(trajectories.path / TABLE, TRAJECTORY)
-            table = make_pairs(rows, job.pair)
-            if not len(table):
-                raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
             (out / TABLE).mkdir(exist_ok=True)
-            write_shards(table, out / TABLE)
-            unscored = rows["reward"].null_count
-            return {"pairs": len(table), **({"unscored": unscored} if unscored else {})}
+            parts = prompt_parts([file.resolve() for file in table_files(trajectories.path / TABLE)], SHARD_ROWS)
+            done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
+            made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
+            if not made:
+                raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
+            write_manifest(out / TABLE, PREFERENCE, rows=made)
+            return {"pairs": made, **({"unscored": unscored} if unscored else {})}
 
         return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -228,34 +246,43 @@ class River:
             raise ConfigError(f"task.type = {self.job.task.type!r} has no files to prepare; its stages make their own")
         return self.pairs(1) if self.job.task.type == "preferences" else self.trajectories(1)
 
-    def _imported(self, name: str, schema: pa.Schema) -> Stage:
+    def _drafts(self, config: DraftsConfig) -> "_Answers":
+        digest = sha256_json(_hashes(config.model))
+        inputs = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
+        drafter = partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
+        return _Answers(inputs, drafter, config.batch_size, partial(require_vllm, "drafts"))
+
+    def _rollout(self, config: RolloutConfig, number: int) -> "_Answers":
+        policy, seed = self.policy(number - 1), self.job.seed
+        inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": seed, "round": number}
+        decode = DecodeJob(policy.path.resolve(), policy.digest, sampling_params(config), config.batch_size, seed)
+        recorder = partial(FileRecorder, job=decode, config=config, number=number, sharers=self.job.cluster.num_actors)
+        rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
+        return _Answers(inputs, recorder, max(1, rows), partial(require_fit, policy.path, config))
+
+    def _imported(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
         job, task = self.job, self.job.task
         assert isinstance(task, FilesTask)
         hashes = {file: sha256_uri(file) for where in task.files for file in data_files(where)}
         inputs: dict[str, Any] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base.digest}
-        drafts, drafter = job.drafts, ""
-        if drafts:
-            drafter = sha256_json(_hashes(drafts.model))
-            inputs |= {"drafts": drafts.model_dump(mode="json"), "drafter": drafter, "seed": job.seed}
+        inputs |= answers.inputs if answers else {}
 
         def make(out: Path) -> dict[str, Any]:
-            if drafts:
-                require_vllm("drafts")
+            if answers:
+                answers.require()
             (out / TABLE).mkdir(exist_ok=True)
             model = skeleton_of(self.base.path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
             known = (task, self.base.path.resolve(), grid, hashes)
-            importer: Callable[[], Any] = partial(prepare.Importer, *known)
-            if drafts:
-                importer = partial(Drafter, *known, drafts, drafter, job.seed)
-            parts = prepare.import_parts(task, drafts.batch_size if drafts else None)
-            label = "drafts" if drafts else "prepare"
-            done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=drafts is not None)
+            importer = partial(answers.importer if answers else prepare.Importer, *known)
+            parts = prepare.import_parts(task, answers.part_rows if answers else None)
+            label = name if answers else "prepare"
+            done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
             counts = prepare.finish_import(done, schema, out / TABLE)
             console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
-            return {name: (read_manifest(out / TABLE) or {})["rows"], **counts}
+            return {noun: (read_manifest(out / TABLE) or {})["rows"], **counts}
 
         return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
 
@@ -275,10 +302,13 @@ class River:
         inputs |= {"table": pairs.digest}
 
         def make(out: Path) -> dict[str, Any]:
-            shutil.rmtree(out / REF_LOGPS, ignore_errors=True)  # a cut-off attempt
-            base, table, cluster = reference.path, pairs.path / TABLE, self.job.cluster
-            made = write_reference_logps(base, reference.digest, table, config, seed, cluster, out / REF_LOGPS)
-            return {"values": made}
+            cluster, files = self.job.cluster, [file.resolve() for file in table_files(pairs.path / TABLE)]
+            (out / REF_LOGPS).mkdir(exist_ok=True)
+            parts = drawn_parts(files, config, seed)
+            known = (reference.path.resolve(), config, seed, reference.digest, cluster.num_actors)
+            scorer = partial(ReferenceScorer, *known)
+            done = run_parts(parts, scorer, out / REF_LOGPS, cluster, f"ref-{number}", gpu=True)
+            return {"values": sum(part["values"] for part in done)}
 
         return self._stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
@@ -313,7 +343,8 @@ class River:
         """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
         job, tokenizer = self.job, load_tokenizer(base.path)
         if not job.is_puzzle:
-            ids = pq.read_table(table.path / TABLE, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
+            files = table_files(table.path / TABLE)  # beside what an import leaves in the folder
+            ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
             prompts = [{"prompt": str(tokenizer.decode(row)), "prompt_ids": row} for row in ids]
             validation.write_questions(prompts, None, out)
             return
@@ -353,9 +384,9 @@ class River:
                 for title, rows in sets.items()
                 for i, row in enumerate(rows)
             ]
-            decode = self._decode_job(model, config.max_new_tokens, config.temperature)
-            done = decode_to_table(prompts, decode, job.cluster, config.batch_size)
-            pq.write_table(done, out / "trajectories.parquet")
+            params = SamplingParams(config.max_new_tokens, 1, config.temperature)
+            self._record(prompts, model, params, config.batch_size, out, f"eval-{name}")
+            done = read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
             record = evaluation.summarise(done, answers, config, load_tokenizer(model.path))
             (out / "eval.json").write_text(json.dumps(record))
@@ -384,6 +415,19 @@ class River:
     def lineage(self) -> list[dict[str, Any]]:
         """Every stage asked for so far, once, as rows for a report."""
         return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """Who answers a file's prompts: what more the stage depends on, the importer, and how many prompts a part has.
+
+    `require` raises what should be said before any actor starts.
+    """
+
+    inputs: dict[str, Any]
+    importer: Callable[..., prepare.Importer]
+    part_rows: int
+    require: Callable[[], None]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

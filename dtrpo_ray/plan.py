@@ -68,12 +68,13 @@ def plan(job: Job) -> dict[str, Any]:
         bounds = (Shape.of(job), *row_bounds(job, pair=False))
         stages["base"] = training(job.sft, workers, count, job.sft.num_examples, bounds)
         stages["base"] |= measured(job.storage, "base", job.sft, stages["base"]["optimizer_steps"])
+    prompts = job.task.max_rows if isinstance(job.task, FilesTask) else job.rollout and job.rollout.num_prompts
     if job.rollout:
-        made = job.rollout.num_prompts * job.rollout.num_samples
+        made = prompts and prompts * job.rollout.num_samples
         stages["rollout"] = {"trajectories": made, "rounds": job.rounds, "actors": job.cluster.num_actors}
     rows = None
-    if job.rollout:  # pairs are made within a setting
-        rows = job.rollout.num_prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
+    if job.rollout and prompts:  # pairs are made within a setting
+        rows = prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
     bounds = (Shape.of(job), *row_bounds(job, job.train.objective.type != "sft"))
     stages["train"] = {**training(job.train, workers, count, rows, bounds), "rounds": job.rounds}
     stages["train"] |= measured(job.storage, "train-1", job.train, stages["train"]["optimizer_steps"])

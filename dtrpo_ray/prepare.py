@@ -23,7 +23,15 @@ from dtrpo_ray.importers.files import Shard, data_files, first_rows, plan_shards
 from dtrpo_ray.importers.tokenize import JOIN, Target, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.stages import read_json, write_json
-from dtrpo_ray.tables import QUARANTINE, Rejected, quarantine_lines, write_manifest, write_quarantine, write_shards
+from dtrpo_ray.tables import (
+    QUARANTINE,
+    Rejected,
+    quarantine_lines,
+    write_manifest,
+    write_quarantine,
+    write_shards,
+    write_whole,
+)
 from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
@@ -166,7 +174,7 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
         if len(table) == entry["rows"]:
             keep = np.ones(len(table), dtype=bool)
             keep[[row for row, _, _ in entry["refused"]]] = False
-            _write_whole(table.filter(pa.array(keep)), out / name)
+            write_whole(table.filter(pa.array(keep)), out / name)
     repeated = [
         Rejected(where, "duplicate row", f"the same as {first}")
         for entry in doomed.values()
@@ -224,10 +232,4 @@ def write_buckets(table: pa.Table, out: Path, name: str) -> None:
     tokens = pc.list_value_length(table["prompt_ids"]).to_numpy() + np.max(lengths, axis=0, initial=0)
     bucket = 2 ** np.ceil(np.log2(np.maximum(tokens, 1))).astype(np.int64)
     for size in np.unique(bucket):
-        _write_whole(table.filter(pa.array(bucket == size)), out / f"{name}-{size:05d}.parquet")
-
-
-def _write_whole(table: pa.Table, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+        write_whole(table.filter(pa.array(bucket == size)), out / f"{name}-{size:05d}.parquet")

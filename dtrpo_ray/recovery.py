@@ -110,6 +110,23 @@ def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
     return None
 
 
+def require_plan(found: Found | None, digest: str) -> None:
+    """Raise CheckpointError for a checkpoint whose rows were read by another plan: going on would repeat and skip."""
+    if found is None or "plan" not in found.facts:  # nothing to go on from, or written before there was one
+        return
+    plan = found.facts["plan"]
+    if plan["digest"] != digest:
+        raise CheckpointError(
+            f"{found.place.path}: its {sum(plan['consumed'])} rows were read in the order {plan['digest']}, this run's "
+            f"is {digest}: the table or the batches have changed; put the table back, or train anew with --fresh"
+        )
+
+
+def consumed(step: int, rows: int, config: TrainConfig) -> list[int]:
+    """Rows of each epoch of `rows` rows that the first `step` optimizer steps read."""
+    return [min(max(step * config.global_batch - epoch * rows, 0), rows) for epoch in range(config.num_epochs)]
+
+
 def attempt_number(root: str) -> int:
     """One more than any attempt that has left a checkpoint here; 0 for the first. A collective."""
     number = 0
@@ -174,6 +191,8 @@ class Saver:
         self.backend.save(folder, {"step": step})
         facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
         facts |= {name: self.settings[name] for name in ("label", "base", "identity", "config", "seed")}
+        plan = self.settings["plan"]
+        facts["plan"] = {"digest": plan["digest"], "consumed": consumed(step, plan["rows"], self.config)}
         facts["metrics"] = self.metrics
         self.uploaded.clear()
         ray.train.report(

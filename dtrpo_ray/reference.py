@@ -96,7 +96,7 @@ class ReferenceCache:
     def load(cls, path: Path, seed: int, reference: str) -> "ReferenceCache":
         """Read a cache. Raises DataError if it is missing, or of another seed or `reference_key`."""
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(sorted(path.glob("*.parquet")) if path.is_dir() else path)
         except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: no readable cache of reference log-probs ({error}); {REMEDY}") from None
         if table.schema.names != SCHEMA.names:

@@ -1,82 +1,119 @@
-"""Ray Data shell: prompts -> decoded, scored responses by a pool of actors that hold the engine.
+"""Prompts -> decoded responses as rows of trajectory/v1: the workers of a part, which hold the engine.
 
-A prompt row has `row_id`, `prompt_id`, `prompt` and `denoising_steps`; what comes back is the table trajectory/v1.
-A response's seed comes from (seed, row id), so batches and actors change nothing.
+A response's seed comes from (seed, row id), so parts, batches and actors change nothing.
 """
 
 import pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 import torch
 
-from dtrpo_ray.config import ClusterConfig
-from dtrpo_ray.engine import Engine
-from dtrpo_ray.generation import ENGINE_NAME, Generation, SamplingParams
+from dtrpo_ray.config import FilesTask, RolloutConfig
+from dtrpo_ray.engine import Engine, misfit
+from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.generation import ENGINE_NAME, SCHEDULES, Generation, SamplingParams
+from dtrpo_ray.importers.files import Refusal
+from dtrpo_ray.importers.prompts import PromptRow
+from dtrpo_ray.importers.tokenize import Target, checked, content_id, ids_to_answer, prompt_text
+from dtrpo_ray.models.registry import skeleton_of
+from dtrpo_ray.prepare import Importer
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
 from dtrpo_ray.rows import how_decoded, tokenizer_hash
-from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
-from dtrpo_ray.stages import sha256_json
-from dtrpo_ray.tables import write_manifest
+from dtrpo_ray.rules import check_table
+from dtrpo_ray.session import cpu_threads
+from dtrpo_ray.tables import Rejected, write_whole
 from dtrpo_ray.trajectory import row_generator
+
+Asked = dict[str, Any]
+"""A response to decode: row_id, prompt_id, prompt (text or messages), denoising_steps; and perhaps prompt_ids, answer,
+origin and data_hash."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """One pass over prompts: with which model, how, and who scores; `scorer` is "module:function"."""
+    """One pass over prompts: with which model, how, and who scores ("module:function") or nobody.
+
+    Denoising steps are each row's own; rows of as many are decoded `batch_size` at a time.
+    """
 
     model: Path
     model_hash: str
-    max_new_tokens: int
-    temperature: float
-    scorer: str
+    params: SamplingParams
+    batch_size: int
     seed: int
+    scorer: str | None = None
 
 
-class _Decoder:
-    """An actor of the pool: loads the engine once, then decodes and scores batches of prompts."""
+def sampling_params(config: RolloutConfig) -> SamplingParams:
+    """How a rollout decodes, but for the denoising steps."""
+    ways = {name: getattr(config, name) for name in SCHEDULES if getattr(config, name) is not None}
+    policy = next((SCHEDULES[name] for name in ways), config.remasking)
+    same = ("temperature", "top_p", "top_k", "block_length", "small_block_size")
+    given = {name: getattr(config, name) for name in same}
+    return SamplingParams(config.max_new_tokens, config.denoising_steps[0], remasking=policy, **ways, **given)
 
-    def __init__(self, job: DecodeJob, data_hash: str, sharers: int) -> None:
+
+def require_fit(model: Path, config: RolloutConfig) -> None:
+    """Raise ConfigError for a setting of [rollout] that the blocks of this model do not allow."""
+    scheduled = any(getattr(config, name) is not None for name in SCHEDULES)
+    counts = {"tokens_per_step": config.tokens_per_step}
+    counts["denoising_steps"] = None if scheduled else max(config.denoising_steps)
+    if problem := misfit(skeleton_of(model), config.block_length, config.small_block_size, **counts):
+        raise ConfigError(f"rollout.{problem[1]}")
+
+
+class Recorder:
+    """Loads the engine once, then decodes and scores parts of prompts, each into a file of the part's name."""
+
+    def __init__(self, job: DecodeJob, sharers: int) -> None:
         torch.set_num_threads(cpu_threads(sharers))
         self.job, self.engine = job, Engine.load(job.model)
         self.hashes = {"model_hash": job.model_hash, "tokenizer_hash": tokenizer_hash(self.engine.tokenizer)}
-        self.hashes["data_hash"] = data_hash
-        self.score = pkgutil.resolve_name(job.scorer)
+        self.score = pkgutil.resolve_name(job.scorer) if job.scorer else None
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
+    def __call__(self, part: "PromptsPart", out: Path) -> dict[str, Any]:
+        """Decode one part. Raises DataError if a row breaks a rule of its table."""
+        table = check_table(self.decode(part.rows), str(part))
+        write_whole(table, out / part.name)
+        rewards = table["reward"].drop_null().to_pylist()
+        return {"rows": len(table), "scored": len(rewards), "sum": sum(rewards)}
+
+    def decode(self, asked: Sequence[Asked]) -> pa.Table:
+        """A trajectory for each row, those of as many denoising steps together."""
         made: list[dict[str, Any]] = []
-        for steps in sorted({row["denoising_steps"] for row in rows}):
-            made += self._decode([row for row in rows if row["denoising_steps"] == steps], steps)
+        for steps in sorted({row["denoising_steps"] for row in asked}):
+            rows = [row for row in asked if row["denoising_steps"] == steps]
+            params = replace(self.job.params, denoising_steps=steps)
+            for start in range(0, len(rows), self.job.batch_size):
+                made += self._decode(rows[start : start + self.job.batch_size], params)
         return pa.Table.from_pylist(made, schema=TRAJECTORY)
 
-    def _decode(self, rows: list[dict[str, Any]], denoising_steps: int) -> list[dict[str, Any]]:
-        job = self.job
-        params = SamplingParams(job.max_new_tokens, denoising_steps, job.temperature)
-        prompts = [self.engine.encode(row["prompt"]) for row in rows]
-        seeds = [int(row_generator(job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
+    def _decode(self, rows: Sequence[Asked], params: SamplingParams) -> list[dict[str, Any]]:
+        prompts = [row.get("prompt_ids") or self.engine.encode(row["prompt"]) for row in rows]
+        seeds = [int(row_generator(self.job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
         done = self.engine.generate(prompts, params, seeds)
         whole = zip(rows, prompts, seeds, done, strict=True)
         return [self._trajectory(row, prompt, seed, params, generation) for row, prompt, seed, generation in whole]
 
     def _trajectory(
-        self, row: dict[str, Any], prompt: list[int], seed: int, params: SamplingParams, generation: Generation
+        self, row: Asked, prompt: list[int], seed: int, params: SamplingParams, generation: Generation
     ) -> dict[str, Any]:
         text = self.engine.decode(generation.text_ids)
         return {
             "contract_version": CONTRACT_VERSION,
-            **{name: row[name] for name in ("row_id", "prompt_id", "prompt")},
+            **{name: row.get(name) for name in ("row_id", "prompt_id", "origin", "answer", "data_hash")},
+            "prompt": prompt_text(row["prompt"], prompt, self.engine.tokenizer),
             "response": text,
             "prompt_ids": prompt,
             "response_ids": generation.ids,
             "steps": generation.steps,
             "logps": generation.logps,
             "num_forwards": generation.num_forwards,
-            "reward": self.score(row["prompt"], text),
+            "reward": self.score(row["prompt"], text) if self.score else None,
             "reward_source": self.job.scorer,
             **how_decoded(self.engine.model, params, len(prompt), generation.steps),
             "seed": seed,
@@ -85,41 +122,64 @@ class _Decoder:
         }
 
 
-def decode(
-    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int
-) -> ray.data.Dataset:
-    """A lazy dataset of trajectories, one for each prompt row."""
-    gpu = uses_gpu(cluster)
-    blocks = -(-len(prompts) // batch_size)
-    data_hash = sha256_json([row["prompt"] for row in prompts])
-    return (
-        ray.data.from_arrow(pa.Table.from_pylist(list(prompts)))
-        .repartition(blocks)
-        .map_batches(
-            _Decoder,
-            fn_constructor_kwargs={"job": job, "data_hash": data_hash, "sharers": cluster.num_actors},
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
-            num_cpus=1,
-            num_gpus=1 if gpu else 0,
-            runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
-        )
-    )
+@dataclass(frozen=True, slots=True)
+class PromptsPart:
+    """Some responses to decode, and the name of the file that they become."""
+
+    name: str
+    rows: list[Asked]
+
+    def __str__(self) -> str:
+        return f"prompts {self.rows[0]['row_id']} to {self.rows[-1]['row_id']}"
 
 
-def decode_to_table(
-    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int
-) -> pa.Table:
-    """Decode and gather on the driver: for evaluations, whose size is bounded."""
-    return pa.concat_tables(ray.get(decode(prompts, job, cluster, batch_size).to_arrow_refs()))
+def prompts_parts(asked: Sequence[Asked], batch_size: int) -> list[PromptsPart]:
+    """Rows in parts of about a batch for each number of denoising steps, which are decoded apart."""
+    size = batch_size * len({row["denoising_steps"] for row in asked})
+    chunks = [list(asked[start : start + size]) for start in range(0, len(asked), size)]
+    return [PromptsPart(f"part-{number:05d}.parquet", rows) for number, rows in enumerate(chunks)]
 
 
-def decode_to_folder(
-    prompts: Sequence[dict[str, Any]], job: DecodeJob, cluster: ClusterConfig, batch_size: int, out: Path
-) -> None:
-    """Decode and write Parquet files from the workers, named by their place alone: same rows, same files."""
-    decode(prompts, job, cluster, batch_size).write_parquet(str(out.resolve()))
-    for number, file in enumerate(sorted(out.glob("*.parquet"))):  # Ray's names are a random id, then the place
-        file.rename(out / f"part-{number:05d}.parquet")
-    write_manifest(out, TRAJECTORY)
+class FileRecorder(Importer):
+    """Decodes the prompts of a part of a file, several samples of each, in a round of a job."""
+
+    def __init__(
+        self,
+        task: FilesTask,
+        tokenizer: Path,
+        grid: dict[str, Any],
+        data_hashes: dict[str, str],
+        job: DecodeJob,
+        config: RolloutConfig,
+        number: int,
+        sharers: int,
+    ) -> None:
+        super().__init__(task, tokenizer, grid, data_hashes)
+        self.recorder, self.config, self.number = Recorder(job, sharers), config, number
+        engine = self.recorder.engine
+        size = config.block_length or engine.model.block_size
+        self.room = engine.context_tokens - -(-config.max_new_tokens // size) * size
+
+    def _tokenize(self, rows: list[PromptRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+        asked, refused, first_seen = list[Asked](), list[Rejected](), dict[str, str]()
+        for row in rows:
+            prompt_id = content_id(row.prompt)
+            try:
+                if (first := first_seen.setdefault(prompt_id, row.origin)) != row.origin:
+                    raise Refusal("duplicate row", f"the prompt of {first}")
+                ids = ids_to_answer(row.prompt, target)
+                if len(ids) > self.room:
+                    detail = f"{len(ids)} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
+                    raise Refusal("prompt too long", detail)
+            except Refusal as refusal:
+                refused.append(Rejected(row.origin, *refusal.args))
+                continue
+            same = {"prompt_id": prompt_id, "prompt": row.prompt, "prompt_ids": ids, "answer": row.answer}
+            asked += self._samples({**same, "data_hash": target.data_hash}, row.origin)
+        return checked(self.recorder.decode(asked), refused)
+
+    def _samples(self, same: Asked, origin: str) -> Iterator[Asked]:
+        steps = self.config.denoising_steps
+        for sample in range(self.config.num_samples):
+            names = {"row_id": f"r{self.number}-{same['prompt_id']}-{sample:02d}", "origin": f"{origin}#{sample + 1}"}
+            yield {**same, **names, "denoising_steps": steps[sample % len(steps)]}

@@ -4,13 +4,9 @@ responses to some prompts, in whatever files they are."""
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -19,41 +15,13 @@ from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.importers.tokenize import prompt_messages
 from dtrpo_ray.judge import Judge
 from dtrpo_ray.records import TRAJECTORY
-from dtrpo_ray.rules import check_table
-from dtrpo_ray.tables import read_file, with_columns
+from dtrpo_ray.tables import TablePart, with_columns, write_whole
 from dtrpo_ray.tokenizer import load_tokenizer
 
 WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
 """(prompts, responses, reference answers) -> rewards; None where there is none to give."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPart:
-    """All responses to some prompts, as row numbers of files, and the name of the file that they are scored into."""
-
-    name: str
-    rows: dict[Path, list[int]]
-
-    def __str__(self) -> str:
-        return f"{self.name} ({', '.join(map(str, self.rows))})"
-
-
-def prompt_parts(files: Sequence[Path], size: int) -> list[PromptPart]:
-    """The rows of a table in parts of whole prompts, each of `size` rows or a few more; prompts stay in their order."""
-    ids = [pq.read_table(file, columns=["prompt_id"])["prompt_id"].combine_chunks() for file in files]
-    prompt = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
-    before = np.cumsum(np.bincount(prompt)) - np.bincount(prompt)  # rows of earlier prompts
-    part = (before // size)[prompt]
-    starts = np.cumsum([0, *map(len, ids)])
-    made = []
-    for number, which in enumerate(np.unique(part)):
-        rows = np.flatnonzero(part == which)
-        of = np.searchsorted(starts, rows, side="right") - 1
-        held = {files[f]: (rows[of == f] - starts[f]).tolist() for f in np.unique(of)}
-        made.append(PromptPart(f"part-{number:05d}.parquet", held))
-    return made
 
 
 class Scorer:
@@ -71,9 +39,9 @@ class Scorer:
         else:
             self.score = verifier(config.scorer)
 
-    def __call__(self, part: Path | PromptPart, out: Path) -> dict[str, Any]:
+    def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
-        table = _read(part)
+        table = part.read(TRAJECTORY)
         columns = [table[name].to_pylist() for name in ("prompt", "response", "answer")]
         try:
             rewards = self.score(*columns)
@@ -82,23 +50,12 @@ class Scorer:
             raise DataError(f"{part}: row {table['row_id'][row].as_py()}: {reason}") from None
         given = [reward for reward in rewards if reward is not None]
         sources = [None if reward is None else self.source for reward in rewards]
-        partial = out / f"{part.name}.partial"
-        pq.write_table(with_columns(table, {"reward": list(rewards), "reward_source": sources}), partial)
-        partial.replace(out / part.name)
+        write_whole(with_columns(table, {"reward": list(rewards), "reward_source": sources}), out / part.name)
         summary: dict[str, Any] = {"rows": len(table), "scored": len(given), "sum": sum(given)}
         if self.judge is not None:
             summary["comparisons"] = dict(self.judge.counts)
             self.judge.counts.clear()
         return summary
-
-
-def _read(part: Path | PromptPart) -> pa.Table:
-    rows = {part: None} if isinstance(part, Path) else part.rows
-    tables = []
-    for file, numbers in rows.items():
-        table = check_table(read_file(file, TRAJECTORY), str(file))
-        tables.append(table if numbers is None else table.take(pa.array(numbers)))
-    return pa.concat_tables(tables)
 
 
 class Unscorable(Exception):

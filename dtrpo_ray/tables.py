@@ -1,12 +1,14 @@
 """A table on disk: a folder of Parquet files and `manifest.json`, written whole, read whole, or checked row by row."""
 
 import json
+import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -115,6 +117,56 @@ def read_file(file: Path, schema: pa.Schema) -> pa.Table:
         raise DataError(f"{file}: not the types of {table_name(schema)} ({error}); write it anew") from None
 
 
+@dataclass(frozen=True, slots=True)
+class TablePart:
+    """Some rows of a table, as row numbers of files (None: all), and the name of the file that they become."""
+
+    name: str
+    rows: dict[Path, list[int] | None]
+
+    def __str__(self) -> str:
+        first, *others = self.rows
+        return f"{first} and {len(others)} more file(s)" if others else str(first)
+
+    def read(self, schema: pa.Schema) -> pa.Table:
+        """The rows, each checked against `schema`'s rules. Raises DataError naming file and row."""
+        return pa.concat_tables(check_table(_taken(file, rows, schema), str(file)) for file, rows in self.rows.items())
+
+
+def _taken(file: Path, rows: list[int] | None, schema: pa.Schema) -> pa.Table:
+    table = read_file(file, schema)
+    return table if rows is None else table.take(pa.array(rows))
+
+
+def file_parts(files: Sequence[Path]) -> list[TablePart]:
+    """Each file as a part of its own."""
+    return [TablePart(file.name, {file: None}) for file in files]
+
+
+def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
+    """The rows of a table in parts, by the number of each row's part over all files; rows stay in their order.
+
+    A row of part -1 is left out.
+    """
+    starts = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])
+    order = np.argsort(part, kind="stable")
+    order = order[part[order] >= 0]
+    made: list[TablePart] = []
+    for number, rows in enumerate(np.split(order, np.flatnonzero(np.diff(part[order])) + 1)):
+        of = np.searchsorted(starts, rows, side="right") - 1
+        held: dict[Path, list[int] | None] = {files[f]: (rows[of == f] - starts[f]).tolist() for f in np.unique(of)}
+        made.append(TablePart(f"part-{number:05d}.parquet", held))
+    return made
+
+
+def prompt_parts(files: Sequence[Path], size: int) -> list[TablePart]:
+    """The rows of a table in parts of whole prompts, each of `size` rows or a few more; prompts stay in their order."""
+    ids = pq.read_table(list(files), columns=["prompt_id"])["prompt_id"]
+    prompt = ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    before = np.cumsum(np.bincount(prompt)) - np.bincount(prompt)  # rows of earlier prompts
+    return row_parts(files, (before // size)[prompt])
+
+
 def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
     """A table with some of its columns replaced, in the types that they had."""
     for name, values in columns.items():
@@ -153,6 +205,16 @@ def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None
             else:
                 refused.append(Rejected(origin, DUPLICATE, f"the row_id of {repeated[number]}"))
     return Report(str(path), table_name(schema), rows, tuple(refused))
+
+
+def write_whole(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file under a name of this try alone, then rename: never half a file, however many write it."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        pq.write_table(table, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_shards(table: pa.Table, out: Path, facts: dict[str, Any] | None = None) -> None:

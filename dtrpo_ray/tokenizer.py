@@ -154,15 +154,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
 
     Raises DataError for text the tokenizer has no token for and messages the template refuses.
     """
+    return _encode(tokenizer, rendered(tokenizer, prompt))
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
+    """The text of a prompt: its own, or its messages in the chat template with the assistant's opening."""
     if isinstance(prompt, str):
-        return _encode(tokenizer, prompt)
+        return prompt
     if tokenizer.chat_template is None:
         raise ModelError("the tokenizer has no chat template; give the prompt as text")
     try:
-        text = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
         raise DataError(f"the chat template refuses the messages ({error})") from None
-    return _encode(tokenizer, text)
 
 
 def encode_response(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 from pyarrow.fs import FileType
@@ -79,14 +80,15 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     roots = [_root(stage.out, cluster), *_other_root(stage, config)]
     _describe(stage, config, roots[0])
     checkpoint.forget_ray_snapshot(roots[0])
-    shards, num_steps = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
+    shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
     events = stage.out / EVENTS
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "num_steps": num_steps,
+            "num_steps": plan.num_steps,
+            "plan": {"digest": plan.digest, "rows": int(np.count_nonzero(plan.epoch[plan.weight > 0] == 0))},
             "seed": stage.seed,
             "label": stage.label,
             "base": str(stage.base.resolve()),
@@ -117,7 +119,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already
         validation_config=_validation(stage, config, roots[0], gpu) if config.validation else None,
     )
-    with watch(stage.out / METRICS, stage.label, num_steps, events):
+    with watch(stage.out / METRICS, stage.label, plan.num_steps, events):
         try:
             _fit(trainer)
         except TrainingFailedError as error:
@@ -285,6 +287,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
         torch.cuda.set_device(device)
     base, out, num_steps = Path(settings["base"]), Path(settings["out"]), settings["num_steps"]
     found = recovery.choose(settings["roots"], out, rank, world)
+    recovery.require_plan(found, settings["plan"]["digest"])
     other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
     sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
     policy = load_model(base, device=str(device), sharding=sharding)

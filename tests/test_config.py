@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrpo_ray.config import ServeConfig, TrainConfig, load_job
+from dtrpo_ray.config import RolloutConfig, ServeConfig, TrainConfig, load_job
 from dtrpo_ray.errors import ConfigError
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
@@ -125,7 +125,9 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
         ("drafts.temperature=0", "num_samples = 4: at temperature = 0 they are all the same; set 1"),
         ("drafts.engine.x=[1]", "drafts.engine.x"),
         ("drafts.modle=m", "did you mean drafts.model?"),
-        ("task.type=trajectories", "task.type = 'prompts' and [drafts], which answers them, go together"),
+        ("task.type=trajectories", "task.type = 'trajectories' brings its responses: remove [rollout] and [drafts]"),
+        ("rollout.num_samples=2", "give [rollout] or [drafts], one of which answers them"),
+        ("rounds=2", "has neither examples nor puzzles to make: remove [sft] and rounds"),
         ("train.objective.schedule=recorded", "task.type = 'prompts' has no recorded steps"),
         ("score.scorer=gsm8k", "scorer = 'judge' and a section [score.judge] go together"),
         ("score.judge.template='{prompt} {first}'", "template lacks {second}: the judge must see what it compares"),
@@ -138,3 +140,35 @@ def test_mistakes_about_drafts_and_judge(override: str, words: str, tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         load_job(DEMO.with_name("drafts.toml"), [override, *there])
     assert words in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.threshold=0.9", "threshold = 0.9 and denoising_steps = (4, 8) exclude each other; give one"),
+        ("rollout.remasking=threshold", "rollout.remasking"),
+        ("rollout.top_p=0", "rollout.top_p"),
+        ("rollout.num_prompts=10", "rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read"),
+        ("rollout.max_new_tokens=4096", "rollout.max_new_tokens = 4096 exceeds task.max_response_tokens = 512"),
+        ("drafts.model=m", "give [rollout] or [drafts], one of which answers them"),
+        ("task.type=preferences", "task.type = 'preferences' brings its responses: remove [rollout] and [drafts]"),
+    ],
+)
+def test_mistakes_about_a_rollout_of_prompts(override: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrpo_ray.config._require_files", lambda path, job: None)
+    with pytest.raises(ConfigError) as caught:
+        load_job(DEMO.with_name("prompts.toml"), [override])
+    assert words in str(caught.value), str(caught.value)
+
+
+def test_a_schedule_stands_alone() -> None:
+    for given in ({"threshold": 0.5, "tokens_per_step": 2}, {"entropy_bound": 0.1, "remasking": "sequential"}):
+        with pytest.raises(ValueError, match=r"exclude each other|goes with denoising_steps"):
+            RolloutConfig.model_validate(given)
+    assert RolloutConfig(remasking="sequential", denoising_steps=(2,)).threshold is None
+
+
+def test_a_rollout_of_prompts_needs_a_scorer(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(DEMO.with_name("prompts.toml").read_text().split("[score]")[0])
+    with pytest.raises(ConfigError, match=r"add a \[score\] section to \[rollout\]"):
+        load_job(tmp_path / "job.toml")

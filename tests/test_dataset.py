@@ -38,6 +38,10 @@ def test_the_order_belongs_to_the_ids_and_not_to_the_files() -> None:
     shuffled = list(np.random.default_rng(1).permutation(IDS))
     one, other = make_plan(IDS, config, 0), make_plan(shuffled, config, 0)
     assert [IDS[i] for i in one.row] == [shuffled[i] for i in other.row]
+    assert one.digest == other.digest
+    changes: list[tuple[list[str], TrainConfig, int]] = [(IDS, config, 1), ([*IDS[:-1], "other"], config, 0)]
+    changes += [(IDS, TrainConfig(global_batch=n, num_epochs=e), 0) for n, e in ((36, 1), (37, 2))]
+    assert one.digest not in {make_plan(*change).digest for change in changes}
 
 
 def test_max_steps_cuts_the_run() -> None:
@@ -53,8 +57,9 @@ def test_every_rank_gets_its_part_of_every_step(tmp_path: Path, num_workers: int
     for number, part in enumerate((IDS[20:], IDS[:20])):
         table = pa.table({"row_id": part, "value": [int(i[4:]) for i in part]})
         pq.write_table(table, tmp_path / f"part-{number}.parquet")
-    shards, num_steps = shard(tmp_path, config, 0, num_workers)
-    plan = make_plan(sorted(IDS), config, 0)
+    shards, plan = shard(tmp_path, config, 0, num_workers)
+    assert plan.digest == make_plan(sorted(IDS), config, 0).digest
+    num_steps, plan = plan.num_steps, make_plan(sorted(IDS), config, 0)
     steps: list[list[int]] = [[] for _ in range(num_steps)]
     for rows in shards:
         for step, batch in enumerate(rank_batches(rows.iterator(), config, num_workers, 0)):

@@ -1,8 +1,11 @@
 """Pairs: better first, ties never, duplicates once, by each strategy; and the steps travel with their tokens."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from example_rows import trajectory
 from hypothesis import given
@@ -10,9 +13,10 @@ from hypothesis import strategies as st
 
 from dtrpo_ray.config import PairConfig
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.pairs import make_pairs
+from dtrpo_ray.pairs import Pairer, make_pairs
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.rules import check_table
+from dtrpo_ray.tables import prompt_parts, read_table
 
 
 def trajectories(*rows: tuple[Any, ...]) -> pa.Table:
@@ -164,3 +168,33 @@ def test_closest_pairs_are_those_of_the_plain_loop(rows: list[tuple[Any, ...]], 
                 made += 1
                 expected.append(f"{good}>{bad}")
     assert make_pairs(table, config)["row_id"].to_pylist() == expected
+
+
+@pytest.mark.parametrize("strategy", ["closest", "best_worst", "all", "references"])
+def test_parts_of_whole_prompts_give_the_pairs_of_the_whole_table(tmp_path: Path, strategy: Any) -> None:
+    rng, config = np.random.default_rng(0), PairConfig(strategy=strategy, max_pairs_per_prompt=2)
+    engines = [{"engine": "reference" if i % 5 == 0 else "engine/1"} for i in range(120)]
+    rows = [
+        (f"p{rng.integers(12)}", rng.integers(0, 5, 4).tolist(), float(rng.integers(3)), 1 + i % 2, engines[i])
+        for i in range(120)
+    ]
+    table = trajectories(*rows)
+    files = [tmp_path / f"part-{i}.parquet" for i in range(4)]
+    for i, file in enumerate(files):
+        pq.write_table(table.slice(30 * i, 30), file)
+    (tmp_path / "out").mkdir()
+    parts, pairer = prompt_parts(files, 25), Pairer(config)
+    done = [pairer(part, tmp_path / "out") for part in parts]
+    assert len(parts) > 3
+    assert sum(part["rows"] for part in done) == 120
+    whole = make_pairs(table, config)
+    assert len(whole) > 5
+    assert read_table(tmp_path / "out", PREFERENCE).sort_by("row_id").equals(whole.sort_by("row_id"))
+
+
+def test_a_part_without_pairs_leaves_no_file_and_counts_what_has_no_reward(tmp_path: Path) -> None:
+    pq.write_table(trajectories(("a", [1, 1, 1, 1], None, 2, {"reward_source": None})), tmp_path / "part-0.parquet")
+    (tmp_path / "out").mkdir()
+    (part,) = prompt_parts([tmp_path / "part-0.parquet"], 10)
+    assert Pairer(PairConfig())(part, tmp_path / "out") == {"rows": 1, "pairs": 0, "unscored": 1}
+    assert not list((tmp_path / "out").iterdir())

@@ -5,12 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dtrpo_ray.config import Job, TrainConfig, load_job
 from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.pipeline import River, weight_fields
+from dtrpo_ray.pipeline import ModelRef, River, weight_fields
 from dtrpo_ray.stages import Stage, Store, sha256_json
+from dtrpo_ray.tokenizer import character_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -74,3 +77,22 @@ def test_adapters_that_a_model_does_not_take_are_refused_before_any_stage(tmp_pa
     with pytest.raises(ConfigError, match=r"lora\.targets = 'attention\+mlp': the MLPs of sdar_moe"):
         River(job, Store(job.storage)).policy(1)
     assert not job.storage.exists()
+
+
+def test_validation_asks_the_first_prompts_of_an_imported_table(tmp_path: Path) -> None:
+    """Its folder holds more than Parquet files."""
+    folder = tmp_path / "table"
+    (folder / "done").mkdir(parents=True)
+    for note in ("done/000000.json", "manifest.json", "quarantine.jsonl"):
+        (folder / note).write_text("{}")
+    for number in range(2):
+        rows = pa.table({"row_id": [f"{number}"], "prompt_ids": [[number, 1]]})
+        pq.write_table(rows, folder / f"part-{number}.parquet")
+    character_tokenizer("0123").save_pretrained(tmp_path / "base")
+    task = {"type": "preferences", "files": ["pairs.jsonl"]}
+    train = {"objective": {"schedule": "random"}}
+    job = Job.model_validate({"name": "text", "task": task, "model": {"path": tmp_path / "base"}, "train": train})
+    stage = Stage("pairs", "key", tmp_path, 0.0, False, {})
+    River(job, Store(tmp_path))._write_questions(2, ModelRef(tmp_path / "base", "base"), stage, tmp_path)
+    asked = json.loads((tmp_path / "questions.json").read_text())["prompts"]
+    assert [(row["prompt"], row["prompt_ids"]) for row in asked] == [("01", [0, 1]), ("11", [1, 1])]

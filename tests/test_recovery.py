@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 from dtrpo_ray import checkpoint, dataset, loop, recovery, trainer
 from dtrpo_ray.backend import PlainBackend
 from dtrpo_ray.config import ClusterConfig
+from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.recovery import STACKS
@@ -81,6 +82,7 @@ def saver(out: Path, attempt: int = 0, **changes: Any) -> recovery.Saver:
     settings: dict[str, Any] = {"roots": [str(out / "checkpoints")], "label": "train-1", "base": "base"}
     config = CONFIG.model_copy(update={"keep_checkpoints": 2, **changes})
     settings |= {"identity": {"base": "b"}, "config": config.model_dump(mode="json"), "seed": 0}
+    settings |= {"plan": {"digest": "a plan", "rows": 15}}
     return recovery.Saver(Engine(), config, out, settings, attempt)  # type: ignore[arg-type]
 
 
@@ -121,6 +123,23 @@ def test_a_damaged_checkpoint_is_skipped_and_an_unfinished_one_removed(one_rank:
     again.save(4)
     assert steps_there(tmp_path) == [(4, 1), (4, 0)]
     assert recovery.choose([root], tmp_path, 0, 1) is not None
+
+
+def test_a_checkpoint_holds_its_plan_and_what_was_read_of_each_epoch(one_rank: OneRank, tmp_path: Path) -> None:
+    mine, root = saver(tmp_path, keep_checkpoints=9), str(tmp_path / "checkpoints")  # two epochs of 15, four a step
+    read = []
+    for step in (1, 4, 8):
+        mine.save(step)
+        found = recovery.choose([root], tmp_path, 0, 1)
+        assert found is not None
+        read.append(found.facts["plan"]["consumed"])
+    assert read == [[4, 0], [15, 1], [15, 15]]
+    recovery.require_plan(None, "any")
+    recovery.require_plan(found, "a plan")
+    with pytest.raises(
+        CheckpointError, match=r"step-00000008: its 30 rows were read in the order a plan, this run's is b"
+    ):
+        recovery.require_plan(found, "b")
 
 
 def test_another_runs_checkpoints_are_the_second_choice(one_rank: OneRank, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from dtrpo_ray.config import JudgeConfig, ScoreConfig
 from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.importers.tokenize import prompt_messages
 from dtrpo_ray.records import TRAJECTORY
-from dtrpo_ray.scoring import PromptPart, RewardModel, Scorer, conversation, prompt_parts
-from dtrpo_ray.tables import read_table
+from dtrpo_ray.scoring import RewardModel, Scorer, conversation
+from dtrpo_ray.tables import TablePart, file_parts, prompt_parts, read_table
 from dtrpo_ray.tokenizer import character_tokenizer
 
 
@@ -32,7 +32,7 @@ def test_a_file_is_scored_into_a_file_of_the_same_name_and_nothing_else_changes(
         tmp_path / "part-0.parquet", [{"response": "#### 4", "answer": "4"}, {"response": "5", "answer": "4"}]
     )
     (tmp_path / "out").mkdir()
-    summary = Scorer(ScoreConfig(scorer="gsm8k"))(source, tmp_path / "out")
+    summary = Scorer(ScoreConfig(scorer="gsm8k"))(*file_parts([source]), tmp_path / "out")
     table, before = read_table(tmp_path / "out", TRAJECTORY), read_table(source, TRAJECTORY)
     assert summary == {"rows": 2, "scored": 2, "sum": 1.0}
     assert table["reward"].to_pylist() == [1.0, 0.0]
@@ -53,7 +53,7 @@ def test_a_row_that_cannot_be_scored_is_named(tmp_path: Path, scorer: Any, answe
     good = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "test_list": ["assert True"]}
     rows = [{"answer": json.dumps(good), "response": "1"}, {"answer": answer, "response": "1"}]
     with pytest.raises(DataError, match=message):
-        Scorer(ScoreConfig(scorer=scorer))(write(tmp_path / "part-0.parquet", rows), tmp_path)
+        Scorer(ScoreConfig(scorer=scorer))(*file_parts([write(tmp_path / "part-0.parquet", rows)]), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_conversation_longer_than_the_reward_model_reads_is_named(reward_model
     source = write(tmp_path / "part-0.parquet", [{"response": "1"}, {"response": "1" * 40}])
     # "12", a newline that this tokenizer drops once transformers takes it for Qwen2's, and 40 digits
     with pytest.raises(DataError, match=r"row 1: 42 tokens; the reward model reads 32"):
-        Scorer(config)(source, tmp_path)
+        Scorer(config)(*file_parts([source]), tmp_path)
     with pytest.raises(ModelError, match="not a sequence-classification model"):
         RewardModel(tmp_path, 1)
 
@@ -101,7 +101,7 @@ def test_parts_of_a_judge_hold_whole_prompts_and_every_row_once(tmp_path: Path) 
         for i, names in enumerate(prompts)
     ]
     assert prompt_parts(files, 100) == [
-        PromptPart("part-00000.parquet", {files[0]: [0, 1, 2], files[1]: [0], files[2]: [0, 1, 2, 3]})
+        TablePart("part-00000.parquet", {files[0]: [0, 1, 2], files[1]: [0], files[2]: [0, 1, 2, 3]})
     ]
     assert [part.rows for part in prompt_parts(files, 3)] == [
         {files[0]: [0, 2], files[2]: [1]},

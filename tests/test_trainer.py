@@ -5,13 +5,16 @@ very weights of the straight run; what a person is told lies in `events.jsonl`.
 """
 
 import functools
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +259,71 @@ def test_one_worker_goes_on_where_two_left_off(straight: trainer.TrainStage, mak
     assert "resumed at step 6 of 8 on 1 worker(s), written by 2" in events(stage, "resume")[0]["message"]
     theirs = weights(straight)
     assert max(float((v - theirs[n]).abs().max()) for n, v in weights(stage).items()) < 1e-4
+
+
+def noting(folder: str, settings: dict[str, Any]) -> None:
+    """`trainer._worker` that writes down the rows which become a batch of the loss; rank 0 is killed at step 5."""
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    real_seed, real_collate, now = loop.seed_step, loop.collate, [0]
+
+    def seed_step(seed: int, step: int, rank: int) -> None:
+        real_seed(seed, step, rank)
+        now[0] = step
+        if step == 5:
+            until_whole(settings["roots"][0], 4)
+
+    def collate(*args: Any, **kwargs: Any) -> Any:
+        to_batch = real_collate(*args, **kwargs)
+
+        def noted(rows: Any) -> Any:
+            note = {
+                "step": now[0],
+                "world": world,
+                "rows": [(r["epoch"], r["row_id"]) for r in rows if r["row_weight"]],
+            }
+            with (Path(folder) / f"{time.time():.6f}-{rank}.json").open("w") as file:
+                file.write(json.dumps(note))
+            if now[0] == 5 and rank == 0 and once(Path(folder), "killed"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return to_batch(rows)
+
+        return noted
+
+    loop.seed_step, loop.collate = seed_step, collate  # type: ignore[assignment]
+    trainer._worker(settings)
+
+
+def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
+    local_ray: None, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 pairs, two epochs; killed with two workers, gone on with by one. The rows are those that reached the loss."""
+    stage, notes = make_stage("ledger"), tmp_path / "notes"
+    notes.mkdir()
+    pairs = pq.read_table(stage.table).slice(0, 15)
+    (tmp_path / "table").mkdir()
+    pq.write_table(pairs, tmp_path / "table" / "part-0.parquet")
+    stage = replace(stage, table=tmp_path / "table")
+    monkeypatch.setattr(trainer, "_worker", functools.partial(noting, str(notes)))
+    with pytest.raises(TrainError):
+        trainer.train(stage, CONFIG, cluster())
+    trainer.train(stage, CONFIG, cluster(num_workers=1))
+    [resumed] = events(stage, "resume")
+    assert (resumed["step"], resumed["num_workers"]) == (4, 1)
+
+    noted = [json.loads(file.read_text()) for file in sorted(notes.glob("*.json"))]
+    assert {note["step"] for note in noted if note["world"] == 2} == {1, 2, 3, 4, 5}  # step 5 came to nothing
+    kept = [note for note in noted if note["world"] == 1 or note["step"] <= resumed["step"]]
+    ledger = Counter((epoch, row_id) for note in kept for epoch, row_id in note["rows"])
+    assert ledger == Counter((epoch, row_id) for epoch in (0, 1) for row_id in pairs["row_id"].to_pylist())
+    filesystem, root = checkpoint.open_storage(str(stage.out / trainer.RAY_RUN))
+    for place in checkpoint.places(filesystem, root):
+        read = Counter(epoch for note in kept if note["step"] <= place.step for epoch, _ in note["rows"])
+        assert checkpoint.facts_of(filesystem, place)["plan"]["consumed"] == [read[0], read[1]]
+
+    other = pairs.set_column(0, "row_id", pa.array([f"other-{i}" for i in range(15)]))
+    pq.write_table(other, tmp_path / "table" / "part-0.parquet")
+    with pytest.raises(TrainError, match=r"its 30 rows were read in the order \w+, this run's is"):
+        trainer.train(stage, CONFIG, cluster(num_workers=1))
 
 
 def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:

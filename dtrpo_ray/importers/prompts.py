@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences
-from dtrpo_ray.importers.files import Refusal, Shard, raw_rows
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, parted, plan_shards, raw_rows
 from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, require_text, row_object
 from dtrpo_ray.tables import Rejected
 
@@ -43,6 +44,20 @@ def recognise(file: str) -> Form:
             return name
     found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
     raise DataError(f"{file}: no column of prompts among {found}; known are {', '.join(COLUMNS)}, and pairs")
+
+
+def read_prompts(where: str | Path) -> tuple[list[PromptRow], list[Rejected]]:
+    """The prompts of a file or folder, and the rows refused.
+
+    Raises DataError for a file that cannot be read, holds no row, or has no column of prompts.
+    """
+    return parted(row for file in data_files(str(where)) for row in _read_file(file))
+
+
+def _read_file(file: str) -> Iterator[PromptRow | Rejected]:
+    form = recognise(file)
+    for shard in plan_shards(file):
+        yield from read_shard(form, shard)
 
 
 def read_shard(form: Form, shard: Shard) -> Iterator[PromptRow | Rejected]:

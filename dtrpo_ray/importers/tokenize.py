@@ -20,7 +20,7 @@ from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTOR
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import GOOD, block_ranks, rules_of, verdicts
 from dtrpo_ray.tables import Rejected
-from dtrpo_ray.tokenizer import control_tokens, encode_prompt, eos_token_id, mask_token_id, turn_end_id
+from dtrpo_ray.tokenizer import control_tokens, encode_prompt, eos_token_id, mask_token_id, rendered, turn_end_id
 from dtrpo_ray.trajectory import NEVER, Origin
 
 JOIN = " + "  # between the origins of a pair made of two rows
@@ -87,6 +87,7 @@ class Target:
 def tokenize_preferences(rows: Iterable[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
     """The table preference/v1 (no recorded steps, no rewards) and the rows refused."""
     rows, made, rejected = list(rows), [], list[Rejected]()
+    prompts = encode_prompts(target.tokenizer, [row.prompt for row in rows])
     sides = encode_texts(target.tokenizer, [text for row in rows for text in (row.chosen, row.rejected)])
     first_seen: dict[str, str] = {}
     for i, row in enumerate(rows):
@@ -96,7 +97,7 @@ def tokenize_preferences(rows: Iterable[PreferenceRow], target: Target) -> tuple
                 raise Refusal("duplicate row", f"the same as {first_seen[row_id]}")
             first_seen[row_id] = row.origin
             _require_no_control(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}, target)
-            prompt = _prompt_ids(row.prompt, target)
+            prompt = _shortened(prompts[i], target)
             end = target.ends(row.prompt)
             chosen, rejected_ids = (_closed(side, end, len(prompt), target) for side in sides[2 * i : 2 * i + 2])
             _require_fit(prompt, {"chosen": chosen, "rejected": rejected_ids}, target)
@@ -108,7 +109,7 @@ def tokenize_preferences(rows: Iterable[PreferenceRow], target: Target) -> tuple
         ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected_ids}
         names = {"row_id": row_id, "prompt_id": content_id(row.prompt), "origin": JOIN.join(row.origins)}
         made.append({**target.columns, **names, **ids})
-    return _checked(pa.Table.from_pylist(made, schema=PREFERENCE), rejected)
+    return checked(pa.Table.from_pylist(made, schema=PREFERENCE), rejected)
 
 
 def tokenize_responses(rows: Iterable[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
@@ -118,19 +119,21 @@ def tokenize_responses(rows: Iterable[ResponseRow], target: Target) -> tuple[pa.
     filled with end tokens that no step ever reached: they are hidden in every state and never scored.
     """
     rows, made, rejected = list(rows), [], list[Rejected]()
+    prompts = encode_prompts(target.tokenizer, [row.prompt or "" for row in rows])
+    texts = encode_texts(target.tokenizer, [row.response or "" for row in rows])
     first_seen: dict[str, str] = {}
-    for row in rows:
+    for row, prompt, text in zip(rows, prompts, texts, strict=True):
         content = [row.prompt, row.prompt_ids, row.response, row.response_ids, row.pieces, row.steps]
         row_id = content_id([*content, row.max_new_tokens])
         try:
             if row_id in first_seen:
                 raise Refusal("duplicate row", f"the same as {first_seen[row_id]}")
             first_seen[row_id] = row.origin
-            made.append({**target.columns, "row_id": row_id, **_response_columns(row, target)})
+            made.append({**target.columns, "row_id": row_id, **_response_columns(row, prompt, text, target)})
         except Refusal as refusal:
             rejected.append(Rejected(row.origin, *refusal.args))
     table = pa.Table.from_pylist(made, schema=TRAJECTORY)
-    return _checked(_with_ranks(table), rejected)
+    return checked(_with_ranks(table), rejected)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int] | Refusal]:
@@ -141,6 +144,18 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
     except Exception:  # one text without a token spoils the call: find it
         return [_encode_alone(tokenizer, text) for text in texts]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int] | Refusal]:
+    """Ids of each prompt, messages in the chat template, as `encode_texts` gives them."""
+    texts, refused = [], dict[int, Refusal]()
+    for place, prompt in enumerate(prompts):
+        try:
+            texts.append(rendered(tokenizer, prompt))
+        except DataError as error:
+            texts.append("")
+            refused[place] = Refusal("cannot be tokenized", str(error))
+    return [refused.get(place, ids) for place, ids in enumerate(encode_texts(tokenizer, texts))]
 
 
 def content_id(content: Any) -> str:
@@ -156,11 +171,13 @@ def _encode_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | 
         return Refusal("cannot be tokenized", str(error))
 
 
-def _response_columns(row: ResponseRow, target: Target) -> dict[str, Any]:
+def _response_columns(
+    row: ResponseRow, prompt_ids: list[int] | Refusal, text_ids: list[int] | Refusal, target: Target
+) -> dict[str, Any]:
     if row.response_ids is None and row.pieces is None and row.steps is None:
         _require_no_control(row.prompt or "", {"response": row.response or ""}, target)
-    prompt = row.prompt_ids if row.prompt_ids is not None else _prompt_ids(row.prompt or "", target)
-    ids, steps, logps = _tokens(row, target)
+    prompt = row.prompt_ids if row.prompt_ids is not None else _shortened(prompt_ids, target)
+    ids, steps, logps = _tokens(row, text_ids, target)
     if steps is None and row.response_ids is None:
         ids = _closed(ids, target.ends(row.prompt), len(prompt), target)
     fill = target.fill(len(prompt), len(ids))
@@ -208,7 +225,9 @@ def prompt_messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _tokens(row: ResponseRow, target: Target) -> tuple[list[int], list[int] | None, list[float] | None]:
+def _tokens(
+    row: ResponseRow, text_ids: list[int] | Refusal, target: Target
+) -> tuple[list[int], list[int] | None, list[float] | None]:
     """Ids, steps and log-probs of a response as its source has it."""
     if row.response_ids is not None:
         return row.response_ids, row.steps, row.logps
@@ -217,7 +236,7 @@ def _tokens(row: ResponseRow, target: Target) -> tuple[list[int], list[int] | No
         ids = [_require(piece) for piece in encode_texts(target.tokenizer, row.pieces)]
         steps = [step for piece, step in zip(ids, row.steps or (), strict=True) for _ in piece]
         return [token for piece in ids for token in piece], steps, None
-    ids_of_text = _require(encode_texts(target.tokenizer, [row.response or ""])[0])
+    ids_of_text = _require(text_ids)
     if row.steps is not None and len(ids_of_text) + 1 == len(row.steps):
         ids_of_text = [*ids_of_text, target.ends(row.prompt)]  # the step map counts the end that the text omits
     if row.steps is not None and len(ids_of_text) != len(row.steps):
@@ -239,11 +258,16 @@ def _with_ranks(table: pa.Table) -> pa.Table:
     return table.set_column(table.schema.get_field_index("ranks"), "ranks", column)
 
 
-def _prompt_ids(prompt: Prompt, target: Target) -> list[int]:
-    try:
-        return encode_prompt(target.tokenizer, prompt)[-target.max_prompt_tokens :]
-    except DataError as error:
-        raise Refusal("cannot be tokenized", str(error)) from None
+def _shortened(prompt: list[int] | Refusal, target: Target) -> list[int]:
+    return _require(prompt)[-target.max_prompt_tokens :]
+
+
+def ids_to_answer(prompt: Prompt, target: Target) -> list[int]:
+    """Ids of a prompt without an answer yet. Raises Refusal for one that could not be in a row of ours."""
+    _require_no_control(prompt, {}, target)
+    ids = _shortened(encode_prompts(target.tokenizer, [prompt])[0], target)
+    _require_fit(ids, {}, target)
+    return ids
 
 
 def _require(ids: list[int] | Refusal) -> list[int]:
@@ -275,7 +299,7 @@ def _require_fit(prompt: list[int], sides: dict[str, list[int]], target: Target)
             raise Refusal("response too long", detail)
 
 
-def _checked(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[Rejected]]:
+def checked(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[Rejected]]:
     """The rows that pass the table's own rules; the others are refused by those."""
     rules = rules_of(table.schema)
     found = verdicts(table, rules)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dtrpo_ray.checking import check_data
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers.files import Shard
 from dtrpo_ray.importers.prompts import PromptRow, read_shard, recognise
@@ -51,3 +52,21 @@ def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
 )
 def test_real_files(shared_data: Path, file: str, count: int) -> None:
     assert sum(isinstance(row, PromptRow) for row in read(shared_data / file)) == count
+
+
+def test_check_counts_prompts_as_a_job_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows: list[Any] = [{"question": "1+1?", "answer": "2"}, {"question": 3}, {"prompt": "no"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (report,) = check_data(str(file))
+    assert (report.table, report.totals) == (
+        "prompts, prompt",
+        {"rows": 3, "good": 1, "refused": {"missing field": 2}},
+    )
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")
+    names = [check_data(str(pairs), kind=kind)[0].table for kind in (None, "preferences", "prompts")]
+    assert names[0] == names[1]
+    assert names[2] == f"prompts, {names[1]}"
+    with pytest.raises(DataError, match=r"prompts\.jsonl: .*columns"):
+        check_data(str(file), kind="preferences")
