@@ -192,7 +192,11 @@ def test_the_page_on_data_lists_every_reason() -> None:
     table = (root / "docs" / "data.md").read_text().split("| reason |")[1].split("\n## ")[0]
     first = "\n".join(line.split(" | ")[0] for line in table.splitlines() if line[:3] == "| `")
     listed = set(re.findall(r"`([\w\- ]+)`", first))
-    sources = [*(root / "dtrpo_ray" / "importers").glob("*.py"), root / "dtrpo_ray" / "prepare.py"]
+    package = root / "dtrpo_ray"
+    sources = [
+        *(package / "importers").glob("*.py"),
+        *(package / f"{name}.py" for name in ("prepare", "drafts", "rollout")),
+    ]
     used = {r for s in sources for r in re.findall(r'(?:Refusal\(|Rejected\(\w+, )\s*"([^"]+)"', s.read_text())}
     assert listed == used
     assert {reason for _, _, reason, _ in REFUSED} <= used
