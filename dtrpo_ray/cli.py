@@ -130,6 +130,24 @@ def bench_decode(
     result(value, as_json, as_markdown(value))
 
 
+@bench.command("data")
+def bench_data(
+    rows: Annotated[int, typer.Option(min=64, help="Rows of prepare, score and pair.")] = 40_000,
+    model_rows: Annotated[int, typer.Option(min=16, help="Rows of rollout and ref-logps.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=1, help="Times all ways run in turn.")] = 3,
+    store_mb: Annotated[int, typer.Option(min=80, help="Object store of the memory runs.")] = 80,
+    times: Annotated[float, typer.Option(min=0, help="Their input, in object stores; and a tenth of it.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Each pipeline on Ray with one and two workers against one process; memory on inputs beyond the object store."""
+    from dtrpo_ray.bench import data
+
+    value = data.run(rows, model_rows, rounds, store_mb, times)
+    _write_results(out, value, "# Data pipelines\n\n`dtrpo bench data`\n\n" + data.text(value) + "\n")
+    result({"verb": "bench data", **value}, as_json, data.text(value))
+
+
 @bench.command("forward")
 def bench_forward(
     rounds: Annotated[int, typer.Option(help="Fresh processes a variant, interleaved.")] = 3,

@@ -18,8 +18,11 @@ CPU_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD
 
 
 @contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray for the time of a command. Raises ConfigError if there is no cluster to join."""
+def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -> Iterator[None]:
+    """Connect to Ray for the time of a command. Raises ConfigError if there is no cluster to join.
+
+    `object_store_bytes` is for a session that is started here; Ray chooses where it is absent.
+    """
     if ray.is_initialized():
         yield
         return
@@ -31,6 +34,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         ray.init(
             "local",
             num_cpus=num_cpus,
+            object_store_memory=object_store_bytes,
             include_dashboard=False,
             runtime_env={"env_vars": CPU_WORKER_ENV},
             logging_level=logging.ERROR,

@@ -23,7 +23,7 @@ BLOCK, VOCAB, EOS, MASK = 4, 23, 21, 22
 
 MakeModel = Callable[..., SDAR]
 RAY = {"test_dataset", "test_parts", "test_recovery", "test_river", "test_server", "test_submit", "test_trainer"}
-RAY |= {"test_vllm"}
+RAY |= {"test_data", "test_vllm"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
