@@ -96,7 +96,7 @@ def _write_results(out: Path | None, value: dict[str, Any], page: str) -> None:
 @bench.command("train")
 def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
-    batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 32,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
