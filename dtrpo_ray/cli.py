@@ -60,11 +60,15 @@ def river(
 
         require_vllm(f"{path}: {'drafts' if needs == 'drafts' else 'score.judge'}")
     from dtrpo_ray.pipeline import River
+    from dtrpo_ray.plan import public_tests
     from dtrpo_ray.session import ray_session
     from dtrpo_ray.stages import Store
 
+    public_tests(job)  # rather a word now than after the training
+    store = Store(job.storage, fresh, say)
+    store.make_folders()
     with ray_session(job.cluster):
-        yield River(job, Store(job.storage, fresh, say), resume)
+        yield River(job, store, resume)
 
 
 def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
@@ -235,7 +239,12 @@ def check(
 
             reports += check_data(file, max_tokens, kind=parsed.task.type)
         if not reports:
-            counts = {"job": parsed.name, "task": parsed.task.type}
+            from dtrpo_ray.plan import public_tests
+
+            counts: dict[str, Any] = {"job": parsed.name, "task": parsed.task.type}
+            if wanted := getattr(parsed.task, "public_tests", ()):
+                found = {name: len(rows) for name, rows in public_tests(parsed).items()}
+                counts["public_tests"] = {path.name: found.get(path.name, "not there") for path in wanted}
             result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
             return
     refused = [row for report in reports for row in report.refused]

@@ -8,7 +8,8 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,7 +20,28 @@ KEY_VARIABLE = "DTRPO_API_KEY"  # of the environment: API keys with commas betwe
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, values: Any) -> Any:
+        """pydantic would read true as 1, and "3" or "yes" as a number or a truth: here they are mistakes."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else {object}
+            numeric = bool(kinds & {int, float, bool}) and not kinds - {int, float, bool, type(None)}
+            quoted = isinstance(value, str) and (bool in kinds or not value.isalpha())
+            if numeric and (quoted or (isinstance(value, bool) and bool not in kinds)):
+                wanted = "true or false" if bool in kinds else "a number"
+                raise ValueError(f"{name} = {value!r} must be {wanted}, written without quotes")
+        return values
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation allows."""
+    parts = get_args(annotation)
+    if not parts or get_origin(annotation) not in (Union, UnionType, Annotated):
+        return {annotation}
+    return set().union(*(_kinds(part) for part in (parts[:1] if get_origin(annotation) is Annotated else parts)))
 
 
 class SudokuTask(_Section):
@@ -89,11 +111,23 @@ class ModelInit(_Section):
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
-    num_kv_heads: int | None = None
+    num_kv_heads: int | None = Field(None, ge=1)
     """Key/value heads; num_heads if absent."""
     intermediate_size: int = Field(256, ge=8)
     block_size: int = Field(4, ge=1)
     """Tokens of a block, on the global grid."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelInit":
+        size, rest = divmod(self.hidden_size, self.num_heads)
+        if rest or size % 2:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} gives {self.num_heads} heads {self.hidden_size / self.num_heads:g} "
+                "units each; it must be an even whole number"
+            )
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}")
+        return self
 
 
 class ModelConfig(_Section):
@@ -412,6 +446,12 @@ class EvalConfig(_Section):
     num_examples: int = Field(4, ge=0)
     """Denoisings kept for the report."""
 
+    @model_validator(mode="after")
+    def _each_budget_once(self) -> "EvalConfig":
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ValueError(f"budgets = {list(self.budgets)} names one twice")
+        return self
+
 
 class ServeConfig(_Section):
     """The HTTP endpoint. It listens on loopback unless a host is named."""
@@ -590,10 +630,10 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     Raises ConfigError naming the file, the field, the value and what is allowed.
     """
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such job file; shipped ones lie in jobs/") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a job file ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
@@ -609,7 +649,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not key or "\n" in override:
         raise ConfigError(f"--set {override}: expected dotted.key=value, for example train.lr=1e-5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -664,5 +704,10 @@ def _require_files(path: Path, job: Job) -> None:
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")
+    names = [file.name for file in getattr(job.task, "public_tests", ())]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{path}: task.public_tests: two files are named {min(twice)}; the evaluation tells by name")
+    if job.name in ("stages", "locks"):
+        raise ConfigError(f"{path}: name = {job.name!r} is a folder of every storage; give the job another name")
     if job.model.path and not (job.model.path / "config.json").is_file():
         raise ConfigError(f"{path}: model.path: {job.model.path} is no model directory (it has no config.json)")

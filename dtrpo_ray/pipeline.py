@@ -26,6 +26,7 @@ from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.pairs import Pairer
 from dtrpo_ray.parts import run_parts
+from dtrpo_ray.plan import public_tests
 from dtrpo_ray.progress import console
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.ref_logps import ReferenceScorer, drawn_parts
@@ -399,13 +400,11 @@ class River:
         assert config is not None
         assert isinstance(task, SudokuTask | CountdownTask)
         held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
-        module = prepare.puzzle(self.job)
         for path in task.public_tests:
             if not path.exists():
                 message = f"task.public_tests: {path} is not there and is left out"
                 console.print(message, markup=False, highlight=False, soft_wrap=True)
-        public = {path.name: module.read_public(path) for path in task.public_tests if path.exists()}
-        return {evaluation.HELD_OUT: held_out, **public}
+        return {evaluation.HELD_OUT: held_out, **public_tests(self.job)}
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
         """Stage name -> metrics rows of every training stage asked for so far."""

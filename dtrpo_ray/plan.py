@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dtrpo_ray.config import FilesTask, Job, LoraConfig, ModelInit, TrainConfig
+from dtrpo_ray.config import CountdownTask, FilesTask, Job, LoraConfig, ModelInit, SudokuTask, TrainConfig
+from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
 from dtrpo_ray.tasks import countdown, sudoku
 
@@ -40,7 +41,7 @@ def stored_parameters(folder: Path) -> int:
 def vocabulary(job: Job) -> int | None:
     """Vocabulary size, padded to a multiple of 8; None if only the model directory knows."""
     if job.model.path:
-        return int(json.loads((job.model.path / "config.json").read_text())["vocab_size"])
+        return _sizes(job.model.path)["vocab_size"]
     if job.model.tokenizer:
         for name in ("tokenizer.json", "vocab.json"):
             if (file := job.model.tokenizer / name).exists():
@@ -49,8 +50,31 @@ def vocabulary(job: Job) -> int | None:
                 added = job.model.tokenizer / "added_tokens.json"
                 extra = json.loads(added.read_text()) if added.exists() else {}
                 return -(-len({**base, **extra}) // 8) * 8
+        raise ConfigError(f"{job.model.tokenizer}: no tokenizer.json or vocab.json, so its vocabulary is not known")
     alphabet = (countdown if job.task.type == "countdown" else sudoku).ALPHABET
     return 8 * -(-(len(alphabet) + 2) // 8)
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """A model directory's config.json. Raises ModelError for one that cannot be read or lacks a size."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON ({error})") from None
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in needed:
+        if not isinstance(config, dict) or not isinstance(config.get(key), int):
+            raise ModelError(f"{file}: {key} is missing or no whole number")
+    return dict(config)
+
+
+def public_tests(job: Job) -> dict[str, list[dict[str, str]]]:
+    """File name -> rows {prompt, answer} of those public test files that are there. Raises DataError."""
+    if not isinstance(job.task, SudokuTask | CountdownTask):
+        return {}
+    module = sudoku if job.task.type == "sudoku" else countdown
+    return {path.name: module.read_public(path) for path in job.task.public_tests if path.exists()}
 
 
 def plan(job: Job) -> dict[str, Any]:
@@ -116,7 +140,7 @@ class Shape:
     def of(cls, job: Job) -> "Shape":
         """From the model directory's config.json, or from model.init."""
         if job.model.path:
-            config = json.loads((job.model.path / "config.json").read_text())
+            config = _sizes(job.model.path)
             heads = config["num_attention_heads"]
             size = config.get("head_dim") or config["hidden_size"] // heads
             kv = config.get("num_key_value_heads") or heads

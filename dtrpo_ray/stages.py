@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dtrpo_ray.errors import DataError
+from dtrpo_ray.errors import ConfigError, DataError
 
 MANIFEST = "stage.json"
 CODE_CONTRACT = 7  # raise it when a stage's output for the same inputs changes
@@ -64,6 +64,14 @@ class Store:
         self.root, self.fresh, self.announce = root / "stages", fresh, announce
         self._known: dict[str, Stage] = {}
 
+    def make_folders(self) -> None:
+        """The folders that stages and their locks lie in. Raises ConfigError where they cannot be."""
+        try:
+            for folder in (self.root, self.root.with_name("locks")):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"storage = {str(self.root.parent)!r}: no folder to write in ({error})") from None
+
     def stage(
         self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: Callable[[Path], dict[str, Any]]
     ) -> Stage:
@@ -74,6 +82,7 @@ class Store:
         """
         key = sha256_json({"stage": name, "inputs": inputs, "contract": CODE_CONTRACT})
         if key not in self._known:
+            self.make_folders()
             with self._alone(f"{name}-{key[:12]}"):
                 self._known[key] = self._find_or_make(name, key, inputs, outputs, make)
         return self._known[key]
@@ -82,7 +91,6 @@ class Store:
     def _alone(self, name: str) -> Iterator[None]:
         """One command at a time finds or makes a stage; another waits, then finds it. A dead one holds nothing."""
         lock = FileLock(self.root.with_name("locks") / f"{name}.lock")
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -152,6 +160,17 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
     os.replace(partial, path)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that is not empty. Raises DataError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not lines:
+        raise DataError(f"{path}: is empty")
+    return lines
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,8 @@ def status(run: Path, check: bool = False) -> dict[str, Any]:
     """
     try:
         record = json.loads((run / RUN).read_text())
-    except (OSError, json.JSONDecodeError):
+        label, where = record["label"], record["checkpoints"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{run}: not a training stage (no readable {RUN}); they lie in STORAGE/stages") from None
     rows, events = read_metrics(run / METRICS), read_metrics(run / EVENTS)
     begun = [event for event in events if event["event"] in ("start", "resume")]
@@ -33,7 +34,7 @@ def status(run: Path, check: bool = False) -> dict[str, Any]:
     kinds = [event["event"] for event in events]
     return {
         "run": str(run),
-        "label": record["label"],
+        "label": label,
         "state": "finished" if finished else "running" if quiet < QUIET_SECONDS else "cut off",
         "quiet_seconds": round(quiet, 1),
         "step": rows[-1]["step"] if rows else 0,
@@ -42,7 +43,7 @@ def status(run: Path, check: bool = False) -> dict[str, Any]:
         "attempts": len(begun),
         "counts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "metrics": rows[-1] if rows else {},
-        "checkpoints": _checkpoints(_where(run, record["checkpoints"]), check),
+        "checkpoints": _checkpoints(_where(run, where), check),
         "events": events[-SHOWN_EVENTS:],
     }
 

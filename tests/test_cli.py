@@ -104,7 +104,31 @@ def test_plan_prints_derived_numbers_as_one_json_line() -> None:
 
 
 def test_check_reports_a_valid_job() -> None:
-    assert json.loads(dtrpo("check", DEMO, "--json").stdout.splitlines()[-1]) == {"job": "demo", "task": "sudoku"}
+    told = json.loads(dtrpo("check", DEMO, "--json").stdout.splitlines()[-1])
+    tests = told.pop("public_tests")
+    assert told == {"job": "demo", "task": "sudoku"}
+    assert len(tests) == 6
+    assert set(tests.values()) <= {108, "not there"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "told"),
+    [
+        ("sft", "storage={file}", "storage = '{file}': no folder to write in"),
+        ("check", "task.public_tests=['{file}']", "{file}:1: not a row of a Sudoku test file"),
+        ("plan", "model.tokenizer={folder}", "no tokenizer.json or vocab.json"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_told_before_any_work(
+    tmp_path: Path, verb: str, override: str, told: str
+) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("words\n")
+    folder.mkdir()
+    done = dtrpo(verb, DEMO, "--set", override.format(file=file, folder=folder))
+    assert done.returncode == 2
+    assert told.format(file=file) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_one_message_and_exit_code_130() -> None:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
 LAUNCHERS = ("aws", "gcp")
 MANIFESTS = ("raycluster", "rayjob", "rayservice")
-STACK = {"ray": "2.60.0", "deepspeed": "0.19.8", "torch": "2.13.0", "transformers": "5.23.0"}
+STACK = {"ray": "2.60.0", "deepspeed": "0.19.8", "torch": "2.13.0", "transformers": "5.24.0"}
 
 Config = dict[str, Any]
 

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.stages import read_lines
 
 ALPHABET = "0123456789,+-*/=:"
 END = ":"  # of a prompt
@@ -109,7 +110,7 @@ def read_public(path: Path) -> list[dict[str, str]]:
     and no derivation, so their answer is empty.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             record = json.loads(line)
             given, output = record["input"], record["output"]

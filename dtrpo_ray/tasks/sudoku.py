@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.stages import read_lines
 
 ALPHABET = "01234"
 RESPONSE_CHARS = 16
@@ -62,11 +63,13 @@ def generate(count: int, split: str, blanks: tuple[int, int], seed: int) -> list
 def read_public(path: Path) -> list[dict[str, str]]:
     """Rows of a public test file: JSONL of {input, output}, each four lines of four digits (Dream, eval/data)."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             record = json.loads(line)
             rows.append({"prompt": record["input"].replace("\n", ""), "answer": record["output"].replace("\n", "")})
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            if any(len(grid) != 16 or set(grid) - set("01234") for grid in rows[-1].values()):
+                raise ValueError("not two grids of 16 digits from 0 to 4")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(
                 f"{path}:{number}: not a row of a Sudoku test file ({error!r}); expected input and output"
             ) from None

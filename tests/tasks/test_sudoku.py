@@ -73,11 +73,25 @@ def test_every_answer_of_the_public_files_scores_one(blanks: int) -> None:
     assert all(sudoku.score(row["prompt"], row["answer"]) == 1.0 for row in rows)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "7", '{"input": "1"}', '{"input": 1, "output": 2}', "null"])
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "7", '{"input": "1"}', '{"input": 1, "output": 2}', "null", '{"input": "1", "output": "2"}']
+)
 def test_a_broken_public_file_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "puzzles.jsonl"
-    path.write_text(json.dumps({"input": "1\n2", "output": "3"}) + "\n" + line + "\n")
+    path.write_text(
+        json.dumps({"input": "1000\n0002\n4003\n0000", "output": "1234\n3412\n4123\n2341"}) + "\n" + line + "\n"
+    )
     with pytest.raises(
         DataError, match=r"puzzles\.jsonl:2: not a row of a Sudoku test file .* expected input and output"
     ):
+        sudoku.read_public(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"", "is empty"), (b"\xff\xfe", "cannot be read as UTF-8 text"), (None, "cannot")]
+)
+def test_a_public_file_that_is_no_text_is_named(tmp_path: Path, content: bytes | None, told: str) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"puzzles\.jsonl: {told}"):
         sudoku.read_public(path)
