@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import traceback
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ MODES = {  # name -> what differs from the default
     "bf16, offload, zero-2": {"zero_stage": 2, "precision": "bf16", "offload": True},
     "checkpointing, zero-2": {"zero_stage": 2, "gradient_checkpointing": True},
 }
+COMPILER = shutil.which("g++")
 DIAMONDS = [(stage, cut) for stage in (0, 1, 2, 3) for cut in CUTS]
 
 
@@ -181,6 +183,8 @@ def modes(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict
     usual = {n: p.detach().clone() for n, p in plain.named_parameters()}
     start = distance(model(settings, 1, 0.0), usual)
     for name, changes in MODES.items():
+        if "offload" in changes and not COMPILER:
+            continue
         cfg, kept = config(**changes), folder / name.replace(", ", "-")
         straight = Run(settings, cfg, rank, world, dropout=0.0).go(0, kept)
         resumed = Run(settings, cfg, rank, world, dropout=0.0)
@@ -328,6 +332,8 @@ def other_modes(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any
 @pytest.mark.parametrize("name", MODES)
 def test_a_resume_is_exact_in_bfloat16_and_with_offload(other_modes: list[dict[str, Any]], name: str) -> None:
     """And the end is the usual one, measured by the way that weights went: to the order of sums, or to bfloat16's."""
+    if "offload" in name and not COMPILER:
+        pytest.skip("DeepSpeed compiles its CPU Adam with g++, which is not here")
     bf16 = "bf16" in name
     for rank in (0, 1):
         mine = other_modes[rank][name]
