@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import get_scheduler
 
 from dtrpo_ray.config import TrainConfig
@@ -266,8 +268,9 @@ def _deepspeed(device: torch.device) -> Any:
 
 
 def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
-    """DeepSpeed's CPU Adam; it is compiled on first use (g++ and ninja)."""
+    """DeepSpeed's CPU Adam; it is compiled on first use (g++ and ninja), by one process at a time."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
 
     class CPUAdam(DeepSpeedCPUAdam):
         skip = check = refused = False
@@ -276,7 +279,16 @@ def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
             self.refused = self.skip
             return None if self.skip else super().step(closure)
 
+    folder = extension_folder("cpu_adam")
+    with FileLock(folder.with_name(f"{folder.name}.held")):  # one that a dead process has let go
+        (folder / "lock").unlink(missing_ok=True)  # torch's own outlives a killed build, and all would wait on it
+        CPUAdamBuilder().load()
     return CPUAdam([p for p in model.parameters() if p.requires_grad], adamw_mode=True, **_settings(config))
+
+
+def extension_folder(name: str) -> Path:
+    """Where torch compiles an extension."""
+    return Path(_get_build_directory(name, False))
 
 
 def to_universal(checkpoint: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 
 from dtrpo_ray import loop
-from dtrpo_ray.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, to_universal
+from dtrpo_ray.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, extension_folder, to_universal
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.dataset import make_plan
 from dtrpo_ray.models.base import DiffusionLM
@@ -326,6 +326,7 @@ def test_every_row_is_seen_once_an_epoch(seen: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def other_modes(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
+    (extension_folder("cpu_adam") / "lock").touch()  # as a build that was killed leaves it
     return spawn("modes", 2, folder, tiny_config)
 
 
