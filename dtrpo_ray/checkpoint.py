@@ -105,8 +105,10 @@ def facts_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(_get(filesystem, f"{place.path}/{COMPLETE}"))
         known = record["schema"] == SCHEMA and {"step", "num_workers", "ranks"} <= record.keys()
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{place.path}: no readable {COMPLETE}: it was never finished") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{place.path}: no {COMPLETE}: it was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:  # it may be whole: storage fails for a while, too
+        raise CheckpointError(f"{place.path}: {COMPLETE} cannot be read ({error!r})") from None
     if not known:
         raise CheckpointError(f"{place.path}: {COMPLETE} has schema {record['schema']}, this version reads {SCHEMA}")
     return record

@@ -96,7 +96,7 @@ def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
             problem, facts = "", {}
             try:
                 facts = checkpoint.verify(filesystem, place, rank, world)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 problem = str(error)
             problems: list[Any] = [None] * world
             torch.distributed.all_gather_object(problems, problem)

@@ -44,7 +44,7 @@ def test_what_was_written_verifies_and_the_newest_is_found(tmp_path: Path) -> No
 
 def test_complete_is_written_by_the_last_rank_and_not_before(tmp_path: Path) -> None:
     path = write(tmp_path, str(tmp_path / "run"), 4, ranks=1)
-    with pytest.raises(CheckpointError, match=f"no readable {COMPLETE}"):
+    with pytest.raises(CheckpointError, match=f"no {COMPLETE}: it was never finished"):
         facts_of(LOCAL, Place(4, 0, path))
     checkpoint.write(rank_folder(tmp_path, 1), LOCAL, path, 1, {"step": 4, "num_workers": 2})
     assert facts_of(LOCAL, Place(4, 0, path))["ranks"].keys() == {"rank-0.json", "rank-1.json"}
@@ -58,8 +58,8 @@ def test_complete_is_written_by_the_last_rank_and_not_before(tmp_path: Path) -> 
         ("remove", "optim-1.pt has None bytes"),
         ("list", "rank-1.json is not the list"),
         ("no list", "rank-1.json is missing"),
-        ("half seal", "no readable COMPLETE"),
-        ("no seal", "no readable COMPLETE"),
+        ("half seal", "COMPLETE cannot be read"),
+        ("no seal", "no COMPLETE: it was never finished"),
         ("future", "schema 99"),
     ],
 )

@@ -105,6 +105,24 @@ def test_saves_are_whole_kept_by_count_and_best(one_rank: OneRank, tmp_path: Pat
     assert recovery.attempt_number(str(tmp_path / "none")) == 0
 
 
+def test_a_storage_that_fails_for_a_while_costs_no_checkpoint(
+    one_rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, root = saver(tmp_path), str(tmp_path / "checkpoints")
+    for step in (2, 4):
+        mine.save(step, at_once=True)
+
+    def fails(filesystem: Any, path: str) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_get", fails)
+        assert recovery.choose([root], tmp_path, 0, 1) is None
+    found = recovery.choose([root], tmp_path, 0, 1)
+    assert found is not None
+    assert found.place.step == 4
+
+
 def test_a_damaged_checkpoint_is_skipped_and_an_unfinished_one_removed(one_rank: OneRank, tmp_path: Path) -> None:
     mine, root = saver(tmp_path), str(tmp_path / "checkpoints")
     for step in (2, 4):
