@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.cpp_extension import _get_build_directory
 from transformers import get_scheduler
 
 from dtrpo_ray.config import TrainConfig
@@ -288,6 +287,8 @@ def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
 
 def extension_folder(name: str) -> Path:
     """Where torch compiles an extension."""
+    from torch.utils.cpp_extension import _get_build_directory  # imports setuptools, which only a build needs
+
     return Path(_get_build_directory(name, False))
 
 
