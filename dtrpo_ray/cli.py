@@ -6,19 +6,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrpo_ray.config import Job, load_job
+from dtrpo_ray.config import ClusterConfig, Job, load_job, load_serve
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
 if TYPE_CHECKING:
     from dtrpo_ray.pipeline import River
 
 app = typer.Typer(
-    help="Align diffusion language models with dTRPO on Ray, then serve them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,6 +33,21 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A TOML job file; s
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field, e.g. train.lr=1e-5. Repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Make every stage anew, finished or not.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(version("dtrpo-ray"))
+        raise typer.Exit()
+
+
+@app.callback()
+def command(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Align diffusion language models with dTRPO on Ray, then serve them."""
 
 
 def say(text: str) -> None:
@@ -374,21 +389,11 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve a model directory, or a job's aligned model, over HTTP until Ctrl-C."""
-    from dtrpo_ray.config import ClusterConfig, ServeConfig
-
     if source.is_dir():
-        settings: dict[str, Any] = {}
-        for item in overrides or ():
-            key, _, value = item.partition("=")
-            field, _, name = key.partition(".")  # other_models.base=DIRECTORY
-            settings[field] = {**settings.get(field, {}), name: value} if name else value
-        try:
-            config, cluster = ServeConfig.model_validate({**settings, "checkpoint": str(source)}), ClusterConfig()
-        except ValueError as error:
-            raise ConfigError(f"serve {source}: {error}") from None
+        config = load_serve(source, overrides or ())
         from dtrpo_ray.session import ray_session
 
-        with ray_session(cluster):
+        with ray_session(ClusterConfig()):
             _serve_until_interrupt(config, as_json)
         return
     with river(source, overrides, False) as stages:

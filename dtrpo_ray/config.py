@@ -647,13 +647,28 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     return job
 
 
+def load_serve(checkpoint: Path, overrides: Sequence[str] = ()) -> ServeConfig:
+    """The endpoint of a model directory that no job made: the defaults of `[serve]` and `field=value` overrides.
+
+    Raises ConfigError naming the field, the value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return ServeConfig.model_validate({**tree, "checkpoint": str(checkpoint)})
+    except ValidationError as error:
+        told = "\n".join(f"serve {checkpoint}: {_explain(problem, ServeConfig)}" for problem in error.errors())
+        raise ConfigError(told) from None
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or "\n" in override:
         raise ConfigError(f"--set {override}: expected dotted.key=value, for example train.lr=1e-5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text
     *parents, leaf = key.strip().split(".")
     for parent in parents:
@@ -663,20 +678,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[_Section] = Job) -> str:
     # a discriminated union puts the variant's name into the path; users know it as the section alone
     parts = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "task")]
-    where = ".".join(parts) or "job"
+    where = ".".join(parts)
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {where}{_suggestion(problem['loc'], where)}"
+        return f"unknown field {where}{_suggestion(root, problem['loc'], where)}"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
-    return f"{where}: {message}{given}"
+    return f"{where or root.__name__.removesuffix('Config').lower()}: {message}{given}"
 
 
-def _suggestion(loc: Sequence[Any], where: str) -> str:
+def _suggestion(root: type[_Section], loc: Sequence[Any], where: str) -> str:
     """What the section of an unknown field does have: the nearest spelling, or all of it."""
-    section: Any = Job
+    section: Any = root
     variants: list[Any] = []
     for part in loc[:-1]:
         if len(variants) > 1:  # a union on `type`, whose tag is this part

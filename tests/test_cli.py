@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -80,6 +81,10 @@ def test_a_verb_that_has_nothing_to_do_says_so_before_anything_starts(verb: str,
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_version_is_the_package_s() -> None:
+    assert dtrpo("--version").stdout.strip() == version("dtrpo-ray")
 
 
 @pytest.mark.parametrize("words", [["trian", DEMO], ["train", DEMO, "--nope"], ["train"]])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrpo_ray.config import RolloutConfig, ServeConfig, TrainConfig, load_job
+from dtrpo_ray.config import RolloutConfig, ServeConfig, TrainConfig, load_job, load_serve
 from dtrpo_ray.errors import ConfigError
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
@@ -26,6 +26,7 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("trian.lr=1", ["unknown field trian; did you mean train?"]),
         ("model.init.wide=3", ["unknown field model.init.wide; its section knows hidden_size,"]),
         ("train.lr=fast", ["train.lr", "'fast'"]),
+        ("train.lr=" + "[" * 3000, ["train.lr"]),
         ("train.lr=-1", ["train.lr", "greater than 0"]),
         ("train.lr=inf", ["train.lr", "finite"]),
         ('train.lr="1e-4"', ["lr = '1e-4' must be a number"]),
@@ -183,3 +184,27 @@ def test_a_rollout_of_prompts_needs_a_scorer(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(DEMO.with_name("prompts.toml").read_text().split("[score]")[0])
     with pytest.raises(ConfigError, match=r"add a \[score\] section to \[rollout\]"):
         load_job(tmp_path / "job.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("prot=3", "unknown field prot; did you mean port?"),
+        ("port=99999999", "port: Input should be less than or equal to 65535 (got 99999999)"),
+        ('port="9"', "port = '9' must be a number, written without quotes"),
+        ("host=0.0.0.0", "serve.api_key_file"),
+        ("port", "expected dotted.key=value"),
+    ],
+)
+def test_mistakes_in_settings_of_serve(override: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DTRPO_API_KEY", raising=False)
+    with pytest.raises(ConfigError) as raised:
+        load_serve(Path("model"), [override])
+    assert words in str(raised.value)
+    assert "pydantic" not in str(raised.value)
+
+
+def test_settings_of_serve_are_toml() -> None:
+    config = load_serve(Path("model"), ["port=0", "other_models.base=/a/b", "max_replicas=2"])
+    assert (config.checkpoint, config.port, config.other_models) == ("model", 0, {"base": "/a/b"})
+    assert config.max_replicas == 2
