@@ -6,18 +6,17 @@ comes from (seed, row id), and its row id from its prompt and its number, so par
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.config import DraftsConfig, FilesTask
+from dtrpo_ray.config import DraftsConfig
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers.prompts import PromptRow
 from dtrpo_ray.importers.responses import ResponseRow
 from dtrpo_ray.importers.tokenize import Target, content_id, tokenize_responses
 from dtrpo_ray.llm import LanguageModel, Reply, Sampling
-from dtrpo_ray.prepare import Importer, ImportPart
+from dtrpo_ray.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.tables import Rejected, with_columns
 from dtrpo_ray.trajectory import row_generator
 
@@ -27,17 +26,8 @@ ENGINE_NAME = "vllm"
 class Drafter(Importer):
     """Answers the prompts of a part of a file, and imports the answers."""
 
-    def __init__(
-        self,
-        task: FilesTask,
-        tokenizer: Path,
-        grid: dict[str, Any],
-        data_hashes: dict[str, str],
-        config: DraftsConfig,
-        model_hash: str,
-        seed: int,
-    ) -> None:
-        super().__init__(task, tokenizer, grid, data_hashes)
+    def __init__(self, source: ImportJob, config: DraftsConfig, model_hash: str, seed: int) -> None:
+        super().__init__(source)
         self.config, self.model_hash, self.seed = config, model_hash, seed
         self.how = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)

@@ -2,7 +2,7 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, islice
@@ -82,6 +82,19 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     return {"examples": len(rows)}
 
 
+@dataclass(frozen=True, slots=True)
+class ImportJob:
+    """What every importer of a task needs; picklable, the same on every machine.
+
+    `grid` are the model's block_size, block_origin and shift, `data_hashes` the hash of each file.
+    """
+
+    task: FilesTask
+    tokenizer: Path
+    grid: Mapping[str, Any]
+    data_hashes: Mapping[str, str]
+
+
 class Importer:
     """Makes tables of imported files, part by part: read, validate, template, tokenize, bucket by length, write.
 
@@ -89,17 +102,12 @@ class Importer:
     tokens, and `refused-FILE-PART.jsonl`. Writing a part again gives the same bytes.
     """
 
-    def __init__(
-        self,
-        task: FilesTask,
-        tokenizer: Path,
-        grid: dict[str, Any],
-        data_hashes: dict[str, str],
-    ) -> None:
-        self.task, self.hashes = task, data_hashes
+    def __init__(self, source: ImportJob) -> None:
+        task, grid = source.task, source.grid
+        self.task, self.hashes = task, source.data_hashes
         limits = (task.max_prompt_tokens, task.max_response_tokens)
         self.target = Target(
-            load_tokenizer(tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
+            load_tokenizer(source.tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
         )
         self.reader = READERS[task.type]
         self.form: Any = cache(self.reader.recognise)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from dtrpo_ray.config import FilesTask, RolloutConfig
+from dtrpo_ray.config import RolloutConfig
 from dtrpo_ray.engine import Engine, misfit
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.generation import ENGINE_NAME, SCHEDULES, Generation, SamplingParams
@@ -20,7 +20,7 @@ from dtrpo_ray.importers.files import Refusal
 from dtrpo_ray.importers.prompts import PromptRow
 from dtrpo_ray.importers.tokenize import Target, checked, content_id, ids_to_answer, prompt_text
 from dtrpo_ray.models.registry import skeleton_of
-from dtrpo_ray.prepare import Importer
+from dtrpo_ray.prepare import Importer, ImportJob
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
 from dtrpo_ray.rows import how_decoded, tokenizer_hash
 from dtrpo_ray.rules import check_table
@@ -143,18 +143,8 @@ def prompts_parts(asked: Sequence[Asked], batch_size: int) -> list[PromptsPart]:
 class FileRecorder(Importer):
     """Decodes the prompts of a part of a file, several samples of each, in a round of a job."""
 
-    def __init__(
-        self,
-        task: FilesTask,
-        tokenizer: Path,
-        grid: dict[str, Any],
-        data_hashes: dict[str, str],
-        job: DecodeJob,
-        config: RolloutConfig,
-        number: int,
-        sharers: int,
-    ) -> None:
-        super().__init__(task, tokenizer, grid, data_hashes)
+    def __init__(self, source: ImportJob, job: DecodeJob, config: RolloutConfig, number: int, sharers: int) -> None:
+        super().__init__(source)
         self.recorder, self.config, self.number = Recorder(job, sharers), config, number
         engine = self.recorder.engine
         size = config.block_length or engine.model.block_size

@@ -52,7 +52,7 @@ def drafted(job: tuple[PromptsTask, tuple[Any, ...]], size: int, out: Path, seed
     sampling = {"num_samples": 2, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 8}
     config = DraftsConfig(model=Path("drafter"), engine={"enforce_eager": True}, batch_size=size, **sampling)
     out.mkdir()
-    drafter = Drafter(*job[1], config, "model", seed)
+    drafter = Drafter(prepare.ImportJob(*job[1]), config, "model", seed)
     done = [drafter(part, out) for part in prepare.import_parts(job[0], size)]
     counts = prepare.finish_import(done, TRAJECTORY, out)
     return counts, read_table(out, TRAJECTORY).sort_by("row_id")

@@ -151,7 +151,7 @@ def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
     parts = prepare.import_parts(task)
     assert len(parts) == 5
 
-    pool, alone = pool_and_alone(parts, partial(prepare.Importer, *arguments), tmp_path)
+    pool, alone = pool_and_alone(parts, partial(prepare.Importer, prepare.ImportJob(*arguments)), tmp_path)
     done = [read_json(file) for file in sorted((pool / DONE).glob("*.json"))]
     counts = [prepare.finish_import(done, PREFERENCE, folder) for folder in (pool, alone)]
     assert counts == [{"rows": 23, "good": 19, "refused": {"duplicate row": 3, "cannot be tokenized": 1}}] * 2

@@ -49,7 +49,7 @@ def task(path: Path, **changes: Any) -> PreferencesTask:
 
 def imported(config: PreferencesTask | TrajectoriesTask, tokenizer: Path, out: Path, schema: Any) -> dict[str, Any]:
     hashes = {file: f"hash of {file}" for file in config.files}
-    importer = prepare.Importer(config, tokenizer, GRID, hashes)
+    importer = prepare.Importer(prepare.ImportJob(config, tokenizer, GRID, hashes))
     out.mkdir(exist_ok=True)
     done = [importer(part, out) for part in prepare.import_parts(config)]
     return prepare.finish_import(done, schema, out)
@@ -84,7 +84,7 @@ def test_a_cut_off_import_ends_in_the_same_table(source: Path, tokenizer: Path, 
     """Parts are written again under the same names, and what was marked to go goes once."""
     whole, out = tmp_path / "whole", tmp_path / "table"
     counts = imported(task(source), tokenizer, whole, PREFERENCE)
-    importer = prepare.Importer(task(source), tokenizer, GRID, {str(source): f"hash of {source}"})
+    importer = prepare.Importer(prepare.ImportJob(task(source), tokenizer, GRID, {str(source): f"hash of {source}"}))
     parts = prepare.import_parts(task(source))
     assert len(parts) == 5
     out.mkdir()

@@ -39,7 +39,7 @@ def rollout(policy: Path, out: Path, rows: int = 100, number: int = 1, **changes
     how = changes or {"denoising_steps": (1, 2)}
     config = RolloutConfig.model_validate({"num_samples": 3, "max_new_tokens": 8, **how})
     job = DecodeJob(policy, "model", sampling_params(config), 4, 0)
-    worker = FileRecorder(task, policy, GRID, {task.files[0]: "data"}, job, config, number, 1)
+    worker = FileRecorder(prepare.ImportJob(task, policy, GRID, {task.files[0]: "data"}), job, config, number, 1)
     out.mkdir()
     done = [worker(part, out) for part in prepare.import_parts(task, rows)]
     return prepare.finish_import(done, TRAJECTORY, out), read_table(out, TRAJECTORY).sort_by("row_id")

@@ -138,7 +138,7 @@ def importer(files: list[Path], base: Path) -> tuple[Sequence[Any], Callable[[],
     task = TrajectoriesTask.model_validate({"type": "trajectories", "files": [str(file) for file in files]})
     grid = {"block_size": 8, "block_origin": "global", "shift": 0}
     hashes = dict.fromkeys(task.files, "bench")
-    return prepare.import_parts(task), partial(prepare.Importer, task, base.resolve(), grid, hashes)
+    return prepare.import_parts(task), partial(prepare.Importer, prepare.ImportJob(task, base.resolve(), grid, hashes))
 
 
 def pipelines(folder: Path, rows: int, model_rows: int) -> Iterator[Pipeline]:
