@@ -1,7 +1,7 @@
 """Backward, update, save, resume: plain torch, or DeepSpeed (its only import site).
 
-Both use torch's AdamW and transformers' schedules, sum gradients over ranks (the caller has divided the loss by the
-weight of the GLOBAL batch), clip, and answer the same calls, so the loop does not know which one it drives.
+Both use torch's AdamW and the schedules that transformers has, sum gradients over ranks (the caller has divided the
+loss by the weight of the GLOBAL batch), clip, and answer the same calls, so the loop does not know which one it drives.
 """
 
 import math
@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.errors import CheckpointError, ConfigError
@@ -35,13 +34,21 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether weights and activations are bfloat16: "auto" is, on a GPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
 class Backend(Protocol):
     """What the loop asks for. `policy` is the module to call; `device` where batches go."""
 
     policy: Any
     device: torch.device
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Gradients of one micro-batch; `last` of the optimizer step, on all ranks at once."""
+        ...
+
     def step(self, skip: bool = False) -> tuple[float, float]:
         """Update after the last micro-batch of an optimizer step; returns (gradient norm, learning rate).
 
@@ -52,6 +59,10 @@ class Backend(Protocol):
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks."""
+        ...
+
+    def most(self, count: int) -> int:
+        """The largest count of all ranks."""
         ...
 
     def save(self, path: Path, state: dict[str, Any]) -> None: ...
@@ -75,7 +86,7 @@ class _AdamW(torch.optim.AdamW):
 def _finite_everywhere(groups: list[dict[str, Any]]) -> bool:
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     bad = torch.stack([~g.isfinite().all() for g in grads]).any().to(torch.float32)
-    if torch.distributed.is_initialized():  # with bf16 each rank holds other gradients, and all must agree
+    if torch.distributed.is_initialized():  # all must agree, whatever their sums rounded to
         torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
     return not bool(bad)
 
@@ -89,9 +100,18 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> _AdamW:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int) -> Any:
-    warmup = int(config.warmup_ratio * num_steps)
-    name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
+    """transformers' `get_scheduler`, to the bit, without its module, which imports peft: five seconds a process."""
+    warmup, end = int(config.warmup_ratio * num_steps), num_steps + 1
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if config.lr_schedule == "linear":
+            return max(0.0, (end - step) / max(1, end - warmup))
+        done = (step - warmup) / max(1, end - warmup)
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * done))) if config.lr_schedule == "cosine" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 class PlainBackend:
@@ -103,7 +123,7 @@ class PlainBackend:
         self.optimizer = _optimizer(model, config)
         self.schedule = _schedule(self.optimizer, config, num_steps)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         loss.backward()
 
     def step(self, skip: bool = False) -> tuple[float, float]:
@@ -117,6 +137,9 @@ class PlainBackend:
 
     def reduce(self, values: Tensor) -> Tensor:
         return values
+
+    def most(self, count: int) -> int:
+        return count
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         parts = {"model": self.policy, "optimizer": self.optimizer, "schedule": self.schedule}
@@ -167,7 +190,7 @@ class Zero3Sharding:
     def __init__(self, config: TrainConfig, num_workers: int, device: torch.device) -> None:
         self._deepspeed = _deepspeed(device)
         self._deepspeed.init_distributed(auto_mpi_discovery=False)  # finds the group that is there
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        bf16 = uses_bf16(config.precision, device)
         self._config = deepspeed_config(config, num_workers, bf16)
         self.rank = torch.distributed.get_rank()
 
@@ -193,7 +216,7 @@ class DeepSpeedBackend:
     ) -> None:
         deepspeed = _deepspeed(device)
         self.device, self.num_workers = device, num_workers
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        bf16 = uses_bf16(config.precision, device)
         self.optimizer = _offloaded(model, config) if config.offload else _optimizer(model, config)
         self.optimizer.check = config.zero_stage == 0
         # the schedule is ours alone: DeepSpeed would stop it at a step that it drops
@@ -204,10 +227,11 @@ class DeepSpeedBackend:
         self.policy = self.engine
         self.gathered = config.zero_stage == 3
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         # DeepSpeed averages over ranks and divides by the accumulation; our loss wants the plain sum
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.num_workers, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
+        if not last:
             self.engine.step()
 
     def step(self, skip: bool = False) -> tuple[float, float]:
@@ -224,6 +248,11 @@ class DeepSpeedBackend:
     def reduce(self, values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)
         return values
+
+    def most(self, count: int) -> int:
+        most = torch.tensor(count, device=self.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         # universal_checkpoint_info lets stages 1 and 2 be converted to another world size later

@@ -274,6 +274,25 @@ def _distinct(tokens: _Scored) -> int:
     return len(np.unique(tokens.index[tokens.weight > 0]))
 
 
+def packed_tokens(row: Mapping[str, Any], objective: Objective) -> int:
+    """Tokens that a pair takes of a packed row, at most: the prompt, and each response clean and in each draw."""
+    tokens = len(row["prompt_ids"])
+    for side in SIDES[: 1 if objective.type == "sft" else 2]:
+        steps = row.get(f"{side}_steps")
+        draws = objective.num_draws
+        if draws == "all":  # a version for each step of the block that has most
+            draws = 1 + max(steps, default=0) if steps is not None else len(row[f"{side}_ids"])
+        tokens += len(row[f"{side}_ids"]) * (1 + draws)
+    return tokens
+
+
+def padded_tokens(lengths: list[int], row_tokens: int | None) -> int:
+    """Tokens of the packed rows of pairs of these lengths, padding counted (see `build_batch`)."""
+    places = _share_rows(lengths, row_tokens)
+    ends = [first + length for (_, first), length in zip(places, lengths, strict=True)]
+    return (1 + max(row for row, _ in places)) * max(ends)
+
+
 def _share_rows(lengths: list[int], row_tokens: int | None) -> list[tuple[int, int]]:
     """(row, first column) of each pair: longest first, into the first row that has room. A longer pair stands alone."""
     if row_tokens is None:

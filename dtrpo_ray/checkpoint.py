@@ -1,18 +1,20 @@
 """Training checkpoints on any filesystem (local, s3, gs): sealed, verified, found. Knows neither torch nor ray.
 
 A checkpoint is a folder `step-00000040` (`step-00000040-2` if a later attempt wrote that step again). Every rank
-uploads its own files and, after them, `rank-R.json` with their sizes and SHA-256; the rank that finds all lists present
-writes COMPLETE, which holds the hashes of the lists: one hash chain covers every byte. What has no COMPLETE, or breaks
-the chain, is never resumed from.
+uploads its own files and, after them, `rank-R.json` with their sizes and SHA-256; a rank that finds all lists present
+writes COMPLETE, which holds the hashes of the lists and what rank 0 says of the checkpoint: one hash chain covers every
+byte but COMPLETE's own. What has no COMPLETE, or breaks the chain, is never resumed from.
 """
 
 import hashlib
 import json
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ VALIDATION = "validation.json"  # beside the sealed files, since it is measured 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train 2.60 calls its own list
 SCHEMA = 1
 UPLOAD_ATTEMPTS = 5
+MAX_PENDING = 8  # checkpoints that are kept because their validation is still to come
 LOWER_IS_BETTER = ("loss", "nll", "nll_chosen")
 _NAME = re.compile(r"^step-(\d{8})(?:-(\d+))?$")
 _CHUNK_BYTES = 1 << 22
@@ -77,18 +80,20 @@ def forget_ray_snapshot(where: str) -> None:
 def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: dict[str, Any]) -> None:
     """Upload one rank's files, then its list, then COMPLETE if this was the last rank.
 
-    `facts` are the same on every rank and hold `step` and `num_workers`; COMPLETE carries them. A failing write is
-    tried UPLOAD_ATTEMPTS times, one, two, four, ... seconds apart; then its OSError is raised.
+    `facts` hold `step` and `num_workers`; COMPLETE carries those of rank 0, so that two ranks which write it at once
+    write the same. A failing write is tried UPLOAD_ATTEMPTS times, one, two, four, ... seconds apart; then its OSError
+    is raised.
     """
     files = {str(f.relative_to(folder)): _local_entry(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    listing = json.dumps({"rank": rank, "files": files}).encode()
+    listing = json.dumps({"rank": rank, "facts": facts, "files": files}).encode()
     for name in files:
         _patiently(lambda name=name: _copy(folder / name, filesystem, f"{path}/{name}"))  # type: ignore[misc]
     _patiently(lambda: _put(filesystem, f"{path}/rank-{rank}.json", listing))
     names = [f"rank-{r}.json" for r in range(facts["num_workers"])]
     if all(_exists(filesystem, f"{path}/{name}") for name in names):
-        hashes = {name: hashlib.sha256(_get(filesystem, f"{path}/{name}")).hexdigest() for name in names}
-        record = {"schema": SCHEMA, **facts, "ranks": hashes}
+        listings = {name: _get(filesystem, f"{path}/{name}") for name in names}
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in listings.items()}
+        record = {"schema": SCHEMA, **json.loads(listings[names[0]])["facts"], "ranks": hashes}
         _patiently(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
 
 
@@ -151,10 +156,39 @@ def newest_whole(
     return None
 
 
-def download(filesystem: pafs.FileSystem, place: Place, to: Path) -> None:
+def require_any(root: str) -> None:
+    """Raise CheckpointError where no checkpoint of a run was ever finished."""
+    filesystem, path = open_storage(root)
+    found = places(filesystem, path)
+    if not any(_exists(filesystem, f"{place.path}/{COMPLETE}") for place in found):
+        raise CheckpointError(f"{root}: holds no whole checkpoint to go on from ({len(found)} unfinished)")
+
+
+def root_of(run: Path, recorded: str) -> str:
+    """Where the checkpoints of a stage's folder lie now: those inside it moved with it when it was finished."""
+    inside = run / Path(recorded).name
+    return str(inside) if "://" not in recorded and inside.is_dir() else recorded
+
+
+def download(filesystem: pafs.FileSystem, path: str, to: Path) -> None:
     """Copy a checkpoint to a local folder."""
     shutil.rmtree(to, ignore_errors=True)
-    pafs.copy_files(place.path, str(to), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+    pafs.copy_files(path, str(to), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+
+
+@contextmanager
+def local_folder(where: str) -> Iterator[Path]:
+    """A checkpoint's folder, downloaded for the time of the block where `where` is a URI. Raises CheckpointError."""
+    if "://" not in where:
+        yield Path(where)
+        return
+    filesystem, path = open_storage(where)
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            download(filesystem, path, Path(made) / Path(path).name)
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be downloaded ({error})") from None
+        yield Path(made) / Path(path).name
 
 
 def remove(filesystem: pafs.FileSystem, place: Place) -> None:
@@ -170,29 +204,32 @@ def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, 
         _patiently(lambda: _put(filesystem, f"{path}/{VALIDATION}", json.dumps(metrics).encode()))
 
 
-def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float]:
-    """The metrics of a checkpoint's validation; none if it has had none."""
+def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float] | None:
+    """The metrics of a checkpoint's validation, {} if it failed; None if there was none, or it cannot be read."""
     try:
         measured: dict[str, float] = json.loads(_get(filesystem, f"{place.path}/{VALIDATION}"))
-    except OSError:
-        return {}
+    except (OSError, ValueError):
+        return None
     return measured
 
 
 def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, validated: bool = False) -> list[Place]:
     """Remove all whole checkpoints but the newest `keep` and the one with the best metric `best`; returns the removed.
 
-    Unfinished ones are left alone: another rank may be writing there. So are, where checkpoints are `validated`, those
-    whose validation is still to come.
+    The newest are those of the last attempt: an earlier one's of a later step were not resumed from. Unfinished ones
+    are left alone: another rank may be writing there. So are, where checkpoints are `validated`, at most MAX_PENDING
+    that wait for it: they are validated in their order, so none that is older than one which was.
     """
     whole: list[tuple[Place, dict[str, Any]]] = []
-    pending: set[Place] = set()
-    for place in places(filesystem, root):
+    pending: list[Place] = []
+    waiting = validated
+    for place in sorted(places(filesystem, root), key=lambda place: (place.attempt, place.step), reverse=True):
         with suppress(CheckpointError):
             metrics, measured = facts_of(filesystem, place).get("metrics", {}), validation_of(filesystem, place)
-            whole.append((place, {**metrics, **measured}))
-            pending |= {place} if validated and not measured else set()
-    kept = {place for place, _ in whole[:keep]} | pending
+            whole.append((place, {**metrics, **(measured or {})}))
+            waiting = waiting and measured is None
+            pending += [place] if waiting else []
+    kept = {place for place, _ in whole[:keep]} | set(pending[-MAX_PENDING:])
     scored = [(metrics[best], place) for place, metrics in whole if best in metrics]
     if scored:
         kept.add((min if best in LOWER_IS_BETTER else max)(scored)[1])
@@ -225,8 +262,13 @@ def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
 
 
 def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    with filesystem.open_output_stream(path) as target:
+    """A whole file or none: an object store's put is, a local file is renamed."""
+    local = filesystem.type_name == "local"
+    written = f"{path}.{uuid.uuid4().hex}.partial" if local else path
+    with filesystem.open_output_stream(written) as target:
         target.write(content)
+    if local:
+        filesystem.move(written, path)
 
 
 def _get(filesystem: pafs.FileSystem, path: str) -> bytes:

@@ -76,14 +76,14 @@ def river(
         require_vllm(f"{path}: {'drafts' if needs == 'drafts' else 'score.judge'}")
     from dtrpo_ray.pipeline import River
     from dtrpo_ray.plan import public_tests
-    from dtrpo_ray.session import ray_session
+    from dtrpo_ray.session import fitted, ray_session
     from dtrpo_ray.stages import Store
 
     public_tests(job)  # rather a word now than after the training
     store = Store(job.storage, fresh, say)
     store.make_folders()
     with ray_session(job.cluster):
-        yield River(job, store, resume)
+        yield River(job.model_copy(update={"cluster": fitted(job.cluster, say)}), store, resume)
 
 
 def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
@@ -309,7 +309,9 @@ def evaluation_text(value: dict[str, Any]) -> str:
 
 @app.command()
 def export(
-    job: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a training checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file; or a training checkpoint, a folder or a URI.")
+    ],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
     merged: Annotated[bool, typer.Option("--merged", help="With LoRA: the whole model, adapters added in.")] = False,
@@ -324,10 +326,13 @@ def export(
         raise ConfigError(f"{out} exists already; name a folder that does not")
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
-    if job.is_dir():
+    job = Path(source)
+    if "://" in source or job.is_dir():
+        from dtrpo_ray.checkpoint import local_folder
         from dtrpo_ray.export import export_checkpoint
 
-        facts = export_checkpoint(job, out, merged, dtype, base_name)
+        with local_folder(source) as folder:
+            facts = export_checkpoint(folder, out, merged, dtype, base_name)
         _warn_of_a_local_base(out)
         result({"verb": "export", "directory": str(out), "step": facts["step"]}, as_json, f"wrote {out}")
         return

@@ -222,6 +222,8 @@ class TrainConfig(_Section):
     """Rows per optimizer step, over all workers."""
     micro_batch: int = Field(32, ge=1)
     """Most rows per forward of one worker; gradient accumulation is derived."""
+    micro_tokens: int | None = Field(None, ge=1)
+    """Most tokens per forward of one worker, padding counted; a longer row goes alone. Absent: `micro_batch` alone."""
     row_tokens: int | None = Field(None, ge=1)
     """Pairs of a micro-batch share packed rows of up to this many tokens; absent: one pair a row, padded."""
     gradient_checkpointing: bool = False
@@ -514,6 +516,11 @@ class ClusterConfig(_Section):
     """Optimizer steps of rank 0 that torch's profiler traces, from the third of an attempt on."""
     checkpoints: str | None = None
     """Where training checkpoints go: a path or an s3:// or gs:// URI; absent: the stage's own folder."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """The number of workers, or the lower end of the range."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most_workers(self) -> int:

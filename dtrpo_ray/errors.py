@@ -1,4 +1,4 @@
-"""The errors a user can cause, and nothing else.
+"""The errors a user can cause, and how any is told in a line.
 
     DtrpoError
     +-- ConfigError      a job file, an override, a flag
@@ -39,3 +39,11 @@ class TrainError(DtrpoError, RuntimeError):
 
 class ServeError(DtrpoError, RuntimeError):
     """A request or deployment that cannot be served."""
+
+
+def last_line(error: BaseException) -> str:
+    """The kind and the message of an error; of a traceback in text, its last line."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return repr(error)
+    return lines[-1].strip() if len(lines) > 1 else f"{type(error).__name__}: {lines[0].strip()}"

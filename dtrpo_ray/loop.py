@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dtrpo_ray.backend import Backend
-from dtrpo_ray.batch import Batch, Layout, build_batch
+from dtrpo_ray.batch import Batch, Layout, build_batch, packed_tokens, padded_tokens
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.models.base import DiffusionLM
@@ -84,11 +84,12 @@ def run(
 ) -> None:
     """Train from `start_step` to `num_steps`; `batches` yields this rank's rows of each optimizer step from there on.
 
-    Every rank makes the same number of steps and calls `save` at the same ones.
+    Every rank makes the same number of steps and calls `save` at the same ones. Raises TrainError where `batches` end
+    before `num_steps`.
     """
     backend.policy.train()
     started = ended = time.perf_counter()
-    dropped = 0
+    dropped, step = 0, start_step
     for step, rows in zip(range(start_step + 1, num_steps + 1), batches, strict=False):
         hooks.begin(step)
         waited = time.perf_counter() - ended
@@ -105,6 +106,8 @@ def run(
         if step % config.save_every == 0 or step == num_steps or (done.due and hooks.leaving()):
             save(step)
         ended = time.perf_counter()
+    if step < num_steps:
+        raise TrainError(f"the rows ended after optimizer step {step} of {num_steps}: the table's shards lack rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,27 @@ class StepResult:
     bad_rows: list[str]
 
 
+def micro_batches(rows: Rows, config: TrainConfig, most: Callable[[int], int]) -> list[Rows]:
+    """A rank's rows of an optimizer step -> what each forward takes, as many on every rank.
+
+    At most `micro_batch` rows; with `micro_tokens`, rows as long as each other go together while their packed rows,
+    padded, hold no more tokens. Ranks then ask `most` for the largest count, and fill theirs with rows of weight 0.
+    """
+    if config.micro_tokens is None:
+        return [rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch)]
+    parts: list[list[Mapping[str, Any]]] = []
+    lengths: list[int] = []
+    for row in sorted(rows, key=lambda row: -packed_tokens(row, config.objective)):
+        lengths.append(packed_tokens(row, config.objective))
+        full = not parts or len(lengths) > config.micro_batch
+        if full or padded_tokens(lengths, config.row_tokens) > config.micro_tokens:
+            parts.append([])
+            lengths = lengths[-1:]
+        parts[-1].append(row)
+    filler = [{**parts[-1][0], "row_weight": 0.0}]
+    return [*parts, *([filler] * (most(len(parts)) - len(parts)))]
+
+
 def optimizer_step(
     config: TrainConfig,
     backend: Backend,
@@ -134,12 +158,13 @@ def optimizer_step(
     global_weight = rows[0]["batch_weight"]
     totals: dict[str, torch.Tensor] = {"due": torch.tensor(float(due))}
     losses: list[torch.Tensor] = []
-    for first in range(0, len(rows), config.micro_batch):
-        batch = to_batch(rows[first : first + config.micro_batch]).to(backend.device)
+    parts = micro_batches(rows, config, backend.most)
+    for part in parts:
+        batch = to_batch(part).to(backend.device)
         out = training_step(backend.policy, reference, batch, config.objective)
         share = batch.row_weight / global_weight
         shares = out.loss_B * share
-        backend.backward(shares.sum())
+        backend.backward(shares.sum(), last=part is parts[-1])
         losses.append(shares.detach())
         for name, values in {"loss": out.loss_B.detach(), **out.metrics}.items():
             totals[name] = totals.get(name, 0.0) + (values * share).sum()
@@ -154,7 +179,8 @@ def optimizer_step(
     if not lossless and math.isfinite(metrics["grad_norm"]):
         return StepResult(metrics, asked, False, [])
     finite = torch.cat(losses).isfinite().tolist()
-    bad = [str(row["row_id"]) for row, good in zip(rows, finite, strict=True) if not (good and lossless)]
+    ids = [str(row["row_id"]) for part in parts for row in part]
+    bad = [row_id for row_id, good in zip(ids, finite, strict=True) if not (good and lossless)]
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return StepResult({**known, "skipped": 1.0}, asked, True, bad)
 

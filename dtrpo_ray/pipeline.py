@@ -274,8 +274,8 @@ class River:
             (out / TABLE).mkdir(exist_ok=True)
             model = skeleton_of(self.base.path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
-            known = (task, self.base.path.resolve(), grid, hashes)
-            importer = partial(answers.importer if answers else prepare.Importer, *known)
+            source = prepare.ImportJob(task, self.base.path.resolve(), grid, hashes)
+            importer = partial(answers.importer if answers else prepare.Importer, source)
             parts = prepare.import_parts(task, answers.part_rows if answers else None)
             label = name if answers else "prepare"
             done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
@@ -453,7 +453,7 @@ def _seed_of(*parts: int | str) -> int:
 def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields of a training section that change weights: what names its stage."""
     keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
-    keep_out |= set() if config.offload else {"offload"}  # as before there was such a field
+    keep_out |= {name for name in ("offload", "micro_tokens") if not getattr(config, name)}  # as before they were there
     return config.model_dump(mode="json", exclude=keep_out)
 
 

@@ -87,7 +87,7 @@ def plan(job: Job) -> dict[str, Any]:
         assert vocab is not None
         count = parameters(init, vocab)
     stages: dict[str, Any] = {}
-    workers = job.cluster.most_workers
+    workers = job.cluster.fewest_workers  # each holds the most then
     if job.sft:
         bounds = (Shape.of(job), *row_bounds(job, pair=False))
         stages["base"] = training(job.sft, workers, count, job.sft.num_examples, bounds)
@@ -202,17 +202,18 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int,
     return {
         "weights": count * width // (num_workers if stage == 3 else 1),
         "gradients": trained * width // (num_workers if stage >= 2 else 1),
-        "optimizer": trained * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 or bf16 else 1),
+        "optimizer": trained * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 else 1),
         "reference": count * width if held else 0,
         "buffers": REDUCE_BUCKET * width if stage == 3 else 0,
     }
 
 
 def checkpoint_bytes(config: TrainConfig, count: int, trained: int, bf16: bool) -> int:
-    """Bytes of one whole checkpoint, of all workers: weights (under ZeRO 3 the optimizer's alone) and optimizer."""
+    """Bytes of one whole checkpoint, of all workers: weights (under ZeRO 3 the frozen ones alone) and optimizer."""
     width = BYTES_BF16 if bf16 else BYTES_FP32
     own_weights = config.zero_stage > 0 or bf16
-    return count * (0 if config.zero_stage == 3 else width) + trained * BYTES_FP32 * (2 + own_weights)
+    weights = (count - trained) if config.zero_stage == 3 else count
+    return weights * width + trained * BYTES_FP32 * (2 + own_weights)
 
 
 def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
@@ -239,11 +240,19 @@ def training(
     Memory is of one worker, in bytes, with bf16 as on a GPU if the precision is "auto".
     """
     frozen, bf16 = config.objective.type != "sft" and config.reference == "frozen", config.precision != "fp32"
-    accumulation = config.accumulation(num_workers)
+    micro = min(config.micro_batch, config.rows_per_rank(num_workers))
+    if bounds and config.micro_tokens:  # of the longest pairs
+        fits = [
+            n
+            for n in range(1, micro + 1)
+            if math.prod(packed_rows(n, bounds[1], config.row_tokens)) <= config.micro_tokens
+        ]
+        micro = max(fits, default=1)
+    ordered = config.objective.type == "dtrpo" and config.objective.schedule == "confidence"  # by a forward of its own
+    accumulation = -(-config.rows_per_rank(num_workers) // micro)
     steps = None if rows is None else -(-rows * config.num_epochs // config.global_batch)
     if config.max_steps:
         steps = min(steps or config.max_steps, config.max_steps)
-    micro = min(config.micro_batch, config.rows_per_rank(num_workers))
     trained = count
     if config.lora and bounds:
         trained = adapter_parameters(bounds[0], config.lora)
@@ -260,7 +269,8 @@ def training(
         "rows_per_worker": config.rows_per_rank(num_workers),
         "micro_batch": micro,
         "accumulation": accumulation,
-        "forwards_per_optimizer_step": accumulation * num_workers * (2 if frozen else 1),
+        "num_workers": num_workers,
+        "forwards_per_optimizer_step": accumulation * num_workers * (1 + frozen + ordered),
         "optimizer_steps": steps,
         "zero_stage": config.zero_stage,
         "precision": "bf16" if bf16 else "fp32",

@@ -21,7 +21,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from dtrpo_ray import checkpoint
-from dtrpo_ray.backend import DeepSpeedBackend, to_universal
+from dtrpo_ray.backend import DeepSpeedBackend, to_universal, uses_bf16
 from dtrpo_ray.checkpoint import Place
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.errors import CheckpointError
@@ -29,6 +29,7 @@ from dtrpo_ray.metrics import EVENTS, append_event
 
 STACKS = "stacks"  # the folder of stack dumps in a stage's
 DRAIN_POLL_SECONDS = 2.0
+PRECISIONS = {False: "fp32", True: "bf16"}
 
 
 @contextmanager
@@ -122,6 +123,16 @@ def require_plan(found: Found | None, digest: str) -> None:
         )
 
 
+def require_precision(found: Found | None, bf16: bool) -> None:
+    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in files of its own."""
+    was = found.facts.get("precision") if found else None
+    if found and was and was != PRECISIONS[bf16]:
+        raise CheckpointError(
+            f"{found.place.path}: was trained in {was}, this run's is {PRECISIONS[bf16]} (precision auto is bf16 on a "
+            f'GPU, fp32 without one); set precision = "{was}" in this stage\'s section, or train anew with --fresh'
+        )
+
+
 def consumed(step: int, rows: int, config: TrainConfig) -> list[int]:
     """Rows of each epoch of `rows` rows that the first `step` optimizer steps read."""
     return [min(max(step * config.global_batch - epoch * rows, 0), rows) for epoch in range(config.num_epochs)]
@@ -146,7 +157,7 @@ def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_worl
     if filesystem.type_name != "local":
         folder = scratch
         if context.get_local_rank() == 0:
-            checkpoint.download(filesystem, found.place, folder)
+            checkpoint.download(filesystem, found.place.path, folder)
         barrier()
     universal = out / "universal"
     if other_world:
@@ -190,6 +201,7 @@ class Saver:
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         self.backend.save(folder, {"step": step})
         facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
+        facts["precision"] = PRECISIONS[uses_bf16(self.config.precision, self.backend.device)]
         facts |= {name: self.settings[name] for name in ("label", "base", "identity", "config", "seed")}
         plan = self.settings["plan"]
         facts["plan"] = {"digest": plan["digest"], "consumed": consumed(step, plan["rows"], self.config)}

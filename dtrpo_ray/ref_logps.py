@@ -55,13 +55,13 @@ class ReferenceScorer:
         self.model = load_reference(base, config.precision, self.device)
         to_batch = loop.collate(config, self.model, seed, self.model, device=self.device)
         key = reference_key(reference_hash, config.precision, self.device)
-        self.known, self.micro_batch = (to_batch, seed, key, self.device), config.micro_batch
+        self.known, self.config = (to_batch, seed, key, self.device), config
 
     def __call__(self, part: PairsPart, out: Path) -> dict[str, Any]:
         """Write the values of one part."""
         pairs = part.pairs.read(PREFERENCE)
         rows = pairs.append_column("epoch", pa.array(np.full(len(pairs), part.epoch), pa.int32())).to_pylist()
-        batches = (rows[start : start + self.micro_batch] for start in range(0, len(rows), self.micro_batch))
+        batches = loop.micro_batches(rows, self.config, most=lambda count: count)
         values = pa.concat_tables(reference_values(self.model, batch, *self.known) for batch in batches)
         write_whole(values, out / f"epoch-{part.epoch:03d}-{part.pairs.name}")
         return {"rows": len(rows), "values": len(values)}

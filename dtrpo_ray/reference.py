@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dtrpo_ray.backend import uses_bf16
 from dtrpo_ray.batch import SIDES, Batch
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.models.base import DiffusionLM
@@ -42,8 +43,7 @@ REMEDY = "write it anew with dtrpo ref-logps"
 
 def reference_dtype(precision: str, device: torch.device) -> torch.dtype:
     """In which the policy computes too (`train.precision`); with another one equal models are not equal."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if uses_bf16(precision, device) else torch.float32
 
 
 def load_reference(base: Path, precision: str, device: torch.device) -> DiffusionLM:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -62,12 +62,44 @@ def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -
         ray.shutdown()
 
 
+def fitted(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
+    """The cluster as this machine can have it: with `local`, no more workers and actors than there are GPUs for.
+
+    What is changed is said. Raises ConfigError where GPUs are demanded that are not there. A cluster that was joined
+    may grow, so there nothing is changed.
+    """
+    if cluster.address != "local" or not uses_gpu(cluster):
+        return cluster
+    gpus = int(ray.cluster_resources()["GPU"])
+    fewest, most = cluster.fewest_workers, cluster.most_workers
+    if max(most, cluster.num_actors) <= gpus:
+        return cluster
+    if cluster.use_gpu == "yes" and fewest > gpus:
+        raise ConfigError(f"cluster.num_workers = {cluster.num_workers}, but this machine has {gpus} GPU(s)")
+    workers = min(fewest, gpus) if isinstance(cluster.num_workers, int) else (min(fewest, gpus), min(most, gpus))
+    actors = min(cluster.num_actors, gpus)
+    say(f"{gpus} GPU(s) here: cluster.num_workers = {workers}, num_actors = {actors}")
+    return cluster.model_copy(update={"num_workers": workers, "num_actors": actors})
+
+
 def uses_gpu(cluster: ClusterConfig) -> bool:
     """Whether workers and actors ask for a GPU. Raises ConfigError where one is demanded and there is none."""
     available = ray.cluster_resources().get("GPU", 0) > 0
     if cluster.use_gpu == "yes" and not available:
         raise ConfigError('cluster.use_gpu = "yes", but the Ray cluster has no GPU; set "auto" or "no"')
     return available and cluster.use_gpu != "no"
+
+
+def shortfall(cluster: ClusterConfig, gpu: bool) -> str:
+    """What a training stage will wait for, "" where its workers fit the cluster as it is."""
+    kind = "GPU" if gpu else "CPU"
+    have = int(ray.cluster_resources().get(kind, 0))
+    if have >= cluster.fewest_workers:
+        return ""
+    return (
+        f"{cluster.fewest_workers} worker(s) need a {kind} each and the cluster has {have}: waiting for it to grow; "
+        "Ctrl-C, and set cluster.num_workers, if it cannot"
+    )
 
 
 def cpu_threads(sharers: int) -> int:

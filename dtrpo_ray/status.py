@@ -13,7 +13,7 @@ from dtrpo_ray.errors import CheckpointError, DataError
 from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
 from dtrpo_ray.stages import MANIFEST
 
-QUIET_SECONDS = 300  # a run that has written nothing for so long is called cut off
+QUIET_SECONDS = 300  # a run that has written nothing for so long, or for three of its own metric lines, is cut off
 SHOWN_EVENTS = 10
 
 
@@ -35,7 +35,7 @@ def status(run: Path, check: bool = False) -> dict[str, Any]:
     return {
         "run": str(run),
         "label": label,
-        "state": "finished" if finished else "running" if quiet < QUIET_SECONDS else "cut off",
+        "state": "finished" if finished else "running" if quiet < _quiet_limit(rows) else "cut off",
         "quiet_seconds": round(quiet, 1),
         "step": rows[-1]["step"] if rows else 0,
         "num_steps": begun[-1].get("num_steps") if begun else None,
@@ -43,15 +43,15 @@ def status(run: Path, check: bool = False) -> dict[str, Any]:
         "attempts": len(begun),
         "counts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "metrics": rows[-1] if rows else {},
-        "checkpoints": _checkpoints(_where(run, where), check),
+        "checkpoints": _checkpoints(checkpoint.root_of(run, where), check),
         "events": events[-SHOWN_EVENTS:],
     }
 
 
-def _where(run: Path, root: str) -> str:
-    """A stage is renamed when it is finished; checkpoints inside it have moved with it."""
-    inside = run / Path(root).name
-    return str(inside) if "://" not in root and inside.is_dir() else root
+def _quiet_limit(rows: list[dict[str, Any]]) -> float:
+    if len(rows) < 2:
+        return QUIET_SECONDS
+    return max(QUIET_SECONDS, 3 * (rows[-1]["step"] - rows[-2]["step"]) * rows[-1].get("step_seconds", 0))
 
 
 def _checkpoints(root: str, check: bool) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _checkpoints(root: str, check: bool) -> list[dict[str, Any]]:
         except CheckpointError as error:
             facts, problem = {}, str(error)
         workers = facts.get("num_workers")
-        measured = checkpoint.validation_of(filesystem, place)
+        measured = checkpoint.validation_of(filesystem, place) or {}
         row = {"path": place.path, "step": place.step, "num_workers": workers, "problem": problem}
         found.append({**row, "validation": measured})
     return found

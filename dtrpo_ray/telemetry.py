@@ -70,7 +70,7 @@ class Sinks:
             row["mfu"] = row["tokens_per_second"] * self.mfu_per_token
         self.log.write(row)
         self.trackers.write(row)
-        for name, value in row.items():
+        for name, value in {"skipped": 0.0, **row}.items():  # a gauge stays at what it was set to
             if name not in self.gauges:
                 self.gauges[name] = Gauge(f"dtrpo_train_{name}", f"{name} of training", tag_keys=("stage",))
             self.gauges[name].set(float(value), tags={"stage": self.label})

@@ -1,11 +1,12 @@
 """Metrics rows -> TensorBoard, Weights & Biases, MLflow: by name, imported here alone and only when asked for.
 
-The JSON lines of `metrics` are always written; a tracker that fails later is dropped with a warning, a run never is.
+The JSON lines of `metrics` are always written; a tracker that fails is dropped with a warning, a run never is.
 """
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,22 +83,32 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], run: str, folder: Path, config: dict[str, Any], warn: Callable[[str], None]
     ) -> None:
-        self.warn, self.open = warn, {name: _start(name, run, folder, config) for name in names}
+        require(names)
+        self.warn, self.open = warn, dict[str, Tracker]()
+        for name in names:
+            with self._dropped(name, "from the start"):
+                self.open[name] = _KINDS[name](run, folder, config)
 
     def write(self, row: dict[str, Any]) -> None:
         """Hand the numbers of a metrics row to every tracker."""
         numbers = {name: float(value) for name, value in row.items() if name != "step"}
         for name, tracker in list(self.open.items()):
-            try:
+            with self._dropped(name, f"from step {row['step']} on"):
                 tracker.write(int(row["step"]), numbers)
-            except Exception as error:
-                self.warn(f"tracker {name} failed and is off from step {row['step']} on: {error}")
-                del self.open[name]
 
     def close(self) -> None:
         """Flush every tracker."""
-        for tracker in self.open.values():
-            tracker.close()
+        for name, tracker in list(self.open.items()):
+            with self._dropped(name, "at the end"):
+                tracker.close()
+
+    @contextmanager
+    def _dropped(self, name: str, when: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"tracker {name} failed and is off {when}: {error}")
+            self.open.pop(name, None)
 
 
 def require(names: Sequence[str]) -> None:
@@ -107,8 +118,3 @@ def require(names: Sequence[str]) -> None:
     for name in names:
         if PACKAGES[name] not in sys.modules and find_spec(PACKAGES[name]) is None:
             raise ConfigError(f"cluster.trackers: {name} is not installed; pip install {PACKAGES[name]}")
-
-
-def _start(name: str, run: str, folder: Path, config: dict[str, Any]) -> Tracker:
-    require([name])
-    return _KINDS[name](run, folder, config)

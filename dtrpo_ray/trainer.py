@@ -32,21 +32,22 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dtrpo_ray import checkpoint, dataset, loop, recovery, telemetry, trackers, validation
-from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding
+from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding, uses_bf16
 from dtrpo_ray.config import ClusterConfig, TrainConfig
-from dtrpo_ray.errors import CheckpointError, DtrpoError, TrainError
+from dtrpo_ray.errors import CheckpointError, DtrpoError, TrainError, last_line
 from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, RUN, append_event, read_metrics
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
 from dtrpo_ray.reference import ReferenceCache, load_reference, reference_key
-from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, uses_gpu
+from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, shortfall, uses_gpu
 from dtrpo_ray.stages import whole_folder
 from dtrpo_ray.step import checkpoint_layers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 MODEL, ADAPTER = "model", "adapter"
-MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "keep_best", "micro_batch", "on_nonfinite", "validation")
+MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
+MAY_CHANGE |= {"micro_batch", "micro_tokens"}  # which change the order of sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
     events = stage.out / EVENTS
     trainer = TorchTrainer(
-        _worker,
+        _train_function(),
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "num_steps": plan.num_steps,
@@ -113,13 +114,15 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             storage_path=roots[0].rpartition("/")[0],
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},  # type: ignore[call-arg]
-            callbacks=[_Failures(str(events.resolve()))],  # type: ignore[list-item]
+            callbacks=[_failures(str(events.resolve()))],  # type: ignore[list-item]
         ),
         datasets=dict(zip(names, shards, strict=True)),
         dataset_config=DataConfig(datasets_to_split=[]),  # each rank's rows are cut already
         validation_config=_validation(stage, config, roots[0], gpu) if config.validation else None,
     )
     with watch(stage.out / METRICS, stage.label, plan.num_steps, events):
+        if waits := shortfall(cluster, gpu):
+            append_event(events, "waiting", waits)
         try:
             _fit(trainer)
         except TrainingFailedError as error:
@@ -135,7 +138,7 @@ def _validation(stage: TrainStage, config: TrainConfig, root: str, gpu: bool) ->
     told = {"out": str(stage.out.resolve()), "root": checkpoint.open_storage(root)[1]}
     return ValidationConfig(
         validation.validate,  # type: ignore[arg-type]
-        ValidationTaskConfig(fn_kwargs={**told, "config": config.model_dump(mode="json")}),
+        ValidationTaskConfig({**told, "config": config.model_dump(mode="json")}, validation.TIMEOUT_SECONDS),
         {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "runtime_env": {"env_vars": {} if gpu else CPU_WORKER_ENV}},
     )
 
@@ -177,52 +180,61 @@ def _other_root(stage: TrainStage, config: TrainConfig) -> list[str]:
         raise CheckpointError(
             f"--resume {stage.resume_from}: no readable {RUN}; name a training stage's folder"
         ) from None
-    changed = _changes(old, _description(stage, config))
+    section = "sft" if stage.label == "base" else "train"
+    changed = _changes(old, _description(stage, config), section)
     if changed:
         lines = "\n".join(f"  {name}: {was!r} then, {now!r} now" for name, was, now in changed)
-        may = ", ".join(f"train.{name}" for name in MAY_CHANGE)
+        may = ", ".join(f"{section}.{name}" for name in sorted(MAY_CHANGE))
         raise CheckpointError(
             f"--resume {stage.resume_from}: this is another run:\n{lines}\n"
             f"set them back, or start anew without --resume. May change: {may}, and all of [cluster]"
         )
-    return [str(old["checkpoints"])]
+    root = checkpoint.root_of(stage.resume_from, str(old["checkpoints"]))
+    checkpoint.require_any(root)
+    return [root]
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, then, now) of each field of two runs that differs and must not."""
+def _changes(old: dict[str, Any], new: dict[str, Any], section: str) -> list[tuple[str, Any, Any]]:
+    """(field, then, now) of each field of two runs that differs and must not; `section` is the job's."""
     found: list[tuple[str, Any, Any]] = []
 
     def walk(name: str, was: Any, now: Any) -> None:
+        if name.removeprefix("config.") in MAY_CHANGE:
+            return
         if isinstance(was, dict) and isinstance(now, dict):
             for key in sorted({*was, *now}):
                 walk(f"{name}.{key}" if name else key, was.get(key), now.get(key))
-        elif was != now and name.removeprefix("config.") not in MAY_CHANGE:
-            found.append((name.replace("config.", "train.").replace("identity.", ""), was, now))
+        elif was != now:
+            found.append((name.replace("config.", f"{section}.").replace("identity.", ""), was, now))
 
     walk("", {key: old.get(key) for key in new}, new)
     return found
 
 
-class _Failures(UserCallback):
-    """In Ray Train's controller: each failed attempt becomes an event."""
+def _train_function() -> Callable[[dict[str, Any]], None]:
+    """What Ray Train runs on each rank. Pickled by value: its controller need not spend ten seconds on our imports."""
 
-    def __init__(self, events: str) -> None:
-        self.events, self.count = events, 0
+    def start(settings: dict[str, Any]) -> None:
+        from dtrpo_ray import trainer
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.count += 1
-        for rank, error in sorted(worker_exceptions.items()):
-            message = f"worker {rank} failed: {_last_line(error)}"
-            append_event(Path(self.events), "failure", message, rank=rank, failure=self.count)
+        trainer._worker(settings)
+
+    return start
 
 
-def _last_line(error: BaseException) -> str:
-    """The kind and the message of an error; of a traceback in text, its last line."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return repr(error)
-    kind = type(error).__name__
-    return lines[-1].strip() if len(lines) > 1 else f"{kind}: {lines[0].strip()}"
+def _failures(events: str) -> UserCallback:
+    """In Ray Train's controller, and pickled by value as well: each failed attempt becomes an event."""
+
+    class Failures(UserCallback):
+        count = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            self.count += 1
+            for rank, error in sorted(worker_exceptions.items()):
+                message = f"worker {rank} failed: {last_line(error)}"
+                append_event(Path(events), "failure", message, rank=rank, failure=self.count)
+
+    return Failures()
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -247,7 +259,7 @@ def _fit(trainer: TorchTrainer) -> None:
 
 def _root_message(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
-    return _last_line(next(iter(failures.values())))
+    return last_line(next(iter(failures.values())))
 
 
 def _told(out: Path) -> str:
@@ -286,8 +298,10 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     else:
         torch.cuda.set_device(device)
     base, out, num_steps = Path(settings["base"]), Path(settings["out"]), settings["num_steps"]
+    attempt = recovery.attempt_number(settings["roots"][0])
     found = recovery.choose(settings["roots"], out, rank, world)
     recovery.require_plan(found, settings["plan"]["digest"])
+    recovery.require_precision(found, uses_bf16(config.precision, device))
     other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
     sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
     policy = load_model(base, device=str(device), sharding=sharding)
@@ -309,7 +323,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     start = recovery.resume(backend, found, out, other_world)
     if rank == 0:
         _announce(out / EVENTS, start, num_steps, world, found)
-    saver = recovery.Saver(backend, config, out, settings, recovery.attempt_number(settings["roots"][0]))
+    saver = recovery.Saver(backend, config, out, settings, attempt)
     rows = ray.train.get_dataset_shard("all" if settings["elastic"] else f"rank-{rank}")
     share = (rank, world) if settings["elastic"] else None
     batches = dataset.rank_batches(rows, config, world, start, share)

@@ -22,6 +22,7 @@ from dtrpo_ray import loop
 from dtrpo_ray.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, extension_folder, to_universal
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.dataset import make_plan
+from dtrpo_ray.lora import add_adapters
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.plan import checkpoint_bytes, state_bytes
@@ -30,12 +31,19 @@ CPU = torch.device("cpu")
 ROWS, EPOCHS, STEPS = 12, 2, 6  # three steps an epoch
 CUTS = {1: "mid-epoch", 3: "an epoch's end", 5: "mid-epoch", 6: "the last step"}
 MODES = {  # name -> what differs from the default
+    "bf16, zero-0": {"zero_stage": 0, "precision": "bf16"},
     "bf16, zero-1": {"zero_stage": 1, "precision": "bf16"},
     "bf16, zero-3": {"zero_stage": 3, "precision": "bf16"},
     "offload, zero-2": {"zero_stage": 2, "offload": True},
     "offload, zero-3": {"zero_stage": 3, "offload": True},
     "bf16, offload, zero-2": {"zero_stage": 2, "precision": "bf16", "offload": True},
     "checkpointing, zero-2": {"zero_stage": 2, "gradient_checkpointing": True},
+    "token budget, zero-1": {"zero_stage": 1, "micro_batch": 2, "micro_tokens": 50},
+    "token budget, zero-2": {"zero_stage": 2, "micro_batch": 2, "micro_tokens": 50},
+    "token budget, zero-3": {"zero_stage": 3, "micro_batch": 2, "micro_tokens": 50},
+    "lora, zero-0": {"zero_stage": 0, "lora": {"rank": 4}},
+    "lora, zero-2": {"zero_stage": 2, "lora": {"rank": 4}},
+    "lora, zero-3": {"zero_stage": 3, "lora": {"rank": 4}},
 }
 COMPILER = shutil.which("g++")
 DIAMONDS = [(stage, cut) for stage in (0, 1, 2, 3) for cut in CUTS]
@@ -54,13 +62,15 @@ def model(settings: dict[str, Any], seed: int, dropout: float) -> SDAR:
 
 
 def make_rows() -> list[dict[str, Any]]:
+    """Every third pair has twice the tokens of the others: 40 of a packed row, and 24."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for i in range(ROWS):
         ids = [torch.randint(0, 20, (8,), generator=generator).tolist() for _ in range(3)]
         row = {"row_id": f"row-{i}", "prompt_ids": ids[0], "row_weight": 1.0, "batch_weight": 4.0}
         for side, response in (("chosen", ids[1]), ("rejected", ids[2])):
-            row |= {f"{side}_ids": response, f"{side}_steps": [0, 1, 0, 1, 2, 2, 3, 3]}
+            length = 4 if i % 3 else 8
+            row |= {f"{side}_ids": response[:length], f"{side}_steps": [0, 1, 0, 1, 2, 2, 3, 3][:length]}
         made.append(row)
     return made
 
@@ -87,6 +97,8 @@ class Run:
     ) -> None:
         self.cfg, self.rank, self.world = cfg, rank, world
         self.policy, self.reference = model(settings, 1, dropout), model(settings, 2, 0.0).eval()
+        if cfg.lora:
+            add_adapters(self.policy, cfg.lora, 0)
         self.backend = DeepSpeedBackend(self.policy, cfg, STEPS, world, CPU, universal)
         self.seen: list[list[str]] = []
         self.log: list[dict[str, Any]] = []
@@ -191,7 +203,7 @@ def modes(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict
         resumed.backend.load(kept / "3")
         differs = same(straight.state(), resumed.go(3).state())
         dtype = str(next(straight.policy.parameters()).dtype)
-        far = distance(straight.backend.full_model().float(), usual)
+        far = 0.0 if cfg.lora else distance(straight.backend.full_model().float(), usual)  # adapters go another way
         seen[name] = {"differs": differs, "far": far / start, "dtype": dtype}
     return seen
 
@@ -221,36 +233,49 @@ def dropped(settings: dict[str, Any], cfg: TrainConfig, rank: int, world: int) -
 BIG = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512, "head_dim": 32, "num_hidden_layers": 3}
 
 
+TAKEN: dict[str, dict[str, Any]] = {
+    **{f"zero-{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)},
+    **{f"bf16, zero-{stage}": {"zero_stage": stage, "precision": "bf16"} for stage in (0, 1, 2)},
+    **{f"lora, zero-{stage}": {"zero_stage": stage, "lora": {"rank": 4}} for stage in (0, 2, 3)},
+}
+
+
 def taken(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
     """Bytes of all tensors that live after a step, and of the checkpoint, for a model of 0.7 M parameters."""
     seen: dict[str, Any] = {}
-    for stage in (0, 1, 2, 3):
+    for name, changes in TAKEN.items():
         gc.collect()
         before = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-        run = Run({**settings, **BIG}, config(zero_stage=stage), rank, world, dropout=0.0).go(0, end=1)
+        run = Run({**settings, **BIG}, config(**changes), rank, world, dropout=0.0).go(0, end=1)
         gc.collect()
         live = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-        run.backend.save(folder / f"taken-{stage}", {"step": 1})
+        run.backend.save(folder / f"taken-{name}", {"step": 1})
         torch.distributed.barrier()
-        files = [f for f in (folder / f"taken-{stage}").rglob("*") if f.is_file()]
-        seen[str(stage)] = {
+        files = [f for f in (folder / f"taken-{name}").rglob("*") if f.is_file()]
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in run.policy.parameters()]
+        seen[name] = {
             "memory": sum(t.untyped_storage().nbytes() for where, t in live.items() if where not in before),
             "checkpoint": sum(f.stat().st_size for f in files),
-            "count": sum(p.numel() for p in run.reference.parameters()),
+            "count": sum(size for size, _ in sizes),
+            "trained": sum(size for size, trained in sizes if trained),
         }
         del run, live
     return seen
 
 
 WORLD_CUT = 3
+WORLDS: dict[str, dict[str, Any]] = {
+    **{f"zero-{stage}": {"zero_stage": stage} for stage in (1, 2, 3)},
+    **{f"lora, zero-{stage}": {"zero_stage": stage, "lora": {"rank": 4}} for stage in (2, 3)},
+}
 
 
 def other_world(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
     """Straight runs of this world that save at WORLD_CUT; then, if the other world has done so, its runs to the end."""
     seen: dict[str, Any] = {}
-    for stage in (1, 2, 3):
-        cfg = config(zero_stage=stage)
-        name, other = f"world-{world}-{stage}", f"world-{3 - world}-{stage}"
+    for kind, changes in WORLDS.items():
+        cfg = config(**changes)
+        name, other = f"world-{world}-{kind}", f"world-{3 - world}-{kind}"
         straight = Run(settings, cfg, rank, world, dropout=0.0).go(0, folder / name)
         whole = {n: p.detach().clone() for n, p in straight.backend.full_model().named_parameters()}
         if rank == 0:
@@ -265,8 +290,8 @@ def other_world(settings: dict[str, Any], folder: Path, rank: int, world: int) -
             rate = went_on.backend.schedule.get_last_lr()
             went_on.go(WORLD_CUT)
             end = torch.load(folder / f"{other}.pt", weights_only=True)
-            start = model(settings, 1, 0.0)
-            seen[str(stage)] = {
+            start = Run(settings, config(lora=cfg.lora), rank, world, dropout=0.0).policy
+            seen[kind] = {
                 "difference": difference(went_on.backend.full_model(), end),
                 "moved": difference(start, end),
                 "rows": went_on.seen,
@@ -331,7 +356,7 @@ def other_modes(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_a_resume_is_exact_in_bfloat16_and_with_offload(other_modes: list[dict[str, Any]], name: str) -> None:
+def test_a_resume_is_exact_in_other_modes(other_modes: list[dict[str, Any]], name: str) -> None:
     """And the end is the usual one, measured by the way that weights went: to the order of sums, or to bfloat16's."""
     if "offload" in name and not COMPILER:
         pytest.skip("DeepSpeed compiles its CPU Adam with g++, which is not here")
@@ -373,22 +398,24 @@ def measured(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
     return spawn("taken", 2, folder, tiny_config)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_plan_is_what_a_run_takes(measured: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_plan_is_what_a_run_takes(measured: list[dict[str, Any]], name: str) -> None:
     """Between steps gradients are gone, but for ZeRO 3's; everything else, and the checkpoint's files, within 15 %.
 
     Beside its share ZeRO 3 holds every tensor below 100,000 elements whole, which in this model is all of them.
     """
-    cfg = config(zero_stage=stage)
+    cfg = config(**TAKEN[name])
+    bf16 = cfg.precision == "bf16"
     for rank in (0, 1):
-        real = measured[rank][str(stage)]
-        wanted = state_bytes(cfg, 2, real["count"], real["count"], bf16=False)
-        held = wanted["weights"] + wanted["optimizer"] + wanted["reference"]
-        held += wanted["gradients"] + 4 * real["count"] if stage == 3 else 0
+        real = measured[rank][name]
+        reference = real["count"] - (real["trained"] if cfg.lora else 0)  # float32 here, beside the adapters' base too
+        wanted = state_bytes(cfg, 2, real["count"], real["trained"], bf16)
+        held = wanted["weights"] + wanted["optimizer"] + 4 * reference
+        held += wanted["gradients"] + 4 * real["count"] if cfg.zero_stage == 3 else 0
+        assert (real["trained"] < real["count"]) == (cfg.lora is not None)
         assert real["memory"] - wanted["buffers"] == pytest.approx(held, rel=0.15)
-        assert real["checkpoint"] == pytest.approx(
-            checkpoint_bytes(cfg, real["count"], real["count"], bf16=False), rel=0.15
-        )
+        files = checkpoint_bytes(cfg, real["count"], real["trained"], bf16)
+        assert real["checkpoint"] == pytest.approx(files, rel=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -398,13 +425,13 @@ def shrunk_and_grown(folder: Path, tiny_config: dict[str, Any]) -> list[list[dic
     return [spawn("other_world", world, folder, tiny_config) for world in (1, 2)]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", WORLDS)
 @pytest.mark.parametrize("new_world", [1, 2])
 def test_another_number_of_workers_goes_on_with_the_same_batches(
-    shrunk_and_grown: list[list[dict[str, Any]]], new_world: int, stage: int
+    shrunk_and_grown: list[list[dict[str, Any]]], new_world: int, kind: str
 ) -> None:
     """The rest differs from the straight run by the order of float32 sums alone: under 1e-4 where weights move 1e-2."""
-    ranks = [seen[str(stage)] for seen in shrunk_and_grown[new_world - 1]]
+    ranks = [seen[kind] for seen in shrunk_and_grown[new_world - 1]]
     for mine in ranks:
         assert mine["difference"] < 1e-4, mine["difference"]
         assert mine["moved"] > 1e-2
@@ -415,9 +442,9 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
     ]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", WORLDS)
 def test_one_and_two_workers_are_one_number(
-    shrunk_and_grown: list[list[dict[str, Any]]], folder: Path, stage: int
+    shrunk_and_grown: list[list[dict[str, Any]]], folder: Path, kind: str
 ) -> None:
-    one, two = (torch.load(folder / f"world-{world}-{stage}.pt", weights_only=True) for world in (1, 2))
+    one, two = (torch.load(folder / f"world-{world}-{kind}.pt", weights_only=True) for world in (1, 2))
     assert max(float((value - two[name]).abs().max()) for name, value in one.items()) < 1e-4

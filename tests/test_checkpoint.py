@@ -1,6 +1,7 @@
 """A checkpoint is whole or is never chosen: sealed last, verified by hash, on any filesystem that pyarrow opens."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_filesystem_that_is_not_local_holds_checkpoints_too(tmp_path: Path) ->
     write(tmp_path, "bucket/run", 4, filesystem=remote)
     found = newest_whole(remote, "bucket/run", pytest.fail)
     assert found is not None
-    checkpoint.download(remote, found[0], tmp_path / "back")
+    checkpoint.download(remote, found[0].path, tmp_path / "back")
     assert (tmp_path / "back" / "deepspeed" / "optim-1.pt").read_bytes() == b"\x01" * 5_000_000
     checkpoint.remove(remote, found[0])
     assert places(remote, "bucket/run") == []
@@ -180,3 +181,82 @@ def test_rays_own_list_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
     checkpoint.forget_ray_snapshot(root)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-00000004"]
     assert newest_whole(LOCAL, root, pytest.fail) is not None
+
+
+def test_ranks_that_seal_at_once_write_the_same_seal(tmp_path: Path) -> None:
+    """Each rank has times of its own in its metrics; whoever writes COMPLETE, it says what rank 0 said."""
+    root, sealed = str(tmp_path / "run"), set()
+    for attempt, last in enumerate((0, 1)):
+        path = f"{root}/{folder_name(4, attempt)}"
+        for rank in (1 - last, last):
+            facts = {"step": 4, "num_workers": 2, "metrics": {"seconds": rank + 0.25}}
+            checkpoint.write(rank_folder(tmp_path, rank), LOCAL, path, rank, facts)
+        sealed.add((Path(path) / COMPLETE).read_text())
+    assert len(sealed) == 1
+    assert json.loads(sealed.pop())["metrics"] == {"seconds": 0.25}
+
+
+def test_ranks_that_seal_at_once_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A hundred times two threads; written in place and with two texts, one in twenty was torn."""
+    for step in range(1, 101):
+        path, together = str(tmp_path / folder_name(step, 0)), threading.Barrier(2)
+
+        def rank(r: int, step: int = step, path: str = path, together: threading.Barrier = together) -> None:
+            folder = tmp_path / f"small-{r}"
+            folder.mkdir(exist_ok=True)
+            (folder / f"optim-{r}.pt").write_bytes(b"x")
+            facts = {"step": step, "num_workers": 2, "metrics": {"seconds": 0.5 if r else 1 / 3}}
+            together.wait()
+            checkpoint.write(folder, LOCAL, path, r, facts)
+
+        threads = [threading.Thread(target=rank, args=(r,)) for r in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert verify(LOCAL, Place(step, 0, path))["metrics"] == {"seconds": 1 / 3}
+        assert not list(Path(path).glob("*.partial"))
+
+
+def test_what_was_written_before_a_resume_goes_before_what_came_after(tmp_path: Path) -> None:
+    """Steps 8 and 6 are damaged, attempt 1 goes on from 4: its checkpoints are the newest, whatever their steps."""
+    root = str(tmp_path / "run")
+    for step in (4, 6, 8):
+        write(tmp_path, root, step)
+    for step in (6, 8):
+        (Path(root) / folder_name(step, 0) / "deepspeed" / "optim-1.pt").write_bytes(b"")
+    write(tmp_path, root, 5, attempt=1)
+    assert [(p.step, p.attempt) for p in checkpoint.prune(LOCAL, root, 2, None)] == [(6, 0), (4, 0)]
+    found = newest_whole(LOCAL, root, lambda text: None)
+    assert found is not None
+    assert (found[0].step, found[0].attempt) == (5, 1)
+
+
+def test_a_validation_that_is_half_written_or_failed(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    paths = [write(tmp_path, root, step) for step in (2, 4, 6)]
+    (Path(paths[0]) / checkpoint.VALIDATION).write_text('{"accu')
+    assert checkpoint.validation_of(LOCAL, Place(2, 0, paths[0])) is None
+    assert checkpoint.prune(LOCAL, root, 1, "accuracy", validated=True) == []  # all three wait
+    checkpoint.write_validation(LOCAL, paths[1], {})  # it failed, and those before it will not be asked again
+    assert [p.step for p in checkpoint.prune(LOCAL, root, 1, "accuracy", validated=True)] == [4, 2]
+
+
+def test_checkpoints_that_wait_for_validation_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "MAX_PENDING", 2)
+    for step in (2, 4, 6, 8, 10):
+        write(tmp_path, root, step)
+    assert [p.step for p in checkpoint.prune(LOCAL, root, 1, None, validated=True)] == [8, 6]  # 2 and 4 are next
+
+
+def test_a_uri_is_downloaded_for_the_time_of_a_block(tmp_path: Path) -> None:
+    path = write(tmp_path, str(tmp_path / "run"), 4)
+    with checkpoint.local_folder(f"file://{path}") as folder:
+        assert folder.name == "step-00000004"
+        assert (folder / "deepspeed" / "optim-1.pt").stat().st_size == 5_000_000
+    assert not folder.exists()
+    with checkpoint.local_folder(path) as folder:
+        assert folder == Path(path)
+    with pytest.raises(CheckpointError, match="cannot be downloaded"), checkpoint.local_folder("file:///nowhere/x"):
+        pass

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from dtrpo_ray import loop
 from dtrpo_ray.backend import PlainBackend, deepspeed_config
+from dtrpo_ray.batch import padded_tokens
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.models.base import DiffusionLM
@@ -122,6 +124,78 @@ def test_log_and_save_come_at_their_steps(make_model: Any) -> None:
     log: list[dict[str, Any]] = []
     loop.run(cfg, backend, make_model(), [rows(4)] * 7, loop.collate(cfg, model, 0), 0, 7, log.append, saved.append)
     assert ([row["step"] for row in log], saved) == ([2, 4, 6, 7], [3, 6, 7])
+
+
+def uneven(count: int) -> list[dict[str, Any]]:
+    """Pairs of 8 and 4 tokens a side in turn."""
+    short = {f"{side}_{what}": 4 for side in ("chosen", "rejected") for what in ("ids", "steps")}
+    return [
+        {name: value[: short[name]] if name in short and i % 2 else value for name, value in row.items()}
+        for i, row in enumerate(rows(count))
+    ]
+
+
+def test_a_token_budget_cuts_an_optimizer_step_and_changes_no_gradient(make_model: Any) -> None:
+    """A long pair takes 8 + 2 * 2 * 8 = 40 tokens, a short one 24: two long ones or three short ones in 80."""
+    cfg = config().model_copy(update={"micro_batch": 8, "micro_tokens": 80})
+    parts = loop.micro_batches(uneven(8), cfg, lambda count: count)
+    assert [[row["row_id"] for row in part] for part in parts] == [
+        ["row-0", "row-2"], ["row-4", "row-6"], ["row-1", "row-3", "row-5"], ["row-7"]
+    ]  # fmt: skip
+    for part in parts:
+        batch = loop.collate(cfg, make_model(), 0)(part)
+        assert batch.ids.numel() <= 80
+    ends = []
+    for budget in (None, 80, 1):
+        model = make_model()
+        train(model, cfg.model_copy(update={"micro_tokens": budget}), [uneven(8)] * 2, make_model(seed=9))
+        ends.append(weights(model))
+    assert torch.allclose(ends[0], ends[1], atol=1e-6)
+    assert torch.allclose(ends[0], ends[2], atol=1e-6)
+
+
+def test_a_rank_of_fewer_micro_batches_is_filled_with_rows_of_weight_0(make_model: Any) -> None:
+    cfg = config().model_copy(update={"micro_tokens": 80})
+    parts = loop.micro_batches(uneven(2), cfg, lambda count: 3)
+    assert [[row["row_weight"] for row in part] for part in parts] == [[1.0, 1.0], [0.0], [0.0]]
+
+
+def test_a_budget_counts_packed_rows_with_their_padding() -> None:
+    assert [padded_tokens([40, 24, 24], row_tokens) for row_tokens in (None, 64, 100)] == [120, 128, 88]
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("constant", lambda done: 1.0),
+        ("linear", lambda done: 1.0 - done),
+        ("cosine", lambda done: 0.5 * (1.0 + math.cos(math.pi * done))),
+    ],
+)
+def test_the_rate_rises_to_its_peak_and_follows_its_schedule(make_model: Any, name: str, after: Any) -> None:
+    """Ten steps, two of warmup; the eleventh, which is never made, is where linear and cosine reach 0."""
+    cfg = TrainConfig.model_validate({"lr": 0.5, "warmup_ratio": 0.2, "lr_schedule": name})
+    backend = PlainBackend(make_model(), cfg, 10, CPU)
+    rates = [backend.step()[1] for _ in range(10)]
+    like = "constant_with_warmup" if name == "constant" else name
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    theirs = get_scheduler(like, optimizer, num_warmup_steps=2, num_training_steps=11)
+    assert rates[0] == theirs.get_last_lr()[0]
+    for rate in rates[1:]:
+        optimizer.step()
+        theirs.step()
+        assert rate == theirs.get_last_lr()[0]
+    wanted = [0.0, 0.5 / 2] + [0.5 * after((step - 2) / 9) for step in range(2, 10)]
+    assert rates == pytest.approx(wanted)
+
+
+def test_rows_that_end_early_are_no_end(make_model: Any) -> None:
+    model, saved = make_model(), []
+    backend, to_batch = PlainBackend(model, config(), 6, CPU), loop.collate(config(), model, 0)
+    with pytest.raises(TrainError, match="the rows ended after optimizer step 3 of 6"):
+        loop.run(config(), backend, make_model(), [rows(4)] * 3, to_batch, 0, 6, lambda row: None, saved.append)
+    assert 6 not in saved
+    loop.run(config(), backend, make_model(), [], to_batch, 6, 6, lambda row: None, saved.append)  # nothing left to do
 
 
 def test_the_deepspeed_config_is_derived() -> None:

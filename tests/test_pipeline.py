@@ -24,7 +24,9 @@ def test_knobs_that_change_no_weight_do_not_rename_a_stage(change: dict[str, obj
     assert weight_fields(TrainConfig.model_validate(change)) == weight_fields(TrainConfig())
 
 
-@pytest.mark.parametrize("change", [{"lr": 1.0}, {"zero_stage": 1}, {"micro_batch": 3}, {"offload": True}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 1.0}, {"zero_stage": 1}, {"micro_batch": 3}, {"micro_tokens": 9}, {"offload": True}]
+)
 def test_knobs_that_change_weights_do(change: dict[str, object]) -> None:
     assert weight_fields(TrainConfig.model_validate(change)) != weight_fields(TrainConfig())
 

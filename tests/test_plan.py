@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dtrpo_ray import plan as plan_module
-from dtrpo_ray.config import LoraConfig, ModelInit, TrainConfig, load_job
+from dtrpo_ray.config import LoraConfig, ModelInit, Objective, TrainConfig, load_job
 from dtrpo_ray.likelihood import CHUNK_LOGITS
 from dtrpo_ray.lora import add_adapters
 from dtrpo_ray.models.base import DiffusionLM
@@ -52,6 +52,30 @@ def test_steps_forwards_and_memory() -> None:
     assert made["checkpoint_bytes"] == 16_000
     offloaded = training(config.model_copy(update={"offload": True}), num_workers=2, count=1000, rows=100)
     assert (offloaded["memory_per_worker_bytes"], offloaded["cpu_memory_per_worker_bytes"]) == (10_000, 6000)
+
+
+def test_an_order_by_confidence_is_a_forward_of_the_reference() -> None:
+    for schedule, forwards in (("recorded", 2), ("confidence", 3)):
+        config = TrainConfig(objective=Objective(schedule=schedule), global_batch=8, micro_batch=8)
+        assert training(config, 1, 1000, 64)["forwards_per_optimizer_step"] == forwards
+
+
+@pytest.mark.parametrize(
+    ("micro_tokens", "row_tokens", "micro", "accumulation"),
+    [(None, None, 16, 2), (1000, None, 10, 4), (1000, 400, 8, 4), (50, None, 1, 32)],
+)
+def test_a_token_budget_bounds_a_forward_of_the_longest_pairs(
+    micro_tokens: int | None, row_tokens: int | None, micro: int, accumulation: int
+) -> None:
+    """Pairs of 100 tokens, 32 a worker."""
+    config = TrainConfig(global_batch=64, micro_batch=16, micro_tokens=micro_tokens, row_tokens=row_tokens)
+    made = training(config, 2, 1000, 64, (Shape(128, 256, 4, 128, 64, 512), 100, 40))
+    assert (made["micro_batch"], made["accumulation"]) == (micro, accumulation)
+
+
+def test_an_elastic_job_is_planned_for_its_fewest_workers() -> None:
+    job = load_job(DEMO, ["cluster.num_workers=[2, 8]"])
+    assert plan(job)["stages"]["train"]["num_workers"] == 2
 
 
 def test_a_7b_checkpoint_is_14_bytes_a_parameter() -> None:

@@ -74,6 +74,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> OneRank:
 class Engine:
     """A backend that saves a file of its step."""
 
+    device = torch.device("cpu")
+
     def save(self, path: Path, state: dict[str, Any]) -> None:
         (path / "state").write_text(str(state["step"]))
 
@@ -158,6 +160,16 @@ def test_a_checkpoint_holds_its_plan_and_what_was_read_of_each_epoch(one_rank: O
         CheckpointError, match=r"step-00000008: its 30 rows were read in the order a plan, this run's is b"
     ):
         recovery.require_plan(found, "b")
+
+
+def test_a_checkpoint_of_the_other_precision_is_refused_with_the_remedy(one_rank: OneRank, tmp_path: Path) -> None:
+    """Precision auto is fp32 on this CPU and bf16 on a GPU."""
+    saver(tmp_path).save(2, at_once=True)
+    found = recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1)
+    recovery.require_precision(found, bf16=False)
+    recovery.require_precision(None, bf16=True)
+    with pytest.raises(CheckpointError, match=r'was trained in fp32, this run\'s is bf16.*set precision = "fp32"'):
+        recovery.require_precision(found, bf16=True)
 
 
 def test_another_runs_checkpoints_are_the_second_choice(one_rank: OneRank, tmp_path: Path) -> None:
@@ -321,7 +333,7 @@ def test_a_drained_node_and_a_lost_one(
     save_model(make_model(), tmp_path / "base")
     stage = trainer.TrainStage("elastic", tmp_path / "base", write_table(tmp_path / "table"), out, 0)
     cluster = ClusterConfig(address=nodes.address, num_workers=(1, 2), max_failures=3, use_gpu="no", hang_seconds=120)
-    monkeypatch.setattr(trainer, "_worker", functools.partial(slow, str(notes)))
+    monkeypatch.setattr(trainer, "_train_function", lambda: functools.partial(slow, str(notes)))
 
     def steps() -> int:
         return max((row["step"] for row in read_metrics(out / METRICS)), default=0)

@@ -50,6 +50,15 @@ def test_a_run_that_went_quiet_was_cut_off(run: Path) -> None:
     assert value["quiet_seconds"] == pytest.approx(3600, abs=60)
 
 
+def test_a_run_of_rare_lines_is_not_cut_off_between_them(run: Path) -> None:
+    rows = [{"step": step, "loss": 0.5, "step_seconds": 60.0} for step in (10, 20)]  # a line each ten minutes
+    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for age, state in ((1500, "running"), (2000, "cut off")):
+        for name in (METRICS, EVENTS):
+            os.utime(run / name, (time.time() - age,) * 2)
+        assert status(run)["state"] == state
+
+
 def test_a_finished_run_has_moved_with_its_checkpoints(run: Path) -> None:
     done = run.rename(run.with_name("train-1-abc"))
     (done / MANIFEST).write_text("{}")

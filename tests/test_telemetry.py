@@ -12,12 +12,9 @@ from dtrpo_ray import telemetry
 from dtrpo_ray.config import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model
+from tests.test_loop import config, rows, train
 
 ROOT = Path(__file__).parents[1]
-ROW = {
-    "step": 3, "loss": 0.5, "margin": 0.1, "reward_accuracy": 1.0, "grad_norm": 2.0, "lr": 1e-3, "skipped": 1.0,
-    "step_seconds": 2.0, "data_seconds": 0.1, "tokens_per_second": 1000.0, "seconds": 9.0,
-}  # fmt: skip
 
 
 class FakeGauge:
@@ -33,13 +30,19 @@ class FakeGauge:
         self.value, self.tags = value, tags
 
 
-def test_every_panel_shows_a_gauge_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_panel_shows_a_gauge_that_training_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any
+) -> None:
+    _, log = train(make_model(), config(on_nonfinite="skip"), [rows(4)], make_model(seed=9))
     monkeypatch.setattr(telemetry, "Gauge", FakeGauge)
     monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e6)
     settings: dict[str, Any] = {"trackers": (), "label": "train-1"}
     sinks = telemetry.Sinks(tmp_path, settings, TrainConfig(), 0, torch.device("cpu"), 80.0)
-    sinks.write(ROW)
+    sinks.write({**log[0], "loss": 0.5, "tokens_per_second": 1000.0, "skipped": 1.0})
+    assert FakeGauge.made["dtrpo_train_skipped"].value == 1
+    sinks.write({**log[0], "loss": 0.5, "tokens_per_second": 1000.0})
     sinks.close()
+    assert FakeGauge.made["dtrpo_train_skipped"].value == 0
     board = json.loads((ROOT / "cluster" / "grafana.json").read_text())
     shown = {re.match(r"ray_(\w+)", panel["targets"][0]["expr"])[1] for panel in board["panels"]}  # type: ignore[index]
     assert shown <= FakeGauge.made.keys()

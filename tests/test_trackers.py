@@ -86,6 +86,26 @@ def test_a_tracker_that_fails_is_dropped_and_told_once(tmp_path: Path, monkeypat
     assert said == ["tracker wandb failed and is off from step 1 on: no route"]
 
 
+def test_a_tracker_that_cannot_begin_or_end_is_told_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(**_: Any) -> None:
+        raise ConnectionError("no route")
+
+    said: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fails))
+    trackers = start("wandb", tmp_path, said)
+    trackers.write(ROWS[0])
+    trackers.close()
+    assert said == ["tracker wandb failed and is off from the start: no route"]
+    run = SimpleNamespace(log=lambda numbers, step: None, finish=fails)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    trackers = start("wandb", tmp_path, said)
+    trackers.write(ROWS[0])
+    trackers.close()
+    assert said[1:] == ["tracker wandb failed and is off at the end: no route"]
+
+
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "mlflow", raising=False)

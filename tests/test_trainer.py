@@ -25,7 +25,7 @@ import ray.cloudpickle
 import torch
 
 from dtrpo_ray import checkpoint, loop, trainer
-from dtrpo_ray.config import ClusterConfig, Objective, TrainConfig
+from dtrpo_ray.config import ClusterConfig, Objective, TrainConfig, ValidationConfig
 from dtrpo_ray.errors import CheckpointError, TrainError
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
@@ -155,7 +155,8 @@ def faulty(folder: str, settings: dict[str, Any]) -> None:
 def survived(straight: trainer.TrainStage, make_stage: Any, tmp_path_factory: Any) -> trainer.TrainStage:
     stage: trainer.TrainStage = make_stage("faulty")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_worker", functools.partial(faulty, str(tmp_path_factory.mktemp("faults"))))
+        faults = str(tmp_path_factory.mktemp("faults"))
+        patch.setattr(trainer, "_train_function", lambda: functools.partial(faulty, faults))
         trainer.train(stage, CONFIG, cluster(max_failures=9, hang_seconds=40))
     return stage
 
@@ -210,7 +211,7 @@ def test_what_no_restart_mends_ends_the_run_at_once(
         trainer._worker(settings)
 
     stage = make_stage("hopeless")
-    monkeypatch.setattr(trainer, "_worker", hopeless)
+    monkeypatch.setattr(trainer, "_train_function", lambda: hopeless)
     with pytest.raises(TrainError, match=r"hopeless: the loss is not finite at step 2; rows of this rank: row-7"):
         trainer.train(stage, CONFIG, cluster(max_failures=9))
     assert {event["failure"] for event in events(stage, "failure")} == {1}
@@ -253,7 +254,7 @@ def test_one_worker_goes_on_where_two_left_off(straight: trainer.TrainStage, mak
     (cut.out / trainer.RAY_RUN).mkdir()
     (cut.out / "run.json").write_text((straight.out / "run.json").read_text().replace(str(straight.out), str(cut.out)))
     six = next(place for place in checkpoint.places(filesystem, root) if place.step == 6)
-    checkpoint.download(filesystem, six, cut.out / trainer.RAY_RUN / six.name)
+    checkpoint.download(filesystem, six.path, cut.out / trainer.RAY_RUN / six.name)
     stage = make_stage("one-worker", resume_from=cut.out)
     trainer.train(stage, CONFIG, cluster(num_workers=1))
     assert "resumed at step 6 of 8 on 1 worker(s), written by 2" in events(stage, "resume")[0]["message"]
@@ -303,7 +304,7 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
     (tmp_path / "table").mkdir()
     pq.write_table(pairs, tmp_path / "table" / "part-0.parquet")
     stage = replace(stage, table=tmp_path / "table")
-    monkeypatch.setattr(trainer, "_worker", functools.partial(noting, str(notes)))
+    monkeypatch.setattr(trainer, "_train_function", lambda: functools.partial(noting, str(notes)))
     with pytest.raises(TrainError):
         trainer.train(stage, CONFIG, cluster())
     trainer.train(stage, CONFIG, cluster(num_workers=1))
@@ -328,7 +329,7 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
 
 def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:
     old = make_stage("old")
-    trainer._describe(old, CONFIG, "somewhere")
+    trainer._describe(old, CONFIG, str(old.out / "checkpoints"))
     changed = CONFIG.model_copy(update={"lr": 5e-3, "save_every": 7, "objective": Objective(beta=0.1)})
     with pytest.raises(CheckpointError) as caught:
         trainer._other_root(make_stage("new", resume_from=old.out), changed)
@@ -336,9 +337,15 @@ def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None
     assert "train.lr: 0.01 then, 0.005 now" in text
     assert "train.objective.beta: 0.5 then, 0.1 now" in text
     assert "save_every:" not in text
-    assert "May change: train.log_every, train.save_every" in text
-    same = make_stage("new", resume_from=old.out)
-    assert trainer._other_root(same, CONFIG.model_copy(update={"save_every": 7})) == ["somewhere"]
+    assert "May change: train.keep_best, train.keep_checkpoints, train.log_every, train.micro_batch" in text
+    may = CONFIG.model_copy(update={"save_every": 7, "validation": ValidationConfig(num_prompts=3)})
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint to go on from"):
+        trainer._other_root(make_stage("new", resume_from=old.out), may)
+    (old.out / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (old.out / "checkpoints" / "step-00000002" / checkpoint.COMPLETE).touch()
+    assert trainer._other_root(make_stage("new", resume_from=old.out), may) == [str(old.out / "checkpoints")]
+    finished = old.out.rename(old.out.with_name("old-finished"))  # its checkpoints have moved with it
+    assert trainer._other_root(make_stage("new", resume_from=finished), may) == [str(finished / "checkpoints")]
     with pytest.raises(CheckpointError, match="no readable run"):
         trainer._other_root(make_stage("new", resume_from=Path("/nowhere")), CONFIG)
 
@@ -358,7 +365,7 @@ def _drive(base: str, table: str, out: str) -> None:
     """A driver process that never gets beyond step 5."""
     from dtrpo_ray.session import ray_session
 
-    trainer._worker = _slow_at_step_6
+    trainer._train_function = lambda: _slow_at_step_6
     stage = trainer.TrainStage("killed-driver", Path(base), Path(table), Path(out), 0, {"base": "b", "table": "t"})
     with ray_session(cluster()):
         trainer.train(stage, CONFIG, cluster())

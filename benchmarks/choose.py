@@ -1,0 +1,96 @@
+"""Settings of a puzzle job side by side, judged by fresh puzzles of its TRAINING split; held-out ones stay unseen.
+
+    python benchmarks/choose.py jobs/demo.toml --seed 100 --storage runs --out benchmarks/results/settings \
+        --try train.objective.rpo_alpha=4 --try train.objective.weighting=unit,train.lr=5e-5
+
+The job as it is comes first, then each `--try` (overrides with commas between them), from the same base and rollouts.
+Stages found finished are reused. Writes OUT.json and OUT.md.
+"""
+
+import argparse
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from dtrpo_ray import prepare
+from dtrpo_ray.config import Job, load_job
+from dtrpo_ray.engine import Engine
+from dtrpo_ray.evaluation import wilson_interval
+from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.pipeline import River
+from dtrpo_ray.session import ray_session
+from dtrpo_ray.stages import Store
+from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer
+
+PUZZLES_SEED = 2**40  # of no stage of a job
+
+
+def solved(model: Path, job: Job, count: int) -> dict[int, int]:
+    """Denoising steps per block -> how many of `count` training-split puzzles the model solves, greedily."""
+    assert job.eval is not None
+    puzzles = prepare.generate_puzzles(job, count, "train", PUZZLES_SEED + job.seed)
+    score = pkgutil.resolve_name(f"{prepare.PUZZLES[job.task.type]}:score")
+    tokenizer, engine, made = load_tokenizer(model), Engine.load(model), {}
+    for steps in job.eval.budgets:
+        params, correct = SamplingParams(job.eval.max_new_tokens, steps), 0
+        for first in range(0, count, job.eval.batch_size):
+            texts = [row["prompt"] for row in puzzles[first : first + job.eval.batch_size]]
+            done = engine.generate([encode_prompt(tokenizer, text) for text in texts], params, [0] * len(texts))
+            correct += sum(score(t, engine.decode(d.text_ids)) >= 1 for t, d in zip(texts, done, strict=True))
+        made[steps] = correct
+    return made
+
+
+def main() -> None:
+    """Parse, train and judge each setting, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--storage", type=Path, default=Path("runs"))
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--try", dest="settings", action="append", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for setting in ["", *given.settings]:
+        overrides = [item for item in setting.split(",") if item]
+        job = load_job(given.job, [f"seed={given.seed}", f"storage={given.storage}", *overrides])
+        with ray_session(job.cluster):
+            river = River(job, Store(given.storage))
+            models = {setting or "as in the job": river.aligned.path}
+            models |= {"base": river.base.path} if not rows else {}
+        for name, path in sorted(models.items(), key=lambda item: item[0] != "base"):
+            rows += [
+                {"setting": name, "budget": budget, "correct": correct, "num_prompts": given.count}
+                for budget, correct in solved(path, job, given.count).items()
+            ]
+        given.out.with_suffix(".json").write_text(json.dumps({"seed": given.seed, "rows": rows}, indent=2) + "\n")
+        given.out.with_suffix(".md").write_text(page(rows, given))
+
+
+def page(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
+    """A table: a line a setting, a column a budget."""
+    budgets = sorted({row["budget"] for row in rows})
+    lines = [
+        f"# Settings of `{given.job}`",
+        "",
+        f"Accuracy on {given.count} fresh puzzles of the training split, greedy, with 95 % Wilson intervals; "
+        f"seed {given.seed}, which no result is of.",
+        "",
+        "| setting | " + " | ".join(f"{budget} steps per block" for budget in budgets) + " | mean |",
+        "|---|" + "---|" * (len(budgets) + 1),
+    ]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        mine = {row["budget"]: row for row in rows if row["setting"] == setting}
+        cells = []
+        for budget in budgets:
+            low, high = wilson_interval(mine[budget]["correct"], given.count)
+            cells.append(f"{mine[budget]['correct'] / given.count:.3f} [{low:.3f}, {high:.3f}]")
+        mean = sum(row["correct"] for row in mine.values()) / given.count / len(budgets)
+        lines.append(f"| {setting} | " + " | ".join(cells) + f" | {mean:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

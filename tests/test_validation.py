@@ -1,0 +1,74 @@
+"""What a checkpoint answers while the training goes on, and what is told where that fails."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pyarrow import fs as pafs
+
+from dtrpo_ray import checkpoint, validation
+from dtrpo_ray.config import TrainConfig, ValidationConfig
+from dtrpo_ray.metrics import EVENTS, VALIDATION, read_metrics
+from tests.test_checkpoint import write
+
+LOCAL = pafs.LocalFileSystem()
+CONFIG = TrainConfig(validation=ValidationConfig(num_examples=1), keep_checkpoints=1, keep_best="accuracy")
+
+
+class FakeEngine:
+    """Answers each prompt with its first id."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "FakeEngine":
+        return cls()
+
+    def generate(self, prompts: list[list[int]], params: object, seeds: list[int]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(text_ids=ids[:1]) for ids in prompts]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(ids[0])
+
+
+def score(prompt: str, answer: str) -> float:
+    return float(answer == "7")
+
+
+def saved_at(path: str) -> SimpleNamespace:
+    """Stands for a ray.train.Checkpoint."""
+    return SimpleNamespace(path=path, filesystem=LOCAL, as_directory=lambda: checkpoint.local_folder(path))
+
+
+def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "Engine", FakeEngine)
+    monkeypatch.setattr(validation, "export_checkpoint", lambda *_, **__: {"step": 4})
+    prompts = [{"prompt": text, "prompt_ids": [int(text)]} for text in ("7", "7", "8", "7")]
+    validation.write_questions(prompts, "tests.test_validation:score", tmp_path)
+    root = str(tmp_path / "run")
+    path = write(tmp_path, root, 4)
+    metrics = validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json"))
+    assert metrics == {"accuracy": 0.75, "answer_tokens": 1.0}
+    assert json.loads((Path(path) / checkpoint.VALIDATION).read_text()) == metrics
+    line = read_metrics(tmp_path / VALIDATION)[0]
+    assert (line["step"], line["samples"]) == (4, [{"prompt": "7", "answer": "7"}])
+    event = read_metrics(tmp_path / EVENTS)[0]
+    assert (event["event"], event["accuracy"]) == ("validation", 0.75)
+
+
+def test_a_validation_that_fails_is_told_and_holds_back_no_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(validation, "export_checkpoint", fails)
+    root = str(tmp_path / "run")
+    write(tmp_path, root, 2)
+    path = write(tmp_path, root, 4)
+    assert validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json")) == {}
+    event = read_metrics(tmp_path / EVENTS)[0]
+    assert event["event"] == "validation failed"
+    assert event["message"] == f"validation of {path} failed: RuntimeError: out of memory"
+    assert [place.step for place in checkpoint.places(LOCAL, root)] == [4]
