@@ -274,16 +274,16 @@ def _distinct(tokens: _Scored) -> int:
     return len(np.unique(tokens.index[tokens.weight > 0]))
 
 
-def packed_tokens(row: Mapping[str, Any], objective: Objective) -> int:
-    """Tokens that a pair takes of a packed row, at most: the prompt, and each response clean and in each draw."""
-    tokens = len(row["prompt_ids"])
+def packed_tokens(row: Mapping[str, Any], objective: Objective, attention: str) -> int:
+    """Tokens that a pair takes of a packed row, at most (see `attention.pack_row` and `attention.pack_whole`)."""
+    prompt, tokens = len(row["prompt_ids"]), 0
     for side in SIDES[: 1 if objective.type == "sft" else 2]:
-        steps = row.get(f"{side}_steps")
-        draws = objective.num_draws
+        response, draws = len(row[f"{side}_ids"]), objective.num_draws
         if draws == "all":  # a version for each step of the block that has most
-            draws = 1 + max(steps, default=0) if steps is not None else len(row[f"{side}_ids"])
-        tokens += len(row[f"{side}_ids"]) * (1 + draws)
-    return tokens
+            recorded = row.get(f"{side}_steps") if objective.schedule == "recorded" else None
+            draws = response if recorded is None else 1 + max(recorded, default=0)
+        tokens += draws * (prompt + response) if attention == "full" else (1 + draws) * response
+    return tokens if attention == "full" else prompt + tokens
 
 
 def padded_tokens(lengths: list[int], row_tokens: int | None) -> int:

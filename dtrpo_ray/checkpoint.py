@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs as pafs
 
@@ -27,11 +27,12 @@ COMPLETE = "COMPLETE"
 VALIDATION = "validation.json"  # beside the sealed files, since it is measured after they were sealed
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train 2.60 calls its own list
 SCHEMA = 1
-UPLOAD_ATTEMPTS = 5
+ATTEMPTS = 5
 MAX_PENDING = 8  # checkpoints that are kept because their validation is still to come
 LOWER_IS_BETTER = ("loss", "nll", "nll_chosen")
 _NAME = re.compile(r"^step-(\d{8})(?:-(\d+))?$")
 _CHUNK_BYTES = 1 << 22
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -81,7 +82,7 @@ def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts
     """Upload one rank's files, then its list, then COMPLETE if this was the last rank.
 
     `facts` hold `step` and `num_workers`; COMPLETE carries those of rank 0, so that two ranks which write it at once
-    write the same. A failing write is tried UPLOAD_ATTEMPTS times, one, two, four, ... seconds apart; then its OSError
+    write the same. A failing write is tried ATTEMPTS times, one, two, four, ... seconds apart; then its OSError
     is raised.
     """
     files = {str(f.relative_to(folder)): _local_entry(f) for f in sorted(folder.rglob("*")) if f.is_file()}
@@ -90,8 +91,8 @@ def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts
         _patiently(lambda name=name: _copy(folder / name, filesystem, f"{path}/{name}"))  # type: ignore[misc]
     _patiently(lambda: _put(filesystem, f"{path}/rank-{rank}.json", listing))
     names = [f"rank-{r}.json" for r in range(facts["num_workers"])]
-    if all(_exists(filesystem, f"{path}/{name}") for name in names):
-        listings = {name: _get(filesystem, f"{path}/{name}") for name in names}
+    if _patiently(lambda: all(_exists(filesystem, f"{path}/{name}") for name in names)):
+        listings = _patiently(lambda: {name: _get(filesystem, f"{path}/{name}") for name in names})
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in listings.items()}
         record = {"schema": SCHEMA, **json.loads(listings[names[0]])["facts"], "ranks": hashes}
         _patiently(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
@@ -106,14 +107,18 @@ def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
 
 
 def facts_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, Any]:
-    """What COMPLETE says. Raises CheckpointError if it is missing, damaged or of another schema."""
+    """What COMPLETE says. Raises CheckpointError if it is missing, damaged or of another schema.
+
+    Here and in `verify`, reading that fails is tried again as writing is; then its OSError is raised, which says
+    nothing about the checkpoint.
+    """
     try:
-        record: dict[str, Any] = json.loads(_get(filesystem, f"{place.path}/{COMPLETE}"))
+        record: dict[str, Any] = json.loads(_patiently(lambda: _get(filesystem, f"{place.path}/{COMPLETE}")))
         known = record["schema"] == SCHEMA and {"step", "num_workers", "ranks"} <= record.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{place.path}: no {COMPLETE}: it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # it may be whole: storage fails for a while, too
-        raise CheckpointError(f"{place.path}: {COMPLETE} cannot be read ({error!r})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{place.path}: {COMPLETE} is damaged ({error!r})") from None
     if not known:
         raise CheckpointError(f"{place.path}: {COMPLETE} has schema {record['schema']}, this version reads {SCHEMA}")
     return record
@@ -128,32 +133,21 @@ def verify(filesystem: pafs.FileSystem, place: Place, part: int = 0, parts: int 
     entries: list[tuple[str, dict[str, Any]]] = []
     for name, digest in sorted(record["ranks"].items()):
         try:
-            listing = _get(filesystem, f"{place.path}/{name}")
-        except OSError:
+            listing = _patiently(lambda name=name: _get(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
+        except FileNotFoundError:
             raise CheckpointError(f"{place.path}: {name} is missing") from None
         if hashlib.sha256(listing).hexdigest() != digest:
             raise CheckpointError(f"{place.path}: {name} is not the list that {COMPLETE} was written for")
         entries += sorted(json.loads(listing)["files"].items())
-    infos = filesystem.get_file_info([f"{place.path}/{name}" for name, _ in entries])
+    infos = _patiently(lambda: filesystem.get_file_info([f"{place.path}/{name}" for name, _ in entries]))
     for (name, entry), info in zip(entries, infos, strict=True):
         if info.type != pafs.FileType.File or info.size != entry["bytes"]:
             raise CheckpointError(f"{place.path}: {name} has {info.size} bytes, {entry['bytes']} were written")
     for name, entry in entries[part::parts]:
-        if _remote_sha256(filesystem, f"{place.path}/{name}") != entry["sha256"]:
+        digest = _patiently(lambda name=name: _remote_sha256(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
+        if digest != entry["sha256"]:
             raise CheckpointError(f"{place.path}: {name} has changed since it was written (its SHA-256 differs)")
     return record
-
-
-def newest_whole(
-    filesystem: pafs.FileSystem, root: str, warn: Callable[[str], None]
-) -> tuple[Place, dict[str, Any]] | None:
-    """The newest checkpoint that verifies; each newer one that does not is skipped with a warning."""
-    for place in places(filesystem, root):
-        try:
-            return place, verify(filesystem, place)
-        except CheckpointError as error:
-            warn(f"skipped checkpoint {error}")
-    return None
 
 
 def require_any(root: str) -> None:
@@ -224,7 +218,7 @@ def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, v
     pending: list[Place] = []
     waiting = validated
     for place in sorted(places(filesystem, root), key=lambda place: (place.attempt, place.step), reverse=True):
-        with suppress(CheckpointError):
+        with suppress(CheckpointError, OSError):  # what cannot be read now is left alone
             metrics, measured = facts_of(filesystem, place).get("metrics", {}), validation_of(filesystem, place)
             whole.append((place, {**metrics, **(measured or {})}))
             waiting = waiting and measured is None
@@ -240,14 +234,15 @@ def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, v
     return removed
 
 
-def _patiently(action: Callable[[], None]) -> None:
-    for attempt in range(UPLOAD_ATTEMPTS):
+def _patiently(action: Callable[[], T]) -> T:
+    for attempt in range(ATTEMPTS - 1):
         try:
             return action()
+        except FileNotFoundError:
+            raise
         except OSError:
-            if attempt == UPLOAD_ATTEMPTS - 1:
-                raise
             time.sleep(2**attempt)
+    return action()
 
 
 def _local_entry(file: Path) -> dict[str, Any]:

@@ -198,7 +198,10 @@ class LoraConfig(_Section):
 
 
 class ValidationConfig(_Section):
-    """What each checkpoint is asked while the training goes on, in a task of its own beside it."""
+    """What each checkpoint is asked while the training goes on, in a task of its own beside it.
+
+    On GPUs the task takes one; where the workers have them all, it waits until they are done.
+    """
 
     num_prompts: int = Field(200, ge=1)
     """Fresh puzzles of the training split; or the first prompts of the table."""
@@ -505,7 +508,7 @@ class ClusterConfig(_Section):
     num_actors: int = Field(2, ge=1)
     """Actors that do the parts of prepare, rollout, drafts, score, ref-logps and evaluation."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """auto: one GPU a worker if the cluster has any."""
+    """auto: one GPU a worker if the cluster has any now; yes: a cluster that has none yet is waited for."""
     max_failures: int = Field(3, ge=0)
     """Restarts of a training stage from its last checkpoint; leaving a drained node is not counted."""
     hang_seconds: int = Field(1800, ge=5)

@@ -124,18 +124,20 @@ class StepResult:
     bad_rows: list[str]
 
 
-def micro_batches(rows: Rows, config: TrainConfig, most: Callable[[int], int]) -> list[Rows]:
+def micro_batches(rows: Rows, config: TrainConfig, attention: str, most: Callable[[int], int]) -> list[Rows]:
     """A rank's rows of an optimizer step -> what each forward takes, as many on every rank.
 
     At most `micro_batch` rows; with `micro_tokens`, rows as long as each other go together while their packed rows,
     padded, hold no more tokens. Ranks then ask `most` for the largest count, and fill theirs with rows of weight 0.
+    `attention` is the model's, "block" or "full".
     """
     if config.micro_tokens is None:
         return [rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch)]
     parts: list[list[Mapping[str, Any]]] = []
     lengths: list[int] = []
-    for row in sorted(rows, key=lambda row: -packed_tokens(row, config.objective)):
-        lengths.append(packed_tokens(row, config.objective))
+    sized = [(packed_tokens(row, config.objective, attention), row) for row in rows]
+    for length, row in sorted(sized, key=lambda item: -item[0]):
+        lengths.append(length)
         full = not parts or len(lengths) > config.micro_batch
         if full or padded_tokens(lengths, config.row_tokens) > config.micro_tokens:
             parts.append([])
@@ -158,13 +160,13 @@ def optimizer_step(
     global_weight = rows[0]["batch_weight"]
     totals: dict[str, torch.Tensor] = {"due": torch.tensor(float(due))}
     losses: list[torch.Tensor] = []
-    parts = micro_batches(rows, config, backend.most)
-    for part in parts:
+    parts = micro_batches(rows, config, backend.policy.attention, backend.most)
+    for number, part in enumerate(parts, start=1):
         batch = to_batch(part).to(backend.device)
         out = training_step(backend.policy, reference, batch, config.objective)
         share = batch.row_weight / global_weight
         shares = out.loss_B * share
-        backend.backward(shares.sum(), last=part is parts[-1])
+        backend.backward(shares.sum(), last=number == len(parts))
         losses.append(shares.detach())
         for name, values in {"loss": out.loss_B.detach(), **out.metrics}.items():
             totals[name] = totals.get(name, 0.0) + (values * share).sum()

@@ -89,25 +89,36 @@ class Found:
 def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
     """The newest checkpoint whose every byte verifies, each rank reading its share; others are skipped with a warning.
 
-    Unfinished ones are removed: who wrote them is dead. A collective.
+    Unfinished ones are removed: who wrote them is dead. Where nothing verifies, OSError is raised if something could
+    not be read, and CheckpointError if there is a second root, of a run to go on from. A collective.
     """
+    unread = ""
     for root in roots:
         filesystem, path = checkpoint.open_storage(root)
         for place in broadcast_from_rank_zero(checkpoint.places(filesystem, path) if rank == 0 else None):
-            problem, facts = "", {}
+            problem, facts = ("", ""), {}
             try:
                 facts = checkpoint.verify(filesystem, place, rank, world)
-            except (CheckpointError, OSError) as error:
-                problem = str(error)
+            except CheckpointError as error:
+                problem = ("broken", str(error))
+            except OSError as error:
+                problem = ("unread", f"{place.path}: cannot be read ({error})")
             problems: list[Any] = [None] * world
             torch.distributed.all_gather_object(problems, problem)
-            if not any(problems):
+            bad = sorted(kind_and_text for kind_and_text in problems if kind_and_text[0])
+            if not bad:
                 return Found(root, place, facts)
+            kind, text = bad[0]
+            unread = unread or (text if kind == "unread" else "")
             if rank == 0:
-                message = f"skipped checkpoint {next(filter(None, problems))}"
+                message = f"skipped checkpoint {text}"
                 append_event(out / EVENTS, "skipped checkpoint", message, checkpoint=place.name)
-                if root == roots[0] and "never finished" in message:
+                if root == roots[0] and "never finished" in text:
                     checkpoint.remove(filesystem, place)
+    if unread:
+        raise OSError(f"no checkpoint could be chosen: {unread}")
+    if len(roots) > 1:
+        raise CheckpointError(f"{roots[1]}: no checkpoint here verifies, so there is nothing to go on from")
     return None
 
 
@@ -123,13 +134,17 @@ def require_plan(found: Found | None, digest: str) -> None:
         )
 
 
-def require_precision(found: Found | None, bf16: bool) -> None:
-    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in files of its own."""
+def require_precision(found: Found | None, bf16: bool, out: Path, section: str) -> None:
+    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in files of its own.
+
+    `out` is the stage's folder, `section` its settings' name in the job.
+    """
     was = found.facts.get("precision") if found else None
     if found and was and was != PRECISIONS[bf16]:
         raise CheckpointError(
             f"{found.place.path}: was trained in {was}, this run's is {PRECISIONS[bf16]} (precision auto is bf16 on a "
-            f'GPU, fp32 without one); set precision = "{was}" in this stage\'s section, or train anew with --fresh'
+            f"GPU, fp32 without one); go on with dtrpo train JOB --resume {out} --set {section}.precision={was}, "
+            "or train anew with --fresh"
         )
 
 
@@ -226,9 +241,7 @@ class Saver:
         path = f"{self.path}/{name}"
         try:
             checkpoint.write(folder, self.filesystem, path, self.rank, facts)
-            if self.rank == 0:
-                keep, best = self.config.keep_checkpoints, self.config.keep_best
-                checkpoint.prune(self.filesystem, self.path, keep, best, self.config.validation is not None)
+            self._prune()
         except OSError as error:
             message = f"checkpoint {path} could not be written: {error}"
             append_event(self.out / EVENTS, "storage error", message, rank=self.rank, step=facts["step"])
@@ -236,3 +249,14 @@ class Saver:
         finally:
             self.uploaded.set()
         return Checkpoint(path=path, filesystem=self.filesystem)
+
+    def _prune(self) -> None:
+        """By rank 0. What cannot be removed now is removed after the next checkpoint, and no reason to stop."""
+        if self.rank != 0:
+            return
+        keep, best = self.config.keep_checkpoints, self.config.keep_best
+        try:
+            checkpoint.prune(self.filesystem, self.path, keep, best, self.config.validation is not None)
+        except OSError as error:
+            message = f"old checkpoints in {self.path} could not be removed: {error}"
+            append_event(self.out / EVENTS, "storage error", message, rank=self.rank)

@@ -61,7 +61,7 @@ class ReferenceScorer:
         """Write the values of one part."""
         pairs = part.pairs.read(PREFERENCE)
         rows = pairs.append_column("epoch", pa.array(np.full(len(pairs), part.epoch), pa.int32())).to_pylist()
-        batches = loop.micro_batches(rows, self.config, most=lambda count: count)
+        batches = loop.micro_batches(rows, self.config, self.model.attention, most=lambda count: count)
         values = pa.concat_tables(reference_values(self.model, batch, *self.known) for batch in batches)
         write_whole(values, out / f"epoch-{part.epoch:03d}-{part.pairs.name}")
         return {"rows": len(rows), "values": len(values)}

@@ -68,6 +68,8 @@ def fitted(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
     What is changed is said. Raises ConfigError where GPUs are demanded that are not there. A cluster that was joined
     may grow, so there nothing is changed.
     """
+    if cluster.address != "local" and cluster.use_gpu == "auto" and not uses_gpu(cluster):
+        say('no GPU is up in this cluster: the work goes to CPUs; cluster.use_gpu = "yes" waits for GPUs')
     if cluster.address != "local" or not uses_gpu(cluster):
         return cluster
     gpus = int(ray.cluster_resources()["GPU"])
@@ -83,10 +85,12 @@ def fitted(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:
-    """Whether workers and actors ask for a GPU. Raises ConfigError where one is demanded and there is none."""
+    """Whether workers and actors ask for a GPU. Raises ConfigError where one is demanded and this machine has none."""
     available = ray.cluster_resources().get("GPU", 0) > 0
+    if cluster.use_gpu == "yes" and cluster.address != "local":
+        return True  # a cluster of none yet may grow
     if cluster.use_gpu == "yes" and not available:
-        raise ConfigError('cluster.use_gpu = "yes", but the Ray cluster has no GPU; set "auto" or "no"')
+        raise ConfigError('cluster.use_gpu = "yes", but this machine has no GPU; set "auto" or "no"')
     return available and cluster.use_gpu != "no"
 
 

@@ -61,7 +61,7 @@ def _checkpoints(root: str, check: bool) -> list[dict[str, Any]]:
         try:
             facts = (checkpoint.verify if check else checkpoint.facts_of)(filesystem, place)
             problem = None
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             facts, problem = {}, str(error)
         workers = facts.get("num_workers")
         measured = checkpoint.validation_of(filesystem, place) or {}

@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import ray.train
 import torch
 from pyarrow.fs import FileType
+from pydantic import ValidationError
 from ray.train import (
     DataConfig,
     FailureConfig,
@@ -134,11 +135,14 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
 
 
 def _validation(stage: TrainStage, config: TrainConfig, root: str, gpu: bool) -> ValidationConfig:
-    """Each checkpoint in a task of its own, beside the workers; one that fails is told, and training goes on."""
+    """Each checkpoint in a task of its own, beside the workers; one that fails is told, and training goes on.
+
+    On GPUs it takes one: where the workers have them all it waits until they are done.
+    """
     told = {"out": str(stage.out.resolve()), "root": checkpoint.open_storage(root)[1]}
     return ValidationConfig(
         validation.validate,  # type: ignore[arg-type]
-        ValidationTaskConfig({**told, "config": config.model_dump(mode="json")}, validation.TIMEOUT_SECONDS),
+        ValidationTaskConfig({**told, "config": config.model_dump(mode="json")}),
         {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "runtime_env": {"env_vars": {} if gpu else CPU_WORKER_ENV}},
     )
 
@@ -180,7 +184,9 @@ def _other_root(stage: TrainStage, config: TrainConfig) -> list[str]:
         raise CheckpointError(
             f"--resume {stage.resume_from}: no readable {RUN}; name a training stage's folder"
         ) from None
-    section = "sft" if stage.label == "base" else "train"
+    section = _section(stage.label)
+    with suppress(ValidationError, KeyError):  # fields that have come since are at their defaults
+        old["config"] = type(config).model_validate(old["config"]).model_dump(mode="json")
     changed = _changes(old, _description(stage, config), section)
     if changed:
         lines = "\n".join(f"  {name}: {was!r} then, {now!r} now" for name, was, now in changed)
@@ -189,9 +195,14 @@ def _other_root(stage: TrainStage, config: TrainConfig) -> list[str]:
             f"--resume {stage.resume_from}: this is another run:\n{lines}\n"
             f"set them back, or start anew without --resume. May change: {may}, and all of [cluster]"
         )
-    root = checkpoint.root_of(stage.resume_from, str(old["checkpoints"]))
+    root = checkpoint.root_of(stage.resume_from.resolve(), str(old["checkpoints"]))
     checkpoint.require_any(root)
     return [root]
+
+
+def _section(label: str) -> str:
+    """The section of the job that a stage's settings lie in."""
+    return "sft" if label == "base" else "train"
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], section: str) -> list[tuple[str, Any, Any]]:
@@ -199,8 +210,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any], section: str) -> list[tup
     found: list[tuple[str, Any, Any]] = []
 
     def walk(name: str, was: Any, now: Any) -> None:
-        if name.removeprefix("config.") in MAY_CHANGE:
-            return
+        if name.removeprefix("config.") in MAY_CHANGE or (name == "config.precision" and "auto" in (was, now)):
+            return  # what "auto" was is known by the checkpoint (`recovery.require_precision`)
         if isinstance(was, dict) and isinstance(now, dict):
             for key in sorted({*was, *now}):
                 walk(f"{name}.{key}" if name else key, was.get(key), now.get(key))
@@ -301,7 +312,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
     attempt = recovery.attempt_number(settings["roots"][0])
     found = recovery.choose(settings["roots"], out, rank, world)
     recovery.require_plan(found, settings["plan"]["digest"])
-    recovery.require_precision(found, uses_bf16(config.precision, device))
+    recovery.require_precision(found, uses_bf16(config.precision, device), out, _section(settings["label"]))
     other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
     sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
     policy = load_model(base, device=str(device), sharding=sharding)
@@ -372,11 +383,13 @@ def _callbacks(
         saver.save(step, at_once=leaving.now)
         alive()
 
-    yield write, save, loop.Hooks(begin, skipped, leaving.due, leaving.asked)
-    if profiler:
-        profiler.stop()
-    if sinks:
-        sinks.close()
+    try:
+        yield write, save, loop.Hooks(begin, skipped, leaving.due, leaving.asked)
+    finally:
+        if profiler:
+            profiler.stop()
+        if sinks:
+            sinks.close()
 
 
 def _announce(events: Path, start: int, num_steps: int, world: int, found: recovery.Found | None) -> None:

@@ -1,11 +1,15 @@
 """A training checkpoint -> what its model answers, in a task of Ray Train's own beside the training.
 
 `write_questions` lays down what is asked before the training starts; `validate` is called by Ray Train with each
-uploaded checkpoint. Answers are greedy, so that checkpoints differ by their weights alone.
+uploaded checkpoint and measures in a process of its own, since a task that dies would take the run with it. Answers are
+greedy, so that checkpoints differ by their weights alone.
 """
 
 import json
+import os
 import pkgutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +18,13 @@ from typing import Any
 from dtrpo_ray import checkpoint
 from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.engine import Engine
+from dtrpo_ray.errors import TrainError, last_line
 from dtrpo_ray.export import export_checkpoint
 from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.metrics import EVENTS, VALIDATION, append_event
 
 QUESTIONS = "questions.json"
-TIMEOUT_SECONDS = 3600.0  # of one validation; later ones wait for it
+TIMEOUT_SECONDS = 3600  # of one validation; later ones wait for it
 
 
 def write_questions(prompts: Sequence[dict[str, Any]], scorer: str | None, out: Path) -> None:
@@ -32,28 +37,51 @@ def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[st
 
     A line with them and the first answers goes to validation.jsonl in the stage's folder `out`, the metrics go beside
     the checkpoint's files for `checkpoint.prune`, and checkpoints that need not be kept any longer are removed. A
-    validation that fails is told among the events and measures nothing, {}; the training goes on.
+    validation that fails, dies or takes longer than TIMEOUT_SECONDS is told among the events and measures nothing, {};
+    the training goes on.
     """
-    train = TrainConfig.model_validate(config)
-    events = Path(out) / EVENTS
+    train, events = TrainConfig.model_validate(config), Path(out) / EVENTS
+    metrics: dict[str, float] = {}
     try:
-        metrics, told = _measure(saved, Path(out), train)
-        append_event(events, "validation", told, **metrics)
+        with saved.as_directory() as folder:
+            record = _in_a_process_of_its_own(Path(folder), Path(out), config)
+        metrics = record["metrics"]
+        with (Path(out) / VALIDATION).open("a") as file:
+            file.write(json.dumps(record["line"]) + "\n")
+        told = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        line = record["line"]
+        message = f"step {line['step']}: {told} ({line['num_prompts']} prompts)"
+        append_event(events, "validation", message, **metrics)
     except Exception as error:
-        metrics = {}
-        message = f"validation of {saved.path} failed: {type(error).__name__}: {error}"
-        append_event(events, "validation failed", message)
-    checkpoint.write_validation(saved.filesystem, saved.path, metrics)
-    checkpoint.prune(saved.filesystem, root, train.keep_checkpoints, train.keep_best, validated=True)
+        append_event(events, "validation failed", f"validation of {saved.path} failed: {last_line(error)}")
+    try:
+        checkpoint.write_validation(saved.filesystem, saved.path, metrics)
+        checkpoint.prune(saved.filesystem, root, train.keep_checkpoints, train.keep_best, validated=True)
+    except OSError as error:
+        append_event(events, "storage error", f"the validation of {saved.path} could not be kept: {error}")
     return metrics
 
 
-def _measure(saved: Any, out: Path, train: TrainConfig) -> tuple[dict[str, float], str]:
-    """The metrics and a line about them; appends to validation.jsonl."""
+def _in_a_process_of_its_own(folder: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What `measure` returns. Raises TrainError with the process's last words."""
+    with tempfile.TemporaryDirectory() as made:
+        result = Path(made) / "result.json"
+        words = [sys.executable, "-m", "dtrpo_ray.validation", str(folder), str(out), json.dumps(config), str(result)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        if done.returncode:
+            spoken = done.stderr.strip().splitlines()
+            raise TrainError(spoken[-1] if spoken else f"its process ended with {done.returncode}")
+        record: dict[str, Any] = json.loads(result.read_text())
+    return record
+
+
+def measure(folder: Path, out: Path, train: TrainConfig) -> dict[str, Any]:
+    """{"metrics", "line" of validation.jsonl} of the checkpoint in `folder`."""
     asked = train.validation
     assert asked is not None
-    with saved.as_directory() as folder, tempfile.TemporaryDirectory() as made:
-        facts = export_checkpoint(Path(folder), Path(made) / "model", merged=True)
+    with tempfile.TemporaryDirectory() as made:
+        facts = export_checkpoint(folder, Path(made) / "model", merged=True)
         engine = Engine.load(Path(made) / "model")
     questions = json.loads((out / QUESTIONS).read_text())
     prompts = questions["prompts"]
@@ -66,8 +94,16 @@ def _measure(saved: Any, out: Path, train: TrainConfig) -> tuple[dict[str, float
         rewards = [score(row["prompt"], answer) for row, answer in zip(prompts, answers, strict=True)]
         metrics = {"accuracy": sum(reward >= 1 for reward in rewards) / len(rewards), **metrics}
     samples = [{"prompt": p["prompt"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
-    record = {"step": facts["step"], **metrics, "num_prompts": len(prompts), "samples": samples[: asked.num_examples]}
-    with (out / VALIDATION).open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    told = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    return metrics, f"step {facts['step']}: {told} ({len(prompts)} prompts)"
+    line = {"step": facts["step"], **metrics, "num_prompts": len(prompts), "samples": samples[: asked.num_examples]}
+    return {"metrics": metrics, "line": line}
+
+
+def main() -> None:
+    """`python -m dtrpo_ray.validation CHECKPOINT OUT CONFIG RESULT`: measure, and write RESULT as JSON."""
+    folder, out, config, result = sys.argv[1:]
+    record = measure(Path(folder), Path(out), TrainConfig.model_validate_json(config))
+    Path(result).write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -157,7 +157,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[s
 
 
 def difference(one: DiffusionLM, other: dict[str, torch.Tensor]) -> float:
-    return max(float((p.detach() - other[n]).abs().max()) for n, p in one.named_parameters())
+    return max(float((p.detach() - other[n].detach()).abs().max()) for n, p in one.named_parameters())
 
 
 def distance(one: DiffusionLM, other: dict[str, torch.Tensor]) -> float:
@@ -260,6 +260,31 @@ def taken(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict
             "trained": sum(size for size, trained in sizes if trained),
         }
         del run, live
+    return seen
+
+
+def fillers(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Four long pairs on rank 0 and four short ones on rank 1: four micro-batches, and two with two fillers.
+
+    How far two optimizer steps of them end from those of one micro-batch, in the largest weight.
+    """
+    rows = make_rows()
+    mine = [rows[i] for i in (range(0, ROWS, 3) if rank == 0 else (1, 2, 4, 5))]
+    mine = [{**row, "epoch": 0, "batch_weight": 8.0} for row in mine]
+    seen: dict[str, Any] = {}
+    for stage in (0, 1, 2, 3):
+        ends = []
+        for budget in (None, 50):
+            cfg = config(zero_stage=stage, global_batch=8, micro_batch=4, micro_tokens=budget)
+            run = Run(settings, cfg, rank, world, dropout=0.0)
+            to_batch = loop.collate(cfg, run.policy, 0)
+            for _ in range(2):
+                loop.optimizer_step(cfg, run.backend, run.reference, mine, to_batch)
+            ends.append(run.backend.full_model())
+        seen[str(stage)] = {
+            "far": difference(ends[1], dict(ends[0].named_parameters())),
+            "moved": difference(model(settings, 1, 0.0), {n: p.detach() for n, p in ends[0].named_parameters()}),
+        }
     return seen
 
 
@@ -366,6 +391,18 @@ def test_a_resume_is_exact_in_other_modes(other_modes: list[dict[str, Any]], nam
         assert mine["differs"] == []
         assert mine["dtype"] == ("torch.bfloat16" if bf16 else "torch.float32")
         assert mine["far"] < (0.5 if bf16 else 1e-3), mine["far"]
+
+
+@pytest.fixture(scope="module")
+def filled(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
+    return spawn("fillers", 2, folder, tiny_config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_of_unequal_micro_batches_make_the_same_step(filled: list[dict[str, Any]], stage: int) -> None:
+    for rank in (0, 1):
+        assert filled[rank][str(stage)]["far"] < 1e-5
+        assert filled[rank][str(stage)]["moved"] > 1e-3
 
 
 @pytest.fixture(scope="module")

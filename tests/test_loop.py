@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from dtrpo_ray import loop
 from dtrpo_ray.backend import PlainBackend, deepspeed_config
-from dtrpo_ray.batch import padded_tokens
+from dtrpo_ray.batch import build_batch, packed_tokens, padded_tokens
 from dtrpo_ray.config import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.models.base import DiffusionLM
@@ -138,7 +138,7 @@ def uneven(count: int) -> list[dict[str, Any]]:
 def test_a_token_budget_cuts_an_optimizer_step_and_changes_no_gradient(make_model: Any) -> None:
     """A long pair takes 8 + 2 * 2 * 8 = 40 tokens, a short one 24: two long ones or three short ones in 80."""
     cfg = config().model_copy(update={"micro_batch": 8, "micro_tokens": 80})
-    parts = loop.micro_batches(uneven(8), cfg, lambda count: count)
+    parts = loop.micro_batches(uneven(8), cfg, "block", lambda count: count)
     assert [[row["row_id"] for row in part] for part in parts] == [
         ["row-0", "row-2"], ["row-4", "row-6"], ["row-1", "row-3", "row-5"], ["row-7"]
     ]  # fmt: skip
@@ -156,8 +156,44 @@ def test_a_token_budget_cuts_an_optimizer_step_and_changes_no_gradient(make_mode
 
 def test_a_rank_of_fewer_micro_batches_is_filled_with_rows_of_weight_0(make_model: Any) -> None:
     cfg = config().model_copy(update={"micro_tokens": 80})
-    parts = loop.micro_batches(uneven(2), cfg, lambda count: 3)
+    parts = loop.micro_batches(uneven(2), cfg, "block", lambda count: 3)
     assert [[row["row_weight"] for row in part] for part in parts] == [[1.0, 1.0], [0.0], [0.0]]
+
+
+def test_the_last_micro_batch_alone_is_the_last(make_model: Any) -> None:
+    """However many of a rank's are fillers; DeepSpeed reduces and updates at it."""
+    model, told = make_model(), []
+
+    class Other(PlainBackend):
+        def most(self, count: int) -> int:
+            return 4
+
+        def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+            told.append(last)
+            super().backward(loss, last)
+
+    cfg = config().model_copy(update={"micro_tokens": 80})
+    train(model, cfg, [uneven(2)], make_model(seed=9), backend=Other(model, cfg, 1, CPU))
+    assert told == [False, False, False, True]
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"type": "sft"},
+        {"num_draws": 3},
+        {"num_draws": "all"},
+        {"num_draws": "all", "schedule": "random"},
+        {"type": "elbo_dpo", "num_draws": 2},
+    ],
+)
+def test_no_pair_takes_more_tokens_than_it_is_counted_with(attention: Any, objective: dict[str, Any]) -> None:
+    asked = Objective.model_validate(objective)
+    for row in uneven(4):
+        batch = build_batch([row], asked, 4, 22, seed=0, attention=attention)
+        assert batch.ids.numel() <= packed_tokens(row, asked, attention)
 
 
 def test_a_budget_counts_packed_rows_with_their_padding() -> None:

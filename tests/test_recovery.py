@@ -117,9 +117,13 @@ def test_a_storage_that_fails_for_a_while_costs_no_checkpoint(
     def fails(filesystem: Any, path: str) -> bytes:
         raise OSError(5, "Input/output error")
 
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_get", fails)
-        assert recovery.choose([root], tmp_path, 0, 1) is None
+        # not step 0: the attempt ends, and the next one reads again
+        with pytest.raises(OSError, match=r"no checkpoint could be chosen: .* cannot be read"):
+            recovery.choose([root], tmp_path, 0, 1)
+    assert steps_there(tmp_path) == [(4, 0), (2, 0)]
     found = recovery.choose([root], tmp_path, 0, 1)
     assert found is not None
     assert found.place.step == 4
@@ -166,10 +170,52 @@ def test_a_checkpoint_of_the_other_precision_is_refused_with_the_remedy(one_rank
     """Precision auto is fp32 on this CPU and bf16 on a GPU."""
     saver(tmp_path).save(2, at_once=True)
     found = recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1)
-    recovery.require_precision(found, bf16=False)
-    recovery.require_precision(None, bf16=True)
-    with pytest.raises(CheckpointError, match=r'was trained in fp32, this run\'s is bf16.*set precision = "fp32"'):
-        recovery.require_precision(found, bf16=True)
+    recovery.require_precision(found, False, tmp_path, "train")
+    recovery.require_precision(None, True, tmp_path, "train")
+    remedy = f"--resume {tmp_path} --set train.precision=fp32"
+    with pytest.raises(CheckpointError, match=rf"was trained in fp32, this run's is bf16.*{remedy}"):
+        recovery.require_precision(found, True, tmp_path, "train")
+
+
+def test_a_run_to_go_on_from_that_is_damaged_is_no_new_run(one_rank: OneRank, tmp_path: Path) -> None:
+    saver(tmp_path).save(2, at_once=True)
+    (tmp_path / "checkpoints" / "step-00000002" / "state").write_text("damaged")
+    with pytest.raises(CheckpointError, match="no checkpoint here verifies, so there is nothing to go on from"):
+        recovery.choose([str(tmp_path / "new"), str(tmp_path / "checkpoints")], tmp_path, 0, 1)
+
+
+def test_a_checkpoint_that_cannot_be_read_gives_way_to_an_older_one(
+    one_rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, real = saver(tmp_path), checkpoint._remote_sha256
+    for step in (2, 4):
+        mine.save(step, at_once=True)
+
+    def fails(filesystem: Any, path: str) -> str:
+        if "step-00000004" in path:
+            raise OSError(5, "Input/output error")
+        return real(filesystem, path)
+
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(checkpoint, "_remote_sha256", fails)
+    found = recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1)
+    assert found is not None
+    assert found.place.step == 2
+
+
+def test_old_checkpoints_that_cannot_be_removed_stop_nothing(
+    one_rank: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint, "remove", fails)
+    mine = saver(tmp_path, keep_checkpoints=1)
+    for step in (2, 4):
+        mine.save(step, at_once=True)
+    assert steps_there(tmp_path) == [(4, 0), (2, 0)]
+    [told] = [e for e in read_metrics(tmp_path / EVENTS) if e["event"] == "storage error"]
+    assert "could not be removed: [Errno 16] Device or resource busy" in told["message"]
 
 
 def test_another_runs_checkpoints_are_the_second_choice(one_rank: OneRank, tmp_path: Path) -> None:

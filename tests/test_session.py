@@ -45,8 +45,20 @@ def test_gpus_that_are_demanded_and_not_there_are_named(with_gpus: Any) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.num_workers = 4, but this machine has 1 GPU"):
         fitted(ClusterConfig(num_workers=4, use_gpu="yes"), pytest.fail)
     with_gpus(0)
-    with pytest.raises(ConfigError, match=r'cluster\.use_gpu = "yes", but the Ray cluster has no GPU'):
+    with pytest.raises(ConfigError, match=r'cluster\.use_gpu = "yes", but this machine has no GPU'):
         uses_gpu(ClusterConfig(use_gpu="yes"))
+
+
+def test_a_cluster_without_a_gpu_yet_is_waited_for_or_told(with_gpus: Any) -> None:
+    with_gpus(0)
+    demanded = ClusterConfig(use_gpu="yes", address="auto", num_workers=8)
+    assert uses_gpu(demanded)
+    assert fitted(demanded, pytest.fail) == demanded
+    assert shortfall(demanded, gpu=True).startswith("8 worker(s) need a GPU each and the cluster has 0: waiting")
+    said: list[str] = []
+    assert fitted(ClusterConfig(address="auto"), said.append) == ClusterConfig(address="auto")
+    assert len(said) == 1
+    assert said[0].startswith("no GPU is up in this cluster: the work goes to CPUs")
 
 
 def test_a_cluster_that_is_too_small_says_what_it_waits_for(with_gpus: Any) -> None:

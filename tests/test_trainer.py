@@ -141,7 +141,7 @@ def faulty(folder: str, settings: dict[str, Any]) -> None:
 
     def copy(file: Path, filesystem: Any, path: str) -> None:
         if "step-00000006" in path and rank == 1 and once(faults, "storage"):
-            checkpoint.UPLOAD_ATTEMPTS = 1
+            checkpoint.ATTEMPTS = 1
             raise OSError(28, "No space left on device")
         real_copy(file, filesystem, path)
 
@@ -338,12 +338,17 @@ def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None
     assert "train.objective.beta: 0.5 then, 0.1 now" in text
     assert "save_every:" not in text
     assert "May change: train.keep_best, train.keep_checkpoints, train.log_every, train.micro_batch" in text
-    may = CONFIG.model_copy(update={"save_every": 7, "validation": ValidationConfig(num_prompts=3)})
+    may = CONFIG.model_copy(
+        update={"save_every": 7, "validation": ValidationConfig(num_prompts=3), "precision": "fp32"}
+    )
     with pytest.raises(CheckpointError, match="holds no whole checkpoint to go on from"):
         trainer._other_root(make_stage("new", resume_from=old.out), may)
     (old.out / "checkpoints" / "step-00000002").mkdir(parents=True)
     (old.out / "checkpoints" / "step-00000002" / checkpoint.COMPLETE).touch()
     assert trainer._other_root(make_stage("new", resume_from=old.out), may) == [str(old.out / "checkpoints")]
+    record = json.loads((old.out / "run.json").read_text())  # written before there was such a field
+    del record["config"]["offload"]
+    (old.out / "run.json").write_text(json.dumps(record))
     finished = old.out.rename(old.out.with_name("old-finished"))  # its checkpoints have moved with it
     assert trainer._other_root(make_stage("new", resume_from=finished), may) == [str(finished / "checkpoints")]
     with pytest.raises(CheckpointError, match="no readable run"):

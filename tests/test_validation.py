@@ -1,6 +1,7 @@
 """What a checkpoint answers while the training goes on, and what is told where that fails."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +49,8 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
     validation.write_questions(prompts, "tests.test_validation:score", tmp_path)
     root = str(tmp_path / "run")
     path = write(tmp_path, root, 4)
+    here = lambda folder, out, config: validation.measure(folder, out, TrainConfig.model_validate(config))  # noqa: E731
+    monkeypatch.setattr(validation, "_in_a_process_of_its_own", here)
     metrics = validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json"))
     assert metrics == {"accuracy": 0.75, "answer_tokens": 1.0}
     assert json.loads((Path(path) / checkpoint.VALIDATION).read_text()) == metrics
@@ -57,18 +60,41 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
     assert (event["event"], event["accuracy"]) == ("validation", 0.75)
 
 
-def test_a_validation_that_fails_is_told_and_holds_back_no_pruning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit('RuntimeError: out of memory')", "TrainError: RuntimeError: out of memory"),
+        ("import os; os.kill(os.getpid(), 9)", "TrainError: its process ended with -9"),
+        ("import time; time.sleep(60)", "timed out after 2 seconds"),
+    ],
+)
+def test_a_validation_that_fails_dies_or_hangs_is_told_and_holds_back_no_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(validation, "export_checkpoint", fails)
+    """Its process runs `code` instead."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(validation, "TIMEOUT_SECONDS", 2)
     root = str(tmp_path / "run")
     write(tmp_path, root, 2)
     path = write(tmp_path, root, 4)
     assert validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json")) == {}
     event = read_metrics(tmp_path / EVENTS)[0]
     assert event["event"] == "validation failed"
-    assert event["message"] == f"validation of {path} failed: RuntimeError: out of memory"
+    assert event["message"].startswith(f"validation of {path} failed: ")
+    assert message in event["message"]
     assert [place.step for place in checkpoint.places(LOCAL, root)] == [4]
+
+
+def test_a_storage_that_fails_under_a_validation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_validation", fails)
+    monkeypatch.setattr(
+        validation, "_in_a_process_of_its_own", lambda *_: {"metrics": {}, "line": {"step": 4, "num_prompts": 0}}
+    )
+    path = write(tmp_path, str(tmp_path / "run"), 4)
+    validation.validate(saved_at(path), str(tmp_path), str(tmp_path / "run"), CONFIG.model_dump(mode="json"))
+    assert "No space left on device" in read_metrics(tmp_path / EVENTS)[-1]["message"]
