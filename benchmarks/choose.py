@@ -21,7 +21,6 @@ from dtrpo_ray.generation import SamplingParams
 from dtrpo_ray.pipeline import River
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
-from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer
 
 PUZZLES_SEED = 2**40  # of no stage of a job
 
@@ -31,12 +30,12 @@ def solved(model: Path, job: Job, count: int) -> dict[int, int]:
     assert job.eval is not None
     puzzles = prepare.generate_puzzles(job, count, "train", PUZZLES_SEED + job.seed)
     score = pkgutil.resolve_name(f"{prepare.PUZZLES[job.task.type]}:score")
-    tokenizer, engine, made = load_tokenizer(model), Engine.load(model), {}
+    engine, made = Engine.load(model), {}
     for steps in job.eval.budgets:
         params, correct = SamplingParams(job.eval.max_new_tokens, steps), 0
         for first in range(0, count, job.eval.batch_size):
             texts = [row["prompt"] for row in puzzles[first : first + job.eval.batch_size]]
-            done = engine.generate([encode_prompt(tokenizer, text) for text in texts], params, [0] * len(texts))
+            done = engine.generate([engine.encode(text) for text in texts], params, [0] * len(texts))
             correct += sum(score(t, engine.decode(d.text_ids)) >= 1 for t, d in zip(texts, done, strict=True))
         made[steps] = correct
     return made

@@ -452,9 +452,8 @@ def _seed_of(*parts: int | str) -> int:
 
 def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields of a training section that change weights: what names its stage."""
-    keep_out = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
-    keep_out |= {name for name in ("offload", "micro_tokens") if not getattr(config, name)}  # as before they were there
-    return config.model_dump(mode="json", exclude=keep_out)
+    absent = {name for name in ("offload", "micro_tokens") if not getattr(config, name)}  # as before they were there
+    return config.model_dump(mode="json", exclude={*trainer.NO_WEIGHTS, *absent})
 
 
 def _model_of(stage: Stage) -> ModelRef:

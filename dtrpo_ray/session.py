@@ -68,20 +68,22 @@ def fitted(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
     What is changed is said. Raises ConfigError where GPUs are demanded that are not there. A cluster that was joined
     may grow, so there nothing is changed.
     """
-    if cluster.address != "local" and cluster.use_gpu == "auto" and not uses_gpu(cluster):
+    gpu = uses_gpu(cluster)
+    if cluster.address != "local" and cluster.use_gpu == "auto" and not gpu:
         say('no GPU is up in this cluster: the work goes to CPUs; cluster.use_gpu = "yes" waits for GPUs')
-    if cluster.address != "local" or not uses_gpu(cluster):
+    if cluster.address != "local" or not gpu:
         return cluster
-    gpus = int(ray.cluster_resources()["GPU"])
-    fewest, most = cluster.fewest_workers, cluster.most_workers
-    if max(most, cluster.num_actors) <= gpus:
-        return cluster
+    gpus, fewest = int(ray.cluster_resources()["GPU"]), cluster.fewest_workers
     if cluster.use_gpu == "yes" and fewest > gpus:
         raise ConfigError(f"cluster.num_workers = {cluster.num_workers}, but this machine has {gpus} GPU(s)")
-    workers = min(fewest, gpus) if isinstance(cluster.num_workers, int) else (min(fewest, gpus), min(most, gpus))
+    workers: int | tuple[int, int] = min(fewest, gpus)
+    if not isinstance(cluster.num_workers, int):
+        workers = (min(fewest, gpus), min(cluster.most_workers, gpus))
     actors = min(cluster.num_actors, gpus)
-    say(f"{gpus} GPU(s) here: cluster.num_workers = {workers}, num_actors = {actors}")
-    return cluster.model_copy(update={"num_workers": workers, "num_actors": actors})
+    made = cluster.model_copy(update={"num_workers": workers, "num_actors": actors})
+    if made != cluster:
+        say(f"{gpus} GPU(s) here: cluster.num_workers = {workers}, num_actors = {actors}")
+    return made
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:

@@ -47,8 +47,9 @@ from dtrpo_ray.step import checkpoint_layers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 MODEL, ADAPTER = "model", "adapter"
-MAY_CHANGE = {"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
-MAY_CHANGE |= {"micro_batch", "micro_tokens"}  # which change the order of sums
+NO_WEIGHTS = frozenset({"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"})
+"""Fields of a training section that change no weight."""
+MAY_CHANGE = NO_WEIGHTS | {"micro_batch", "micro_tokens"}  # in a resumed run; these change the order of sums
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,11 +45,10 @@ def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[st
     try:
         with saved.as_directory() as folder:
             record = _in_a_process_of_its_own(Path(folder), Path(out), config)
-        metrics = record["metrics"]
+        metrics, line = record["metrics"], record["line"]
         with (Path(out) / VALIDATION).open("a") as file:
-            file.write(json.dumps(record["line"]) + "\n")
+            file.write(json.dumps(line) + "\n")
         told = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        line = record["line"]
         message = f"step {line['step']}: {told} ({line['num_prompts']} prompts)"
         append_event(events, "validation", message, **metrics)
     except Exception as error:
