@@ -141,11 +141,11 @@ def faulty(folder: str, settings: dict[str, Any]) -> None:
 
     def copy(file: Path, filesystem: Any, path: str) -> None:
         if "step-00000006" in path and rank == 1 and once(faults, "storage"):
-            checkpoint.ATTEMPTS = 1
             raise OSError(28, "No space left on device")
         real_copy(file, filesystem, path)
 
     loop.seed_step, checkpoint._copy = seed_step, copy  # type: ignore[assignment]
+    checkpoint.ATTEMPTS = 1  # so that one failing write is one checkpoint less
     if rank == 0 and (faults / "killed").exists() and once(faults, "corrupt"):
         flip_a_byte_of_the_newest(settings["roots"][0])
     trainer._worker(settings)
