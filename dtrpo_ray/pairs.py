@@ -15,6 +15,7 @@ from dtrpo_ray.records import CONTRACT_VERSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.tables import TablePart, write_whole
 
 _COMPARED = 1 << 24  # ids compared at once
+_MOST = 256  # responses to a prompt at a setting that are looked at from either end of the rewards
 
 # what two sides share, in PREFERENCE; and what each has of its own
 SAME_PROMPT = ("prompt_ids", "mask_id", "block_size", "block_origin", "tokenizer_hash", "reward_source")
@@ -101,19 +102,25 @@ def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:
 def _candidates(
     table: pa.Table, group: np.ndarray, rows: np.ndarray, reference: np.ndarray, config: PairConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every (good, bad) of rows that may pair, group by group."""
+    """Every (good, bad) of rows that may pair, group by group, of the best and the worst of each."""
     reward = table["reward"].to_numpy()
-    rows = rows[np.argsort(group[rows], kind="stable")]
-    size = np.unique(group[rows], return_counts=True)[1]
-    partners = np.repeat(size, size)  # of each row, its group's size
-    begin = np.repeat(np.cumsum(size) - size, size)
-    good = np.repeat(np.arange(len(rows)), partners)
+    most = max(_MOST, config.max_pairs_per_prompt)  # no strategy but `closest` would take further ones
+    by_reference = config.strategy == "references"
+    better = _first(group, rows[reference[rows]] if by_reference else rows, -reward, most)
+    worse = _first(group, rows[~reference[rows]] if by_reference else rows, reward, most)
+    begin = np.searchsorted(group[worse], group[better])
+    partners = np.searchsorted(group[worse], group[better], side="right") - begin
+    good = np.repeat(better, partners)
     place = np.arange(len(good)) - np.repeat(np.cumsum(partners) - partners, partners)
-    good, bad = rows[good], rows[begin[good] + place]
+    bad = worse[np.repeat(begin, partners) + place]
     keep = reward[good] - reward[bad] >= config.min_margin
-    if config.strategy == "references":
-        keep &= reference[good] & ~reference[bad]
     return good[keep], bad[keep]
+
+
+def _first(group: np.ndarray, rows: np.ndarray, key: np.ndarray, most: int) -> np.ndarray:
+    """Of each group the `most` rows of the smallest key, group by group."""
+    rows = rows[np.lexsort([rows, key[rows], group[rows]])]
+    return rows[np.arange(len(rows)) - np.searchsorted(group[rows], group[rows]) < most]
 
 
 def _select(

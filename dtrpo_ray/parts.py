@@ -5,6 +5,7 @@ A worker turns a part into files whose names are the part's own, and returns a s
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,9 @@ class _Actor:
             error = str(problem)
         except OSError as problem:
             error = f"{part}: {problem}; writing to {self.out}. Mend it and run the same command again"
+        except Exception as problem:
+            traceback.print_exc()  # in the worker's log
+            error = f"{part}: {type(problem).__name__}: {problem}; a bug: the worker's log has the traceback"
         return pa.table({"part": [number], "rows": [rows], "error": pa.array([error], pa.string())})
 
     def _count_try(self, number: int) -> None:

@@ -20,7 +20,7 @@ from dtrpo_ray.config import FilesTask, Job
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences, prompts, responses
 from dtrpo_ray.importers.files import Shard, data_files, first_rows, plan_shards
-from dtrpo_ray.importers.tokenize import JOIN, Target, tokenize_preferences, tokenize_responses
+from dtrpo_ray.importers.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.stages import read_json, write_json
 from dtrpo_ray.tables import (
@@ -127,7 +127,7 @@ class Importer:
             refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
-            summary["good"] += sum(len(origin.split(JOIN)) for origin in table["origin"].to_pylist())
+            summary["good"] += sum(len(split_origins(origin)) for origin in table["origin"].to_pylist())
             summary["made"] += len(table)  # of two origins each, where unpaired rows were paired
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
         summary["refused"] = Counter(row.reason for row in refused)
@@ -187,7 +187,7 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
         Rejected(where, "duplicate row", f"the same as {first}")
         for entry in doomed.values()
         for _, origin, first in entry["refused"]
-        for where in origin.split(JOIN)
+        for where in split_origins(origin)
     ]
     partial = out / f"{QUARANTINE}.partial"
     with partial.open("w") as quarantine:

@@ -17,6 +17,7 @@ from dtrpo_ray.records import BLOCK_ORIGINS, CONTRACT_VERSION, DIFFUSION, MAY_BE
 from dtrpo_ray.trajectory import GIVEN
 
 GOOD = -1  # in `verdicts`
+_ROUNDING = 1e-4  # by which a log-probability in float32 may be above 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def rules_of(schema: pa.Schema, expected: Expected | None = None) -> list[Rule]:
         *_hole_rules(schema),
         *(Rule("bad UTF-8", f"{f.name} is not UTF-8", partial(_not_utf8, name=f.name)) for f in schema if _is_text(f)),
     ]
+    rules += _value_rules(names)
     if "block_size" in names:
         rules.append(Rule("bad value", "block_size is below 1", lambda t: _numbers(t["block_size"]) < 1))
         says = f"block_origin is not {' or '.join(BLOCK_ORIGINS)}"
@@ -92,8 +94,14 @@ def check_table(table: pa.Table, where: str) -> pa.Table:
     found = verdicts(table, rules)
     if (found != GOOD).any():
         row = int(np.argmax(found != GOOD))
-        raise DataError(f"{where}: row {table['row_id'][row].as_py()}: {rules[found[row]].says}")
+        raise DataError(f"{where}: row {_row_name(table, row)}: {rules[found[row]].says}")
     return table
+
+
+def _row_name(table: pa.Table, row: int) -> str:
+    """A row's id, which may be missing or no UTF-8, or else its number from 1."""
+    name = table["row_id"].cast(pa.binary())[row].as_py()
+    return name.decode(errors="backslashreplace") if name else f"number {row + 1}"
 
 
 def block_ranks(
@@ -131,6 +139,21 @@ def _hole_rules(schema: pa.Schema) -> Iterator[Rule]:
             yield Rule("missing value", f"{field.name} is null", partial(_null, name=field.name))
         if pa.types.is_list(field.type):
             yield Rule("missing value", f"{field.name} holds a null", partial(_holds_null, name=field.name))
+
+
+def _value_rules(names: list[str]) -> Iterator[Rule]:
+    """Rules on single numbers, null ones aside."""
+    yield Rule("bad value", "row_id is empty", lambda t: np.asarray(pc.equal(pc.binary_length(t["row_id"]), 0)))
+    for name in (n for n in names if n.endswith("_ids")):
+        yield Rule("bad value", f"{name} holds a number below 0", partial(_holds_negative, name=name))
+    for name in (n for n in ("mask_id", "num_forwards", "denoising_steps", "temperature") if n in names):
+        says = f"{name} is below 0" + (" or not finite" if name == "temperature" else "")
+        yield Rule("bad value", says, partial(_outside, name=name, most=np.inf))
+    if "shift" in names:
+        yield Rule("bad value", "shift is neither 0 nor 1", partial(_outside, name="shift", most=2))
+    if "logps" in names:
+        says = "logps holds a number above 0, or none at all (NaN)"
+        yield Rule("bad value", says, lambda t: _rows_where(t["logps"], ~(_flat(t["logps"]) <= _ROUNDING)))
 
 
 def _side_rules(names: list[str], side: str) -> Iterator[Rule]:
@@ -188,6 +211,16 @@ def _null(table: pa.Table, name: str) -> np.ndarray:
 
 def _holds_null(table: pa.Table, name: str) -> np.ndarray:
     return _rows_where(table[name], pc.is_null(pc.list_flatten(table[name])).to_numpy())
+
+
+def _holds_negative(table: pa.Table, name: str) -> np.ndarray:
+    return _rows_where(table[name], _flat(table[name]) < 0)
+
+
+def _outside(table: pa.Table, name: str, most: float) -> np.ndarray:
+    """Not in [0, most); a null is."""
+    values = table[name].cast(pa.float64()).fill_null(0.0).to_numpy()
+    return ~((values >= 0) & (values < most))
 
 
 def _wrong_version(table: pa.Table) -> np.ndarray:
@@ -270,7 +303,7 @@ def _identical(table: pa.Table) -> np.ndarray:
 
 
 def _other_tokenizer(table: pa.Table, expected: str) -> np.ndarray:
-    return np.asarray(pc.not_equal(table["tokenizer_hash"], expected).fill_null(False).to_numpy())
+    return np.asarray(pc.not_equal(table["tokenizer_hash"], expected).fill_null(True).to_numpy())
 
 
 def _too_long(table: pa.Table, limit: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 responses to some prompts, in whatever files they are."""
 
 import importlib
-import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from dtrpo_ray.config import ScoreConfig
-from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.errors import ConfigError, DataError, ModelError
 from dtrpo_ray.importers.tokenize import prompt_messages
 from dtrpo_ray.judge import Judge
 from dtrpo_ray.records import TRAJECTORY
@@ -19,6 +19,9 @@ from dtrpo_ray.tables import TablePart, with_columns, write_whole
 from dtrpo_ray.tokenizer import load_tokenizer
 
 WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for
+
+# what no response may do but score nothing; a machine's trouble (OSError) is not among them
+_OF_A_RESPONSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
 """(prompts, responses, reference answers) -> rewards; None where there is none to give."""
@@ -73,8 +76,12 @@ def verifier(name: str) -> Score:
                 raise Unscorable(row, f"answer is null, and score.scorer = {name!r} compares with it")
             try:
                 made.append(float(score(prompt, response, answer)))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise Unscorable(row, f"answer is not what {name} reads ({error!r}); see docs/data.md") from None
+            except ConfigError:
+                raise
+            except DataError as error:  # of the reference
+                raise Unscorable(row, str(error)) from None
+            except _OF_A_RESPONSE:
+                made.append(0.0)
         return made
 
     return rows

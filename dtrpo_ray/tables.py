@@ -62,12 +62,12 @@ def count_lines(totals: dict[str, Any]) -> list[str]:
 class _Seen:
     """Row ids of the files before, for the rule on duplicates."""
 
-    ids: dict[str, str] = field(default_factory=dict)
+    ids: dict[bytes, str] = field(default_factory=dict)  # as bytes, which need not be UTF-8
 
     def repeated(self, table: pa.Table, where: str) -> dict[int, str]:
         """Row number -> where the same row_id stood before."""
         found = {}
-        for number, row_id in enumerate(table["row_id"].to_pylist()):
+        for number, row_id in enumerate(table["row_id"].cast(pa.binary()).to_pylist()):
             if row_id in self.ids:
                 found[number] = self.ids[row_id]
             else:

@@ -11,6 +11,7 @@ from example_rows import trajectory
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtrpo_ray import pairs
 from dtrpo_ray.config import PairConfig
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.pairs import Pairer, make_pairs
@@ -198,3 +199,31 @@ def test_a_part_without_pairs_leaves_no_file_and_counts_what_has_no_reward(tmp_p
     (part,) = prompt_parts([tmp_path / "part-0.parquet"], 10)
     assert Pairer(PairConfig())(part, tmp_path / "out") == {"rows": 1, "pairs": 0, "unscored": 1}
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("strategy", ["best_worst", "all", "references"])
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_best_and_the_worst_are_enough_to_look_at(
+    strategy: Any, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    engines = ["reference", "other"] if strategy == "references" else ["other", "other"]
+    rows = [
+        (p, [i % 6, i // 6, 0, 0], float(rng.integers(4)), 2, {"engine": engines[i % 3 > 1]})
+        for p in "ab"
+        for i in range(30)
+    ]
+    config = PairConfig(strategy=strategy, max_pairs_per_prompt=most)
+    whole = make_pairs(trajectories(*rows), config)
+    monkeypatch.setattr("dtrpo_ray.pairs._MOST", 1)
+    assert make_pairs(trajectories(*rows), config).equals(whole)
+    assert len(whole) == 2 * most
+
+
+def test_many_responses_to_a_prompt_cost_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    distances = pairs._distances
+    monkeypatch.setattr(pairs, "_distances", lambda *of: looked.append(len(of[1])) or distances(*of))
+    rows = [("a", [i % 5, i // 5 % 5, i // 25, 0], float(i % 2), 2) for i in range(3000)]
+    assert len(make_pairs(trajectories(*rows), PairConfig())) == 1
+    assert looked == [256 * 256]

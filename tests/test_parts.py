@@ -264,3 +264,10 @@ def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Pa
     job = job.model_copy(update={"rollout": job.rollout and job.rollout.model_copy(update={"block_length": 8})})
     with pytest.raises(ConfigError, match=r"rollout\.block_length = 8, but this model was trained on blocks of 4"):
         River(job, Store(job.storage)).scored(1)
+
+
+def test_an_error_that_nobody_foresaw_names_its_part_too(tmp_path: Path) -> None:
+    (tmp_path / DONE).mkdir()
+    actor = _Actor(lambda: lambda part, out: {"rows": 1 // part}, [0], tmp_path)
+    (error,) = actor(pa.table({"part": [0]}))["error"].to_pylist()
+    assert error.startswith("0: ZeroDivisionError: integer division")

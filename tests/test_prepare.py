@@ -129,6 +129,14 @@ def test_responses_become_trajectories_and_unpaired_rows_count_two_to_a_pair(tok
     assert counts == {"rows": 2, "good": 0, "refused": {"no partner": 2}}
 
 
+def test_a_file_with_a_plus_in_its_name_is_counted_like_any_other(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a + b.jsonl"
+    pair = {"prompt": "1", "chosen": "2", "rejected": "3"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (pair, pair | {"prompt": "4"}, pair)))
+    counts = imported(task(path), tokenizer, tmp_path / "table", PREFERENCE)
+    assert counts == {"rows": 3, "good": 2, "refused": {"duplicate row": 1}}
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet", "rows.arrow"])
 def test_max_rows_counts_rows_of_any_kind_of_file(tokenizer: Path, tmp_path: Path, name: str) -> None:
     path, rows = tmp_path / name, [{"prompt": f"{i}", "chosen": "1", "rejected": "2"} for i in range(9)]

@@ -65,6 +65,20 @@ BROKEN: list[tuple[str, Row, str]] = [
         )
         for ranks in ([0, 1, 1, 1, 2, -1], [1, 0, 0, 0, 1, -1], [0, 1, 0, 0, 1, 2], [0, 0, 0, 0, 1, -1])
     ],
+    *[(kind, {"prompt_ids": [1, -4]}, "prompt_ids holds a number below 0") for kind in KINDS],
+    *[(kind, {"mask_id": -1}, "mask_id is below 0") for kind in list(KINDS)[:2]],
+    ("preference/v1", {"rejected_ids": [-4, 8], **NO_STEPS}, "rejected_ids holds a number below 0"),
+    ("trajectory/v1", {"num_forwards": -1}, "num_forwards is below 0"),
+    ("trajectory/v1", {"denoising_steps": -1}, "denoising_steps is below 0"),
+    *[("trajectory/v1", {"shift": shift}, "shift is neither 0 nor 1") for shift in (-1, 2)],
+    *[
+        ("trajectory/v1", {"temperature": t}, "temperature is below 0 or not finite")
+        for t in (-0.5, float("nan"), float("inf"))
+    ],
+    *[
+        ("trajectory/v1", {"logps": [-1.0, logp, 0, 0, 0, 0]}, "logps holds a number above 0, or none at all (NaN)")
+        for logp in (0.5, float("nan"))
+    ],
     ("trajectory/v1", {"support": "most"}, "support is not full or truncated"),
     ("trajectory/v1", {"reward": float("nan")}, "reward is not finite"),
     ("trajectory/v1", {"reward_source": ""}, "reward has no reward_source: who gave it?"),
@@ -162,6 +176,8 @@ def test_a_row_counts_under_the_first_rule_it_breaks() -> None:
 def test_what_only_the_caller_knows_is_a_rule_too() -> None:
     table = table_of("preference/v1", {"tokenizer_hash": "3" * 64})
     assert broken(table, Expected(tokenizer_hash="1" * 64))[1].startswith("tokenizer_hash is not 111111111111...")
+    untold = table_of("preference/v1", {"tokenizer_hash": None})
+    assert broken(untold, Expected(tokenizer_hash="1" * 64))[1].startswith("tokenizer_hash is not 111111111111...")
     assert broken(table, Expected(max_tokens=8)) == [None] * 3
     assert broken(table, Expected(max_tokens=7)) == ["prompt and response have more than 7 tokens"] * 3
 
@@ -172,6 +188,19 @@ def test_text_that_is_not_utf8_spoils_its_row_alone() -> None:
     table = table_of("trajectory/v1", {})
     table = table.set_column(table.schema.get_field_index("response"), "response", texts)
     assert broken(table) == [None, "response is not UTF-8", None]
+    table = table_of("trajectory/v1", {})
+    table = table.set_column(
+        table.schema.get_field_index("row_id"), "row_id", pa.concat_arrays([texts.slice(1, 1)] * 3)
+    )
+    with pytest.raises(DataError, match=r"here: row \\xff: row_id is not UTF-8"):
+        check_table(table, "here")
+
+
+@kinds
+def test_a_row_without_an_id_is_named_by_its_number(kind: str) -> None:
+    for missing, rule in (("", "row_id is empty"), (None, "row_id is null")):
+        with pytest.raises(DataError, match=f"here: row number 2: {rule}"):
+            check_table(table_of(kind, {"row_id": missing}), "here")
 
 
 @given(

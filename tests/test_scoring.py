@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from dtrpo_ray.config import JudgeConfig, ScoreConfig
 from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.importers.tokenize import prompt_messages
 from dtrpo_ray.records import TRAJECTORY
-from dtrpo_ray.scoring import RewardModel, Scorer, conversation
+from dtrpo_ray.scoring import RewardModel, Scorer, Unscorable, conversation, verifier
 from dtrpo_ray.tables import TablePart, file_parts, prompt_parts, read_table
 from dtrpo_ray.tokenizer import character_tokenizer
 
@@ -41,19 +42,70 @@ def test_a_file_is_scored_into_a_file_of_the_same_name_and_nothing_else_changes(
     assert table.select(same).equals(before.select(same))
 
 
+IFEVAL = '{"instruction_id_list": %s, "kwargs": %s}'
+
+
 @pytest.mark.parametrize(
     ("scorer", "answer", "message"),
     [
         ("gsm8k", None, r"part-0\.parquet: row 1: answer is null, and score\.scorer = 'gsm8k' compares with it"),
         ("python_tests", "no JSON", r"part-0\.parquet: row 1: answer is not what python_tests reads"),
         ("instructions", "{}", r"part-0\.parquet: row 1: answer is not what instructions reads"),
+        ("instructions", IFEVAL % ("[]", "[]"), "row 1: answer is not what instructions reads"),
+        ("instructions", IFEVAL % ('["startend:quotation"]', "[]"), "row 1: answer is not what instructions reads"),
+        ("instructions", IFEVAL % ('["startend:quotation"]', "[5]"), "row 1: answer is not what instructions reads"),
+        ("instructions", IFEVAL % ('["keywords:existence"]', '[{"keywords": ["("]}]'), "row 1: .*unterminated"),
+        ("instructions", IFEVAL % ('["no:such"]', "[null]"), "row 1: instruction 'no:such' is not one of"),
+        ("python_tests", "[]", "row 1: answer is not what python_tests reads .a JSON list"),
+        ("python_tests", '{"entry_point": "f"}', "row 1: answer is not what python_tests reads"),
+        ("python_tests", '{"test_list": 5}', "row 1: answer is not what python_tests reads"),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_named(tmp_path: Path, scorer: Any, answer: Any, message: str) -> None:
-    good = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "test_list": ["assert True"]}
+    good = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "test_list": ["assert 1"]}
     rows = [{"answer": json.dumps(good), "response": "1"}, {"answer": answer, "response": "1"}]
     with pytest.raises(DataError, match=message):
         Scorer(ScoreConfig(scorer=scorer))(*file_parts([write(tmp_path / "part-0.parquet", rows)]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "prompt", "answer", "message"),
+    [
+        ("gsm8k", "", "none", "answer is not what gsm8k reads .it holds no number"),
+        ("sudoku", "no puzzle", None, "the prompt holds no puzzle of 16 digits"),
+        ("countdown", "no puzzle", None, "the prompt holds no numbers and target"),
+        ("countdown", "1 2 3", "[[1e999], 3]", "answer is not what countdown reads"),
+        ("countdown", "1 2 3", "[" * 100_000, "answer is not what countdown reads"),
+        ("countdown", "1 2 3", "[[1]]", "answer is not what countdown reads"),
+    ],
+)
+def test_a_reference_that_says_nothing_is_named(scorer: str, prompt: str, answer: str | None, message: str) -> None:
+    with pytest.raises(Unscorable, match=message):
+        verifier(scorer)([prompt], ["1"], [answer])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "response"),
+    [
+        ("instructions", IFEVAL % ('["detectable_format:json_format"]', "[null]"), "[" * 100_000),
+        ("countdown", "[[1], 1]", "-" * 199 + "1"),
+        ("countdown", "[[1], 1]", "1/0"),
+        ("gsm8k", "4", "9" * 5000 + "/0"),
+        ("sudoku", None, "1" * 5000),
+        ("python_tests", '{"test_list": ["assert 1"]}', "x = '\ud800'"),
+    ],
+)
+def test_a_response_may_only_score_low(scorer: str, answer: str | None, response: str) -> None:
+    assert verifier(scorer)(["1034341201434320"], [response], [answer]) == [0.0]
+
+
+def test_what_a_response_does_to_a_verifier_is_its_loss_and_a_full_disk_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OverflowError("inf"), KeyError("x"), RecursionError()):
+        monkeypatch.setattr("dtrpo_ray.verifiers.gsm8k.score", Mock(side_effect=error))
+        assert verifier("gsm8k")(["p"], ["r"], ["1"]) == [0.0]
+    monkeypatch.setattr("dtrpo_ray.verifiers.gsm8k.score", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        verifier("gsm8k")(["p"], ["r"], ["1"])
 
 
 @pytest.fixture(scope="module")

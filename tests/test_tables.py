@@ -94,6 +94,17 @@ def test_a_check_counts_every_row_once_and_says_where_it_stands(tmp_path: Path) 
     assert [line.split() for line in report.lines()][1] == ["duplicate", "id", "2"]
 
 
+def test_ids_that_are_not_utf8_are_counted_and_not_decoded(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([preference("a"), preference("b"), preference("c")], schema=PREFERENCE)
+    raw = pa.array([b"a", b"\xff", b"\xff"], pa.binary())
+    ids = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    at = table.schema.get_field_index("row_id")
+    pq.write_table(table.set_column(at, table.schema.field(at), ids), tmp_path / "part-0.parquet")
+    assert check_folder(tmp_path, PREFERENCE).totals == {"rows": 3, "good": 1, "refused": {"bad UTF-8": 2}}
+    with pytest.raises(DataError, match=r"part-0\.parquet: row \\xff: row_id is not UTF-8"):
+        read_table(tmp_path, PREFERENCE)
+
+
 def test_the_manifest_names_a_file_that_is_missing_new_or_changed(tmp_path: Path) -> None:
     write_shards(table_of("example/v1", {}), tmp_path, {"counts": {"rows": 3}})
     record = json.loads((tmp_path / "manifest.json").read_text())

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from dtrpo_ray.errors import DataError
+from dtrpo_ray.errors import DataError, DtrpoError
 from dtrpo_ray.tables import Rejected
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
@@ -89,14 +89,24 @@ def data_files(where: str) -> list[str]:
         raise DataError(f"{where}: holds the splits {', '.join(splits)}; name one, for example {where}/{splits[0]}")
     if "state.json" in names:
         with filesystem.open_input_stream(f"{path}/state.json") as stream:
-            state = json.loads(stream.read())
-        if state.get("_indices_data_files"):
-            raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
-        return [f"{where.rstrip('/')}/{entry['filename']}" for entry in state["_data_files"]]
+            return _files_of_state(where, stream.read())
     files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in ("dataset_info.json", "manifest.json"))
     if not files:
         raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
     return [f"{where.rstrip('/')}/{name}" for name in files]
+
+
+def _files_of_state(where: str, state_json: bytes) -> list[str]:
+    """The files of a `datasets` folder by its state.json."""
+    try:
+        state = json.loads(state_json)
+        selection = state.get("_indices_data_files")
+        files = [f"{where.rstrip('/')}/{entry['filename']}" for entry in state["_data_files"]]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{where}/state.json: not what datasets writes ({error!r}); save the data anew") from None
+    if selection:
+        raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
+    return files
 
 
 def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
@@ -178,11 +188,32 @@ def raw_rows(shard: Shard) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{file}: unknown kind of file; expected a name ending in {', '.join(ENDINGS)}")
 
 
+@contextmanager
+def one_row() -> Iterator[None]:
+    """Around the parsing of one row: what no check foresaw refuses that row, and stops no import."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, DtrpoError):
+            raise
+        raise Refusal("wrong type", f"{type(error).__name__}: {error}"[:200]) from None
+
+
 def field(row: dict[str, Any], name: str) -> Any:
     """A field that must be there. Raises Refusal."""
     if row.get(name) is None:
         raise Refusal("missing field", name)
     return row[name]
+
+
+def reference(value: Any, where: str) -> str | None:
+    """A reference answer as a verifier reads it: text as it is, anything else as JSON. Raises Refusal."""
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, neither text nor JSON") from None
 
 
 def text(value: Any, where: str) -> str:

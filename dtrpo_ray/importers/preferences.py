@@ -4,6 +4,7 @@ Every row of a file ends in exactly one place: in a pair, or `Rejected` with a n
 format is recognised by its columns (`FORMATS`; docs/data.md shows each).
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, parted, plan_shards, raw_rows, text
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, one_row, parted, plan_shards, raw_rows, text
 from dtrpo_ray.stages import sha256_json
 from dtrpo_ray.tables import Rejected
 
@@ -65,10 +66,13 @@ def read_shard(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejecte
         return
     for origin, value in raw_rows(shard):
         try:
-            prompt, chosen, rejected = form.parse(row_object(value))
-            yield _checked(PreferenceRow(prompt, chosen, rejected, origin))
+            with one_row():
+                prompt, chosen, rejected = form.parse(row_object(value))
+                row = _checked(PreferenceRow(prompt, chosen, rejected, origin))
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
+        else:
+            yield row
 
 
 def _paired(form: "Format", raw: Iterable[tuple[str, Any]]) -> Iterator[PreferenceRow | Rejected]:
@@ -76,12 +80,14 @@ def _paired(form: "Format", raw: Iterable[tuple[str, Any]]) -> Iterator[Preferen
     groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
     for origin, value in raw:
         try:
-            prompt, answer, is_good = form.parse(row_object(value))
-            require_text([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt], answer=answer)
+            with one_row():
+                prompt, answer, is_good = form.parse(row_object(value))
+                require_text(prompt_turns(prompt), answer=answer)
+                key = sha256_json(prompt)
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
             continue
-        _, good, bad = groups.setdefault(sha256_json(prompt), (prompt, [], []))
+        _, good, bad = groups.setdefault(key, (prompt, [], []))
         (good if is_good else bad).append((origin, answer))
     for prompt, good, bad in groups.values():
         for (good_at, chosen), (bad_at, rejected) in zip(good, bad, strict=False):
@@ -108,18 +114,27 @@ def row_object(value: Any) -> dict[str, Any]:
 
 def _checked(row: PreferenceRow) -> PreferenceRow:
     """The rules that hold for every format."""
-    turns = [row.prompt] if isinstance(row.prompt, str) else [turn["content"] for turn in row.prompt]
-    require_text(turns, chosen=row.chosen, rejected=row.rejected)
+    require_text(prompt_turns(row.prompt), chosen=row.chosen, rejected=row.rejected)
     if row.chosen.strip() == row.rejected.strip():
         raise Refusal("identical sides", "chosen and rejected are the same text")
     return row
 
 
-def require_text(turns: list[str], **sides: str) -> None:
+def prompt_turns(prompt: Prompt) -> list[str]:
+    """The texts of a prompt."""
+    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+
+
+def require_utf8(content: Any) -> None:
+    """Raise Refusal for text, however deep in JSON, that is not UTF-8."""
     try:
-        "".join([*turns, *sides.values()]).encode()
+        json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise Refusal("bad UTF-8", str(error)) from None
+
+
+def require_text(turns: list[str], **sides: str) -> None:
+    require_utf8([*turns, *sides.values()])
     if not any(turn.strip() for turn in turns):
         raise Refusal("empty prompt", "the prompt has no text")
     for side, answer in sides.items():
@@ -176,7 +191,8 @@ def _alpaca_prompt(row: dict[str, Any]) -> Messages:
     """System, history and instruction, with input under it, as LLaMA-Factory has it."""
     request = [text(field(row, "instruction"), "instruction"), text(row.get("input") or "", "input")]
     prompt = _system(row)
-    for turn in row.get("history") or []:
+    history = row.get("history") or []
+    for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Refusal("wrong type", "history is not a list of [question, answer]")
         for role, said in zip(("user", "assistant"), turn, strict=True):

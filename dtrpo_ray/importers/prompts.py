@@ -1,6 +1,5 @@
 """Files of prompts -> `PromptRow`s: a column `prompt` or `question`, or the prompts of preference pairs."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -9,8 +8,16 @@ from typing import Any
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, parted, plan_shards, raw_rows
-from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, require_text, row_object
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, one_row, parted, plan_shards, raw_rows, reference
+from dtrpo_ray.importers.preferences import (
+    HEAD_ROWS,
+    Prompt,
+    messages,
+    prompt_turns,
+    require_text,
+    require_utf8,
+    row_object,
+)
 from dtrpo_ray.tables import Rejected
 
 COLUMNS = ("prompt", "question")  # the first that a file has
@@ -63,20 +70,25 @@ def _read_file(file: str) -> Iterator[PromptRow | Rejected]:
 def read_shard(form: Form, shard: Shard) -> Iterator[PromptRow | Rejected]:
     """The prompts of one part of a file."""
     if not isinstance(form, str):
-        for row in preferences.read_shard(form, shard):
-            yield row if isinstance(row, Rejected) else PromptRow(row.origin, row.prompt)
+        for pair in preferences.read_shard(form, shard):
+            yield pair if isinstance(pair, Rejected) else PromptRow(pair.origin, pair.prompt)
         return
     for origin, value in raw_rows(shard):
         try:
-            yield _row(origin, row_object(value), form)
+            with one_row():
+                row = _row(origin, row_object(value), form)
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
+        else:
+            yield row
 
 
 def _row(origin: str, row: dict[str, Any], column: str) -> PromptRow:
     if (prompt := row.get(column)) is None:
         raise Refusal("missing field", column)
     prompt = prompt if isinstance(prompt, str) else messages(prompt, column)
-    require_text([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])
-    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
-    return PromptRow(origin, prompt, answer if answer is None or isinstance(answer, str) else json.dumps(answer))
+    found = next((name for name in ANSWERS if row.get(name) is not None), None)
+    answer = None if found is None else reference(row[found], found)
+    require_text(prompt_turns(prompt))
+    require_utf8([answer])
+    return PromptRow(origin, prompt, answer)

@@ -4,7 +4,6 @@ A file row may hold several samples of a prompt; each is a row of its own here, 
 as the source counted them: only their order within a block is used (docs/data.md lists what each source writes).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, parted, plan_shards, raw_rows
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, one_row, parted, plan_shards, raw_rows, reference
 from dtrpo_ray.importers.files import field as required
 from dtrpo_ray.importers.files import text as as_text
-from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, row_object
+from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, require_utf8, row_object
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
 
+MOST = 2**31 - 1  # of what a table holds
 REPLAY_CONTRACT = 1  # of SGLang's dllm_replay_* fields
 _STOPPED = re.compile(r"(<\|eot_id\|>|<\|endoftext\|>).*", re.DOTALL)  # LLaDA's ends, spelled out
 _SNAPSHOT_LINE = re.compile(r"(\d+), (.*)", re.DOTALL)
@@ -69,16 +69,20 @@ def read_shard(form: "Format", shard: Shard) -> Iterator[ResponseRow | Rejected]
     """The samples of one part of a file."""
     for origin, value in raw_rows(shard):
         try:
-            samples = form.parse(value if isinstance(value, str) else row_object(value))
+            with one_row():
+                samples = form.parse(value if isinstance(value, str) else row_object(value))
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
             continue
         for number, sample in enumerate(samples, 1):
             where = origin if len(samples) == 1 else f"{origin}#{number}"
             try:
-                yield _checked(ResponseRow(where, form.engine, **sample))
+                with one_row():
+                    row = _checked(ResponseRow(where, form.engine, **sample))
             except Refusal as refusal:
                 yield Rejected(where, *refusal.args)
+            else:
+                yield row
 
 
 def _checked(row: ResponseRow) -> ResponseRow:
@@ -94,10 +98,7 @@ def _checked(row: ResponseRow) -> ResponseRow:
         raise Refusal("bad step", f"a step is {min(row.steps or ())}; known are 0 and up, and {NEVER} for never")
     if not (row.response_ids or row.pieces or (row.response or "").strip()):
         raise Refusal("empty side", "response has no text")
-    try:
-        json.dumps([row.prompt, row.response, row.pieces], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise Refusal("bad UTF-8", str(error)) from None
+    require_utf8([row.prompt, row.response, row.answer, row.pieces])
     return row
 
 
@@ -108,10 +109,10 @@ Samples = list[dict[str, Any]]
 
 def _d1_generation(row: dict[str, Any]) -> Samples:
     """d1's evaluation files: LLaDA's text with its end tokens spelled out, and the ground truth."""
-    gen_length, steps = _integer(row, "gen_length"), _integer(row, "steps")
+    gen_length, steps = _integer(row, "gen_length", 1), _integer(row, "steps")
     text = as_text(required(row, "generations"), "generations")
     known = {"answer": _answer(row, "ground_truth"), "max_new_tokens": gen_length}
-    known["denoising_steps"] = max(1, 32 * steps // gen_length)  # of a block of 32
+    known["denoising_steps"] = min(MOST, max(1, 32 * steps // gen_length))  # of a block of 32
     return [{"prompt": as_text(required(row, "question"), "question"), "response": _STOPPED.sub("", text), **known}]
 
 
@@ -154,7 +155,7 @@ def _jetengine(row: dict[str, Any]) -> Samples:
     sample: dict[str, Any] = {"response_ids": ids, "steps": steps}
     sample |= {"response": as_text(row.get("text") or "", "text"), **_prompt_or_ids(row)}
     if row.get("logprobs") is not None:
-        sample["logps"] = [float(value) for value in _list(row["logprobs"], "logprobs")]
+        sample["logps"] = [_float(value, "logprobs holds") for value in _list(row["logprobs"], "logprobs")]
     return [sample]
 
 
@@ -169,6 +170,7 @@ def _sglang(row: dict[str, Any]) -> Samples:
     ids = _integers(required(meta, "dllm_replay_token_ids"), "dllm_replay_token_ids")
     stop, steps = _integer(meta, "dllm_stop_length"), required(meta, "dllm_replay_step_maps")
     said = next((row[name] for name in ("token_ids", "output_ids") if row.get(name) is not None), None)
+    said = None if said is None else _list(said, "output_ids")
     if said is not None and (len(said) != stop or said != ids[:stop]):
         raise Refusal("tokens rewritten", "the replayed ids do not begin with the ids of the response")
     sample = {"response_ids": ids, "steps": _integers(steps, "dllm_replay_step_maps")}
@@ -181,7 +183,7 @@ def _step_map(row: dict[str, Any]) -> Samples:
     if row.get("remask_events"):
         raise Refusal("tokens rewritten", f"{row['remask_events']} tokens were masked again")
     steps = _integers(required(row, "step_map"), "step_map")
-    return [{"prompt": row.get("prompt") or "", "pieces": pieces, "steps": steps}]
+    return [{"prompt": _prompt(row) if row.get("prompt") else "", "pieces": pieces, "steps": steps}]
 
 
 def _id_snapshots(row: dict[str, Any]) -> Samples:
@@ -271,21 +273,28 @@ def _prompt_or_ids(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(row: dict[str, Any], name: str) -> str | None:
-    """A reference answer as a verifier reads it: text as it is, anything else as JSON."""
-    value = row.get(name)
-    return value if value is None or isinstance(value, str) else json.dumps(value)
+    return reference(row.get(name), name)
 
 
 def _reward(value: Any) -> dict[str, Any]:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise Refusal("wrong type", f"the reward is a {type(value).__name__}, not a number")
-    return {"reward": None if value is None else float(value)}
+    return {"reward": None if value is None else _float(value, "the reward is")}
 
 
-def _integer(row: dict[str, Any], name: str) -> int:
+def _float(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refusal("wrong type", f"{where} a {type(value).__name__}, not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise Refusal("bad value", f"{where} a number beyond float64") from None
+
+
+def _integer(row: dict[str, Any], name: str, least: int = 0) -> int:
     value = required(row, name)
     if isinstance(value, bool) or not isinstance(value, int):
         raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not an integer")
+    if not least <= value <= MOST:
+        raise Refusal("bad value", f"{name} is {str(value)[:20]}; expected {least} to {MOST}")
     return value
 
 
@@ -299,6 +308,8 @@ def _integers(value: Any, where: str) -> list[int]:
     values = _list(value, where)
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise Refusal("wrong type", f"{where} is not a list of integers")
+    if values and not -MOST <= min(values) <= max(values) <= MOST:
+        raise Refusal("bad value", f"{where} holds a number beyond int32")
     return values
 
 

@@ -24,6 +24,7 @@ from dtrpo_ray.tokenizer import control_tokens, encode_prompt, eos_token_id, mas
 from dtrpo_ray.trajectory import NEVER, Origin
 
 JOIN = " + "  # between the origins of a pair made of two rows
+_TWO_ROWS = re.compile(rf"(.+):(\d+){re.escape(JOIN)}\1:(\d+)", re.DOTALL)
 IMPORTED = "the file"  # who gave the rewards that an imported row brings
 
 
@@ -46,6 +47,11 @@ class Target:
     def mask_id(self) -> int:
         """Of the tokenizer's mask token."""
         return mask_token_id(self.tokenizer)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Ids that the tokenizer knows are below."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
     def control(self) -> re.Pattern[str]:
@@ -158,6 +164,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     return [refused.get(place, ids) for place, ids in enumerate(encode_texts(tokenizer, texts))]
 
 
+def split_origins(origin: str) -> list[str]:
+    """The column `origin` as the rows it names: one, or two of the same file, whose name may hold anything."""
+    found = _TWO_ROWS.fullmatch(origin)
+    return [f"{found[1]}:{found[2]}", f"{found[1]}:{found[3]}"] if found else [origin]
+
+
 def content_id(content: Any) -> str:
     """16 hex digits of the SHA-256 of the canonical JSON: the same text has the same id in any file and run."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -174,9 +186,11 @@ def _encode_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | 
 def _response_columns(
     row: ResponseRow, prompt_ids: list[int] | Refusal, text_ids: list[int] | Refusal, target: Target
 ) -> dict[str, Any]:
-    if row.response_ids is None and row.pieces is None and row.steps is None:
-        _require_no_control(row.prompt or "", {"response": row.response or ""}, target)
-    prompt = row.prompt_ids if row.prompt_ids is not None else _shortened(prompt_ids, target)
+    # a response that came as ids or with steps may end in the control tokens that its source spelled out
+    bare = row.response_ids is None and row.pieces is None and row.steps is None
+    _require_no_control(row.prompt or "", {"response": row.response or ""} if bare else {}, target)
+    _require_known(row, target)
+    prompt = _shortened(prompt_ids if row.prompt_ids is None else row.prompt_ids, target, row.steps is not None)
     ids, steps, logps = _tokens(row, text_ids, target)
     if steps is None and row.response_ids is None:
         ids = _closed(ids, target.ends(row.prompt), len(prompt), target)
@@ -258,8 +272,11 @@ def _with_ranks(table: pa.Table) -> pa.Table:
     return table.set_column(table.schema.get_field_index("ranks"), "ranks", column)
 
 
-def _shortened(prompt: list[int] | Refusal, target: Target) -> list[int]:
-    return _require(prompt)[-target.max_prompt_tokens :]
+def _shortened(prompt: list[int] | Refusal, target: Target, has_steps: bool = False) -> list[int]:
+    """The last `max_prompt_tokens` of a prompt; before recorded steps only whole blocks go, which keeps their grid."""
+    ids = _require(prompt)
+    cut = max(0, len(ids) - target.max_prompt_tokens)
+    return ids[cut + (-cut % target.block_size if has_steps and target.block_origin == "global" else 0) :]
 
 
 def ids_to_answer(prompt: Prompt, target: Target) -> list[int]:
@@ -290,6 +307,13 @@ def _require_no_control(prompt: Prompt, sides: dict[str, str], target: Target) -
             raise Refusal("control token", f"{where} holds {found[0]!r}, which the tokenizer reads as a control token")
 
 
+def _require_known(row: ResponseRow, target: Target) -> None:
+    for where, ids in {"prompt_ids": row.prompt_ids, "response_ids": row.response_ids}.items():
+        if ids and not 0 <= min(ids) <= max(ids) < target.vocabulary:
+            wrong = next(i for i in ids if not 0 <= i < target.vocabulary)
+            raise Refusal("unknown id", f"{where} holds {wrong}; the tokenizer has ids 0 to {target.vocabulary - 1}")
+
+
 def _require_fit(prompt: list[int], sides: dict[str, list[int]], target: Target) -> None:
     for where, ids in {"prompt": prompt, **sides}.items():
         if target.mask_id in ids:
@@ -305,6 +329,6 @@ def checked(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[R
     found = verdicts(table, rules)
     for row in np.flatnonzero(found != GOOD):
         rule = rules[found[row]]
-        origins = table["origin"][int(row)].as_py().split(JOIN)
+        origins = split_origins(table["origin"][int(row)].as_py())
         rejected += (Rejected(origin, rule.name, rule.says) for origin in origins)
     return table.filter(pa.array(found == GOOD)), rejected

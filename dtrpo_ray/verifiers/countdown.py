@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from fractions import Fraction
 
+from dtrpo_ray.errors import DataError
 from dtrpo_ray.tasks import countdown
-from dtrpo_ray.verifiers.extract import marked
+from dtrpo_ray.verifiers.extract import marked, unreadable
 
 _LONGEST = 200  # characters of an expression
 _SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", r"\left": "", r"\right": ""}
@@ -15,10 +16,7 @@ _SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/",
 
 def score(prompt: str, response: str, answer: str | None = None) -> float:
     """1.0 if the marked expression, or else the whole response, uses every number once and gives the target."""
-    puzzle = _puzzle(prompt, answer)
-    if puzzle is None:
-        return 0.0
-    numbers, target = puzzle
+    numbers, target = _puzzle(prompt, answer)
     if countdown.score(",".join(map(str, [*numbers, target])), response.strip()):
         return 1.0
     used: list[int] = []
@@ -26,14 +24,25 @@ def score(prompt: str, response: str, answer: str | None = None) -> float:
     return float(value == target and Counter(used) == Counter(numbers))
 
 
-def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int] | None:
-    """Numbers and target: of the reference [[numbers], target] if there is one, else of the prompt."""
+def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
+    """Numbers and target: of the reference [[numbers], target] if it is a list, else of the prompt.
+
+    Raises DataError for a list of another kind, and where there are no numbers.
+    """
     try:
-        numbers, target = json.loads(answer or "")
-        return [int(n) for n in numbers], int(target)
-    except (ValueError, TypeError):
-        found = [int(n) for n in re.findall(r"\d+", prompt)]
-        return (found[:-1], found[-1]) if len(found) > 2 else None
+        given = json.loads(answer or "")
+    except ValueError:
+        given = None
+    except RecursionError as error:
+        raise unreadable("countdown", repr(error)) from None
+    if isinstance(given, list):
+        if len(given) != 2 or not isinstance(given[0], list) or not {type(n) for n in [*given[0], given[1]]} <= {int}:
+            raise unreadable("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers")
+        return given[0], given[1]
+    found = [int(n) for n in re.findall(r"\d+", prompt) if len(n) <= _LONGEST]
+    if len(found) < 3:
+        raise DataError("the prompt holds no numbers and target for countdown, nor does answer; see docs/data.md")
+    return found[:-1], found[-1]
 
 
 def _value(text: str, used: list[int]) -> Fraction | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.verifiers.extract import json_object, unreadable
 
 _SENTENCE_END = re.compile(r"""[.!?]+["')\]]*(?=\s|$)""")
 _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -17,17 +18,24 @@ _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 def score(prompt: str, response: str, answer: str) -> float:
     """The share of instructions followed. `answer` is JSON {instruction_id_list, kwargs}, as IFEval's rows have it."""
-    given = json.loads(answer)
-    names, kwargs = given["instruction_id_list"], given["kwargs"]
+    given = json_object(answer, "instructions")
+    names, kwargs = given.get("instruction_id_list"), given.get("kwargs")
+    if not isinstance(names, list) or not isinstance(kwargs, list) or not 0 < len(names) == len(kwargs):
+        raise unreadable("instructions", "instruction_id_list and kwargs are not two lists as long as each other")
     if unknown := [name for name in names if name not in INSTRUCTIONS]:
         raise DataError(f"instruction {unknown[0]!r} is not one of {', '.join(INSTRUCTIONS)}")
     held = [_follows(name, response, arguments) for name, arguments in zip(names, kwargs, strict=True)]
     return sum(held) / len(held)
 
 
-def _follows(name: str, text: str, arguments: dict[str, Any]) -> bool:
-    known = {key: value for key, value in arguments.items() if value is not None}
-    return bool(text.strip()) and INSTRUCTIONS[name](text, **known)
+def _follows(name: str, text: str, arguments: dict[str, Any] | None) -> bool:
+    try:
+        known = {key: value for key, value in (arguments or {}).items() if value is not None}
+        return bool(text.strip()) and INSTRUCTIONS[name](text, **known)
+    except ConfigError:
+        raise
+    except (TypeError, AttributeError, ValueError, re.error) as error:  # keywords are patterns, as in published code
+        raise unreadable("instructions", f"{name}: {error}") from None
 
 
 def _compare(count: int, relation: str, bound: int) -> bool:
@@ -120,7 +128,7 @@ def _json(text: str) -> bool:
     bare = re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip()).strip()
     try:
         json.loads(bare)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -1,46 +1,53 @@
 """Python unit tests (HumanEval, MBPP): the response's code runs against the reference's tests in another process.
 
-The process has no environment, an empty folder of its own, and limits on time, memory, files and processes. That stops
-accidents and endless loops; it is no wall against hostile code, which can still read files and reach the network.
+The process has no environment, an empty folder of its own, and limits on processor time, memory, and the size and
+number of files and processes. Linux namespaces keep it from the network, from other processes and from writing outside
+that folder, and end with it whatever it started. A machine that does not permit them is told of once, and the limits
+alone hold: they stop accidents, and are no wall against hostile code. In both cases it can read what this user can.
 """
 
 import json
 import os
 import re
-import resource
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.verifiers.extract import json_object, unreadable
 
 CPU_SECONDS, WALL_SECONDS = 5, 10
-_MEMORY_BYTES, _FILE_BYTES, _OPEN_FILES = 1 << 30, 1 << 20, 64
+_LIMITS = {
+    "RLIMIT_CPU": CPU_SECONDS,
+    "RLIMIT_AS": 1 << 30,
+    "RLIMIT_FSIZE": 1 << 20,
+    "RLIMIT_NOFILE": 64,
+    "RLIMIT_CORE": 0,
+    "RLIMIT_NPROC": 64,  # of all processes of this user, where there are no namespaces; root has no such limit
+}
+_PROBE_SECONDS = 60
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|$)", re.DOTALL)
-
-# the verdict is a word only this process knows, so that code that exits early has not passed
-_HARNESS = """
-import json, sys
-job = json.load(sys.stdin)
-word = job.pop("word")
-space = {"__name__": "__main__"}
-exec(compile(job["code"], "<response>", "exec"), space)
-exec(compile(job["tests"], "<tests>", "exec"), space)
-print(word)
-"""
+_SANDBOX = Path(__file__).with_name("sandbox.py")
 
 
 def score(prompt: str, response: str, answer: str) -> float:
     """1.0 if the tests pass. `answer` is JSON: HumanEval's {prompt, test, entry_point} or MBPP's {test_list}."""
-    given = json.loads(answer)
-    code = code_of(response)
-    if "entry_point" in given:
+    given, code = json_object(answer, "python_tests"), code_of(response)
+    is_text = {name for name, value in given.items() if isinstance(value, str)}
+    if is_text >= {"entry_point", "prompt", "test"}:
         if f"def {given['entry_point']}(" not in code:  # a completion of the prompt's signature
             code = given["prompt"] + code
         tests = f"{given['test']}\ncheck({given['entry_point']})"
+    elif isinstance(given.get("test_list"), list) and given["test_list"]:
+        tests = "\n".join(map(str, [given.get("test_setup_code") or "", *given["test_list"]]))
     else:
-        tests = "\n".join([given.get("test_setup_code") or "", *given["test_list"]])
+        raise unreadable("python_tests", "neither prompt, test and entry_point as text, nor a test_list")
     return float(passes(code, tests))
 
 
@@ -52,22 +59,45 @@ def code_of(response: str) -> str:
 
 def passes(code: str, tests: str, wall_seconds: float = WALL_SECONDS) -> bool:
     """Whether `tests` run to their end after `code`, within the limits."""
+    return _run(code, tests, wall_seconds, isolated=namespaces())
+
+
+@cache
+def namespaces() -> bool:
+    """Whether this machine permits the namespaces; warns once if it does not.
+
+    Raises ConfigError if not even an empty test passes: else every response would fail.
+    """
+    permitted = _run("", "", _PROBE_SECONDS, isolated=True)
+    if not permitted and not _run("", "", _PROBE_SECONDS, isolated=False):
+        raise ConfigError(f"python_tests: {sys.executable} runs no empty test within the limits {_LIMITS}; mend it")
+    if not permitted:
+        warnings.warn(
+            "python_tests: this machine permits no user namespaces (docs/data.md), so that code under test reaches the "
+            "network, other processes and this user's files; score untrusted responses elsewhere",
+            stacklevel=2,
+        )
+    return permitted
+
+
+def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
     word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as folder:
+    job = {"code": code, "tests": tests, "word": word, "limits": _LIMITS}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as verdict,  # no pipe: the limit on files holds for it, and none of it is read in vain
+    ):
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _HARNESS],
+            [sys.executable, "-I", "-S", _SANDBOX, "isolated" if isolated else "limited"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=verdict,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={},
             start_new_session=True,
-            preexec_fn=_limit,
         )
         try:
-            out, _ = process.communicate(
-                json.dumps({"word": word, "code": code, "tests": tests}).encode(), timeout=wall_seconds
-            )
+            process.communicate(json.dumps(job).encode(), timeout=wall_seconds)
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -75,16 +105,5 @@ def passes(code: str, tests: str, wall_seconds: float = WALL_SECONDS) -> bool:
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.wait()
-    return process.returncode == 0 and out.decode(errors="replace").rstrip().endswith(word)
-
-
-def _limit() -> None:
-    limits = {
-        resource.RLIMIT_CPU: CPU_SECONDS,
-        resource.RLIMIT_AS: _MEMORY_BYTES,
-        resource.RLIMIT_FSIZE: _FILE_BYTES,
-        resource.RLIMIT_NOFILE: _OPEN_FILES,
-        resource.RLIMIT_CORE: 0,
-    }
-    for limit, value in limits.items():
-        resource.setrlimit(limit, (value, value))
+        verdict.seek(0)
+        return process.returncode == 0 and verdict.read(len(word) + 1) == word.encode()

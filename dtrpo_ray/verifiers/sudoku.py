@@ -2,6 +2,7 @@
 
 import re
 
+from dtrpo_ray.errors import DataError
 from dtrpo_ray.tasks import sudoku
 from dtrpo_ray.verifiers.extract import marked
 
@@ -10,7 +11,8 @@ _PUZZLE, _GRID = re.compile(r"(?<!\d)[0-4]{16}(?!\d)"), re.compile(r"(?<!\d)[1-4
 
 def score(prompt: str, response: str, answer: str | None = None) -> float:
     """1.0 if the marked grid, or else the last grid of the response, completes the prompt's puzzle; else 0.0."""
-    puzzles = _PUZZLE.findall(prompt)
+    if not (puzzles := _PUZZLE.findall(prompt)):
+        raise DataError("the prompt holds no puzzle of 16 digits for sudoku; see docs/data.md")
     places = [*marked(response), response]
     grids = next((found for place in places if (found := _GRID.findall(re.sub(r"[\s|]", "", place)))), None)
-    return sudoku.score(puzzles[-1], grids[-1]) if puzzles and grids else 0.0
+    return sudoku.score(puzzles[-1], grids[-1]) if grids else 0.0

@@ -103,6 +103,13 @@ def test_buckets_are_asked_of_pyarrow_first(monkeypatch: pytest.MonkeyPatch, uri
     assert asked == [uri]
 
 
+@pytest.mark.parametrize("state", ["", "{", "[]", "{}", '{"_data_files": [5]}', '{"_data_files": 5}', "[" * 100_000])
+def test_a_broken_state_of_datasets_is_named(tmp_path: Path, state: str) -> None:
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(DataError, match=r"state\.json: not what datasets writes"):
+        data_files(str(tmp_path))
+
+
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere://a/b: cannot be opened"):
         data_files("nowhere://a/b")

@@ -137,6 +137,7 @@ REFUSED: list[tuple[Value, Any, str, str]] = [
     (GPT, GPT | {"chosen": turn("So.")}, "unknown role", "'None' in chosen"),
     (GPT, GPT | {"conversations": "Why?"}, "wrong type", "conversations is not a list of messages"),
     (ALPACA, ALPACA | {"history": ["a"]}, "wrong type", "history is not a list of [question, answer]"),
+    (ALPACA, ALPACA | {"history": 5}, "wrong type", "history is not a list of [question, answer]"),
     (ALPACA, ALPACA | {"instruction": "", "input": ""}, "empty prompt", "the prompt has no text"),
 ]
 

@@ -3,13 +3,18 @@
 import json
 import re
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.responses import FORMATS, ResponseRow, read_responses
+from dtrpo_ray.importers.files import Shard, parted
+from dtrpo_ray.importers.prompts import read_prompts
+from dtrpo_ray.importers.responses import FORMATS, Format, ResponseRow, read_responses, read_shard
 
 Value = dict[str, Any]
 META = {
@@ -102,6 +107,9 @@ def meta(**changes: Any) -> Value:
     return SGLANG | {"meta_info": META | changes}
 
 
+D1 = {"question": "What?", "generations": "34", "ground_truth": "34", "gen_length": 64, "steps": 32}
+GENERATION, TOKENS = {"prompt": "What?", "response": "34"}, {"tokens": ["3"], "step_map": [1]}
+JETENGINE = {"prompt": "What?", "token_ids": [3, 4], "first_unmask_times": [2, 1]}
 REFUSED: list[tuple[Value, Any, str, str]] = [
     (ROLLOUT, [1], "not an object", "the row is a JSON list"),
     (ROLLOUT, ROLLOUT | {"step_map": [[1, 2]]}, "lengths differ", "1 of step_map for 2 samples"),
@@ -109,6 +117,16 @@ REFUSED: list[tuple[Value, Any, str, str]] = [
     (ROLLOUT, ROLLOUT | {"step_map": [[1, 2.5], [1, 2]]}, "wrong type", "step_map is not a list of integers"),
     (ROLLOUT, ROLLOUT | {"rewards": ["good", "bad"]}, "wrong type", "the reward is a str"),
     (DIRL, DIRL | {"prompt_ids": None}, "missing field", "prompt_ids"),
+    (D1, D1 | {"gen_length": 0}, "bad value", "gen_length is 0; expected 1 to 2147483647"),
+    (D1, D1 | {"steps": 2**40}, "bad value", "steps is 1099511627776; expected 0 to"),
+    (GENERATION, GENERATION | {"reward": 10**400}, "bad value", "the reward is a number beyond float64"),
+    (GENERATION, GENERATION | {"answer": "\ud800"}, "bad UTF-8", "surrogates not allowed"),
+    (JETENGINE, JETENGINE | {"logprobs": ["a", 0]}, "wrong type", "logprobs holds a str, not a number"),
+    (JETENGINE, JETENGINE | {"logprobs": [None, 0]}, "wrong type", "logprobs holds a NoneType, not a number"),
+    (JETENGINE, JETENGINE | {"token_ids": [3, 2**40]}, "bad value", "token_ids holds a number beyond int32"),
+    (JETENGINE, JETENGINE | {"first_unmask_times": [1, 2**31]}, "bad value", "first_unmask_times holds a number"),
+    (SGLANG, SGLANG | {"output_ids": 5}, "wrong type", "output_ids is a int, not a list"),
+    (TOKENS, TOKENS | {"prompt": 5}, "wrong type", "prompt is not a list of messages"),
     (SGLANG, SGLANG | {"meta_info": {"step_maps": [1]}}, "missing field", "dllm_replay_contract_version"),
     (SGLANG, meta(dllm_replay_contract_version=2), "unknown version", "is 2; known is 1"),
     (SGLANG, meta(dllm_replay_step_maps=[1]), "lengths differ", "1 steps for 4 tokens"),
@@ -185,6 +203,27 @@ def test_an_unknown_file_is_told_every_known_format(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_responses(write(tmp_path / "rows.jsonl", [{"a": 1}]))
     assert all(form.name in str(caught.value) for form in FORMATS)
+
+
+def test_an_answer_of_parquet_that_json_does_not_know_spoils_its_row_alone(tmp_path: Path) -> None:
+    for number, answer in enumerate((datetime(2026, 1, 1), b"34")):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist([GENERATION | {"answer": answer}]), path)
+        assert [row.reason for row in read_responses(path)[1]] == ["wrong type"]
+        assert [row.reason for row in read_prompts(path)[1]] == ["wrong type"]
+
+
+def test_what_no_check_foresaw_refuses_its_row_alone(tmp_path: Path) -> None:
+    def parse(row: dict[str, Any]) -> Any:
+        return [{"prompt": "What?", "response": str(1 // row["n"])}]
+
+    path = write(tmp_path / "rows.jsonl", [{"n": 0}, {"n": 1}, {"m": 1}])
+    rows, rejected = parted(read_shard(Format("made up", (), parse, "none"), Shard(str(path))))
+    assert [row.response for row in rows] == ["1"]
+    assert [row.detail for row in rejected] == [
+        "ZeroDivisionError: integer division or modulo by zero",
+        "KeyError: 'n'",
+    ]
 
 
 def test_the_page_on_data_lists_every_reason() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.importers.preferences import PreferenceRow, read_preferences
 from dtrpo_ray.importers.responses import ResponseRow, read_responses
-from dtrpo_ray.importers.tokenize import Target, tokenize_preferences, tokenize_responses
+from dtrpo_ray.importers.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import check_table
@@ -219,6 +219,49 @@ def test_tokens_of_another_tokenizer_share_their_step_and_other_text_has_none() 
 def test_a_response_that_must_not_be_trained_on_is_refused(row: ResponseRow, reason: str) -> None:
     table, rejected = tokenize_responses([row], digits(max_response_tokens=8))
     assert (len(table), [r.reason for r in rejected]) == (0, [reason])
+
+
+@pytest.mark.parametrize("wrong", [400_000, 12, -400])
+def test_an_id_that_the_tokenizer_does_not_have_is_refused(wrong: int) -> None:
+    for ids in ({"prompt_ids": [wrong], "response_ids": [1]}, {"prompt_ids": [1], "response_ids": [1, wrong]}):
+        row = ResponseRow("f:1", "none", steps=[1] * len(ids["response_ids"]), **ids)  # type: ignore[arg-type]
+        table, (refused,) = tokenize_responses([row], digits())
+        assert (len(table), refused.reason) == (0, "unknown id")
+        assert f"holds {wrong}; the tokenizer has ids 0 to 11" in refused.detail
+
+
+def test_prompt_ids_are_cut_as_text_is_and_recorded_blocks_stay_where_they_were() -> None:
+    row = ResponseRow("f:1", "none", prompt_ids=[1, 2, 3, 4, 5, 6], response_ids=[7, 8], steps=[2, 1])
+    table, rejected = tokenize_responses([row], digits(max_prompt_tokens=5))
+    assert rejected == []
+    assert table["prompt_ids"].to_pylist() == [[5, 6]]
+    table, _ = tokenize_responses([row], digits(max_prompt_tokens=5, block_origin="response"))
+    assert table["prompt_ids"].to_pylist() == [[2, 3, 4, 5, 6]]
+    text = ResponseRow("f:1", "none", prompt="123456", response="7")
+    table, _ = tokenize_responses([text], digits(max_prompt_tokens=5))
+    assert table["prompt_ids"].to_pylist() == [[2, 3, 4, 5, 6]]
+
+
+def test_messages_may_hold_no_control_token_before_steps_or_ids_either(sdar: PreTrainedTokenizerBase) -> None:
+    prompt = [{"role": "user", "content": "hi<|im_end|>"}]
+    target = Target(sdar, 4, 512, 512)
+    for known in ({"response": "a", "steps": [1]}, {"response_ids": [1], "steps": [1], "prompt_ids": [1]}):
+        _, (refused,) = tokenize_responses([ResponseRow("f:1", "none", prompt=prompt, **known)], target)  # type: ignore[arg-type]
+        assert refused.reason == "control token"
+
+
+@pytest.mark.parametrize(
+    ("origin", "rows"),
+    [
+        ("a.jsonl:1", ["a.jsonl:1"]),
+        ("a.jsonl:1 + a.jsonl:12", ["a.jsonl:1", "a.jsonl:12"]),
+        ("a + b.jsonl:1", ["a + b.jsonl:1"]),
+        ("a + b.jsonl:1 + a + b.jsonl:2", ["a + b.jsonl:1", "a + b.jsonl:2"]),
+        ("a + b.jsonl:1#2", ["a + b.jsonl:1#2"]),
+    ],
+)
+def test_an_origin_names_its_rows_whatever_the_file_is_called(origin: str, rows: list[str]) -> None:
+    assert split_origins(origin) == rows
 
 
 def test_llada_s_real_run_becomes_a_trajectory_of_64_steps(sdar: PreTrainedTokenizerBase, shared_data: Path) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import socket
 import time
 from collections import defaultdict
 from itertools import pairwise
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtrpo_ray.errors import DataError
+from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.verifiers import countdown, gsm8k, instructions, python_tests, sudoku
 from dtrpo_ray.verifiers.extract import boxed, marked
 
@@ -46,6 +48,23 @@ def test_gsm8k_reads_the_marked_number_or_else_the_last(response: str, reward: f
     assert gsm8k.score("", response, "12 * 100 = 1200\n#### 1,200") == reward
 
 
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        ("#### 18\nThat is 3 per day", "18", 1.0),
+        ("5-18", "18", 1.0),
+        ("x=-18", "-18", 1.0),
+        (r"\boxed{1{,}200}", "1200", 1.0),
+        (r"\boxed{1\,200}", "1200", 1.0),
+        (r"\boxed{1/2}", "2", 0.0),
+        (r"\boxed{\frac{1}{2}}", "0.5", 1.0),
+        ("<answer>\n3 * 6\n= 18\n</answer>", "18", 1.0),
+    ],
+)
+def test_gsm8k_reads_numbers_as_models_write_them(response: str, answer: str, reward: float) -> None:
+    assert gsm8k.score("", response, answer) == reward
+
+
 def test_every_solution_of_gsm8k_is_right_and_that_of_another_problem_hardly_ever(shared_data: Path) -> None:
     answers = [row["answer"] for row in read(shared_data / "gsm8k" / "test.jsonl")]
     assert all(gsm8k.score("", answer, answer) == 1.0 for answer in answers)
@@ -68,6 +87,20 @@ def test_math_compares_as_mathematics(response: str, reward: float) -> None:
     from dtrpo_ray.verifiers import math
 
     assert math.score("", response, r"\frac{1}{2}") == reward
+
+
+@pytest.mark.parametrize("response", [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}", r"\boxed{(1+x)^{100000}-1}"])
+def test_a_math_answer_without_end_scores_nothing_and_the_next_is_judged(
+    response: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("math_verify", reason="the extra `verifiers` is not installed")
+    from dtrpo_ray.verifiers import math
+
+    monkeypatch.setattr(math, "SECONDS", 2)
+    began = time.perf_counter()
+    assert math.score("", response, "2") == 0.0
+    assert time.perf_counter() - began < 30
+    assert math.score("", r"\boxed{2}", "2") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -114,7 +147,8 @@ def test_real_generations_score_near_what_was_reported_of_them(shared_data: Path
     correct: dict[Any, list[float]] = defaultdict(list)
     for task, verifier in (("gsm8k", gsm8k), ("countdown", countdown), ("sudoku", sudoku)):
         for row in read(shared_data / "llada_generations" / f"{task}.jsonl.gz"):
-            truth = row["ground_truth"]
+            if (truth := row["ground_truth"]) is None:
+                continue  # six of GSM8K's, which no verifier can score
             answer = truth if isinstance(truth, str) else json.dumps(truth)
             text = row["generations"].split("<|eot_id|>")[0].split("<|endoftext|>")[0]
             correct[task, row["gen_length"]].append(verifier.score(row["question"], text, answer))
@@ -167,6 +201,68 @@ def test_code_that_goes_too_far_fails_in_bounded_time(code: str) -> None:
     began = time.perf_counter()
     assert not python_tests.passes(code, "", wall_seconds=2)
     assert time.perf_counter() - began < 20
+
+
+FORGERIES = [
+    "import __main__\nprint(__main__.__dict__)\nraise SystemExit(0)",
+    "import sys\nprint(sys._getframe(1).f_locals, sys._getframe(1).f_code.co_consts)\nraise SystemExit(0)",
+    "import gc\nfor o in gc.get_objects():\n    if type(o).__name__ == 'partial' and o.args[-1:] == (0,):\n        o()",
+    "import ctypes",
+    "import builtins, os\nbuiltins.exec = os._exit = os.write = print",
+    "import sys\nsys.settrace(print)",
+    "import __main__\n__main__._REFUSED = ()\n__main__.refuse_to_look.__defaults__ = ()\nimport gc\ngc.get_objects()",
+    "import os\nos.write(3, b'0' * 32)\nos._exit(0)",
+    "def double(x):\n    import os\n    os._exit(0)",
+    "def double(x):\n    raise SystemExit(0)",
+]
+
+
+@pytest.mark.parametrize("code", FORGERIES)
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_pass_cannot_be_forged_by_leaving_early_or_by_what_frames_and_modules_hold(code: str, isolated: bool) -> None:
+    if isolated and not python_tests.namespaces():
+        pytest.skip("this machine permits no user namespaces")
+    assert not python_tests._run(code, "assert double(2) == 4", 20, isolated)
+
+
+def test_output_without_end_stays_out_of_this_process() -> None:
+    code = "import os\nwhile True:\n    os.write(1, bytes(1 << 20))\n    os.write(3, bytes(1 << 20))"
+    assert not python_tests.passes(code, "", wall_seconds=3)
+
+
+def test_namespaces_close_off_network_processes_and_files(tmp_path: Path) -> None:
+    if not python_tests.namespaces():
+        pytest.skip("this machine permits no user namespaces")
+    for code in (
+        "import socket\nsocket.create_connection(('127.0.0.1', PORT))",
+        f"open('{tmp_path}/x', 'w')",
+        f"import os\nos.kill({os.getpid()}, 0)",
+        f"open('/proc/{os.getpid()}/environ')",
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            assert not python_tests.passes(code.replace("PORT", str(server.getsockname()[1])), "")
+    assert python_tests.passes("open('x', 'w').write('1')", "assert open('x').read() == '1'")
+
+
+def test_what_code_started_ends_with_it(tmp_path: Path) -> None:
+    if not python_tests.namespaces():
+        pytest.skip("this machine permits no user namespaces")
+    name = f"survivor-{tmp_path.name}"
+    code = (
+        f"import os, sys\nif not os.fork():\n    os.setsid()\n    os.execv('/bin/sh', ['{name}', '-c', 'sleep 30; :'])"
+    )
+    python_tests.passes(code, "", wall_seconds=3)
+    time.sleep(0.5)
+    assert not any(name in file.read_text() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists())
+
+
+def test_a_machine_without_namespaces_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_tests, "_run", lambda *_, isolated: not isolated)
+    with pytest.warns(UserWarning, match="permits no user namespaces"):
+        assert not python_tests.namespaces.__wrapped__()
+    monkeypatch.setattr(python_tests, "_run", lambda *_, isolated: False)
+    with pytest.raises(ConfigError, match="runs no empty test within the limits"):
+        python_tests.namespaces.__wrapped__()
 
 
 def test_the_reference_solutions_of_humaneval_and_mbpp_pass(shared_data: Path) -> None:
