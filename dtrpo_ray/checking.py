@@ -47,5 +47,5 @@ def _check_file(file: str, kinds: tuple[str, ...]) -> Report:
         raise unknown
     rows, rejected = read(file)
     good = sum(len(row.origins) for row in rows) if kind == "preferences" else len(rows)
-    name = f"prompts, {getattr(form, 'name', form)}" if kind == "prompts" else form.name
+    name = f"prompts, {form.name}" if kind == "prompts" else form.name
     return Report(file, name, good + len(rejected), tuple(rejected))

@@ -438,7 +438,8 @@ def _rewards(done: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     scored = sum(part["scored"] for part in done)
     unscored = sum(part["rows"] for part in done) - scored
     comparisons = sum((Counter(part.get("comparisons", {})) for part in done), Counter[str]())
-    facts = {"unscored": unscored, "comparisons": dict(comparisons)}
+    failed = sum(part.get("failed", 0) for part in done)
+    facts = {"unscored": unscored, "scored 0 by an error": failed, "comparisons": dict(comparisons)}
     facts = {name: value for name, value in facts.items() if value}
     if not scored:
         raise DataError(f"{out}: no response got a reward ({facts}); see Scoring in docs/data.md")

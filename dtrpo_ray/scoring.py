@@ -33,6 +33,7 @@ class Scorer:
     def __init__(self, config: ScoreConfig) -> None:
         self.source: str = config.scorer
         self.judge: Judge | None = None
+        self.verifier: Verifier | None = None
         if config.reward_model is not None:
             self.score: Score = RewardModel(config.reward_model, config.batch_size)
             self.source += f" {config.reward_model.name}"
@@ -40,7 +41,7 @@ class Scorer:
             self.score = self.judge = Judge(config.judge)
             self.source += f" {config.judge.model.name}"
         else:
-            self.score = verifier(config.scorer)
+            self.score = self.verifier = Verifier(config.scorer)
 
     def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
@@ -58,6 +59,8 @@ class Scorer:
         if self.judge is not None:
             summary["comparisons"] = dict(self.judge.counts)
             self.judge.counts.clear()
+        if self.verifier is not None:
+            summary["failed"], self.verifier.failed = self.verifier.failed, 0
         return summary
 
 
@@ -65,26 +68,28 @@ class Unscorable(Exception):
     """(row number, reason); never leaves this module."""
 
 
-def verifier(name: str) -> Score:
-    """A module of verifiers/, over rows."""
-    score = importlib.import_module(f"dtrpo_ray.verifiers.{name}").score
+class Verifier:
+    """A module of verifiers/, over rows. `failed` counts the responses that it raised an error for, scored 0."""
 
-    def rows(prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
-        made = []
-        for row, (prompt, response, answer) in enumerate(zip(prompts, responses, answers, strict=True)):
-            if answer is None and name not in WITHOUT_ANSWER:
-                raise Unscorable(row, f"answer is null, and score.scorer = {name!r} compares with it")
-            try:
-                made.append(float(score(prompt, response, answer)))
-            except ConfigError:
-                raise
-            except DataError as error:  # of the reference
-                raise Unscorable(row, str(error)) from None
-            except _OF_A_RESPONSE:
-                made.append(0.0)
-        return made
+    def __init__(self, name: str) -> None:
+        self.name, self.failed = name, 0
+        self.module = importlib.import_module(f"dtrpo_ray.verifiers.{name}")
 
-    return rows
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        return [self._one(row, *texts) for row, texts in enumerate(zip(prompts, responses, answers, strict=True))]
+
+    def _one(self, row: int, prompt: str, response: str, answer: str | None) -> float:
+        if answer is None and self.name not in WITHOUT_ANSWER:
+            raise Unscorable(row, f"answer is null, and score.scorer = {self.name!r} compares with it")
+        try:
+            return float(self.module.score(prompt, response, answer))
+        except ConfigError:
+            raise
+        except DataError as error:  # of the reference
+            raise Unscorable(row, str(error)) from None
+        except _OF_A_RESPONSE:
+            self.failed += 1
+            return 0.0
 
 
 class RewardModel:

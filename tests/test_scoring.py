@@ -17,7 +17,7 @@ from dtrpo_ray.config import JudgeConfig, ScoreConfig
 from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.importers.tokenize import prompt_messages
 from dtrpo_ray.records import TRAJECTORY
-from dtrpo_ray.scoring import RewardModel, Scorer, Unscorable, conversation, verifier
+from dtrpo_ray.scoring import RewardModel, Scorer, Unscorable, Verifier, conversation
 from dtrpo_ray.tables import TablePart, file_parts, prompt_parts, read_table
 from dtrpo_ray.tokenizer import character_tokenizer
 
@@ -35,7 +35,7 @@ def test_a_file_is_scored_into_a_file_of_the_same_name_and_nothing_else_changes(
     (tmp_path / "out").mkdir()
     summary = Scorer(ScoreConfig(scorer="gsm8k"))(*file_parts([source]), tmp_path / "out")
     table, before = read_table(tmp_path / "out", TRAJECTORY), read_table(source, TRAJECTORY)
-    assert summary == {"rows": 2, "scored": 2, "sum": 1.0}
+    assert summary == {"failed": 0, "rows": 2, "scored": 2, "sum": 1.0}
     assert table["reward"].to_pylist() == [1.0, 0.0]
     assert set(table["reward_source"].to_pylist()) == {"gsm8k"}
     same = [name for name in TRAJECTORY.names if not name.startswith("reward")]
@@ -81,7 +81,7 @@ def test_a_row_that_cannot_be_scored_is_named(tmp_path: Path, scorer: Any, answe
 )
 def test_a_reference_that_says_nothing_is_named(scorer: str, prompt: str, answer: str | None, message: str) -> None:
     with pytest.raises(Unscorable, match=message):
-        verifier(scorer)([prompt], ["1"], [answer])
+        Verifier(scorer)([prompt], ["1"], [answer])
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,18 @@ def test_a_reference_that_says_nothing_is_named(scorer: str, prompt: str, answer
     ],
 )
 def test_a_response_may_only_score_low(scorer: str, answer: str | None, response: str) -> None:
-    assert verifier(scorer)(["1034341201434320"], [response], [answer]) == [0.0]
+    assert Verifier(scorer)(["1034341201434320"], [response], [answer]) == [0.0]
 
 
 def test_what_a_response_does_to_a_verifier_is_its_loss_and_a_full_disk_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (OverflowError("inf"), KeyError("x"), RecursionError()):
         monkeypatch.setattr("dtrpo_ray.verifiers.gsm8k.score", Mock(side_effect=error))
-        assert verifier("gsm8k")(["p"], ["r"], ["1"]) == [0.0]
+        judge = Verifier("gsm8k")
+        assert judge(["p"], ["r"], ["1"]) == [0.0]
+        assert judge.failed == 1  # told in the stage's summary
     monkeypatch.setattr("dtrpo_ray.verifiers.gsm8k.score", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
-        verifier("gsm8k")(["p"], ["r"], ["1"])
+        Verifier("gsm8k")(["p"], ["r"], ["1"])
 
 
 @pytest.fixture(scope="module")

@@ -250,8 +250,10 @@ def _json_list(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator
         values = _decode_json(stream.read().removeprefix(_BOM))
     if isinstance(values, Refusal):
         raise DataError(f"{shard.file}: not JSON ({values.args[1]}); rows one to a line belong in a .jsonl file")
+    if isinstance(values, dict):
+        values = [values]  # a file of one row
     if not isinstance(values, list):
-        raise DataError(f"{shard.file}: holds a JSON {type(values).__name__}; expected a list of rows")
+        raise DataError(f"{shard.file}: holds a JSON {type(values).__name__}; expected a list of rows, or one")
     yield from ((f"{shard.file}:{number}", value) for number, value in enumerate(values[: shard.rows], 1))
 
 

@@ -1,6 +1,8 @@
-"""Files of prompts -> `PromptRow`s: a column `prompt` or `question`, or the prompts of preference pairs."""
+"""Files of prompts -> `PromptRow`s: public test sets by their columns, a column `prompt` or `question`, or the prompts
+of preference pairs."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, one_row, parted, plan_shards, raw_rows, reference
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, one_row, parted, plan_shards, raw_rows, text
+from dtrpo_ray.importers.files import reference as as_reference
 from dtrpo_ray.importers.preferences import (
     HEAD_ROWS,
     Prompt,
@@ -20,7 +23,6 @@ from dtrpo_ray.importers.preferences import (
 )
 from dtrpo_ray.tables import Rejected
 
-COLUMNS = ("prompt", "question")  # the first that a file has
 ANSWERS = ("answer", "ground_truth", "ground_truth_answer")  # what a verifier compares with, if there is one
 
 
@@ -33,11 +35,16 @@ class PromptRow:
     answer: str | None = None
 
 
-Form = preferences.Format | str
-"""A format of pairs, or the column that holds the prompt."""
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A layout of prompts; a file has it if it has all its columns. `parse` gives a row's prompt and answer."""
+
+    name: str
+    columns: tuple[str, ...]
+    parse: Callable[[dict[str, Any]], tuple[Prompt, str | None]]
 
 
-def recognise(file: str) -> Form:
+def recognise(file: str) -> Format | preferences.Format:
     """How a file holds its prompts, by the columns of its first rows. Raises DataError if it holds none."""
     try:
         if not (form := preferences.recognise(file)).unpaired:
@@ -46,11 +53,12 @@ def recognise(file: str) -> Form:
         pass
     rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
     columns = {name for row in rows for name, value in row.items() if value is not None}
-    for name in COLUMNS:
-        if name in columns:
-            return name
+    for known in FORMATS:
+        if columns.issuperset(known.columns):
+            return known
     found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
-    raise DataError(f"{file}: no column of prompts among {found}; known are {', '.join(COLUMNS)}, and pairs")
+    names = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS)
+    raise DataError(f"{file}: no column of prompts among {found}; known are {names}, and pairs")
 
 
 def read_prompts(where: str | Path) -> tuple[list[PromptRow], list[Rejected]]:
@@ -67,28 +75,73 @@ def _read_file(file: str) -> Iterator[PromptRow | Rejected]:
         yield from read_shard(form, shard)
 
 
-def read_shard(form: Form, shard: Shard) -> Iterator[PromptRow | Rejected]:
+def read_shard(form: Format | preferences.Format, shard: Shard) -> Iterator[PromptRow | Rejected]:
     """The prompts of one part of a file."""
-    if not isinstance(form, str):
+    if isinstance(form, preferences.Format):
         for pair in preferences.read_shard(form, shard):
             yield pair if isinstance(pair, Rejected) else PromptRow(pair.origin, pair.prompt)
         return
     for origin, value in raw_rows(shard):
         try:
             with one_row():
-                row = _row(origin, row_object(value), form)
+                row = PromptRow(origin, *form.parse(row_object(value)))
+                require_text(prompt_turns(row.prompt))
+                require_utf8([row.answer])
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
         else:
             yield row
 
 
-def _row(origin: str, row: dict[str, Any], column: str) -> PromptRow:
-    if (prompt := row.get(column)) is None:
-        raise Refusal("missing field", column)
-    prompt = prompt if isinstance(prompt, str) else messages(prompt, column)
-    found = next((name for name in ANSWERS if row.get(name) is not None), None)
-    answer = None if found is None else reference(row[found], found)
-    require_text(prompt_turns(prompt))
-    require_utf8([answer])
-    return PromptRow(origin, prompt, answer)
+def _human_eval(row: dict[str, Any]) -> tuple[Prompt, str | None]:
+    """The beginning of a function; the verifier python_tests takes the three fields."""
+    given = {name: text(field(row, name), name) for name in ("prompt", "test", "entry_point")}
+    return given["prompt"], json.dumps(given)
+
+
+def _mbpp(row: dict[str, Any]) -> tuple[Prompt, str | None]:
+    """A task in words and its tests, which alone say the function's name; `prompt` is the sanitized set's `text`."""
+    task = text(field(row, "text" if row.get("text") is not None else "prompt"), "text")
+    tests = field(row, "test_list")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise Refusal("wrong type", "test_list is not a list of text")
+    before = [row.get("test_setup_code") or "", *(row.get("test_imports") or [])]
+    setup = "\n".join(text(line, "test_setup_code") for line in before if line)
+    answer = {"test_list": tests, "test_setup_code": setup}
+    return f"{task}\nThe code must pass these tests:\n" + "\n".join(tests), json.dumps(answer)
+
+
+def _ifeval(row: dict[str, Any]) -> tuple[Prompt, str | None]:
+    answer = {name: field(row, name) for name in ("instruction_id_list", "kwargs")}
+    return text(field(row, "prompt"), "prompt"), as_reference(answer, "kwargs")
+
+
+def _mt_bench(row: dict[str, Any]) -> tuple[Prompt, str | None]:
+    """The first turn: what comes next follows an answer that is not there yet."""
+    turns = field(row, "turns")
+    if not isinstance(turns, list) or not turns:
+        raise Refusal("wrong type", "turns is not a list of text")
+    return text(turns[0], "turns"), None
+
+
+def _column(name: str) -> Callable[[dict[str, Any]], tuple[Prompt, str | None]]:
+    """A column of prompts, as text or messages, beside which there may be one of ANSWERS."""
+
+    def parse(row: dict[str, Any]) -> tuple[Prompt, str | None]:
+        prompt = field(row, name)
+        found = next((column for column in ANSWERS if row.get(column) is not None), None)
+        answer = None if found is None else as_reference(row[found], found)
+        return prompt if isinstance(prompt, str) else messages(prompt, name), answer
+
+    return parse
+
+
+FORMATS = (  # the first that fits
+    Format("HumanEval", ("prompt", "test", "entry_point"), _human_eval),
+    Format("IFEval", ("prompt", "instruction_id_list", "kwargs"), _ifeval),
+    Format("MBPP", ("text", "test_list"), _mbpp),
+    Format("MBPP, sanitized", ("prompt", "test_list"), _mbpp),
+    Format("MT-bench", ("turns",), _mt_bench),
+    Format("prompt", ("prompt",), _column("prompt")),
+    Format("question", ("question",), _column("question")),
+)

@@ -13,7 +13,7 @@ from functools import cache
 from threading import Lock
 
 from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.verifiers.extract import marked
+from dtrpo_ray.verifiers.extract import marked, unreadable
 
 SECONDS = 10  # of the clock for a row
 MEMORY_BYTES = 4 << 30
@@ -31,19 +31,27 @@ for line in sys.stdin:
     try:
         # no timeouts of the library: they are alarms that its own code may catch
         gold, found = (parse(text, parsing_timeout=None) for text in texts)
-        equal = bool(gold and found and verify(gold, found, timeout_seconds=None))
-    except Exception:
-        equal = False
+        told = bool(found and verify(gold, found, timeout_seconds=None)) if gold else "no reference"
+    except Exception as error:
+        told = repr(error)[:200]
     signal.alarm(0)
-    print(json.dumps(equal), flush=True)
+    print(json.dumps(told), flush=True)
 """
 
 
 def score(prompt: str, response: str, answer: str) -> float:
-    """1.0 if the marked answer (the whole response if none is) equals the reference within SECONDS; else 0.0."""
+    """1.0 if the marked answer (the whole response if none is) equals the reference within SECONDS; else 0.0.
+
+    Raises DataError for a reference that is no mathematics, ArithmeticError for what the library breaks at.
+    """
     given = next(marked(response), None)
     found = rf"\boxed{{{given}}}" if given is not None else response
-    return float(_worker().equal(rf"\boxed{{{answer}}}", found))
+    told = _worker().compare(rf"\boxed{{{answer}}}", found)
+    if told == "no reference":
+        raise unreadable("math", "math-verify finds no mathematics in it")
+    if isinstance(told, str):
+        raise ArithmeticError(told)
+    return float(told)
 
 
 @cache
@@ -63,14 +71,17 @@ class _Worker:
     def __init__(self) -> None:
         self.lock, self.process = Lock(), self._start()
 
-    def equal(self, gold: str, found: str) -> bool:
+    def compare(self, gold: str, found: str) -> bool | str:
+        """Whether the two are equal, False if that took too long; or what went wrong."""
         with self.lock:
             if self.process.poll() is not None:
                 self.process = self._start()
             told = self._ask(json.dumps([SECONDS, gold, found]))
             if told is None:
                 self.end()
-            return told == "true"
+                return False
+            answer: bool | str = json.loads(told)
+            return answer
 
     def end(self) -> None:
         """End the process; the next question starts another."""

@@ -219,7 +219,7 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
         ),
         ("empty.jsonl", b"\n\n", r"no known preference format: none \(no row is a JSON object\)"),
         ("broken.json", b'[{"prompt": ', "not JSON .* rows one to a line belong in a .jsonl file"),
-        ("object.json", b'{"prompt": "x"}', "holds a JSON dict; expected a list of rows"),
+        ("text.json", b'"x"', "holds a JSON str; expected a list of rows, or one"),
         ("pairs.csv", b"prompt,chosen,rejected", r"unknown kind of file; expected a name ending in .json, .jsonl"),
         ("pairs.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read .* fetch the file again"),
         ("pairs.jsonl.gz", b"plain", "cannot be read"),

@@ -8,8 +8,9 @@ import pytest
 
 from dtrpo_ray.checking import check_data
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Shard
+from dtrpo_ray.importers.files import Shard, raw_rows
 from dtrpo_ray.importers.prompts import PromptRow, read_shard, recognise
+from dtrpo_ray.scoring import Verifier
 from dtrpo_ray.tables import Rejected
 
 ASK = [{"role": "user", "content": "Why?"}]
@@ -43,15 +44,52 @@ def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
     reasons = [row.reason for row in read(tmp_path / "p.jsonl") if isinstance(row, Rejected)]
     assert reasons == ["missing field", "empty prompt", "unknown role", "not an object"]
     (tmp_path / "p.jsonl").write_text('{"text": "Why?"}')
-    with pytest.raises(DataError, match=r"p\.jsonl: no column of prompts among text; known are prompt, question"):
+    with pytest.raises(DataError, match=r"p\.jsonl: no column of prompts among text; known are HumanEval"):
         recognise(str(tmp_path / "p.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("file", "count"), [("gsm8k/test.jsonl", 1319), ("llamafactory_dpo_demo/dpo_en_demo.json", 300)]
+    ("file", "name", "count", "answered"),
+    [
+        ("gsm8k/test.jsonl", "question", 1319, 1319),
+        ("llamafactory_dpo_demo/dpo_en_demo.json", "LLaMA-Factory ranking, ShareGPT", 300, 0),
+        ("humaneval/HumanEval.jsonl.gz", "HumanEval", 164, 164),
+        ("mbpp/mbpp.jsonl", "MBPP", 974, 974),
+        ("ifeval/input_data.jsonl", "IFEval", 541, 541),
+        ("mt_bench_prompts/question.jsonl", "MT-bench", 80, 0),
+    ],
 )
-def test_real_files(shared_data: Path, file: str, count: int) -> None:
-    assert sum(isinstance(row, PromptRow) for row in read(shared_data / file)) == count
+def test_real_files(shared_data: Path, file: str, name: str, count: int, answered: int) -> None:
+    rows = read(shared_data / file)
+    assert recognise(str(shared_data / file)).name == name
+    assert all(isinstance(row, PromptRow) for row in rows)
+    assert (len(rows), sum(row.answer is not None for row in rows if isinstance(row, PromptRow))) == (count, answered)
+
+
+def test_the_published_solutions_pass_the_published_tests(shared_data: Path) -> None:
+    """Prompts of HumanEval and MBPP with the answers that the importer makes, scored by python_tests."""
+    judge = Verifier("python_tests")
+    for file, solution in (("humaneval/HumanEval.jsonl.gz", "canonical_solution"), ("mbpp/mbpp.jsonl", "code")):
+        rows = read(shared_data / file)[:8]
+        shard = Shard(str(shared_data / file), rows=8)
+        solutions = [value[solution] for _, value in raw_rows(shard)][:8]
+        prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]  # type: ignore[union-attr]
+        assert judge(prompts, solutions, answers) == [1.0] * 8  # type: ignore[arg-type]
+        assert judge(prompts, ["pass"] * 8, answers) == [0.0] * 8  # type: ignore[arg-type]
+
+
+def test_a_task_with_tests_becomes_a_prompt_that_shows_them(tmp_path: Path) -> None:
+    for row in (
+        {"text": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"},
+        {"prompt": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": ["import math"]},
+    ):
+        (tmp_path / "p.json").write_text(json.dumps(row))  # a file of one row
+        answer = {"test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"}
+        prompt = "Add.\nThe code must pass these tests:\nassert add(1, 2) == 3"
+        assert read(tmp_path / "p.json") == [PromptRow(f"{tmp_path}/p.json:1", prompt, json.dumps(answer))]
+    for row in ({"text": "Add.", "test_list": "assert"}, {"text": 3, "test_list": ["assert"]}):
+        (tmp_path / "p.json").write_text(json.dumps(row))
+        assert [one.reason for one in read(tmp_path / "p.json") if isinstance(one, Rejected)] == ["wrong type"]
 
 
 def test_check_counts_prompts_as_a_job_reads_them(tmp_path: Path) -> None:
