@@ -21,6 +21,8 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
@@ -34,6 +36,7 @@ from dtrpo_ray.models.registry import read_config
 APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free
 READY_SECONDS = 60.0  # from a running replica to the first answer through the proxy
+SHUTDOWN_SECONDS = 30.0  # for Serve's controller to end
 GRACE_SECONDS = DEADLINE_SECONDS + 10  # a replica told to stop finishes what it has begun
 UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of load before the replicas follow it
 
@@ -158,7 +161,18 @@ def stop() -> None:
     if APP_NAME in serve.status().applications:
         with suppress(TimeoutError):  # raised after a minute: what still decodes then is cut off
             serve.delete(APP_NAME)  # `shutdown` alone would take the proxy away from under every answer
+    _end_controller()
     serve.shutdown()
+
+
+def _end_controller() -> None:
+    """What `serve.shutdown` does, without the call that dies with the controller: Ray reports that as a failed task."""
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    with suppress(ValueError, RayActorError):  # it is gone
+        ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).graceful_shutdown.remote(wait=False)
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+            time.sleep(0.1)
 
 
 def read_keys(path: Path | None) -> frozenset[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 from hypothesis import settings
@@ -102,6 +103,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no public data sets at {folder}; SHARED_DATA names another folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """s3://bucket of a server in this process (moto), which this process and those it starts reach as AWS."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    account = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (account | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+            patch.setenv(name, value)
+        pafs.FileSystem.from_uri("s3://bucket/?allow_bucket_creation=true")[0].create_dir("bucket")
+        yield "s3://bucket"
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -261,6 +261,30 @@ def test_checkpoints_that_wait_for_validation_are_bounded(tmp_path: Path, monkey
     assert [p.step for p in checkpoint.prune(LOCAL, root, 1, None, validated=True)] == [8, 6]  # 2 and 4 are next
 
 
+def test_an_object_store_holds_checkpoints_and_gives_them_back(tmp_path: Path, bucket: str) -> None:
+    filesystem, root = open_storage(f"{bucket}/kept")
+    assert filesystem.type_name == "s3"
+    for step in (2, 4, 6):
+        write(tmp_path / str(step), root, step, filesystem=filesystem)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "optim-0.pt").write_bytes(b"half")
+    checkpoint._copy(tmp_path / "half" / "optim-0.pt", filesystem, f"{root}/step-00000008/optim-0.pt")
+    found = newest_whole(filesystem, root, lambda text: None)
+    assert found is not None
+    assert found[0].step == 6
+    with checkpoint.local_folder(f"{bucket}/kept/step-00000006") as folder:
+        assert (folder / "deepspeed" / "optim-1.pt").read_bytes() == b"\x01" * 5_000_000
+    with filesystem.open_output_stream(f"{root}/step-00000006/deepspeed/optim-1.pt") as out:
+        out.write(b"\x02" * 5_000_000)
+    warned: list[str] = []
+    found = newest_whole(filesystem, root, warned.append)
+    assert found is not None
+    assert found[0].step == 4
+    assert "has changed since it was written" in warned[-1]
+    checkpoint.prune(filesystem, root, 1, None)
+    assert [place.step for place in places(filesystem, root) if place.step < 8] == [6]
+
+
 def test_a_uri_is_downloaded_for_the_time_of_a_block(tmp_path: Path) -> None:
     path = write(tmp_path, str(tmp_path / "run"), 4)
     with checkpoint.local_folder(f"file://{path}") as folder:

@@ -51,6 +51,12 @@ def write_table(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def object_store(bucket: str) -> str:
+    """There before Ray is, whose processes find it in their environment."""
+    return bucket
+
+
 @pytest.fixture(scope="module")
 def make_stage(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Callable[..., trainer.TrainStage]:
     """A stage of a new folder, of the same model and table."""
@@ -105,7 +111,8 @@ def until_whole(root: str, step: int) -> None:
     filesystem, path = checkpoint.open_storage(root)
     for _ in range(600):
         for place in checkpoint.places(filesystem, path):
-            if place.step == step and (Path(place.path) / checkpoint.COMPLETE).exists():
+            [complete] = filesystem.get_file_info([f"{place.path}/{checkpoint.COMPLETE}"])
+            if place.step == step and complete.is_file:
                 return
         time.sleep(0.1)
 
@@ -295,9 +302,13 @@ def noting(folder: str, settings: dict[str, Any]) -> None:
 
 
 def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
-    local_ray: None, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object_store: str
 ) -> None:
-    """15 pairs, two epochs; killed with two workers, gone on with by one. The rows are those that reached the loss."""
+    """15 pairs, two epochs; killed with two workers, gone on with by one. The rows are those that reached the loss.
+
+    The checkpoints lie in an object store.
+    """
+    root = f"{object_store}/checkpoints"
     stage, notes = make_stage("ledger"), tmp_path / "notes"
     notes.mkdir()
     pairs = pq.read_table(stage.table).slice(0, 15)
@@ -306,8 +317,8 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
     stage = replace(stage, table=tmp_path / "table")
     monkeypatch.setattr(trainer, "_train_function", lambda: functools.partial(noting, str(notes)))
     with pytest.raises(TrainError):
-        trainer.train(stage, CONFIG, cluster())
-    trainer.train(stage, CONFIG, cluster(num_workers=1))
+        trainer.train(stage, CONFIG, cluster(checkpoints=root))
+    trainer.train(stage, CONFIG, cluster(num_workers=1, checkpoints=root))
     [resumed] = events(stage, "resume")
     assert (resumed["step"], resumed["num_workers"]) == (4, 1)
 
@@ -316,15 +327,18 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
     kept = [note for note in noted if note["world"] == 1 or note["step"] <= resumed["step"]]
     ledger = Counter((epoch, row_id) for note in kept for epoch, row_id in note["rows"])
     assert ledger == Counter((epoch, row_id) for epoch in (0, 1) for row_id in pairs["row_id"].to_pylist())
-    filesystem, root = checkpoint.open_storage(str(stage.out / trainer.RAY_RUN))
-    for place in checkpoint.places(filesystem, root):
+    filesystem, path = checkpoint.open_storage(f"{root}/{stage.out.stem}")
+    assert filesystem.type_name == "s3"
+    for place in checkpoint.places(filesystem, path):
         read = Counter(epoch for note in kept if note["step"] <= place.step for epoch, _ in note["rows"])
         assert checkpoint.facts_of(filesystem, place)["plan"]["consumed"] == [read[0], read[1]]
 
     other = pairs.set_column(0, "row_id", pa.array([f"other-{i}" for i in range(15)]))
     pq.write_table(other, tmp_path / "table" / "part-0.parquet")
     with pytest.raises(TrainError, match=r"its 30 rows were read in the order \w+, this run's is"):
-        trainer.train(stage, CONFIG, cluster(num_workers=1))
+        trainer.train(stage, CONFIG, cluster(num_workers=1, checkpoints=root))
+    trainer.forget_checkpoints(stage.out, cluster(checkpoints=root))
+    assert checkpoint.places(filesystem, path) == []
 
 
 def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:

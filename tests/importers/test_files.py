@@ -87,9 +87,23 @@ def test_a_uri_reads_like_a_path(tmp_path: Path, ending: str) -> None:
     assert sha256_uri(uri) == sha256_uri(local)
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/a.jsonl", "gs://bucket/a.jsonl"])
-def test_buckets_are_asked_of_pyarrow_first(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    """The network is not here: what is asked for is what matters."""
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".json"])
+def test_an_object_store_reads_like_a_disk(tmp_path: Path, bucket: str, ending: str) -> None:
+    local, folder = write(tmp_path / f"rows{ending}", ROWS), f"{bucket}/rows{ending}"
+    filesystem, path = files.open_filesystem(f"{folder}/rows{ending}")
+    assert filesystem.type_name == "s3"
+    with filesystem.open_output_stream(path, compression=None) as out:
+        out.write(Path(local).read_bytes())
+    assert data_files(folder) == [f"{folder}/rows{ending}"]
+    shards = plan_shards(f"{folder}/rows{ending}", rows=5)
+    assert [value for shard in shards for _, value in raw_rows(shard)] == ROWS
+    assert sha256_uri(f"{folder}/rows{ending}") == sha256_uri(local)
+    with pytest.raises(DataError, match=r"s3://bucket/gone: .*not exist|s3://bucket/gone: .*No such"):
+        data_files(f"{bucket}/gone")
+
+
+def test_google_storage_is_asked_of_pyarrow_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no such server here: what is asked for is what matters."""
     asked = []
 
     class FileSystem:
@@ -99,8 +113,8 @@ def test_buckets_are_asked_of_pyarrow_first(monkeypatch: pytest.MonkeyPatch, uri
             return pa.fs.LocalFileSystem(), "bucket/a.jsonl"
 
     monkeypatch.setattr(files.pafs, "FileSystem", FileSystem)
-    assert files.open_filesystem(uri)[1] == "bucket/a.jsonl"
-    assert asked == [uri]
+    assert files.open_filesystem("gs://bucket/a.jsonl")[1] == "bucket/a.jsonl"
+    assert asked == ["gs://bucket/a.jsonl"]
 
 
 @pytest.mark.parametrize("state", ["", "{", "[]", "{}", '{"_data_files": [5]}', '{"_data_files": 5}', "[" * 100_000])
