@@ -68,22 +68,23 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
     places: dict[str, list[int]] = {}
     for ordinal, row in enumerate(plan.row.tolist()):
         places.setdefault(ids[row], []).append(ordinal)
-    shared = ray.put((places, plan))
     per_rank, size = config.rows_per_rank(num_workers), config.global_batch
+    batch_weight = np.repeat(np.add.reduceat(plan.weight, np.arange(0, len(plan.weight), size)), size)
+    # arrays alone: a task that unpickles a class of ours imports torch with it
+    shared = ray.put((places, plan.epoch, plan.weight, batch_weight))
 
     def place(table: pa.Table) -> pa.Table:
-        where, plan = ray.get(shared)
+        where, epoch, weight, batch_weight = ray.get(shared)
         taken = [(row, o) for row, row_id in enumerate(table["row_id"].to_pylist()) for o in where.get(row_id, ())]
         ordinal = np.array([o for _, o in taken], dtype=np.int64)
         out = table.take(pa.array([row for row, _ in taken], type=pa.int64()))
         rank = ordinal % size // per_rank
-        batch_weight = np.add.reduceat(plan.weight, np.arange(0, len(plan.weight), size))
         columns = {
             "ordinal": ordinal,
-            "epoch": plan.epoch[ordinal],
-            "row_weight": plan.weight[ordinal],
-            "batch_weight": batch_weight[ordinal // size],
-            "place": rank * len(plan.row) + ordinal,
+            "epoch": epoch[ordinal],
+            "row_weight": weight[ordinal],
+            "batch_weight": batch_weight[ordinal],
+            "place": rank * len(epoch) + ordinal,
         }
         for name, values in columns.items():
             out = out.append_column(name, pa.array(values))

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +23,13 @@ from dtrpo_ray.models.base import DiffusionLM, Piece
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
 CAUSAL = {"AutoModelForCausalLM": ""}  # how a release without remote code loads
+
+
+def _peft() -> Any:
+    """The library, where it is needed: a second of import in every process that trains or decodes without adapters."""
+    import peft
+
+    return peft
 
 
 def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
@@ -59,25 +63,27 @@ def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
 
     The same seed gives the same adapters on every rank.
     """
-    peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=target_modules(model, config))
+    peft, targets = _peft(), target_modules(model, config)
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # into our model, not into the trunk: peft rewrites the targets of a mixture of experts that it recognises
-        inject_adapter_in_model(peft, model, NAME)
+        peft.inject_adapter_in_model(adapters, model, NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
 
 
-def _layers(model: DiffusionLM) -> Iterator[tuple[str, LoraLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+def _layers(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
+    """peft's layers: a linear module with its adapters."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 @contextmanager
 def adapters_off(model: DiffusionLM) -> Iterator[None]:
     """Inside, the model is the base it was."""
     # peft's own switch also turns requires_grad off and on, which DeepSpeed's hooks read
-    layers: list[Any] = [layer for _, layer in _layers(model)]
+    layers = [layer for _, layer in _layers(model)]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -107,8 +113,7 @@ class BaseReference:
 def merge_adapters(model: DiffusionLM) -> None:
     """Add each adapter to its weight and take it off; the model is an ordinary one again."""
     for name, layer in list(_layers(model)):
-        merging: Any = layer
-        merging.merge()
+        layer.merge()
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
 
@@ -147,16 +152,16 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     copy.load_state_dict(base.state_dict(), assign=True)
     copy.finish(next(base.parameters()).device)
     escaped = {name: re.escape(name) for name in ranks}
-    peft = PeftConfig(
+    peft = _peft()
+    adapters = peft.LoraConfig(
         target_modules=list(ranks),
         rank_pattern={escaped[name]: rank for name, rank in ranks.items()},
         alpha_pattern={escaped[name]: alpha for name, alpha in alphas.items()},
     )
-    inject_adapter_in_model(peft, copy, NAME)
+    peft.inject_adapter_in_model(adapters, copy, NAME)
     for name, layer in _layers(copy):
-        made: Any = layer
-        for side, value in zip((made.lora_A, made.lora_B), weights[name], strict=True):
-            side[NAME].to(made.weight.device, made.weight.dtype).weight.data.copy_(value)
+        for side, value in zip((layer.lora_A, layer.lora_B), weights[name], strict=True):
+            side[NAME].to(layer.weight.device, layer.weight.dtype).weight.data.copy_(value)
     copy.requires_grad_(False)
 
 
@@ -208,7 +213,7 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         if len(adapted) > 1:
             ranks[rf".*\.{re.escape(module.rpartition('.')[2])}"] = config.rank * len(adapted)
     save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
-    peft = PeftConfig(
+    adapters = _peft().LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=modules,
@@ -219,4 +224,4 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         task_type="CAUSAL_LM" if "AutoModelForCausalLM" in model.config.get("auto_map", CAUSAL) else None,
         inference_mode=True,
     )
-    peft.save_pretrained(str(path))
+    adapters.save_pretrained(str(path))
