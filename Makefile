@@ -13,15 +13,15 @@ JOB ?= jobs/demo.toml
 demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
 
-test: $(DEV)
-	$(MAKE) -j 2 --output-sync=target --no-print-directory test-ray test-core
-
-# side by side, and as important as each other: Ray's workers are nice by default
-test-ray: $(DEV)
-	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m ray
+# one after the other: side by side on two cores they take longer than that
+test: test-core test-ray
 
 test-core: $(DEV)
-	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray"
+	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray" --durations=10
+
+# -v: a test that hangs is named by the last line; a timeout ends the run there, with the stacks of all threads
+test-ray: $(DEV)
+	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m ray -v --durations=20 --timeout-method=thread
 
 # vLLM pins packages of its own: an environment that holds what $(VENV) lacks or has otherwise, and sees the rest
 test-vllm: $(VLLM)/.stamp

@@ -22,6 +22,8 @@ from dtrpo_ray.config import TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.trajectory import row_generator
 
+_BLOCK_BYTES = 32 << 20  # of the files on disk, for each block at first
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -90,7 +92,10 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
             out = out.append_column(name, pa.array(values))
         return out
 
-    ordered = ray.data.read_parquet(files).map_batches(place, batch_format="pyarrow").sort("place").materialize()
+    # one block for a small table: by default Ray cuts it in eight, and starts processes for them that take ten seconds
+    blocks = -(-sum(Path(file).stat().st_size for file in files) // _BLOCK_BYTES)
+    rows = ray.data.read_parquet(files, override_num_blocks=blocks)
+    ordered = rows.map_batches(place, batch_format="pyarrow").sort("place").materialize()
     cuts = [plan.num_steps * per_rank * r for r in range(1, num_workers)]
     return ordered.split_at_indices(cuts) if cuts else [ordered], plan
 

@@ -22,6 +22,7 @@ import torch
 
 from dtrpo_ray.engine import Engine
 from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.metrics import read_metrics
 from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.tables import read_table
@@ -58,7 +59,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
-    """The run, stopped by Ctrl-C while its base model trains."""
+    """The run, stopped by Ctrl-C while its base model trains, when there is a checkpoint to go on from."""
     process = subprocess.Popen(
         command("run", storage),
         stderr=subprocess.PIPE,
@@ -68,9 +69,7 @@ def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignore"
     )
     try:
-        while not any(
-            len(f.read_text().splitlines()) > 20 for f in storage.glob("stages/base-*.partial/metrics.jsonl")
-        ):
+        while not any(storage.glob("stages/base-*.partial/checkpoints/step-00000070/COMPLETE")):
             assert process.poll() is None, process.communicate()[1][-3000:]
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)
@@ -157,6 +156,8 @@ def test_sft_and_dtrpo_trained_through_the_same_loop(run: dict[str, Any]) -> Non
     base = [json.loads(line) for line in (stage(run, "base") / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in base] == list(range(1, 141))
     assert base[-1]["loss"] < 0.8 * base[0]["loss"]
+    resumed = [e for e in read_metrics(stage(run, "base") / "events.jsonl") if e["event"] == "resume"]
+    assert [event["step"] for event in resumed] == [70]  # the interrupted stage went on from its checkpoint
     aligned = [json.loads(line) for line in (stage(run, "train-1") / "metrics.jsonl").read_text().splitlines()]
     first = aligned[0]
     assert first["margin"] == pytest.approx(0.0, abs=1e-5)
@@ -186,36 +187,6 @@ def test_a_second_run_reuses_every_stage(run: dict[str, Any], storage: Path) -> 
     assert again["table"] == run["table"]
 
 
-def test_training_resumes_from_its_last_checkpoint(run: dict[str, Any], storage: Path) -> None:
-    """A stage cut off after step 2 ends with the very weights of the straight run."""
-    done = stage(run, "train-1")
-    straight = load_model(done / "model")
-    other = storage / "resumed"
-    partial = other / "stages" / (done.name + ".partial")
-    partial.parent.mkdir(parents=True)
-    for item in ("init", "examples", "base", "rollout-1", "pair-1"):
-        source = stage(run, item)
-        os.symlink(source, partial.parent / source.name)
-    done_copy = subprocess.run(["cp", "-r", str(done), str(partial)], check=False)
-    assert done_copy.returncode == 0
-    (partial / "stage.json").unlink()
-    subprocess.run(["rm", "-rf", str(partial / "model"), str(partial / "checkpoints" / "step-00000004")], check=True)
-    snapshot = partial / "checkpoints" / "checkpoint_manager_snapshot.json"
-    record = json.loads(snapshot.read_text())
-    record["checkpoint_results"] = [
-        r for r in record["checkpoint_results"] if r["checkpoint_dir_name"] == "step-00000002"
-    ]
-    record["latest_checkpoint_result"] = record["checkpoint_results"][0]
-    record |= {"checkpoint_report_indices": [0], "current_report_index": 1}
-    snapshot.write_text(json.dumps(record))
-    result, _ = dtrpo("train", other)
-    resumed = load_model(Path(result["directory"]) / "model")
-    for name, tensor in straight.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
-    rows = (Path(result["directory"]) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
-
-
 def test_training_from_a_cache_of_the_reference_is_training_beside_it(run: dict[str, Any], storage: Path) -> None:
     """`ref-logps` writes the values of this round's very draws; training from them has the same losses."""
     cached, said = dtrpo("train", storage, "--set", "train.reference=cache")
@@ -224,9 +195,8 @@ def test_training_from_a_cache_of_the_reference_is_training_beside_it(run: dict[
     frozen = [json.loads(line) for line in (stage(run, "train-1") / "metrics.jsonl").read_text().splitlines()]
     for name in ("loss", "margin", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in frozen], rel=1e-4, abs=1e-5), name
-    again, said = dtrpo("ref-logps", storage, "--set", "train.reference=cache")
-    assert "made" not in said
-    assert again["summary"]["values"] == 2 * 4 * 4  # both sides of what four steps of four pairs read
+    [made] = [json.loads(file.read_text()) for file in storage.glob("stages/ref-1-*/stage.json")]
+    assert made["summary"]["values"] == 2 * 4 * 4  # both sides of what four steps of four pairs read
 
 
 def test_an_exported_model_is_the_aligned_one(run: dict[str, Any], storage: Path, tmp_path: Path) -> None:
