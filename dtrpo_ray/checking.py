@@ -1,23 +1,18 @@
 """`dtrpo check DATA`: a table of ours against its rules, or files of others against their format, row by row."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences, prompts, responses
 from dtrpo_ray.importers.files import data_files
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import Expected
-from dtrpo_ray.tables import Report, check_folder, schema_of
+from dtrpo_ray.tables import Rejected, Report, check_folder, schema_of
 from dtrpo_ray.tokenizer import load_tokenizer
 
-KINDS: dict[str, tuple[Any, Callable[[str], tuple[list[Any], list[Any]]]]] = {
-    "preferences": (preferences, preferences.read_preferences),
-    "trajectories": (responses, responses.read_responses),
-    "prompts": (prompts, prompts.read_prompts),
-}
+READERS: dict[str, ModuleType] = {"preferences": preferences, "trajectories": responses, "prompts": prompts}
 
 
 def check_data(
@@ -26,18 +21,18 @@ def check_data(
     """A report of a table, or one of each file. Raises DataError for what cannot be read or recognised.
 
     Where they are given, a table's rows have at most `max_tokens`, and ids of the `tokenizer` directory. Files are read
-    as a task of type `kind` reads them, or else as the first of KINDS that knows their columns.
+    as a task of type `kind` reads them, or else as the first of READERS that knows their columns.
     """
     schema = None if "://" in source else schema_of(Path(source))
     if schema is not None:
         digest = None if tokenizer is None else tokenizer_hash(load_tokenizer(tokenizer))
         return [check_folder(Path(source), schema, Expected(digest, max_tokens))]
-    return [_check_file(file, (kind,) if kind else tuple(KINDS)) for file in data_files(source)]
+    return [_check_file(file, (kind,) if kind else tuple(READERS)) for file in data_files(source)]
 
 
 def _check_file(file: str, kinds: tuple[str, ...]) -> Report:
     kind, *others = kinds
-    module, read = KINDS[kind]
+    module = READERS[kind]
     try:
         form = module.recognise(file)
     except DataError as unknown:
@@ -45,7 +40,11 @@ def _check_file(file: str, kinds: tuple[str, ...]) -> Report:
             with suppress(DataError):
                 return _check_file(file, (other,))
         raise unknown
-    rows, rejected = read(file)
-    good = sum(len(row.origins) for row in rows) if kind == "preferences" else len(rows)
+    good, rejected = 0, list[Rejected]()
+    for row in module.read_file(file):
+        if isinstance(row, Rejected):
+            rejected.append(row)
+        else:
+            good += len(row.origins) if kind == "preferences" else 1
     name = f"prompts, {form.name}" if kind == "prompts" else form.name
     return Report(file, name, good + len(rejected), tuple(rejected))

@@ -66,10 +66,11 @@ def read_prompts(where: str | Path) -> tuple[list[PromptRow], list[Rejected]]:
 
     Raises DataError for a file that cannot be read, holds no row, or has no column of prompts.
     """
-    return parted(row for file in data_files(str(where)) for row in _read_file(file))
+    return parted(row for file in data_files(str(where)) for row in read_file(file))
 
 
-def _read_file(file: str) -> Iterator[PromptRow | Rejected]:
+def read_file(file: str) -> Iterator[PromptRow | Rejected]:
+    """The prompts of a file and the rows refused, one after the other."""
     form = recognise(file)
     for shard in plan_shards(file):
         yield from read_shard(form, shard)
