@@ -52,7 +52,10 @@ class _Actor:
             error = f"{part}: {problem}; writing to {self.out}. Mend it and run the same command again"
         except Exception as problem:
             traceback.print_exc()  # in the worker's log
-            error = f"{part}: {type(problem).__name__}: {problem}; a bug: the worker's log has the traceback"
+            kind, advice = type(problem).__name__, "a bug: the worker's log has the traceback"
+            if kind in ("MemoryError", "OutOfMemoryError"):  # Python's, torch's
+                advice = "smaller batches, fewer cluster.num_actors, or more memory"
+            error = f"{part}: {kind}: {problem}; {advice}"
         return pa.table({"part": [number], "rows": [rows], "error": pa.array([error], pa.string())})
 
     def _count_try(self, number: int) -> None:

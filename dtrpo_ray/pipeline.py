@@ -439,7 +439,9 @@ def _rewards(done: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     unscored = sum(part["rows"] for part in done) - scored
     comparisons = sum((Counter(part.get("comparisons", {})) for part in done), Counter[str]())
     failed = sum(part.get("failed", 0) for part in done)
+    cautions = sorted({part["caution"] for part in done if part.get("caution")})
     facts = {"unscored": unscored, "scored 0 by an error": failed, "comparisons": dict(comparisons)}
+    facts |= {"caution": "; ".join(cautions)}
     facts = {name: value for name, value in facts.items() if value}
     if not scored:
         raise DataError(f"{out}: no response got a reward ({facts}); see Scoring in docs/data.md")

@@ -60,7 +60,8 @@ class Scorer:
             summary["comparisons"] = dict(self.judge.counts)
             self.judge.counts.clear()
         if self.verifier is not None:
-            summary["failed"], self.verifier.failed = self.verifier.failed, 0
+            summary |= {"failed": self.verifier.failed, "caution": self.verifier.caution()}
+            self.verifier.failed = 0
         return summary
 
 
@@ -74,6 +75,7 @@ class Verifier:
     def __init__(self, name: str) -> None:
         self.name, self.failed = name, 0
         self.module = importlib.import_module(f"dtrpo_ray.verifiers.{name}")
+        self.caution: Callable[[], str] = getattr(self.module, "caution", str)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
         return [self._one(row, *texts) for row, texts in enumerate(zip(prompts, responses, answers, strict=True))]

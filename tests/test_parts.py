@@ -271,3 +271,9 @@ def test_an_error_that_nobody_foresaw_names_its_part_too(tmp_path: Path) -> None
     actor = _Actor(lambda: lambda part, out: {"rows": 1 // part}, [0], tmp_path)
     (error,) = actor(pa.table({"part": [0]}))["error"].to_pylist()
     assert error.startswith("0: ZeroDivisionError: integer division")
+
+    def exhausted(part: int, out: Path) -> dict[str, Any]:
+        raise MemoryError("alloc")
+
+    (error,) = _Actor(lambda: exhausted, [0], tmp_path)(pa.table({"part": [0]}))["error"].to_pylist()
+    assert error == "0: MemoryError: alloc; smaller batches, fewer cluster.num_actors, or more memory"

@@ -35,7 +35,7 @@ def test_a_file_is_scored_into_a_file_of_the_same_name_and_nothing_else_changes(
     (tmp_path / "out").mkdir()
     summary = Scorer(ScoreConfig(scorer="gsm8k"))(*file_parts([source]), tmp_path / "out")
     table, before = read_table(tmp_path / "out", TRAJECTORY), read_table(source, TRAJECTORY)
-    assert summary == {"failed": 0, "rows": 2, "scored": 2, "sum": 1.0}
+    assert summary == {"failed": 0, "caution": "", "rows": 2, "scored": 2, "sum": 1.0}
     assert table["reward"].to_pylist() == [1.0, 0.0]
     assert set(table["reward_source"].to_pylist()) == {"gsm8k"}
     same = [name for name in TRAJECTORY.names if not name.startswith("reward")]

@@ -106,7 +106,8 @@ def _mbpp(row: dict[str, Any]) -> tuple[Prompt, str | None]:
     tests = field(row, "test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise Refusal("wrong type", "test_list is not a list of text")
-    before = [row.get("test_setup_code") or "", *(row.get("test_imports") or [])]
+    imports = row.get("test_imports") or []
+    before = [row.get("test_setup_code") or "", *(imports if isinstance(imports, list) else [imports])]
     setup = "\n".join(text(line, "test_setup_code") for line in before if line)
     answer = {"test_list": tests, "test_setup_code": setup}
     return f"{task}\nThe code must pass these tests:\n" + "\n".join(tests), json.dumps(answer)
@@ -142,7 +143,7 @@ FORMATS = (  # the first that fits
     Format("IFEval", ("prompt", "instruction_id_list", "kwargs"), _ifeval),
     Format("MBPP", ("text", "test_list"), _mbpp),
     Format("MBPP, sanitized", ("prompt", "test_list"), _mbpp),
-    Format("MT-bench", ("turns",), _mt_bench),
     Format("prompt", ("prompt",), _column("prompt")),
     Format("question", ("question",), _column("question")),
+    Format("MT-bench", ("turns",), _mt_bench),
 )

@@ -201,7 +201,7 @@ def _response_columns(
     text = row.response if row.response is not None else target.tokenizer.decode(ids, skip_special_tokens=True)
     sampler = {"max_new_tokens": row.max_new_tokens} if row.max_new_tokens else None
     return {
-        "prompt_id": content_id(row.prompt if row.prompt is not None else prompt),
+        "prompt_id": content_id(row.prompt if row.prompt is not None else row.prompt_ids),
         "origin": row.origin,
         "prompt": prompt_text(row.prompt, prompt, target.tokenizer),
         "response": text,
@@ -276,7 +276,13 @@ def _shortened(prompt: list[int] | Refusal, target: Target, has_steps: bool = Fa
     """The last `max_prompt_tokens` of a prompt; before recorded steps only whole blocks go, which keeps their grid."""
     ids = _require(prompt)
     cut = max(0, len(ids) - target.max_prompt_tokens)
-    return ids[cut + (-cut % target.block_size if has_steps and target.block_origin == "global" else 0) :]
+    cut += -cut % target.block_size if has_steps and target.block_origin == "global" else 0
+    if cut >= len(ids) > 0:
+        raise Refusal(
+            "prompt too long",
+            f"whole blocks of {target.block_size} off its {len(ids)} tokens leave none of {target.max_prompt_tokens}",
+        )
+    return ids[cut:]
 
 
 def ids_to_answer(prompt: Prompt, target: Target) -> list[int]:

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.tasks import countdown
@@ -36,13 +37,22 @@ def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
     except RecursionError as error:
         raise unreadable("countdown", repr(error)) from None
     if isinstance(given, list):
-        if len(given) != 2 or not isinstance(given[0], list) or not {type(n) for n in [*given[0], given[1]]} <= {int}:
-            raise unreadable("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers")
-        return given[0], given[1]
+        try:
+            numbers, target = given
+            return [_integer(number) for number in numbers], _integer(target)
+        except (TypeError, ValueError):
+            raise unreadable("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers") from None
     found = [int(n) for n in re.findall(r"\d+", prompt) if len(n) <= _LONGEST]
     if len(found) < 3:
         raise DataError("the prompt holds no numbers and target for countdown, nor does answer; see docs/data.md")
     return found[:-1], found[-1]
+
+
+def _integer(number: Any) -> int:
+    """3, 3.0 and "3"."""
+    if isinstance(number, bool) or (isinstance(number, float) and not number.is_integer()):
+        raise ValueError(number)
+    return int(number)
 
 
 def _value(text: str, used: list[int]) -> Fraction | None:

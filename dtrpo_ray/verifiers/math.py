@@ -9,6 +9,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from threading import Lock
 
@@ -24,34 +25,47 @@ import json, resource, signal, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from math_verify import parse, verify
+one = parse("$1$", parsing_timeout=None)
 print("ready", flush=True)
-for line in sys.stdin:
-    seconds, *texts = json.loads(line)
+
+def tell(seconds, action):
     signal.alarm(seconds)
     try:
-        # no timeouts of the library: they are alarms that its own code may catch
-        gold, found = (parse(text, parsing_timeout=None) for text in texts)
-        told = bool(found and verify(gold, found, timeout_seconds=None)) if gold else "no reference"
+        told = action()
     except Exception as error:
         told = repr(error)[:200]
     signal.alarm(0)
     print(json.dumps(told), flush=True)
+    return told
+
+for line in sys.stdin:
+    seconds, gold, found = json.loads(line)
+    # no timeouts of the library: they are alarms that its own code may catch
+    known = []
+
+    def reference():
+        known.extend(parse(gold, parsing_timeout=None))
+        verify(known, one, timeout_seconds=None)  # one that is never done is not the response's fault
+        return bool(known)
+
+    def equal():
+        other = parse(found, parsing_timeout=None)
+        return bool(other and verify(known, other, timeout_seconds=None))
+
+    if tell(seconds, reference) is True:
+        tell(seconds, equal)
 """
 
 
 def score(prompt: str, response: str, answer: str) -> float:
-    """1.0 if the marked answer (the whole response if none is) equals the reference within SECONDS; else 0.0.
+    """1.0 if the marked answer (the whole response if none is) equals the reference; else 0.0.
 
-    Raises DataError for a reference that is no mathematics, ArithmeticError for what the library breaks at.
+    Raises DataError for a reference that is no mathematics or not read within SECONDS, and ArithmeticError for a
+    response that is not compared within SECONDS or that the library breaks at.
     """
     given = next(marked(response), None)
     found = rf"\boxed{{{given}}}" if given is not None else response
-    told = _worker().compare(rf"\boxed{{{answer}}}", found)
-    if told == "no reference":
-        raise unreadable("math", "math-verify finds no mathematics in it")
-    if isinstance(told, str):
-        raise ArithmeticError(told)
-    return float(told)
+    return float(_worker().compare(rf"\boxed{{{answer}}}", found))
 
 
 @cache
@@ -71,17 +85,19 @@ class _Worker:
     def __init__(self) -> None:
         self.lock, self.process = Lock(), self._start()
 
-    def compare(self, gold: str, found: str) -> bool | str:
-        """Whether the two are equal, False if that took too long; or what went wrong."""
+    def compare(self, gold: str, found: str) -> bool:
+        """Whether the two are equal. Raises what `score` does."""
         with self.lock:
             if self.process.poll() is not None:
                 self.process = self._start()
-            told = self._ask(json.dumps([SECONDS, gold, found]))
-            if told is None:
-                self.end()
-                return False
-            answer: bool | str = json.loads(told)
-            return answer
+            reference = self._ask(json.dumps([SECONDS, gold, found]))
+            if reference is not True:
+                why = "it holds no mathematics" if reference is False else reference
+                raise unreadable("math", why or f"it takes longer than {SECONDS} s")
+            equal = self._reply()
+            if not isinstance(equal, bool):
+                raise ArithmeticError(equal or f"not compared within {SECONDS} s")
+            return equal
 
     def end(self) -> None:
         """End the process; the next question starts another."""
@@ -98,13 +114,19 @@ class _Worker:
             raise ConfigError(f"score.scorer = 'math': {sys.executable} cannot import math_verify; install it anew")
         return process
 
-    def _ask(self, line: str) -> str | None:
-        """The worker's reply; None if it has ended."""
+    def _ask(self, line: str) -> bool | str | None:
+        """The worker's first reply."""
         assert self.process.stdin
-        assert self.process.stdout
-        try:
+        with suppress(BrokenPipeError):
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self.process.stdout.readline().strip() or None
+        return self._reply()
+
+    def _reply(self) -> bool | str | None:
+        """The next line of the worker; None if it has ended."""
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
+            told: bool | str = json.loads(line)
+            return told
+        self.end()
+        return None

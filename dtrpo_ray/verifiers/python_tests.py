@@ -1,9 +1,10 @@
 """Python unit tests (HumanEval, MBPP): the response's code runs against the reference's tests in another process.
 
 The process has no environment, an empty folder of its own, and limits on processor time, memory, and the size and
-number of files and processes. Linux namespaces keep it from the network, from other processes and from writing outside
-that folder, and end with it whatever it started. A machine that does not permit them is told of once, and the limits
-alone hold: they stop accidents, and are no wall against hostile code. In both cases it can read what this user can.
+number of files and processes. Linux namespaces keep it from the network, from other processes, from /tmp and /run, and
+from writing outside its folder, and end with it whatever it started. On a machine that does not permit them, which
+scoring tells, the limits alone hold: they stop accidents, and are no wall against hostile code. In both cases it can
+read what this user can, and reach sockets and devices of this user elsewhere.
 """
 
 import json
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ _LIMITS = {
     "RLIMIT_CORE": 0,
     "RLIMIT_NPROC": 64,  # of all processes of this user, where there are no namespaces; root has no such limit
 }
-_PROBE_SECONDS = 60
+_PROBE_SECONDS, _BACKSTOP_SECONDS = 60, 5
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|$)", re.DOTALL)
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 
@@ -64,20 +64,24 @@ def passes(code: str, tests: str, wall_seconds: float = WALL_SECONDS) -> bool:
 
 @cache
 def namespaces() -> bool:
-    """Whether this machine permits the namespaces; warns once if it does not.
+    """Whether this machine permits the namespaces, asked twice.
 
     Raises ConfigError if not even an empty test passes: else every response would fail.
     """
-    permitted = _run("", "", _PROBE_SECONDS, isolated=True)
+    permitted = any(_run("", "", _PROBE_SECONDS, isolated=True) for _ in range(2))
     if not permitted and not _run("", "", _PROBE_SECONDS, isolated=False):
         raise ConfigError(f"python_tests: {sys.executable} runs no empty test within the limits {_LIMITS}; mend it")
-    if not permitted:
-        warnings.warn(
-            "python_tests: this machine permits no user namespaces (docs/data.md), so that code under test reaches the "
-            "network, other processes and this user's files; score untrusted responses elsewhere",
-            stacklevel=2,
-        )
     return permitted
+
+
+def caution() -> str:
+    """What who scores on this machine should know, "" if nothing."""
+    if namespaces():
+        return ""
+    return (
+        "code under test ran without namespaces, which this machine does not permit (docs/data.md): it could reach the "
+        "network, other processes and this user's files; score untrusted responses elsewhere"
+    )
 
 
 def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
@@ -88,7 +92,7 @@ def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
         tempfile.TemporaryFile() as verdict,  # no pipe: the limit on files holds for it, and none of it is read in vain
     ):
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", _SANDBOX, "isolated" if isolated else "limited"],
+            [sys.executable, "-I", "-S", _SANDBOX, "isolated" if isolated else "limited", str(wall_seconds)],
             stdin=subprocess.PIPE,
             stdout=verdict,
             stderr=subprocess.DEVNULL,
@@ -97,10 +101,13 @@ def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
             start_new_session=True,
         )
         try:
-            process.communicate(json.dumps(job).encode(), timeout=wall_seconds)
+            process.communicate(json.dumps(job).encode(), timeout=wall_seconds + (_BACKSTOP_SECONDS if isolated else 0))
         except subprocess.TimeoutExpired:
             return False
         finally:
+            process.terminate()  # its own end is its namespace's
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
             with suppress(ProcessLookupError):  # what it started, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()

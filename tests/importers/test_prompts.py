@@ -28,6 +28,7 @@ def read(path: Path) -> list[PromptRow | Rejected]:
         ({"question": "1+1?", "answer": "#### 2"}, "1+1?", "#### 2"),
         ({"question": "Reach 3.", "ground_truth": [[1, 2], 3]}, "Reach 3.", "[[1, 2], 3]"),
         ({"prompt": "Why?", "response": "So."}, "Why?", None),
+        ({"prompt": "Why?", "turns": 2, "answer": "So."}, "Why?", "So."),
         ({"prompt": "Why?", "completion": "So.", "label": True}, "Why?", None),
         ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?", None),
         ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, ASK, None),
@@ -82,6 +83,7 @@ def test_a_task_with_tests_becomes_a_prompt_that_shows_them(tmp_path: Path) -> N
     for row in (
         {"text": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"},
         {"prompt": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": ["import math"]},
+        {"prompt": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": "import math"},
     ):
         (tmp_path / "p.json").write_text(json.dumps(row))  # a file of one row
         answer = {"test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"}

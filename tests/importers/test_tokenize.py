@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,11 @@ def test_prompt_ids_are_cut_as_text_is_and_recorded_blocks_stay_where_they_were(
     table, rejected = tokenize_responses([row], digits(max_prompt_tokens=5))
     assert rejected == []
     assert table["prompt_ids"].to_pylist() == [[5, 6]]
+    other = replace(row, prompt_ids=[9, 9, 9, 9, 5, 6])  # ends alike, and is another prompt
+    table, _ = tokenize_responses([row, other], digits(max_prompt_tokens=5))
+    assert len(set(table["prompt_id"].to_pylist())) == 2
+    _, [rejected_row] = tokenize_responses([replace(row, prompt_ids=[1, 2, 3, 4])], digits(max_prompt_tokens=3))
+    assert (rejected_row.reason, "leave none of 3" in rejected_row.detail) == ("prompt too long", True)
     table, _ = tokenize_responses([row], digits(max_prompt_tokens=5, block_origin="response"))
     assert table["prompt_ids"].to_pylist() == [[2, 3, 4, 5, 6]]
     text = ResponseRow("f:1", "none", prompt="123456", response="7")

@@ -98,8 +98,13 @@ def test_a_math_answer_without_end_scores_nothing_and_the_next_is_judged(
 
     monkeypatch.setattr(math, "SECONDS", 2)
     began = time.perf_counter()
-    assert math.score("", response, "2") == 0.0
+    with pytest.raises(ArithmeticError, match="not compared within 2 s"):  # scored 0, and counted
+        math.score("", response, "2")
     assert time.perf_counter() - began < 30
+    with pytest.raises(DataError, match="it takes longer than 2 s"):
+        math.score("", r"\boxed{2}", "9^{9^{9^9}}")
+    with pytest.raises(DataError, match="it holds no mathematics"):
+        math.score("", r"\boxed{2}", "")
     assert math.score("", r"\boxed{2}", "2") == 1.0
 
 
@@ -134,6 +139,7 @@ def test_sudoku_finds_the_puzzle_in_the_prompt_and_the_grid_in_the_prose(respons
 )
 def test_countdown_wants_every_number_once_and_the_target(response: str, reward: float) -> None:
     assert countdown.score("", response, "[[49, 55, 53], 51]") == reward
+    assert countdown.score("", response, '[["49", 55.0, 53], "51"]') == reward
     assert countdown.score("Numbers: [49, 55, 53]\nTarget: 51", response) == reward
 
 
@@ -206,23 +212,52 @@ def test_code_that_goes_too_far_fails_in_bounded_time(code: str) -> None:
 FORGERIES = [
     "import __main__\nprint(__main__.__dict__)\nraise SystemExit(0)",
     "import sys\nprint(sys._getframe(1).f_locals, sys._getframe(1).f_code.co_consts)\nraise SystemExit(0)",
-    "import gc\nfor o in gc.get_objects():\n    if type(o).__name__ == 'partial' and o.args[-1:] == (0,):\n        o()",
-    "import ctypes",
     "import builtins, os\nbuiltins.exec = os._exit = os.write = print",
-    "import sys\nsys.settrace(print)",
-    "import __main__\n__main__._REFUSED = ()\n__main__.refuse_to_look.__defaults__ = ()\nimport gc\ngc.get_objects()",
     "import os\nos.write(3, b'0' * 32)\nos._exit(0)",
     "def double(x):\n    import os\n    os._exit(0)",
     "def double(x):\n    raise SystemExit(0)",
 ]
+_FIND_THE_WORD = """
+import gc, os
+for found in gc.get_objects():
+    if type(found).__name__ == "partial" and len(found.args) == 2 and isinstance(found.args[1], bytes):
+        found()
+        os._exit(0)
+"""
+LOOKS = [  # each would find the word or the way to it
+    _FIND_THE_WORD,
+    "import __main__\n__main__._REFUSED = ()\n__main__.refuse_to_look.__defaults__ = ()\n" + _FIND_THE_WORD,
+    "import ctypes",
+    "import sys\nsys.settrace(lambda *_: None)",
+    "compile('1', '', 'eval').replace(co_name='x')",
+]
+
+
+def require(isolated: bool) -> None:
+    if isolated and not python_tests.namespaces():
+        pytest.skip("this machine permits no user namespaces")
 
 
 @pytest.mark.parametrize("code", FORGERIES)
 @pytest.mark.parametrize("isolated", [True, False])
 def test_a_pass_cannot_be_forged_by_leaving_early_or_by_what_frames_and_modules_hold(code: str, isolated: bool) -> None:
-    if isolated and not python_tests.namespaces():
-        pytest.skip("this machine permits no user namespaces")
+    require(isolated)
     assert not python_tests._run(code, "assert double(2) == 4", 20, isolated)
+
+
+@pytest.mark.parametrize("code", LOOKS)
+@pytest.mark.parametrize("isolated", [True, False])
+def test_looking_for_the_word_is_refused(
+    code: str, isolated: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where nothing is refused, the same code passes; so it is the refusal that fails it."""
+    require(isolated)
+    code = "def double(x):\n    return 2 * x\n" + code
+    assert not python_tests._run(code, "assert double(2) == 4", 20, isolated)
+    source = python_tests._SANDBOX.read_text()
+    (tmp_path / "open.py").write_text(source.replace("    refuse_to_look()\n", "    pass\n"))
+    monkeypatch.setattr(python_tests, "_SANDBOX", tmp_path / "open.py")
+    assert python_tests._run(code, "assert double(2) == 4", 20, isolated)
 
 
 def test_output_without_end_stays_out_of_this_process() -> None:
@@ -238,31 +273,41 @@ def test_namespaces_close_off_network_processes_and_files(tmp_path: Path) -> Non
         f"open('{tmp_path}/x', 'w')",
         f"import os\nos.kill({os.getpid()}, 0)",
         f"open('/proc/{os.getpid()}/environ')",
+        f"import socket\nsocket.socket(socket.AF_UNIX).connect('{tmp_path}/listens')",
+        "for i in range(100):\n    open(str(i), 'wb').write(bytes(1 << 20))",  # 100 MiB, 1 MiB a file
     ):
-        with socket.create_server(("127.0.0.1", 0)) as server:
+        (tmp_path / "listens").unlink(missing_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as pathname:
+            pathname.bind(f"{tmp_path}/listens")
+            pathname.listen()
             assert not python_tests.passes(code.replace("PORT", str(server.getsockname()[1])), "")
     assert python_tests.passes("open('x', 'w').write('1')", "assert open('x').read() == '1'")
 
 
-def test_what_code_started_ends_with_it(tmp_path: Path) -> None:
-    if not python_tests.namespaces():
-        pytest.skip("this machine permits no user namespaces")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nif not os.fork():\n    os.setsid()\n    os.execv('/bin/sh', ['NAME', '-c', 'sleep 30; :'])",
+        "import os, sys\nos.execv(sys.executable, ['NAME', '-c', 'import ctypes, os, time;"
+        "ctypes.CDLL(None).prctl(1, 0); os.setsid(); time.sleep(30)'])",
+    ],
+)
+def test_what_code_started_ends_with_it(tmp_path: Path, code: str) -> None:
+    require(True)
     name = f"survivor-{tmp_path.name}"
-    code = (
-        f"import os, sys\nif not os.fork():\n    os.setsid()\n    os.execv('/bin/sh', ['{name}', '-c', 'sleep 30; :'])"
-    )
-    python_tests.passes(code, "", wall_seconds=3)
+    python_tests.passes(code.replace("NAME", name), "", wall_seconds=3)
     time.sleep(0.5)
     assert not any(name in file.read_text() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists())
 
 
 def test_a_machine_without_namespaces_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_tests, "_run", lambda *_, isolated: not isolated)
-    with pytest.warns(UserWarning, match="permits no user namespaces"):
-        assert not python_tests.namespaces.__wrapped__()
+    assert not python_tests.namespaces.__wrapped__()
+    monkeypatch.setattr(python_tests, "namespaces", python_tests.namespaces.__wrapped__)
+    assert "ran without namespaces" in python_tests.caution()
     monkeypatch.setattr(python_tests, "_run", lambda *_, isolated: False)
     with pytest.raises(ConfigError, match="runs no empty test within the limits"):
-        python_tests.namespaces.__wrapped__()
+        python_tests.namespaces()
 
 
 def test_the_reference_solutions_of_humaneval_and_mbpp_pass(shared_data: Path) -> None:
