@@ -35,7 +35,9 @@ lint: $(DEV)
 
 setup: $(DEV)
 
-# modules are compiled when they are first imported: compiling all of them takes pip a minute and a half
+# modules are compiled when they are first imported, and kept: compiling all of them takes pip a minute and a half, and each
+# process that may not keep them (some machines set this) compiles its own for ten seconds
+export PYTHONDONTWRITEBYTECODE =
 INSTALL = $(BIN)/python -m pip install -q --no-compile
 
 # torch first: alone, pip finds the CPU build here and the CUDA build on a GPU machine; deepspeed builds against it
