@@ -26,7 +26,9 @@ from dtrpo_ray.stages import read_json, write_json
 from dtrpo_ray.tables import (
     QUARANTINE,
     Rejected,
+    id_shares,
     quarantine_lines,
+    repeated_rows,
     write_manifest,
     write_quarantine,
     write_shards,
@@ -154,15 +156,15 @@ class ImportPart:
 
 
 def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
-    """The parts of a task's files, in their order, up to `max_rows` rows. A file of unpaired rows is one part.
+    """The parts of a task's files, in their order, up to `max_rows` rows.
 
     A part has `rows` rows, or as many as an import takes.
     """
     parts: list[ImportPart] = []
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
-        whole = task.type == "preferences" and preferences.recognise(file).unpaired
-        shards = [Shard(file)] if whole else plan_shards(file, rows)
+        paired = task.type == "preferences"
+        shards = preferences.shards_of(preferences.recognise(file), file, rows) if paired else plan_shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken
@@ -175,62 +177,77 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
 
     May be cut off and run again: what is to go is written down before anything is.
     """
-    files = sorted(out.glob("part-*.parquet"))
-    doomed = _duplicates(files, out / "duplicates.json")
+    made = sum(summary["made"] for summary in summaries)
+    shares = id_shares(made)
+    refused = Counter[str]()
+    partial = out / f"{QUARANTINE}.partial"
+    with partial.open("w") as quarantine:
+        for file in sorted(out.glob("refused-*.jsonl")):
+            quarantine.write(file.read_text())
+        for share in range(shares):
+            doomed = _duplicates(out, share, shares)
+            _drop(doomed, out)
+            repeats = [(origin, first) for entry in doomed.values() for _, origin, first in entry["refused"]]
+            rows = [
+                Rejected(where, "duplicate row", f"the same as {first}")
+                for origin, first in repeats
+                for where in split_origins(origin)
+            ]
+            quarantine.writelines(quarantine_lines(rows))
+            made -= len(repeats)
+            refused["duplicate row"] += len(rows)
+    partial.replace(out / QUARANTINE)
+    good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
+    for summary in summaries:
+        refused.update(summary["refused"])
+    counts = {"rows": sum(summary["rows"] for summary in summaries), "good": good}
+    counts["refused"] = {reason: count for reason, count in refused.most_common() if count}
+    write_manifest(out, schema, {"counts": counts}, made)
+    return counts
+
+
+def _duplicates(out: Path, share: int, shares: int) -> dict[str, Any]:
+    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once.
+
+    Looks at one share of the ids, and holds the origins of the repeated alone.
+    """
+    note = out / f"duplicates-{share:05d}.json"
+    if note.exists():
+        return dict(read_json(note))
+    found = repeated_rows(sorted(out.glob("part-*.parquet")), share, shares)
+    firsts: dict[Path, set[int]] = {}
+    for repeats in found.values():
+        for file, row in repeats.values():
+            firsts.setdefault(file, set()).add(row)
+    origins = {
+        (file, row): origin
+        for file in {*found, *firsts}
+        for row, origin in _origins(file, sorted({*found.get(file, ()), *firsts.get(file, ())}))
+    }
+    doomed = {
+        file.name: {
+            "rows": pq.read_metadata(file).num_rows,
+            "refused": [[row, origins[file, row], origins[first]] for row, first in repeats.items()],
+        }
+        for file, repeats in found.items()
+    }
+    write_json(note, doomed)
+    return doomed
+
+
+def _origins(file: Path, rows: list[int]) -> Iterator[tuple[int, str]]:
+    found = pq.read_table(file, columns=["origin"])["origin"].take(pa.array(rows))
+    return zip(rows, found.to_pylist(), strict=True)
+
+
+def _drop(doomed: dict[str, Any], out: Path) -> None:
+    """Rewrite the files that hold rows to go, where that was not done before."""
     for name, entry in doomed.items():
         table = pq.read_table(out / name)
         if len(table) == entry["rows"]:
             keep = np.ones(len(table), dtype=bool)
             keep[[row for row, _, _ in entry["refused"]]] = False
             write_whole(table.filter(pa.array(keep)), out / name)
-    repeated = [
-        Rejected(where, "duplicate row", f"the same as {first}")
-        for entry in doomed.values()
-        for _, origin, first in entry["refused"]
-        for where in split_origins(origin)
-    ]
-    partial = out / f"{QUARANTINE}.partial"
-    with partial.open("w") as quarantine:
-        for file in sorted(out.glob("refused-*.jsonl")):
-            quarantine.write(file.read_text())
-        quarantine.writelines(quarantine_lines(repeated))
-    partial.replace(out / QUARANTINE)
-    refused = Counter[str]({"duplicate row": len(repeated)} if repeated else {})
-    for summary in summaries:
-        refused.update(summary["refused"])
-    rows = sum(summary["rows"] for summary in summaries)
-    good = sum(summary["good"] for summary in summaries) - len(repeated)
-    counts = {"rows": rows, "good": good, "refused": dict(refused.most_common())}
-    made = sum(summary["made"] for summary in summaries) - sum(len(entry["refused"]) for entry in doomed.values())
-    write_manifest(out, schema, {"counts": counts}, made)
-    return counts
-
-
-def _duplicates(files: list[Path], note: Path) -> dict[str, Any]:
-    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once.
-
-    Holds the ids of all rows, and the origins of the repeated alone. No file repeats a row of its own: it was tokenized
-    in one call.
-    """
-    if note.exists():
-        return dict(read_json(note))
-    ids = [pq.read_table(file, columns=["row_id"])["row_id"] for file in files]
-    counts = pc.value_counts(pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string()))
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    first: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    for file, column in zip(files, ids, strict=True):
-        at = np.flatnonzero(pc.is_in(column, repeated).to_numpy())
-        if not len(at):
-            continue
-        rows = pq.read_table(file, columns=["row_id", "origin"]).take(pa.array(at)).to_pylist()
-        origins = {row["row_id"]: row["origin"] for row in rows}
-        again = [[int(i), origins[k], first[k]] for i, k in zip(at, origins, strict=True) if k in first]
-        first = origins | first
-        if again:
-            found[file.name] = {"rows": len(column), "refused": again}
-    write_json(note, found)
-    return found
 
 
 def write_buckets(table: pa.Table, out: Path, name: str) -> None:

@@ -46,6 +46,12 @@ class Stage:
         return {**facts, "reused": self.reused, "outputs": self.outputs, "summary": self.summary}
 
 
+def joined(where: str, name: str) -> str:
+    """The path or URI of `name` in a folder; the options of a URI (`?region=...`) stay at its end."""
+    path, mark, options = where.partition("?") if "://" in where else (where, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
+
+
 def sha256_json(value: Any) -> str:
     """SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,9 +2,10 @@
 
 import json
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dtrpo_ray.stages import sha256_file, write_json
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
 DUPLICATE = "duplicate id"
+IDS_AT_ONCE = 2_000_000  # that the search for repeated ones holds, some 200 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +58,6 @@ def count_lines(totals: dict[str, Any]) -> list[str]:
     """Counts {rows, good, refused: {reason: rows}} as lines of a table that adds up."""
     rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
     return [f"  {name:<22}{count:>10,}" for name, count in rows]
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Row ids of the files before, for the rule on duplicates."""
-
-    ids: dict[bytes, str] = field(default_factory=dict)  # as bytes, which need not be UTF-8
-
-    def repeated(self, table: pa.Table, where: str) -> dict[int, str]:
-        """Row number -> where the same row_id stood before."""
-        found = {}
-        for number, row_id in enumerate(table["row_id"].cast(pa.binary()).to_pylist()):
-            if row_id in self.ids:
-                found[number] = self.ids[row_id]
-            else:
-                self.ids[row_id] = f"{where}:{number + 1}"
-        return found
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
@@ -122,7 +107,7 @@ class TablePart:
     """Some rows of a table, as row numbers of files (None: all), and the name of the file that they become."""
 
     name: str
-    rows: dict[Path, list[int] | None]
+    rows: dict[Path, pa.Array | None]
 
     def __str__(self) -> str:
         first, *others = self.rows
@@ -133,9 +118,9 @@ class TablePart:
         return pa.concat_tables(check_table(_taken(file, rows, schema), str(file)) for file, rows in self.rows.items())
 
 
-def _taken(file: Path, rows: list[int] | None, schema: pa.Schema) -> pa.Table:
+def _taken(file: Path, rows: pa.Array | None, schema: pa.Schema) -> pa.Table:
     table = read_file(file, schema)
-    return table if rows is None else table.take(pa.array(rows))
+    return table if rows is None else table.take(rows)
 
 
 def file_parts(files: Sequence[Path]) -> list[TablePart]:
@@ -154,8 +139,8 @@ def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
     made: list[TablePart] = []
     for number, rows in enumerate(np.split(order, np.flatnonzero(np.diff(part[order])) + 1)):
         of = np.searchsorted(starts, rows, side="right") - 1
-        held: dict[Path, list[int] | None] = {files[f]: (rows[of == f] - starts[f]).tolist() for f in np.unique(of)}
-        made.append(TablePart(f"part-{number:05d}.parquet", held))
+        held = {files[f]: pa.array(rows[of == f] - starts[f], pa.int32()) for f in np.unique(of)}
+        made.append(TablePart(f"part-{number:05d}.parquet", dict(held)))
     return made
 
 
@@ -165,6 +150,39 @@ def prompt_parts(files: Sequence[Path], size: int) -> list[TablePart]:
     prompt = ids.combine_chunks().dictionary_encode().indices.to_numpy()
     before = np.cumsum(np.bincount(prompt)) - np.bincount(prompt)  # rows of earlier prompts
     return row_parts(files, (before // size)[prompt])
+
+
+def id_shares(rows: int) -> int:
+    """In how many shares `repeated_rows` should look at so many ids."""
+    return max(1, -(-rows // IDS_AT_ONCE))
+
+
+def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> dict[Path, dict[int, tuple[Path, int]]]:
+    """File -> number of each row that repeats a row_id -> file and number of the first row that has it.
+
+    Looks at one of so many `shares` of the ids, and holds no others.
+    """
+    held: list[tuple[Path, np.ndarray, pa.Array]] = []
+    for file in files:
+        ids = pq.read_table(file, columns=["row_id"])["row_id"].combine_chunks()
+        ids = ids.cast(pa.binary()).fill_null(b"")  # which need not be UTF-8
+        rows = np.arange(len(ids))
+        if shares > 1:
+            hashes = np.fromiter(map(zlib.crc32, ids.to_pylist()), np.uint32, len(ids))
+            rows = np.flatnonzero(hashes % shares == share)
+            ids = ids.take(pa.array(rows))
+        held.append((file, rows, ids))
+    counts = pc.value_counts(pa.chunked_array([ids for _, _, ids in held], pa.binary()))
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    first: dict[bytes, tuple[Path, int]] = {}
+    found: dict[Path, dict[int, tuple[Path, int]]] = {}
+    for file, rows, ids in held:
+        for at in np.flatnonzero(pc.is_in(ids, repeated)):
+            where = (file, int(rows[at]))
+            before = first.setdefault(ids[int(at)].as_py(), where)
+            if before != where:
+                found.setdefault(file, {})[where[1]] = before
+    return found
 
 
 def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
@@ -190,21 +208,24 @@ def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None
     Raises DataError naming a file that cannot be read, or whose bytes are not those of its manifest.
     """
     check_manifest(path)
-    rules, seen = rules_of(schema, expected), _Seen()
-    refused: list[Rejected] = []
+    rules, files = rules_of(schema, expected), table_files(path)
+    refused: dict[tuple[Path, int], Rejected] = {}
     rows = 0
-    for file in table_files(path):
+    for file in files:
         table = read_file(file, schema)
         rows += len(table)
         found = verdicts(table, rules)
-        repeated = seen.repeated(table, str(file))
-        for number in sorted({*(found != GOOD).nonzero()[0].tolist(), *repeated}):
-            origin = f"{file}:{number + 1}"
-            if found[number] != GOOD:
-                refused.append(Rejected(origin, rules[found[number]].name, rules[found[number]].says))
-            else:
-                refused.append(Rejected(origin, DUPLICATE, f"the row_id of {repeated[number]}"))
-    return Report(str(path), table_name(schema), rows, tuple(refused))
+        for number in np.flatnonzero(found != GOOD).tolist():
+            rule = rules[found[number]]
+            refused[file, number] = Rejected(f"{file}:{number + 1}", rule.name, rule.says)
+    shares = id_shares(rows)
+    for share in range(shares):
+        for file, repeated in repeated_rows(files, share, shares).items():
+            for number, (first, at) in repeated.items():
+                repeats = Rejected(f"{file}:{number + 1}", DUPLICATE, f"the row_id of {first}:{at + 1}")
+                refused.setdefault((file, number), repeats)
+    in_order = tuple(refused[key] for key in sorted(refused))
+    return Report(str(path), table_name(schema), rows, in_order)
 
 
 def write_whole(table: pa.Table, path: Path) -> None:

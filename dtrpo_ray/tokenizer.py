@@ -149,6 +149,22 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise DataError(f"the tokenizer cannot encode the text {text[:40]!r} ({error})") from None
 
 
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of each text without special tokens: what calling the tokenizer gives, in half the time where it is a fast one.
+
+    transformers also notes where each token stood and makes masks, of which nothing here has a use.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
     """Prompt ids: messages go through the chat template with the assistant's opening, text is taken as it is.
 

@@ -43,7 +43,7 @@ from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.progress import watch
 from dtrpo_ray.reference import ReferenceCache, load_reference, reference_key
 from dtrpo_ray.session import CPU_WORKER_ENV, cpu_threads, shortfall, uses_gpu
-from dtrpo_ray.stages import whole_folder
+from dtrpo_ray.stages import joined, whole_folder
 from dtrpo_ray.step import checkpoint_layers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
@@ -81,7 +81,8 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
         raise TrainError(f'{stage.label}: train.reference = "cache", and the stage has none; run dtrpo ref-logps')
     trackers.require(cluster.trackers)
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
-    roots = [_root(stage.out, cluster), *_other_root(stage, config)]
+    folder, name = _place(stage.out, cluster)
+    roots = [joined(folder, name), *_other_root(stage, config)]
     _describe(stage, config, roots[0])
     checkpoint.forget_ray_snapshot(roots[0])
     shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
@@ -113,8 +114,8 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
         ),
         run_config=RunConfig(
-            name=roots[0].rpartition("/")[2],
-            storage_path=roots[0].rpartition("/")[0],
+            name=name,
+            storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},  # type: ignore[call-arg]
             callbacks=[_failures(str(events.resolve()))],  # type: ignore[list-item]
@@ -149,17 +150,17 @@ def _validation(stage: TrainStage, config: TrainConfig, root: str, gpu: bool) ->
     )
 
 
-def _root(out: Path, cluster: ClusterConfig) -> str:
-    """Where the checkpoints of a stage lie: its own folder, or one named like it in `cluster.checkpoints`."""
+def _place(out: Path, cluster: ClusterConfig) -> tuple[str, str]:
+    """(folder, name) of a stage's checkpoints: in its own folder, or named like it in `cluster.checkpoints`."""
     if cluster.checkpoints is None:
-        return str(out.resolve() / RAY_RUN)
+        return str(out.resolve()), RAY_RUN
     where = cluster.checkpoints if "://" in cluster.checkpoints else str(Path(cluster.checkpoints).resolve())
-    return f"{where.rstrip('/')}/{out.name.removesuffix('.partial')}"
+    return where, out.name.removesuffix(".partial")
 
 
 def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     """Delete the checkpoints of a stage that is made anew, wherever they lie."""
-    filesystem, path = checkpoint.open_storage(_root(out, cluster))
+    filesystem, path = checkpoint.open_storage(joined(*_place(out, cluster)))
     if filesystem.get_file_info(path).type != FileType.NotFound:
         filesystem.delete_dir(path)
 

@@ -36,6 +36,7 @@ MODES = {  # name -> what differs from the default
     "bf16, zero-3": {"zero_stage": 3, "precision": "bf16"},
     "offload, zero-2": {"zero_stage": 2, "offload": True},
     "offload, zero-3": {"zero_stage": 3, "offload": True},
+    "offload, token budget, zero-2": {"zero_stage": 2, "offload": True, "micro_batch": 2, "micro_tokens": 50},
     "bf16, offload, zero-2": {"zero_stage": 2, "precision": "bf16", "offload": True},
     "checkpointing, zero-2": {"zero_stage": 2, "gradient_checkpointing": True},
     "token budget, zero-1": {"zero_stage": 1, "micro_batch": 2, "micro_tokens": 50},

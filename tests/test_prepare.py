@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
 
-from dtrpo_ray import prepare
+from dtrpo_ray import prepare, tables
 from dtrpo_ray.config import PreferencesTask, TrajectoriesTask
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import files
@@ -80,10 +80,14 @@ def test_rows_of_like_length_share_a_file(source: Path, tokenizer: Path, tmp_pat
 
 
 @pytest.mark.parametrize("cut", ["nothing", "the last part", "the duplicates", "the manifest"])
-def test_a_cut_off_import_ends_in_the_same_table(source: Path, tokenizer: Path, tmp_path: Path, cut: str) -> None:
-    """Parts are written again under the same names, and what was marked to go goes once."""
+@pytest.mark.parametrize("ids_at_once", [3, 2_000_000])
+def test_a_cut_off_import_ends_in_the_same_table(
+    source: Path, tokenizer: Path, tmp_path: Path, cut: str, ids_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are written again under the same names, and what was marked to go goes once, however the ids are shared."""
     whole, out = tmp_path / "whole", tmp_path / "table"
     counts = imported(task(source), tokenizer, whole, PREFERENCE)
+    monkeypatch.setattr(tables, "IDS_AT_ONCE", ids_at_once)
     importer = prepare.Importer(prepare.ImportJob(task(source), tokenizer, GRID, {str(source): f"hash of {source}"}))
     parts = prepare.import_parts(task(source))
     assert len(parts) == 5

@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 
 from dtrpo_ray import checkpoint, dataset, loop, recovery, trainer
 from dtrpo_ray.backend import PlainBackend
-from dtrpo_ray.config import ClusterConfig
+from dtrpo_ray.config import ClusterConfig, TrainConfig
 from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
@@ -354,54 +354,98 @@ def lose(cluster: Cluster, node: str) -> None:
     cluster.remove_node(next(n for n in cluster.worker_nodes if n.node_id == node), allow_graceful=False)
 
 
-def straight_weights(base: Path, table: Path) -> dict[str, torch.Tensor]:
+def straight_weights(base: Path, table: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
     """The same run by one plain process."""
     rows = pq.read_table(table).to_pylist()
-    plan = dataset.make_plan([row["row_id"] for row in rows], LONG, 0)
-    size = LONG.global_batch
+    plan = dataset.make_plan([row["row_id"] for row in rows], config, 0)
+    size = config.global_batch
     batches = [
         [{**rows[plan.row[o]], "epoch": int(plan.epoch[o]), "batch_weight": float(size)} for o in range(s, s + size)]
         for s in range(0, len(plan.row), size)
     ]
     policy, reference = load_model(base), load_model(base).eval()
-    backend = PlainBackend(policy, LONG, plan.num_steps, torch.device("cpu"))
-    to_batch = loop.collate(LONG, policy, 0)
-    loop.run(LONG, backend, reference, batches, to_batch, 0, plan.num_steps, lambda row: None, lambda step: None)
+    backend = PlainBackend(policy, config, plan.num_steps, torch.device("cpu"))
+    to_batch = loop.collate(config, policy, 0)
+    loop.run(config, backend, reference, batches, to_batch, 0, plan.num_steps, lambda row: None, lambda step: None)
     return {name: value.detach() for name, value in policy.named_parameters()}
+
+
+def slow_stage(folder: Path, make_model: Callable[..., Any], patch: pytest.MonkeyPatch) -> trainer.TrainStage:
+    """A stage of `folder` whose workers are slow and note where they run in `folder / "notes"`."""
+    out, notes = folder / "stage.partial", folder / "notes"
+    for made in (out, notes, folder / "base"):
+        made.mkdir()
+    save_model(make_model(), folder / "base")
+    patch.setattr(trainer, "_train_function", lambda: functools.partial(slow, str(notes)))
+    return trainer.TrainStage("stage", folder / "base", write_table(folder / "table"), out, 0)
+
+
+def events(stage: trainer.TrainStage, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(stage.out / EVENTS) if event["event"] == kind]
+
+
+def wait_for_step(stage: trainer.TrainStage, step: int) -> None:
+    while max((row["step"] for row in read_metrics(stage.out / METRICS)), default=0) < step:
+        time.sleep(0.2)
+
+
+def train_beside(
+    chaos: Callable[[], None], stage: trainer.TrainStage, config: TrainConfig, cluster: ClusterConfig
+) -> None:
+    thread = threading.Thread(target=chaos, daemon=True)
+    with ray_session(cluster):
+        thread.start()
+        trainer.train(stage, config, cluster)
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def farthest(stage: trainer.TrainStage, theirs: dict[str, torch.Tensor]) -> float:
+    ours = load_model(stage.out / "model").named_parameters()
+    return max(float((value - theirs[name]).abs().max()) for name, value in ours)
+
+
+def test_a_lost_node_with_a_fixed_number_of_workers_gives_way_to_a_spare_one(
+    nodes: Cluster, tmp_path: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both workers start again, on the nodes that are left, from the last checkpoint."""
+    stage = slow_stage(tmp_path, make_model, monkeypatch)
+    config, notes = LONG.model_copy(update={"num_epochs": 2, "save_every": 2}), tmp_path / "notes"
+    cluster = ClusterConfig(address=nodes.address, num_workers=2, max_failures=3, use_gpu="no", hang_seconds=120)
+    spare, lost = nodes.add_node(num_cpus=1), []
+
+    def chaos() -> None:
+        wait_for_step(stage, 4)
+        lost.append(latest_node(notes, 1))
+        lose(nodes, lost[0])
+
+    train_beside(chaos, stage, config, cluster)
+    assert spare
+    [resumed] = events(stage, "resume")
+    assert resumed["step"] in (2, 4, 6)
+    assert resumed["num_workers"] == 2
+    assert latest_node(notes, 1) != lost[0]
+    assert latest_node(notes, 0) != lost[0]
+    assert [row["step"] for row in read_metrics(stage.out / METRICS)] == list(range(1, 9))
+    assert farthest(stage, straight_weights(tmp_path / "base", tmp_path / "table", config)) < 1e-4
 
 
 def test_a_drained_node_and_a_lost_one(
     nodes: Cluster, tmp_path: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, notes = tmp_path / "elastic.partial", tmp_path / "notes"
-    for folder in (out, notes, tmp_path / "base"):
-        folder.mkdir()
-    save_model(make_model(), tmp_path / "base")
-    stage = trainer.TrainStage("elastic", tmp_path / "base", write_table(tmp_path / "table"), out, 0)
+    stage, notes = slow_stage(tmp_path, make_model, monkeypatch), tmp_path / "notes"
     cluster = ClusterConfig(address=nodes.address, num_workers=(1, 2), max_failures=3, use_gpu="no", hang_seconds=120)
-    monkeypatch.setattr(trainer, "_train_function", lambda: functools.partial(slow, str(notes)))
-
-    def steps() -> int:
-        return max((row["step"] for row in read_metrics(out / METRICS)), default=0)
-
-    def events(kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_metrics(out / EVENTS) if event["event"] == kind]
 
     def chaos() -> None:
-        while steps() < 3:
-            time.sleep(0.2)
+        wait_for_step(stage, 3)
         drain(nodes, latest_node(notes, 1))
-        while not (events("resume") and steps() >= events("resume")[0]["step"] + 2):
+        while not events(stage, "resume"):
             time.sleep(0.2)
+        wait_for_step(stage, events(stage, "resume")[0]["step"] + 2)
         lose(nodes, latest_node(notes, 1))
 
-    thread = threading.Thread(target=chaos, daemon=True)
-    with ray_session(cluster):
-        thread.start()
-        trainer.train(stage, LONG, cluster)
-    thread.join(5)
-    assert not thread.is_alive()
-    drained, resumed = events("drain"), events("resume")
+    train_beside(chaos, stage, LONG, cluster)
+    drained, resumed = events(stage, "drain"), events(stage, "resume")
     assert drained
     assert "checkpoint now" in drained[0]["message"]
     # the checkpoint of the drain is the one both attempts came back to: there was no other
@@ -409,9 +453,6 @@ def test_a_drained_node_and_a_lost_one(
     assert resumed[0]["step"] >= 3
     assert resumed[0]["time"] - drained[0]["time"] >= NOTICE_SECONDS * 0.5  # it used the time it was given
     assert resumed[-1]["num_workers"] == 1
-    assert [row["step"] for row in read_metrics(out / METRICS)] == list(range(1, STEPS + 1))
-    theirs = straight_weights(tmp_path / "base", tmp_path / "table")
-    ours = dict(load_model(out / "model").named_parameters())
-    start = dict(load_model(tmp_path / "base").named_parameters())
-    assert max(float((value - theirs[name]).abs().max()) for name, value in ours.items()) < 1e-4
-    assert max(float((value - start[name]).abs().max()) for name, value in ours.items()) > 5e-3
+    assert [row["step"] for row in read_metrics(stage.out / METRICS)] == list(range(1, STEPS + 1))
+    assert farthest(stage, straight_weights(tmp_path / "base", tmp_path / "table", LONG)) < 1e-4
+    assert farthest(stage, dict(load_model(tmp_path / "base").named_parameters())) > 5e-3

@@ -10,7 +10,16 @@ from example_rows import KINDS, example, preference, table_of
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
-from dtrpo_ray.tables import Rejected, check_folder, read_table, schema_of, write_quarantine, write_shards
+from dtrpo_ray.tables import (
+    Rejected,
+    check_folder,
+    id_shares,
+    read_table,
+    repeated_rows,
+    schema_of,
+    write_quarantine,
+    write_shards,
+)
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -92,6 +101,22 @@ def test_a_check_counts_every_row_once_and_says_where_it_stands(tmp_path: Path) 
     assert [row.origin for row in report.refused] == [f"{one}:4", f"{one}:5", f"{two}:1", f"{two}:2"]
     assert report.refused[3] == Rejected(f"{two}:2", "duplicate id", f"the row_id of {one}:2")
     assert [line.split() for line in report.lines()][1] == ["duplicate", "id", "2"]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 7])
+def test_repeated_rows_are_found_in_each_share_of_the_ids(tmp_path: Path, shares: int) -> None:
+    files = [tmp_path / f"{name}.parquet" for name in "ab"]
+    ids = [[f"{i % 40}" for i in range(50)], [f"{i}" for i in range(35, 60)]]
+    for file, names in zip(files, ids, strict=True):
+        pq.write_table(pa.table({"row_id": names}), file)
+    found = [repeated_rows(files, share, shares) for share in range(shares)]
+    assert all(any(share.values()) for share in found)
+    rows = {(file, row): first for share in found for file, held in share.items() for row, first in held.items()}
+    within = {(files[0], 40 + i): (files[0], i) for i in range(10)}
+    across = {(files[1], i): (files[0], 35 + i) for i in range(5)}
+    assert rows == within | across
+    assert sum(len(held) for share in found for held in share.values()) == len(rows)
+    assert [id_shares(n) for n in (0, 1, 2_000_000, 2_000_001)] == [1, 1, 1, 2]
 
 
 def test_ids_that_are_not_utf8_are_counted_and_not_decoded(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dtrpo_ray.tokenizer import (
     Declared,
     character_tokenizer,
     declared_ids,
+    encode_all,
     encode_prompt,
     encode_response,
     eos_token_id,
@@ -157,6 +158,23 @@ def test_the_real_sdar_tokenizer_has_mask_151669(sdar: PreTrainedTokenizerBase) 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_the_real_sdar_tokenizer_round_trips_text(sdar: PreTrainedTokenizerBase, text: str) -> None:
     assert sdar.decode(encode_prompt(sdar, text)) == unicodedata.normalize("NFC", text)
+
+
+def test_many_texts_have_the_ids_that_the_tokenizer_gives_them(sdar: PreTrainedTokenizerBase) -> None:
+    """Truncation and padding that the files or an earlier call left behind change nothing."""
+    texts = ["Hello <|MASK|> world", "", "caf\u00e9 " * 50, "a\n\nb", "\U0001f600"]
+    for tokenizer in (sdar, character_tokenizer("ab")):
+        here = texts if tokenizer is sdar else ["ab", "", "ba" * 40]
+        tokenizer(here, padding="max_length", truncation=True, max_length=4)
+        assert encode_all(tokenizer, here) == tokenizer(here, add_special_tokens=False)["input_ids"]
+    assert encode_all(sdar, []) == []
+    sdar.split_special_tokens = True
+    try:
+        assert encode_all(sdar, texts) == sdar(texts, add_special_tokens=False)["input_ids"]
+        assert 151669 not in encode_all(sdar, texts)[0]
+    finally:
+        sdar.split_special_tokens = False
+    assert 151669 in encode_all(sdar, texts)[0]
 
 
 def test_messages_open_the_assistants_turn(sdar: PreTrainedTokenizerBase) -> None:

@@ -24,11 +24,13 @@ import torch
 from dtrpo_ray import dataset, loop, trainer
 from dtrpo_ray.backend import PlainBackend
 from dtrpo_ray.config import ClusterConfig, Objective, TrainConfig
+from dtrpo_ray.errors import TrainError
 from dtrpo_ray.metrics import METRICS, MetricsLog, read_metrics
 from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
 
 WARM_STEPS = 3
+THREADS = "threads.txt"
 MODEL = {
     "model_type": "sdar", "architectures": ["SDARForCausalLM"], "vocab_size": 4096, "hidden_size": 256,
     "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -82,12 +84,18 @@ def bare(folder: Path, num_steps: int, global_batch: int) -> None:
     backend = PlainBackend(policy, cfg, num_steps, torch.device("cpu"))
     log, to_batch = MetricsLog(out / METRICS), loop.collate(cfg, policy, 0)
     loop.run(cfg, backend, reference, batches, to_batch, 0, num_steps, log.write, lambda step: None)
+    _note_threads(out)
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """A worker of the stack that computes with one thread; it runs in a process of its own."""
+    """A worker of the stack that computes with one thread, and notes that it did; it runs in a process of its own."""
     with mock.patch.object(trainer, "cpu_threads", return_value=1):
         trainer._worker(settings)
+    _note_threads(Path(settings["out"]))
+
+
+def _note_threads(out: Path) -> None:
+    (out / THREADS).write_text(str(torch.get_num_threads()))
 
 
 def stack(folder: Path, num_steps: int, global_batch: int, num_workers: int) -> None:
@@ -96,7 +104,7 @@ def stack(folder: Path, num_steps: int, global_batch: int, num_workers: int) -> 
     out.mkdir()
     stage = trainer.TrainStage(f"stack-{num_workers}", folder / "base", folder / "table", out, 0)
     cluster = ClusterConfig(num_workers=num_workers, use_gpu="no", max_failures=0)
-    with ray_session(cluster), mock.patch.object(trainer, "_worker", _worker):
+    with ray_session(cluster), mock.patch.object(trainer, "_train_function", return_value=_worker):
         trainer.train(stage, config(num_steps, global_batch), cluster)
 
 
@@ -118,6 +126,9 @@ def run(num_steps: int = 15, global_batch: int = 16, rounds: int = 2) -> dict[st
             subprocess.run(words, check=True, env={**os.environ, **CPU_WORKER_ENV})
             for workers in (1, 2):
                 stack(folder, num_steps, global_batch, workers)
+            threads = {way: (folder / way / THREADS).read_text() for way in times}
+            if set(threads.values()) != {"1"}:
+                raise TrainError(f"the ways do not compare: threads of torch are {threads}; this is a bug")
             for way, measured in times.items():
                 measured += step_seconds(folder / way)
                 losses[way] = read_metrics(folder / way / METRICS)[-1]["loss"]

@@ -3,11 +3,13 @@
 A row that cannot be decoded is a `Refusal` in its own place: it spoils itself and not its file.
 """
 
+import codecs
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,12 +22,17 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError, DtrpoError
+from dtrpo_ray.stages import joined
 from dtrpo_ray.tables import Rejected
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
 SHARD_ROWS = 5_000  # rows that one task reads
+SHARE_BYTES = 1 << 27  # of a file, for each time that it is read to pair a share of its prompts
 _CHUNK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_NUMBER = "0123456789.eE+-"  # may go on in one of these
+_CUT = 16  # characters before the end of a text within which an error may come from its being cut there
 
 
 class Refusal(Exception):
@@ -48,17 +55,20 @@ def parted(rows: Iterable[T | Rejected]) -> tuple[list[T], list[Rejected]]:
 class Shard:
     """A part of a file that one task reads: `rows` rows (of JSONL: lines) from number `first` (from 0) on, or all.
 
-    `start` is the byte of a JSONL file where that row begins, else 0.
+    `start` is the byte of a JSONL file where that row begins, else 0. Of rows that are paired by their prompts a part
+    has one `share` of so many of the prompts.
     """
 
     file: str
     first: int = 0
     start: int = 0
     rows: int | None = None
+    share: tuple[int, int] = (0, 1)
 
     def __str__(self) -> str:
         last = "the end" if self.rows is None else self.first + self.rows
-        return f"{self.file}, rows {self.first + 1} to {last}"
+        share = f", share {self.share[0] + 1} of {self.share[1]} of their prompts" if self.share[1] > 1 else ""
+        return f"{self.file}, rows {self.first + 1} to {last}{share}"
 
 
 def first_rows(shards: list[Shard], most: int) -> tuple[list[Shard], int]:
@@ -93,7 +103,7 @@ def data_files(where: str) -> list[str]:
     files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in ("dataset_info.json", "manifest.json"))
     if not files:
         raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
-    return [f"{where.rstrip('/')}/{name}" for name in files]
+    return [joined(where, name) for name in files]
 
 
 def _files_of_state(where: str, state_json: bytes) -> list[str]:
@@ -101,7 +111,7 @@ def _files_of_state(where: str, state_json: bytes) -> list[str]:
     try:
         state = json.loads(state_json)
         selection = state.get("_indices_data_files")
-        files = [f"{where.rstrip('/')}/{entry['filename']}" for entry in state["_data_files"]]
+        files = [joined(where, entry["filename"]) for entry in state["_data_files"]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}/state.json: not what datasets writes ({error!r}); save the data anew") from None
     if selection:
@@ -128,6 +138,11 @@ def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
+def file_name(file: str) -> str:
+    """A path or URI without the options of a URI (`?region=...`); by its end the kind of file is known."""
+    return file.partition("?")[0] if "://" in file else file
+
+
 def sha256_uri(file: str) -> str:
     """SHA-256 of a file's bytes, wherever it lies."""
     filesystem, path = open_filesystem(file)
@@ -141,13 +156,14 @@ def sha256_uri(file: str) -> str:
 def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
     """A file in parts of `rows`, else SHARD_ROWS, rows; one part if it cannot be entered in the middle (gzip, JSON)."""
     rows = rows or SHARD_ROWS
+    name = file_name(file)
     filesystem, path = open_filesystem(file)
     with _readable(file):
-        if file.endswith(".parquet"):
+        if name.endswith(".parquet"):
             with filesystem.open_input_file(path) as stream:
                 total = pq.ParquetFile(stream).metadata.num_rows
             return [Shard(file, first, 0, rows) for first in range(0, max(total, 1), rows)]
-        if not file.endswith(".jsonl"):
+        if not name.endswith(".jsonl"):
             return [Shard(file)]
         shards, lines, at = [Shard(file, 0, 0, rows)], 0, 0
         with filesystem.open_input_stream(path) as stream:
@@ -162,26 +178,35 @@ def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
         return shards
 
 
+def share_shards(file: str) -> list[Shard]:
+    """A file whose rows must meet, whole in each part, for one share of its prompts that fits into memory."""
+    filesystem, path = open_filesystem(file)
+    with _readable(file):
+        size = filesystem.get_file_info(path).size or 0
+    shares = max(1, -(-size // SHARE_BYTES))
+    return [Shard(file, share=(number, shares)) for number in range(shares)]
+
+
 def raw_rows(shard: Shard) -> Iterator[tuple[str, Any]]:
     """(origin, value) of each row; the value is a Refusal where the row could not be decoded.
 
     An origin is "file:line" for JSONL and "file:row" for other kinds, counted from 1. Raises DataError for a file that
     cannot be read.
     """
-    file = shard.file
+    file, name = shard.file, file_name(shard.file)
     filesystem, path = open_filesystem(file)
     with _readable(file):
-        if file.endswith((".jsonl", ".jsonl.gz")):
+        if name.endswith((".jsonl", ".jsonl.gz")):
             yield from _json_lines(shard, filesystem, path)
-        elif file.endswith(".json"):
+        elif name.endswith(".json"):
             yield from _json_list(shard, filesystem, path)
-        elif file.endswith(".parquet"):
+        elif name.endswith(".parquet"):
             with filesystem.open_input_file(path) as stream:
                 yield from _parquet_rows(shard, pq.ParquetFile(stream))
-        elif file.endswith(".arrow"):
+        elif name.endswith(".arrow"):
             with filesystem.open_input_file(path) as stream:
                 yield from _numbered(shard, 0, _arrow_batches(stream))
-        elif file.endswith(".txt"):
+        elif name.endswith(".txt"):
             with filesystem.open_input_stream(path) as stream:
                 yield f"{file}:1", stream.read().decode("utf-8", "surrogateescape")
         else:
@@ -236,7 +261,9 @@ def _readable(file: str) -> Iterator[None]:
 def _json_lines(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
     with filesystem.open_input_file(path) as source:
         source.seek(shard.start)
-        lines: Any = gzip.GzipFile(fileobj=source) if path.endswith(".gz") else io.BufferedReader(source)
+        lines: Any = (
+            gzip.GzipFile(fileobj=source) if file_name(shard.file).endswith(".gz") else io.BufferedReader(source)
+        )
         for number, line in enumerate(lines, shard.first + 1):
             if shard.rows is not None and number > shard.first + shard.rows:
                 return
@@ -246,15 +273,71 @@ def _json_lines(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterato
 
 
 def _json_list(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
-    with filesystem.open_input_stream(path) as stream:
-        values = _decode_json(stream.read().removeprefix(_BOM))
-    if isinstance(values, Refusal):
-        raise DataError(f"{shard.file}: not JSON ({values.args[1]}); rows one to a line belong in a .jsonl file")
-    if isinstance(values, dict):
-        values = [values]  # a file of one row
-    if not isinstance(values, list):
-        raise DataError(f"{shard.file}: holds a JSON {type(values).__name__}; expected a list of rows, or one")
-    yield from ((f"{shard.file}:{number}", value) for number, value in enumerate(values[: shard.rows], 1))
+    number = 0
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            for number, value in enumerate(_JsonText(stream).rows(), 1):
+                if shard.rows is not None and number > shard.rows:
+                    return
+                yield f"{shard.file}:{number}", value
+    except (ValueError, RecursionError) as error:
+        problem = f"no JSON list of rows after row {number} ({error})" if number else f"no JSON list of rows ({error})"
+        raise DataError(f"{shard.file}: {problem}; rows one to a line belong in a .jsonl file") from None
+
+
+class _JsonText:
+    """A JSON file of a list of rows, or of one, which is held as far as its next row goes."""
+
+    def __init__(self, stream: Any) -> None:
+        # stray bytes become lone surrogates, so that they spoil their own row and not the whole file
+        self.stream, self.decode = stream, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self.text, self.at = "", 0
+
+    def rows(self) -> Iterator[Any]:
+        """Raises ValueError for what is no JSON, no list and no object."""
+        if self._next() != "[":
+            if not isinstance(row := self._value(), dict):
+                raise ValueError(f"a {type(row).__name__} instead")
+            yield row
+        else:
+            mark = "["
+            while mark != "]":
+                self.at += 1
+                if mark == "[" and self._next() == "]":
+                    break
+                yield self._value()
+                if (mark := self._next()) not in (",", "]"):
+                    raise ValueError("expected ',' or ']' after a row")
+            self.at += 1
+        if self._next():
+            raise ValueError("more text after its end")
+
+    def _next(self) -> str:
+        """The next character that is no white space, nothing at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def _value(self) -> Any:
+        self._next()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _CUT
+                if not cut or not self._more():
+                    raise ValueError(error.msg) from None
+            else:
+                length, follows = end - self.at, self.text[end : end + 1]
+                if (follows and follows not in _NUMBER) or not self._more():
+                    self.at += length
+                    return value
+
+    def _more(self) -> bool:
+        chunk = self.stream.read(_CHUNK_BYTES)
+        self.text, self.at = self.text[self.at :] + self.decode(chunk, final=not chunk), 0
+        return bool(chunk)
 
 
 def _parquet_rows(shard: Shard, source: pq.ParquetFile) -> Iterator[tuple[str, Any]]:

@@ -6,14 +6,25 @@ format is recognised by its columns (`FORMATS`; docs/data.md shows each).
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, one_row, parted, plan_shards, raw_rows, text
+from dtrpo_ray.importers.files import (
+    Refusal,
+    Shard,
+    data_files,
+    field,
+    one_row,
+    parted,
+    plan_shards,
+    raw_rows,
+    share_shards,
+    text,
+)
 from dtrpo_ray.stages import sha256_json
 from dtrpo_ray.tables import Rejected
 
@@ -56,14 +67,19 @@ def read_preferences(where: str | Path) -> tuple[list[PreferenceRow], list[Rejec
 def read_file(file: str) -> Iterator[PreferenceRow | Rejected]:
     """The pairs of a file and the rows refused, one after the other."""
     form = recognise(file)
-    for shard in [Shard(file)] if form.unpaired else plan_shards(file):
+    for shard in shards_of(form, file):
         yield from read_shard(form, shard)
 
 
+def shards_of(form: "Format", file: str, rows: int | None = None) -> list[Shard]:
+    """A file in parts, of `rows` rows where they are given; the partners of unpaired rows are in the same part."""
+    return share_shards(file) if form.unpaired else plan_shards(file, rows)
+
+
 def read_shard(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejected]:
-    """The rows of one part of a file; unpaired rows are paired within it, so it must be the whole file."""
+    """The rows of one part of a file; unpaired rows are paired within it."""
     if form.unpaired:
-        yield from _paired(form, raw_rows(shard))
+        yield from _paired(form, shard)
         return
     for origin, value in raw_rows(shard):
         try:
@@ -76,17 +92,24 @@ def read_shard(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejecte
             yield row
 
 
-def _paired(form: "Format", raw: Iterable[tuple[str, Any]]) -> Iterator[PreferenceRow | Rejected]:
-    """Good and bad answers of the same prompt in the order of the file, each used once."""
+def _paired(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejected]:
+    """Good and bad answers of the same prompt in the order of the file, each used once.
+
+    Of the part's share of the prompts; the first share has the rows that have none.
+    """
+    share, shares = shard.share
     groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
-    for origin, value in raw:
+    for origin, value in raw_rows(shard):
         try:
             with one_row():
                 prompt, answer, is_good = form.parse(row_object(value))
                 require_text(prompt_turns(prompt), answer=answer)
                 key = sha256_json(prompt)
         except Refusal as refusal:
-            yield Rejected(origin, *refusal.args)
+            if share == 0:
+                yield Rejected(origin, *refusal.args)
+            continue
+        if int(key[:8], 16) % shares != share:
             continue
         _, good, bad = groups.setdefault(key, (prompt, [], []))
         (good if is_good else bad).append((origin, answer))

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, one_row, parted, plan_shards, raw_rows, reference
+from dtrpo_ray.importers.files import (
+    Refusal,
+    Shard,
+    data_files,
+    file_name,
+    one_row,
+    parted,
+    plan_shards,
+    raw_rows,
+    reference,
+)
 from dtrpo_ray.importers.files import field as required
 from dtrpo_ray.importers.files import text as as_text
 from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, require_utf8, row_object
@@ -247,7 +257,7 @@ TEXT_FORMAT = Format("LLaDA snapshots", (), _text_snapshots, "LLaDA")
 
 def recognise(file: str) -> Format:
     """The format of a file by the columns of its first rows. Raises DataError if it has none."""
-    if file.endswith(".txt"):
+    if file_name(file).endswith(".txt"):
         return TEXT_FORMAT
     rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
     columns = {name for row in rows for name, value in row.items() if value is not None}

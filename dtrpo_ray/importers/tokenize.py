@@ -20,7 +20,15 @@ from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTOR
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import GOOD, block_ranks, rules_of, verdicts
 from dtrpo_ray.tables import Rejected
-from dtrpo_ray.tokenizer import control_tokens, encode_prompt, eos_token_id, mask_token_id, rendered, turn_end_id
+from dtrpo_ray.tokenizer import (
+    control_tokens,
+    encode_all,
+    encode_prompt,
+    eos_token_id,
+    mask_token_id,
+    rendered,
+    turn_end_id,
+)
 from dtrpo_ray.trajectory import NEVER, Origin
 
 JOIN = " + "  # between the origins of a pair made of two rows
@@ -144,12 +152,14 @@ def tokenize_responses(rows: Iterable[ResponseRow], target: Target) -> tuple[pa.
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int] | Refusal]:
     """Ids of each text without special tokens, all in one call; a Refusal in the place of one that has no ids."""
-    if not texts:
-        return []
+    different = list(dict.fromkeys(texts))  # the answers to a prompt repeat it
+    found: list[list[int] | Refusal]
     try:
-        return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+        found = list(encode_all(tokenizer, different))
     except Exception:  # one text without a token spoils the call: find it
-        return [_encode_alone(tokenizer, text) for text in texts]
+        found = [_encode_alone(tokenizer, text) for text in different]
+    ids = dict(zip(different, found, strict=True))
+    return [ids[text] for text in texts]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int] | Refusal]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,64 @@ def test_blank_lines_a_missing_last_line_end_and_a_byte_order_mark(
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 3}\n\n\n{"a": 6}')
     found = [row for shard in plan_shards(str(file)) for row in raw_rows(shard)]
     assert found == [(f"{file}:{n}", {"a": n}) for n in (1, 3, 6)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [{}],
+        [{"a": 'é"]},\\', "b": [1, 2.5e-3, None, True]}, [], "x", 12, -1, 1.5, False, None, {"c": {"d": "\U0001f600"}}],
+        ROWS,
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, values: list[Any], indent: int | None
+) -> None:
+    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    for number, ascii_only in enumerate((True, False)):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only) + "\n")
+        assert [value for _, value in raw_rows(Shard(str(file)))] == values
+        assert [value for _, value in raw_rows(Shard(str(file), rows=1))] == values[:1]
+
+
+@pytest.mark.parametrize(
+    ("content", "after", "problem"),
+    [
+        ("", 0, "Expecting value"),
+        ("[1 2]", 1, "expected ',' or ']' after a row"),
+        ("[1, 2", 2, "expected ',' or ']' after a row"),
+        ("[1,]", 1, "Expecting value"),
+        ("[1] [2]", 1, "more text after its end"),
+        ('{"a": 1}\n{"a": 2}', 1, "more text after its end"),
+        ('[{"a": 1}, {"a": "x}]', 1, "Unterminated string starting at"),
+        ('[{"a": tru}]', 0, "Expecting value"),
+        ("[" * 100_000, 0, "maximum recursion depth exceeded"),
+        ("5", 0, "a int instead"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_broken_json_list_is_named_with_the_last_good_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, after: int, problem: str, chunk: int
+) -> None:
+    if len(content) > 1_000 and chunk == 1:
+        pytest.skip("a quadratic number of steps")
+    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(
+        DataError, match=rf"rows\.json: no JSON list of rows{f' after row {after}' if after else ''} \("
+    ):
+        list(raw_rows(Shard(str(tmp_path / "rows.json"))))
+    with pytest.raises(DataError, match=re.escape(problem)):
+        list(raw_rows(Shard(str(tmp_path / "rows.json"))))
+
+
+def test_stray_bytes_in_a_json_list_spoil_their_own_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_bytes(b'[{"a": "\xff"}, {"a": "b"}]')
+    assert [value["a"] for _, value in raw_rows(Shard(str(tmp_path / "rows.json")))] == ["\udcff", "b"]
 
 
 def test_a_feather_file_reads_like_a_datasets_file(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.preferences import FORMATS, PreferenceRow, read_preferences
+from dtrpo_ray.importers import files
+from dtrpo_ray.importers.preferences import (
+    FORMATS,
+    PreferenceRow,
+    read_preferences,
+    read_shard,
+    recognise,
+    shards_of,
+)
 from dtrpo_ray.tables import write_quarantine
 
 Value = dict[str, Any]
@@ -218,8 +226,12 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
             "no known preference format: messages; known are LLaMA",
         ),
         ("empty.jsonl", b"\n\n", r"no known preference format: none \(no row is a JSON object\)"),
-        ("broken.json", b'[{"prompt": ', "not JSON .* rows one to a line belong in a .jsonl file"),
-        ("text.json", b'"x"', "holds a JSON str; expected a list of rows, or one"),
+        (
+            "broken.json",
+            b'[{"prompt": ',
+            r"no JSON list of rows \(Expecting value\); rows one to a line belong in a .jsonl file",
+        ),
+        ("text.json", b'"x"', r"no JSON list of rows \(a str instead\); rows one"),
         ("pairs.csv", b"prompt,chosen,rejected", r"unknown kind of file; expected a name ending in .json, .jsonl"),
         ("pairs.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read .* fetch the file again"),
         ("pairs.jsonl.gz", b"plain", "cannot be read"),
@@ -305,6 +317,26 @@ def test_unpaired_answers_of_a_prompt_meet_in_order_and_the_rest_is_refused(tmp_
     ]
     assert [(r.origin, r.reason) for r in rejected] == [(f"{path}:4", "no partner")]
     assert sum(len(r.origins) for r in rows) + len(rejected) == len(labels)
+
+
+def test_unpaired_answers_read_share_by_share_make_the_same_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is read several times, each time for a share of its prompts; a row without a prompt is in one."""
+    rows: list[Any] = [{"prompt": f"{i % 17}", "completion": f"{i}", "label": i % 3 == 0} for i in range(120)] + [
+        {"prompt": "x"},
+        "text",
+    ]
+    path = write(tmp_path / "kto.jsonl", rows)
+    pairs, refused = read_preferences(path)
+    monkeypatch.setattr(files, "SHARE_BYTES", path.stat().st_size // 5)
+    shards = shards_of(recognise(str(path)), str(path))
+    assert len(shards) == 6
+    assert [bool(list(read_shard(recognise(str(path)), shard))) for shard in shards] == [True] * 6
+    shared_pairs, shared_refused = read_preferences(path)
+    assert sorted(shared_pairs, key=str) == sorted(pairs, key=str)
+    assert sorted(shared_refused, key=str) == sorted(refused, key=str)
+    assert 2 * len(pairs) + len(refused) == 122
 
 
 def test_the_real_kto_file_has_one_prompt_with_both_labels(shared_data: Path) -> None:
