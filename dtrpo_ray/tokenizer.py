@@ -150,7 +150,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text without special tokens: what calling the tokenizer gives, in half the time where it is a fast one.
+    """Ids of each text without special tokens: what calling the tokenizer gives, in half the time.
 
     transformers also notes where each token stood and makes masks, of which nothing here has a use.
     """
