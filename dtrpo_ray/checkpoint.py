@@ -99,9 +99,13 @@ def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts
 
 
 def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
-    """Every checkpoint folder under `root`, complete or not, the newest first."""
-    entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    named = [(_NAME.match(e.base_name), e.path) for e in entries if e.type == pafs.FileType.Directory]
+    """Every checkpoint folder under `root`, complete or not, the newest first.
+
+    By all that lies in them: on gs:// a folder that nobody made is in no list of its parent.
+    """
+    entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
+    names = {e.path.removeprefix(f"{root}/").partition("/")[0] for e in entries}
+    named = [(_NAME.match(name), f"{root}/{name}") for name in names]
     found = [Place(int(match[1]), int(match[2] or 0), path) for match, path in named if match]
     return sorted(found, reverse=True)
 

@@ -2,7 +2,12 @@
 
 import copy
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -120,6 +125,41 @@ def bucket() -> Iterator[str]:
         pafs.FileSystem.from_uri("s3://bucket/?allow_bucket_creation=true")[0].create_dir("bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def google_bucket() -> Iterator[str]:
+    """gs://bucket of a server that this process and those it starts reach as Google.
+
+    A process of its own: pyarrow holds the interpreter while it waits for Google's answer.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""
+from http import server
+server.HTTPServer = server.ThreadingHTTPServer  # pyarrow copies with several connections at once
+from gcp_storage_emulator.server import create_server
+create_server("127.0.0.1", {port}, in_memory=True, default_bucket="bucket").run()
+"""
+    server = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        yield "gs://anonymous@bucket"
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def remote(request: pytest.FixtureRequest) -> str:
+    """A bucket of each kind of object store."""
+    name = "bucket" if request.param == "s3" else "google_bucket"
+    found: str = request.getfixturevalue(name)
+    return found
 
 
 @pytest.fixture(scope="module")

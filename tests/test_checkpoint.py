@@ -261,9 +261,9 @@ def test_checkpoints_that_wait_for_validation_are_bounded(tmp_path: Path, monkey
     assert [p.step for p in checkpoint.prune(LOCAL, root, 1, None, validated=True)] == [8, 6]  # 2 and 4 are next
 
 
-def test_an_object_store_holds_checkpoints_and_gives_them_back(tmp_path: Path, bucket: str) -> None:
-    filesystem, root = open_storage(f"{bucket}/kept")
-    assert filesystem.type_name == "s3"
+def test_an_object_store_holds_checkpoints_and_gives_them_back(tmp_path: Path, remote: str) -> None:
+    filesystem, root = open_storage(f"{remote}/kept")
+    assert filesystem.type_name in ("s3", "gcs")
     for step in (2, 4, 6):
         write(tmp_path / str(step), root, step, filesystem=filesystem)
     (tmp_path / "half").mkdir()
@@ -272,7 +272,7 @@ def test_an_object_store_holds_checkpoints_and_gives_them_back(tmp_path: Path, b
     found = newest_whole(filesystem, root, lambda text: None)
     assert found is not None
     assert found[0].step == 6
-    with checkpoint.local_folder(f"{bucket}/kept/step-00000006") as folder:
+    with checkpoint.local_folder(f"{remote}/kept/step-00000006") as folder:
         assert (folder / "deepspeed" / "optim-1.pt").read_bytes() == b"\x01" * 5_000_000
     with filesystem.open_output_stream(f"{root}/step-00000006/deepspeed/optim-1.pt") as out:
         out.write(b"\x02" * 5_000_000)

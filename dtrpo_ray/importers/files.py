@@ -95,8 +95,7 @@ def data_files(where: str) -> list[str]:
         found = filesystem.get_file_info(pafs.FileSelector(path))
     names = {item.base_name for item in found}
     if "dataset_dict.json" in names:
-        splits = sorted(item.base_name for item in found if item.type == pafs.FileType.Directory)
-        raise DataError(f"{where}: holds the splits {', '.join(splits)}; name one, for example {where}/{splits[0]}")
+        raise DataError(f"{where}: holds the splits of a dataset; name one, for example {joined(where, 'train')}")
     if "state.json" in names:
         with filesystem.open_input_stream(f"{path}/state.json") as stream:
             return _files_of_state(where, stream.read())
