@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,9 +323,15 @@ class River:
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
         inputs = {"config": weight_fields(config), "base": base.digest, "seed": seed}
-        inputs |= {"table": table.digest, "num_workers": self.job.cluster.num_workers}
+        workers = self._workers(name)
+        inputs |= {"table": table.digest, "num_workers": workers}
 
         def make(out: Path) -> dict[str, Any]:
+            if workers != self.job.cluster.num_workers:
+                raise ConfigError(
+                    f"--resume {self.resume}: it stands on a finished stage {name} of {workers} worker(s), which is "
+                    f"not in {self.store.root}; put that back, or start anew without --resume"
+                )
             if config.validation:
                 self._write_questions(config.validation.num_prompts, base, table, out)
             if self.store.fresh:
@@ -339,6 +346,16 @@ class River:
 
         outputs = [f"{MODEL}/*", METRICS, *([f"{trainer.ADAPTER}/*"] if config.lora else [])]
         return _model_of(self._stage(name, inputs, outputs, make))
+
+    def _workers(self, name: str) -> Any:
+        """The number of workers that names a training stage: the job's, or that of the run which goes on from it.
+
+        So a run that is resumed with other workers stands on the stages that it stood on.
+        """
+        own = self.job.cluster.num_workers
+        if self.resume is None or _round_of(name) >= _round_of(self.resume.name):
+            return own
+        return trainer.workers_of(self.resume) or own
 
     def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
         """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
@@ -457,6 +474,12 @@ def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields of a training section that change weights: what names its stage."""
     absent = {name for name in ("offload", "micro_tokens") if not getattr(config, name)}  # as before they were there
     return config.model_dump(mode="json", exclude={*trainer.NO_WEIGHTS, *absent})
+
+
+def _round_of(name: str) -> int:
+    """The round of a training stage or its folder: 0 is the base."""
+    found = re.match(r"train-(\d+)", name)
+    return int(found[1]) if found else 0
 
 
 def _model_of(stage: Stage) -> ModelRef:

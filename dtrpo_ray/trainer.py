@@ -83,7 +83,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     folder, name = _place(stage.out, cluster)
     roots = [joined(folder, name), *_other_root(stage, config)]
-    _describe(stage, config, roots[0])
+    _describe(stage, config, roots[0], cluster.num_workers)
     checkpoint.forget_ray_snapshot(roots[0])
     shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
@@ -169,11 +169,20 @@ def _description(stage: TrainStage, config: TrainConfig) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "seed": stage.seed, "identity": dict(stage.identity)}
 
 
-def _describe(stage: TrainStage, config: TrainConfig, root: str) -> None:
+def _describe(stage: TrainStage, config: TrainConfig, root: str, num_workers: Any) -> None:
     """run.json for `status` and for a later `--resume`; errors of an earlier driver are forgotten."""
     shutil.rmtree(stage.out / ERRORS, ignore_errors=True)
-    record = {**_description(stage, config), "label": stage.label, "checkpoints": root}
+    record = {**_description(stage, config), "label": stage.label, "checkpoints": root, "num_workers": num_workers}
     (stage.out / RUN).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def workers_of(run: Path) -> Any:
+    """`cluster.num_workers` of the run whose folder this is; None where it is no such folder."""
+    try:
+        found = json.loads((run / RUN).read_text()).get("num_workers")
+    except (OSError, json.JSONDecodeError):
+        return None
+    return tuple(found) if isinstance(found, list) else found
 
 
 def _other_root(stage: TrainStage, config: TrainConfig) -> list[str]:

@@ -70,6 +70,29 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
     assert {row["prompt"] for row in prompts[0]} != {row["prompt"] for row in prompts[1]}
 
 
+def test_a_run_resumed_with_other_workers_stands_on_the_stages_that_it_stood_on(tmp_path: Path) -> None:
+    """All training before the stage is named by that run's workers; the stage itself and what follows by the job's."""
+    demo = Path(__file__).parents[1] / "jobs" / "demo.toml"
+    was, now = (load_job(demo, ["rounds=3", f"cluster.num_workers={n}"]) for n in ("[1, 4]", "1"))
+    straight, resumed = Dry(), Dry()
+    River(was, straight).policy(3)  # type: ignore[arg-type]
+    cut = tmp_path / "train-2-0123.partial"
+    cut.mkdir()
+    (cut / "run.json").write_text(json.dumps({"num_workers": [1, 4]}))
+    River(now, resumed, cut).policy(3)  # type: ignore[arg-type]
+    for name in ("base", "train-1"):
+        assert sha256_json(resumed.inputs[name]) == sha256_json(straight.inputs[name])
+    assert resumed.inputs["train-2"]["base"] == straight.inputs["train-2"]["base"]
+    assert [resumed.inputs[name]["num_workers"] for name in ("train-2", "train-3")] == [1, 1]
+    missing, examples = River(now, Store(tmp_path), cut), Stage("examples", "key", tmp_path, 0.0, False, {})
+    with pytest.raises(ConfigError, match=r"stands on a finished stage base of \(1, 4\) worker\(s\), which is not in"):
+        missing._train("base", was.train, ModelRef(tmp_path, "model"), examples, 0)
+    (cut / "run.json").unlink()
+    without = Dry()
+    River(now, without, cut).policy(3)  # type: ignore[arg-type]
+    assert without.inputs["base"]["num_workers"] == 1
+
+
 def test_adapters_that_a_model_does_not_take_are_refused_before_any_stage(tmp_path: Path) -> None:
     config = json.loads((Path(__file__).parent / "models" / "tiny_configs.json").read_text())["sdar_moe"]
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -328,7 +328,7 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
 
 def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:
     old = make_stage("old")
-    trainer._describe(old, CONFIG, str(old.out / "checkpoints"))
+    trainer._describe(old, CONFIG, str(old.out / "checkpoints"), 2)
     changed = CONFIG.model_copy(update={"lr": 5e-3, "save_every": 7, "objective": Objective(beta=0.1)})
     with pytest.raises(CheckpointError) as caught:
         trainer._other_root(make_stage("new", resume_from=old.out), changed)
