@@ -104,8 +104,9 @@ def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
     By all that lies in them: on gs:// a folder that nobody made is in no list of its parent.
     """
     entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
-    names = {e.path.removeprefix(f"{root}/").partition("/")[0] for e in entries}
-    named = [(_NAME.match(name), f"{root}/{name}") for name in names]
+    inside = [(e.path.removeprefix(f"{root}/").partition("/"), e.type == pafs.FileType.Directory) for e in entries]
+    folders = {name for (name, slash, _), is_folder in inside if slash or is_folder}
+    named = [(_NAME.match(name), f"{root}/{name}") for name in folders]
     found = [Place(int(match[1]), int(match[2] or 0), path) for match, path in named if match]
     return sorted(found, reverse=True)
 
@@ -193,7 +194,8 @@ def remove(filesystem: pafs.FileSystem, place: Place) -> None:
     """Delete a checkpoint, COMPLETE first: a deletion that is cut off leaves nothing that looks whole."""
     if _exists(filesystem, f"{place.path}/{COMPLETE}"):
         filesystem.delete_file(f"{place.path}/{COMPLETE}")
-    filesystem.delete_dir(place.path)
+    with suppress(FileNotFoundError):  # another process removes it, too; and gs:// misses a folder that nobody made
+        filesystem.delete_dir(place.path)
 
 
 def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, float]) -> None:

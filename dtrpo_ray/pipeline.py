@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +76,7 @@ class River:
     def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
         self.job, self.store, self.resume = job, store, resume
         self.made: list[Stage] = []
+        self.workers: dict[str, Any] = {}  # that name the training stages asked for
 
     def _stage(self, *args: Any) -> Stage:
         stage = self.store.stage(*args)
@@ -323,7 +323,7 @@ class River:
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
         inputs = {"config": weight_fields(config), "base": base.digest, "seed": seed}
-        workers = self._workers(name)
+        workers = self.workers[name] = self._workers(name)
         inputs |= {"table": table.digest, "num_workers": workers}
 
         def make(out: Path) -> dict[str, Any]:
@@ -339,7 +339,8 @@ class River:
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
             written = (cache.path / REF_LOGPS, base.digest) if cache else None
-            stage = trainer.TrainStage(name, base.path, table.path / TABLE, out, seed, identity, resume, written)
+            whole = (name, base.path, table.path / TABLE, out, seed, identity, resume, written, dict(self.workers))
+            stage = trainer.TrainStage(*whole)
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
             last = trainer.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
@@ -353,9 +354,9 @@ class River:
         So a run that is resumed with other workers stands on the stages that it stood on.
         """
         own = self.job.cluster.num_workers
-        if self.resume is None or _round_of(name) >= _round_of(self.resume.name):
+        if self.resume is None or self.resume.name.startswith(f"{name}-"):
             return own
-        return trainer.workers_of(self.resume) or own
+        return trainer.workers_of(self.resume).get(name, own)
 
     def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
         """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
@@ -474,12 +475,6 @@ def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields of a training section that change weights: what names its stage."""
     absent = {name for name in ("offload", "micro_tokens") if not getattr(config, name)}  # as before they were there
     return config.model_dump(mode="json", exclude={*trainer.NO_WEIGHTS, *absent})
-
-
-def _round_of(name: str) -> int:
-    """The round of a training stage or its folder: 0 is the base."""
-    found = re.match(r"train-(\d+)", name)
-    return int(found[1]) if found else 0
 
 
 def _model_of(stage: Stage) -> ModelRef:

@@ -164,7 +164,7 @@ def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> dic
     """
     held: list[tuple[Path, np.ndarray, pa.Array]] = []
     for file in files:
-        ids = pq.read_table(file, columns=["row_id"])["row_id"].combine_chunks()
+        ids = pq.read_table(file, columns=["row_id"])["row_id"].combine_chunks().cast(pa.string())
         ids = ids.cast(pa.binary()).fill_null(b"")  # which need not be UTF-8
         rows = np.arange(len(ids))
         if shares > 1:
@@ -203,7 +203,7 @@ def schema_of(path: Path) -> pa.Schema | None:
 
 
 def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None) -> Report:
-    """Every row of every file against every rule, one file in memory at a time.
+    """Every row of every file against every rule; holds one file and the rows refused.
 
     Raises DataError naming a file that cannot be read, or whose bytes are not those of its manifest.
     """

@@ -69,6 +69,8 @@ class TrainStage:
     resume_from: Path | None = None
     cache: tuple[Path, str] | None = None
     """Reference log-probs written beforehand and the reference's hash (`ref_logps`), if not computed."""
+    workers: Mapping[str, Any] = field(default_factory=dict)
+    """`cluster.num_workers` that names each training stage up to this one, for a run that goes on from it."""
 
 
 def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     folder, name = _place(stage.out, cluster)
     roots = [joined(folder, name), *_other_root(stage, config)]
-    _describe(stage, config, roots[0], cluster.num_workers)
+    _describe(stage, config, roots[0])
     checkpoint.forget_ray_snapshot(roots[0])
     shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
@@ -162,27 +164,29 @@ def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     """Delete the checkpoints of a stage that is made anew, wherever they lie."""
     filesystem, path = checkpoint.open_storage(joined(*_place(out, cluster)))
     if filesystem.get_file_info(path).type != FileType.NotFound:
-        filesystem.delete_dir(path)
+        with suppress(FileNotFoundError):  # on gs://, of a folder that nobody made, once its files are gone
+            filesystem.delete_dir(path)
 
 
 def _description(stage: TrainStage, config: TrainConfig) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "seed": stage.seed, "identity": dict(stage.identity)}
 
 
-def _describe(stage: TrainStage, config: TrainConfig, root: str, num_workers: Any) -> None:
+def _describe(stage: TrainStage, config: TrainConfig, root: str) -> None:
     """run.json for `status` and for a later `--resume`; errors of an earlier driver are forgotten."""
     shutil.rmtree(stage.out / ERRORS, ignore_errors=True)
-    record = {**_description(stage, config), "label": stage.label, "checkpoints": root, "num_workers": num_workers}
+    record = {**_description(stage, config), "label": stage.label, "checkpoints": root}
+    record["workers"] = dict(stage.workers)
     (stage.out / RUN).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def workers_of(run: Path) -> Any:
-    """`cluster.num_workers` of the run whose folder this is; None where it is no such folder."""
+def workers_of(run: Path) -> dict[str, Any]:
+    """TrainStage.workers of the run whose folder this is; nothing where it is no such folder."""
     try:
-        found = json.loads((run / RUN).read_text()).get("num_workers")
-    except (OSError, json.JSONDecodeError):
-        return None
-    return tuple(found) if isinstance(found, list) else found
+        found = json.loads((run / RUN).read_text())["workers"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {name: tuple(workers) if isinstance(workers, list) else workers for name, workers in found}
 
 
 def _other_root(stage: TrainStage, config: TrainConfig) -> list[str]:

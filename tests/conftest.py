@@ -149,6 +149,8 @@ create_server("127.0.0.1", {port}, in_memory=True, default_bucket="bucket").run(
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail("gcp-storage-emulator does not answer")
         yield "gs://anonymous@bucket"
     server.terminate()
     server.wait()

@@ -283,6 +283,15 @@ def test_an_object_store_holds_checkpoints_and_gives_them_back(tmp_path: Path, r
     assert "has changed since it was written" in warned[-1]
     checkpoint.prune(filesystem, root, 1, None)
     assert [place.step for place in places(filesystem, root) if place.step < 8] == [6]
+    with filesystem.open_output_stream(f"{root}/step-00000010/rank-0.json") as out:  # in a folder that nobody made
+        out.write(b"{}")
+    made_by_none = places(filesystem, root)[0]
+    assert made_by_none == Place(10, 0, f"{root}/step-00000010")
+    checkpoint.remove(filesystem, made_by_none)
+    assert places(filesystem, root)[0].step == 8
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "step-00000004").touch()  # a file is no checkpoint
+    assert places(LOCAL, str(tmp_path / "local")) == []
 
 
 def test_a_uri_is_downloaded_for_the_time_of_a_block(tmp_path: Path) -> None:

@@ -78,12 +78,19 @@ def test_a_run_resumed_with_other_workers_stands_on_the_stages_that_it_stood_on(
     River(was, straight).policy(3)  # type: ignore[arg-type]
     cut = tmp_path / "train-2-0123.partial"
     cut.mkdir()
-    (cut / "run.json").write_text(json.dumps({"num_workers": [1, 4]}))
+    recorded = River(was, Dry())  # type: ignore[arg-type]
+    recorded.policy(2)
+    (cut / "run.json").write_text(json.dumps({"workers": recorded.workers}))
     River(now, resumed, cut).policy(3)  # type: ignore[arg-type]
     for name in ("base", "train-1"):
         assert sha256_json(resumed.inputs[name]) == sha256_json(straight.inputs[name])
     assert resumed.inputs["train-2"]["base"] == straight.inputs["train-2"]["base"]
     assert [resumed.inputs[name]["num_workers"] for name in ("train-2", "train-3")] == [1, 1]
+    again, second = Dry(), tmp_path / "train-2-4567"  # the resumed run is cut off and resumed
+    second.mkdir()
+    (second / "run.json").write_text(json.dumps({"workers": {"base": [1, 4], "train-1": [1, 4], "train-2": 1}}))
+    River(now, again, second).policy(3)  # type: ignore[arg-type]
+    assert again.inputs["train-2"] == resumed.inputs["train-2"]
     missing, examples = River(now, Store(tmp_path), cut), Stage("examples", "key", tmp_path, 0.0, False, {})
     with pytest.raises(ConfigError, match=r"stands on a finished stage base of \(1, 4\) worker\(s\), which is not in"):
         missing._train("base", was.train, ModelRef(tmp_path, "model"), examples, 0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """23 rows in parts of 5: row 7 is no JSON, 9 has a letter, 12 and 20 repeat row 1."""
+    """23 rows in parts of 5: row 7 is no JSON, 9 has a letter, 12 and 20 repeat row 1, 13 repeats row 2."""
     monkeypatch.setattr(files, "SHARD_ROWS", 5)
     rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i + 1), "rejected": "2"}) for i in range(23)]
     rows[6], rows[8], rows[11], rows[19] = "{", rows[8].replace("11", "1x"), rows[0], rows[0]
+    rows[12] = rows[1]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(rows) + "\n")
     return path
@@ -58,16 +60,16 @@ def imported(config: PreferencesTask | TrajectoriesTask, tokenizer: Path, out: P
 def test_every_row_ends_in_one_place_and_the_counts_add_up(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "table"
     counts = imported(task(source), tokenizer, out, PREFERENCE)
-    refused = {"duplicate row": 2, "bad JSON": 1, "cannot be tokenized": 1}
-    assert counts == {"rows": 23, "good": 19, "refused": refused}
+    refused = {"duplicate row": 3, "bad JSON": 1, "cannot be tokenized": 1}
+    assert counts == {"rows": 23, "good": 18, "refused": refused}
     table = read_table(out, PREFERENCE)
     lines = sorted(int(origin.rsplit(":", 1)[1]) for origin in table["origin"].to_pylist())
-    assert lines == [n for n in range(1, 24) if n not in (7, 9, 12, 20)]
+    assert lines == [n for n in range(1, 24) if n not in (7, 9, 12, 13, 20)]
     assert set(table["data_hash"].to_pylist()) == {f"hash of {source}"}
     quarantine = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted(int(row["origin"].rsplit(":", 1)[1]) for row in quarantine) == [7, 9, 12, 20]
+    assert sorted(int(row["origin"].rsplit(":", 1)[1]) for row in quarantine) == [7, 9, 12, 13, 20]
     assert (read_manifest(out) or {})["counts"] == counts
-    assert check_folder(out, PREFERENCE).totals == {"rows": 19, "good": 19, "refused": {}}
+    assert check_folder(out, PREFERENCE).totals == {"rows": 18, "good": 18, "refused": {}}
 
 
 def test_rows_of_like_length_share_a_file(source: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -79,7 +81,20 @@ def test_rows_of_like_length_share_a_file(source: Path, tokenizer: Path, tmp_pat
             assert bucket // 2 < tokens <= bucket
 
 
-@pytest.mark.parametrize("cut", ["nothing", "the last part", "the duplicates", "the manifest"])
+def dropping_once() -> Any:
+    """`prepare._drop` until the second share that has rows to go."""
+    real, dropped = prepare._drop, []
+
+    def drop(doomed: dict[str, Any], out: Path) -> None:
+        if doomed and dropped:
+            raise KeyboardInterrupt
+        dropped.extend(doomed)
+        real(doomed, out)
+
+    return drop
+
+
+@pytest.mark.parametrize("cut", ["nothing", "the last part", "two drops", "the duplicates", "the manifest"])
 @pytest.mark.parametrize("ids_at_once", [3, 2_000_000])
 def test_a_cut_off_import_ends_in_the_same_table(
     source: Path, tokenizer: Path, tmp_path: Path, cut: str, ids_at_once: int, monkeypatch: pytest.MonkeyPatch
@@ -95,6 +110,11 @@ def test_a_cut_off_import_ends_in_the_same_table(
     done = [importer(part, out) for part in parts]
     if cut == "the last part":
         done[-1] = importer(parts[-1], out)
+    if cut == "two drops":
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "_drop", dropping_once())
+            with suppress(KeyboardInterrupt):
+                prepare.finish_import(done, PREFERENCE, out)
     if cut in ("the duplicates", "the manifest"):
         prepare.finish_import(done, PREFERENCE, out)
         (out / "manifest.json").unlink()
@@ -106,6 +126,9 @@ def test_a_cut_off_import_ends_in_the_same_table(
             file.replace(out / file.name)
     assert prepare.finish_import(done, PREFERENCE, out) == counts
     assert read_table(out, PREFERENCE).equals(read_table(whole, PREFERENCE))
+    dropped = [bool(json.loads(file.read_text())) for file in out.glob("duplicates-*.json")]
+    assert (len(dropped), sum(dropped)) == ((7, 2) if ids_at_once == 3 else (1, 1))
+    assert (out / "quarantine.jsonl").read_text().count("duplicate row") == 3
 
 
 def test_strict_stops_at_the_first_bad_row_and_max_rows_reads_no_further(

@@ -30,6 +30,7 @@ from dtrpo_ray.errors import CheckpointError, TrainError
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.recovery import STACKS
+from dtrpo_ray.stages import joined
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find the tests
 
@@ -328,7 +329,7 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
 
 def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:
     old = make_stage("old")
-    trainer._describe(old, CONFIG, str(old.out / "checkpoints"), 2)
+    trainer._describe(old, CONFIG, str(old.out / "checkpoints"))
     changed = CONFIG.model_copy(update={"lr": 5e-3, "save_every": 7, "objective": Objective(beta=0.1)})
     with pytest.raises(CheckpointError) as caught:
         trainer._other_root(make_stage("new", resume_from=old.out), changed)
@@ -377,6 +378,14 @@ def _drive(base: str, table: str, out: str) -> None:
 
 if __name__ == "__main__":
     _drive(*sys.argv[1:])
+
+
+def test_checkpoints_elsewhere_are_named_like_their_stage_and_keep_the_options_of_the_uri() -> None:
+    out = Path("runs/stages/train-1-0123.partial")
+    place = trainer._place(out, ClusterConfig(checkpoints="s3://b/x/?endpoint_override=http://h:9"))
+    assert place == ("s3://b/x/?endpoint_override=http://h:9", "train-1-0123")
+    assert joined(*place) == "s3://b/x/train-1-0123?endpoint_override=http://h:9"
+    assert joined(*trainer._place(out, ClusterConfig())) == f"{out.resolve()}/{trainer.RAY_RUN}"
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ SHARE_BYTES = 1 << 27  # of a file, for each time that it is read to pair a shar
 _CHUNK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_NUMBER = "0123456789.eE+-"  # may go on in one of these
+_NUMBER = ("", *"0123456789.eE+-")  # may go on in one of these, or after the end of what was read
 _CUT = 16  # characters before the end of a text within which an error may come from its being cut there
 
 
@@ -73,11 +74,11 @@ class Shard:
 
 def first_rows(shards: list[Shard], most: int) -> tuple[list[Shard], int]:
     """The parts that hold the first `most` rows of a file, which `shards` are all of, and how many rows those are."""
-    file = Shard(shards[0].file)
-    origins = [origin for origin, _ in itertools.islice(raw_rows(file), most)]
-    end = int(origins[-1].rsplit(":", 1)[1]) if origins else 0  # blank lines are no rows, but have numbers
+    origins = (origin for origin, _ in itertools.islice(raw_rows(Shard(shards[0].file)), most))
+    [(taken, origin)] = deque(enumerate(origins, 1), maxlen=1) or [(0, ":0")]
+    end = int(origin.rsplit(":", 1)[1])  # blank lines are no rows, but have numbers
     cut = [replace(s, rows=min(s.rows or end, end - s.first)) for s in shards if s.first < end]
-    return cut, len(origins)
+    return cut, taken
 
 
 def data_files(where: str) -> list[str]:
@@ -94,15 +95,24 @@ def data_files(where: str) -> list[str]:
             return [where]
         found = filesystem.get_file_info(pafs.FileSelector(path))
     names = {item.base_name for item in found}
-    if "dataset_dict.json" in names:
-        raise DataError(f"{where}: holds the splits of a dataset; name one, for example {joined(where, 'train')}")
-    if "state.json" in names:
-        with filesystem.open_input_stream(f"{path}/state.json") as stream:
-            return _files_of_state(where, stream.read())
+    for name, read in (("dataset_dict.json", _refuse_splits), ("state.json", _files_of_state)):
+        if name in names:
+            with filesystem.open_input_stream(f"{path}/{name}") as stream:
+                return read(where, stream.read())
     files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in ("dataset_info.json", "manifest.json"))
     if not files:
         raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
     return [joined(where, name) for name in files]
+
+
+def _refuse_splits(where: str, dataset_dict: bytes) -> list[str]:
+    """Raise DataError that names the splits of a `datasets` folder by its dataset_dict.json."""
+    try:
+        splits = sorted(map(str, json.loads(dataset_dict)["splits"]))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        splits = []
+    example = joined(where, (splits or ["train"])[0])
+    raise DataError(f"{where}: holds the splits {', '.join(splits) or '?'}; name one, for example {example}") from None
 
 
 def _files_of_state(where: str, state_json: bytes) -> list[str]:
@@ -112,7 +122,9 @@ def _files_of_state(where: str, state_json: bytes) -> list[str]:
         selection = state.get("_indices_data_files")
         files = [joined(where, entry["filename"]) for entry in state["_data_files"]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{where}/state.json: not what datasets writes ({error!r}); save the data anew") from None
+        raise DataError(
+            f"{joined(where, 'state.json')}: not what datasets writes ({error!r}); save the data anew"
+        ) from None
     if selection:
         raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
     return files
@@ -138,8 +150,9 @@ def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
 
 
 def file_name(file: str) -> str:
-    """A path or URI without the options of a URI (`?region=...`); by its end the kind of file is known."""
-    return file.partition("?")[0] if "://" in file else file
+    """A path or URI by whose end the kind of file is known: without the options of a URI (`?region=...`)."""
+    path = file.partition("?")[0]
+    return path if "://" in file and path.endswith(ENDINGS) else file
 
 
 def sha256_uri(file: str) -> str:
@@ -182,7 +195,8 @@ def share_shards(file: str) -> list[Shard]:
     filesystem, path = open_filesystem(file)
     with _readable(file):
         size = filesystem.get_file_info(path).size or 0
-    shares = max(1, -(-size // SHARE_BYTES))
+    packed = not file_name(file).endswith((".jsonl", ".json", ".arrow"))
+    shares = max(1, -(-size * (4 if packed else 1) // SHARE_BYTES))
     return [Shard(file, share=(number, shares)) for number in range(shares)]
 
 
@@ -275,9 +289,7 @@ def _json_list(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator
     number = 0
     try:
         with filesystem.open_input_stream(path) as stream:
-            for number, value in enumerate(_JsonText(stream).rows(), 1):
-                if shard.rows is not None and number > shard.rows:
-                    return
+            for number, value in enumerate(itertools.islice(_JsonText(stream).rows(), shard.rows), 1):
                 yield f"{shard.file}:{number}", value
     except (ValueError, RecursionError) as error:
         problem = f"no JSON list of rows after row {number} ({error})" if number else f"no JSON list of rows ({error})"
@@ -296,7 +308,7 @@ class _JsonText:
         """Raises ValueError for what is no JSON, no list and no object."""
         if self._next() != "[":
             if not isinstance(row := self._value(), dict):
-                raise ValueError(f"a {type(row).__name__} instead")
+                raise ValueError(f"found {type(row).__name__}")
             yield row
         else:
             mark = "["
@@ -328,13 +340,14 @@ class _JsonText:
                 if not cut or not self._more():
                     raise ValueError(error.msg) from None
             else:
-                length, follows = end - self.at, self.text[end : end + 1]
-                if (follows and follows not in _NUMBER) or not self._more():
+                length = end - self.at
+                may_go_on = isinstance(value, int | float) and self.text[end : end + 1] in _NUMBER
+                if not may_go_on or not self._more():
                     self.at += length
                     return value
 
     def _more(self) -> bool:
-        chunk = self.stream.read(_CHUNK_BYTES)
+        chunk = self.stream.read(max(_CHUNK_BYTES, len(self.text) - self.at))  # a long row is parsed but a few times
         self.text, self.at = self.text[self.at :] + self.decode(chunk, final=not chunk), 0
         return bool(chunk)
 

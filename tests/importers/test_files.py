@@ -12,7 +12,7 @@ import pytest
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import files
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, plan_shards, raw_rows, sha256_uri
+from dtrpo_ray.importers.files import Refusal, Shard, data_files, file_name, plan_shards, raw_rows, sha256_uri
 
 ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
 
@@ -87,8 +87,9 @@ def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
         ('{"a": 1}\n{"a": 2}', 1, "more text after its end"),
         ('[{"a": 1}, {"a": "x}]', 1, "Unterminated string starting at"),
         ('[{"a": tru}]', 0, "Expecting value"),
+        ('[{"a": 1}e, {"a": 2}]', 1, "expected ',' or ']' after a row"),
         ("[" * 100_000, 0, "maximum recursion depth exceeded"),
-        ("5", 0, "a int instead"),
+        ("5", 0, "found int"),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
@@ -122,7 +123,7 @@ def test_a_folder_that_datasets_saved_is_its_arrow_files(tmp_path: Path) -> None
     found = [value for file in data_files(str(tmp_path / "saved")) for _, value in raw_rows(Shard(file))]
     assert found == ROWS
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(DataError, match=r"holds the splits of a dataset; name one, for example .*splits/train"):
+    with pytest.raises(DataError, match=r"holds the splits test, train; name one, for example .*splits/test"):
         data_files(str(tmp_path / "splits"))
     assert len(data_files(str(tmp_path / "splits" / "train"))) == 1
 
@@ -153,6 +154,17 @@ def test_an_object_store_reads_like_a_disk(tmp_path: Path, remote: str, ending: 
     assert sha256_uri(f"{folder}/rows{ending}") == sha256_uri(local)
     with pytest.raises(DataError, match=r"/gone: .*not exist|/gone: .*No such"):
         data_files(f"{remote}/gone")
+
+
+def test_no_row_is_read_beyond_those_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"a": 1}, {"a": tru}]')
+    assert [value for _, value in raw_rows(Shard(str(tmp_path / "rows.json"), rows=1))] == [{"a": 1}]
+
+
+def test_a_file_is_named_by_its_path_or_by_all_of_its_url() -> None:
+    assert file_name("s3://b/rows.jsonl?region=x") == "s3://b/rows.jsonl"
+    assert file_name("https://host/get?name=rows.jsonl") == "https://host/get?name=rows.jsonl"
+    assert file_name("/data/what?.jsonl") == "/data/what?.jsonl"
 
 
 def test_the_options_of_a_uri_go_with_its_files(tmp_path: Path, bucket: str) -> None:

@@ -231,7 +231,7 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
             b'[{"prompt": ',
             r"no JSON list of rows \(Expecting value\); rows one to a line belong in a .jsonl file",
         ),
-        ("text.json", b'"x"', r"no JSON list of rows \(a str instead\); rows one"),
+        ("text.json", b'"x"', r"no JSON list of rows \(found str\); rows one"),
         ("pairs.csv", b"prompt,chosen,rejected", r"unknown kind of file; expected a name ending in .json, .jsonl"),
         ("pairs.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read .* fetch the file again"),
         ("pairs.jsonl.gz", b"plain", "cannot be read"),
