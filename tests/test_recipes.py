@@ -1,6 +1,7 @@
 """jobs/recipes: each parses, is planned at its real size, fits its GPUs, and trains a tiny model of its own family."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
-from dtrpo_ray.backend import PlainBackend
+from dtrpo_ray.backend import DeepSpeedBackend, _deepspeed
 from dtrpo_ray.config import Job, load_job
 from dtrpo_ray.loop import collate, optimizer_step
 from dtrpo_ray.lora import BaseReference, add_adapters
@@ -58,11 +60,13 @@ def test_it_fits_its_gpus(recipe: Path, shared_data: Path, tmp_path: Path) -> No
     assert made["memory_per_worker_bytes"] < GPU_BYTES / 2  # half is left for what the plan does not count
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_tiny_model_of_the_family_trains_by_it(recipe: Path, tmp_path: Path) -> None:
-    """Two optimizer steps in float32 on the recipe's own objective: the loss is finite and falls on the same rows."""
-    job = load(recipe, tmp_path, TINY)
-    train = job.train.model_copy(update={"precision": "fp32", "lr": 1e-2, "warmup_ratio": 0.0, "micro_batch": 2})
+def dry_run(rank: int, recipe: Path, folder: Path) -> None:
+    """A few optimizer steps by DeepSpeed in the recipe's ZeRO stage and precision, in a process that is all ranks."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    train = load(recipe, folder, TINY).train.model_copy(update={"lr": 1e-2, "warmup_ratio": 0.0, "micro_batch": 2})
     policy, reference = build_model(TINY, seed=0), build_model(TINY, seed=0).requires_grad_(False).eval()
     if train.lora:
         add_adapters(policy, train.lora, 0)
@@ -73,9 +77,22 @@ def test_a_tiny_model_of_the_family_trains_by_it(recipe: Path, tmp_path: Path) -
         | {"row_id": str(i), "epoch": 0, "batch_weight": 4.0}
         for i in range(4)
     ]
-    backend = PlainBackend(policy, train, 4, torch.device("cpu"))
-    of_base = BaseReference(policy, policy) if train.lora else reference
+    backend = DeepSpeedBackend(policy, train, 4, 1, torch.device("cpu"))
+    of_base = BaseReference(backend.policy, policy) if train.lora else reference
     to_batch = collate(train, policy, 0, reference=of_base)
-    losses = [optimizer_step(train, backend, of_base, rows, to_batch).metrics["loss"] for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2]
-    assert np.isfinite(losses).all()
+    losses = [optimizer_step(train, backend, of_base, rows, to_batch).metrics["loss"] for _ in range(4)]
+    weight = next(p for p in policy.parameters() if p.requires_grad)
+    seen = {"losses": losses, "dtype": str(weight.dtype), "zero_stage": backend.engine.zero_optimization_stage()}
+    (folder / "seen.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_tiny_model_of_the_family_trains_by_it(recipe: Path, tmp_path: Path) -> None:
+    """On the recipe's own objective the loss is finite and falls on the same rows."""
+    _deepspeed(torch.device("cpu"))  # imported before the fork
+    mp.start_processes(dry_run, (recipe, tmp_path), 1, start_method="fork")
+    seen, train = json.loads((tmp_path / "seen.json").read_text()), load(recipe, tmp_path, TINY).train
+    assert (seen["dtype"], seen["zero_stage"]) == ("torch.bfloat16", train.zero_stage)
+    assert np.isfinite(seen["losses"]).all()
+    assert seen["losses"][0] > seen["losses"][-1]
