@@ -12,11 +12,11 @@ import json
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from dtrpo_ray.tables import Rejected
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
 SHARD_ROWS = 5_000  # rows that one task reads
+HEAD_ROWS = 1_000  # by whose columns a file is recognised
 SHARE_BYTES = 1 << 27  # of a file, for each time that it is read to pair a share of its prompts
 _CHUNK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
@@ -41,6 +42,19 @@ class Refusal(Exception):
 
 
 T = TypeVar("T")
+
+
+class Layout(Protocol):
+    """A layout of rows; a file has it if it has all its columns."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+
+L = TypeVar("L", bound=Layout)
 
 
 def parted(rows: Iterable[T | Rejected]) -> tuple[list[T], list[Rejected]]:
@@ -224,6 +238,19 @@ def raw_rows(shard: Shard) -> Iterator[tuple[str, Any]]:
                 yield f"{file}:1", stream.read().decode("utf-8", "surrogateescape")
         else:
             raise DataError(f"{file}: unknown kind of file; expected a name ending in {', '.join(ENDINGS)}")
+
+
+def recognised(file: str, layouts: Sequence[L], kind: str) -> L:
+    """The first of `layouts` that a file has, by the columns of its first rows. Raises DataError if it has none."""
+    rows = [value for _, value in itertools.islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
+    # columns of many rows, not of one: a row that lacks its prompt is a bad row, not another format
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    for layout in layouts:
+        if columns.issuperset(layout.columns):
+            return layout
+    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
+    known = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in layouts)
+    raise DataError(f"{file}: columns of no known format of {kind}: {found}; known are {known}")
 
 
 @contextmanager

@@ -8,11 +8,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers.files import (
     Refusal,
     Shard,
@@ -22,6 +20,7 @@ from dtrpo_ray.importers.files import (
     parted,
     plan_shards,
     raw_rows,
+    recognised,
     share_shards,
     text,
 )
@@ -32,8 +31,6 @@ Messages = list[dict[str, str]]
 Prompt = str | Messages
 
 _Answers = list[tuple[str, str]]  # (origin, text)
-
-HEAD_ROWS = 1000  # by whose columns a file is recognised
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,15 +274,7 @@ FORMATS = (
 
 def recognise(file: str) -> Format:
     """The format of a file by the columns of its first rows. Raises DataError if it has none."""
-    rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
-    # columns of many rows, not of one: a row that lacks its prompt is a bad row, not another format
-    columns = {name for row in rows for name, value in row.items() if value is not None}
-    for form in FORMATS:
-        if columns.issuperset(form.columns):
-            return form
-    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
-    known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS)
-    raise DataError(f"{file}: columns of no known preference format: {found}; known are {known}")
+    return recognised(file, FORMATS, "preferences")
 
 
 def _label(row: dict[str, Any], name: str) -> bool:

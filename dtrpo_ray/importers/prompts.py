@@ -4,16 +4,25 @@ of preference pairs."""
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, field, one_row, parted, plan_shards, raw_rows, text
+from dtrpo_ray.importers.files import (
+    Refusal,
+    Shard,
+    data_files,
+    field,
+    one_row,
+    parted,
+    plan_shards,
+    raw_rows,
+    recognised,
+    text,
+)
 from dtrpo_ray.importers.files import reference as as_reference
 from dtrpo_ray.importers.preferences import (
-    HEAD_ROWS,
     Prompt,
     messages,
     prompt_turns,
@@ -51,14 +60,7 @@ def recognise(file: str) -> Format | preferences.Format:
             return form
     except DataError:
         pass
-    rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
-    columns = {name for row in rows for name, value in row.items() if value is not None}
-    for known in FORMATS:
-        if columns.issuperset(known.columns):
-            return known
-    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
-    names = "; ".join(f"{known.name} ({', '.join(known.columns)})" for known in FORMATS)
-    raise DataError(f"{file}: no column of prompts among {found}; known are {names}, and pairs")
+    return recognised(file, FORMATS, "prompts, or of pairs")
 
 
 def read_prompts(where: str | Path) -> tuple[list[PromptRow], list[Rejected]]:

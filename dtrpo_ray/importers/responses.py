@@ -7,11 +7,9 @@ as the source counted them: only their order within a block is used (docs/data.m
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers.files import (
     Refusal,
     Shard,
@@ -21,11 +19,12 @@ from dtrpo_ray.importers.files import (
     parted,
     plan_shards,
     raw_rows,
+    recognised,
     reference,
 )
 from dtrpo_ray.importers.files import field as required
 from dtrpo_ray.importers.files import text as as_text
-from dtrpo_ray.importers.preferences import HEAD_ROWS, Prompt, messages, require_utf8, row_object
+from dtrpo_ray.importers.preferences import Prompt, messages, require_utf8, row_object
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
 
@@ -259,14 +258,7 @@ def recognise(file: str) -> Format:
     """The format of a file by the columns of its first rows. Raises DataError if it has none."""
     if file_name(file).endswith(".txt"):
         return TEXT_FORMAT
-    rows = [value for _, value in islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
-    columns = {name for row in rows for name, value in row.items() if value is not None}
-    for form in FORMATS:
-        if columns.issuperset(form.columns):
-            return form
-    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
-    known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS)
-    raise DataError(f"{file}: columns of no known format of responses: {found}; known are {known}")
+    return recognised(file, FORMATS, "responses")
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:

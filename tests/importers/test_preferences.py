@@ -223,9 +223,9 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
         (
             "kto.json",
             b'[{"messages": []}]',
-            "no known preference format: messages; known are LLaMA",
+            "no known format of preferences: messages; known are LLaMA",
         ),
-        ("empty.jsonl", b"\n\n", r"no known preference format: none \(no row is a JSON object\)"),
+        ("empty.jsonl", b"\n\n", r"no known format of preferences: none \(no row is a JSON object\)"),
         (
             "broken.json",
             b'[{"prompt": ',

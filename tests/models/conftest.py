@@ -178,9 +178,31 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (gated * torch.sigmoid(gated) * (x @ up.T)) @ down.T
 
 
+def qwen2_logits(w: dict[str, Tensor], c: Json, ids: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    """Qwen2 (arXiv 2407.10671: GQA, q/k/v biases, SwiGLU) of ids [T] at positions `at` [T] under a mask [T, T]."""
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    eps, theta = c["rms_norm_eps"], c["rope_theta"]
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        h = rms_norm(x, w[f"{layer}.input_layernorm.weight"], eps)
+        q, k, v = (
+            (h @ w[f"{layer}.self_attn.{n}_proj.weight"].T + w[f"{layer}.self_attn.{n}_proj.bias"]).view(
+                len(ids), m, -1
+            )
+            for n, m in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        mixed = attend(rotate(q, at, theta), rotate(k, at, theta), v, mask)
+        x = x + mixed @ w[f"{layer}.self_attn.o_proj.weight"].T
+        h = rms_norm(x, w[f"{layer}.post_attention_layernorm.weight"], eps)
+        x = x + swiglu(h, *(w[f"{layer}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return rms_norm(x, w["model.norm.weight"], eps) @ head.T
+
+
 @pytest.fixture(scope="session")
 def plain() -> SimpleNamespace:
-    return SimpleNamespace(rms_norm=rms_norm, rotate=rotate, attend=attend, swiglu=swiglu)
+    return SimpleNamespace(rms_norm=rms_norm, rotate=rotate, attend=attend, swiglu=swiglu, qwen2_logits=qwen2_logits)
 
 
 @pytest.fixture(scope="session")

@@ -15,29 +15,6 @@ from dtrpo_ray.models.registry import load_model, skeleton
 Json = dict[str, Any]
 
 
-def qwen2_logits(
-    plain: SimpleNamespace, w: dict[str, Tensor], c: Json, ids: Tensor, at: Tensor, mask: Tensor
-) -> Tensor:
-    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
-    eps, theta = c["rms_norm_eps"], c["rope_theta"]
-    x = w["model.embed_tokens.weight"][ids]
-    for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        h = plain.rms_norm(x, w[f"{layer}.input_layernorm.weight"], eps)
-        q, k, v = (
-            (h @ w[f"{layer}.self_attn.{n}_proj.weight"].T + w[f"{layer}.self_attn.{n}_proj.bias"]).view(
-                len(ids), m, -1
-            )
-            for n, m in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        )
-        mixed = plain.attend(plain.rotate(q, at, theta), plain.rotate(k, at, theta), v, mask)
-        x = x + mixed @ w[f"{layer}.self_attn.o_proj.weight"].T
-        h = plain.rms_norm(x, w[f"{layer}.post_attention_layernorm.weight"], eps)
-        x = x + plain.swiglu(h, *(w[f"{layer}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
-    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return plain.rms_norm(x, w["model.norm.weight"], eps) @ head.T
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 6, "rope_theta": 500.0}]
@@ -52,7 +29,7 @@ def test_logits_are_those_of_the_plain_forward(
     config, weights = upstream("Fast_dLLM_Qwen", **changes)
     model = load_model(write_upstream("Fast_dLLM_Qwen", **changes)).eval()
     ids, positions, mask = probe
-    expected = qwen2_logits(plain, weights, config, *probe)
+    expected = plain.qwen2_logits(weights, config, *probe)
     got = model.head(model.hidden(ids[None], positions[None], mask[None, None]))[0]
     assert torch.allclose(got, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5
