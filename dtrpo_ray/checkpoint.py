@@ -194,8 +194,13 @@ def remove(filesystem: pafs.FileSystem, place: Place) -> None:
     """Delete a checkpoint, COMPLETE first: a deletion that is cut off leaves nothing that looks whole."""
     if _exists(filesystem, f"{place.path}/{COMPLETE}"):
         filesystem.delete_file(f"{place.path}/{COMPLETE}")
-    with suppress(FileNotFoundError):  # another process removes it, too; and gs:// misses a folder that nobody made
-        filesystem.delete_dir(place.path)
+    remove_folder(filesystem, place.path)
+
+
+def remove_folder(filesystem: pafs.FileSystem, path: str) -> None:
+    """Delete a folder with all in it; one that is gone, or that nobody made (gs://), is no error."""
+    with suppress(FileNotFoundError):
+        filesystem.delete_dir(path)
 
 
 def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, float]) -> None:

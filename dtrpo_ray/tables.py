@@ -139,8 +139,10 @@ def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
     made: list[TablePart] = []
     for number, rows in enumerate(np.split(order, np.flatnonzero(np.diff(part[order])) + 1)):
         of = np.searchsorted(starts, rows, side="right") - 1
-        held = {files[f]: pa.array(rows[of == f] - starts[f], pa.int32()) for f in np.unique(of)}
-        made.append(TablePart(f"part-{number:05d}.parquet", dict(held)))
+        held: dict[Path, pa.Array | None] = {
+            files[f]: pa.array(rows[of == f] - starts[f], pa.int32()) for f in np.unique(of)
+        }
+        made.append(TablePart(f"part-{number:05d}.parquet", held))
     return made
 
 

@@ -164,8 +164,7 @@ def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     """Delete the checkpoints of a stage that is made anew, wherever they lie."""
     filesystem, path = checkpoint.open_storage(joined(*_place(out, cluster)))
     if filesystem.get_file_info(path).type != FileType.NotFound:
-        with suppress(FileNotFoundError):  # on gs://, of a folder that nobody made, once its files are gone
-            filesystem.delete_dir(path)
+        checkpoint.remove_folder(filesystem, path)
 
 
 def _description(stage: TrainStage, config: TrainConfig) -> dict[str, Any]:
@@ -175,8 +174,7 @@ def _description(stage: TrainStage, config: TrainConfig) -> dict[str, Any]:
 def _describe(stage: TrainStage, config: TrainConfig, root: str) -> None:
     """run.json for `status` and for a later `--resume`; errors of an earlier driver are forgotten."""
     shutil.rmtree(stage.out / ERRORS, ignore_errors=True)
-    record = {**_description(stage, config), "label": stage.label, "checkpoints": root}
-    record["workers"] = dict(stage.workers)
+    record = {**_description(stage, config), "label": stage.label, "checkpoints": root, "workers": dict(stage.workers)}
     (stage.out / RUN).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -130,11 +130,11 @@ def run(num_steps: int = 15, global_batch: int = 16, rounds: int = 2) -> dict[st
             threads = {way: (folder / way / THREADS).read_text() for way in times}
             if set(threads.values()) != {"1"}:
                 raise TrainError(f"the ways do not compare: threads of torch are {threads}; this is a bug")
+            steps = {way: step_seconds(folder / way) for way in times}
             for way, measured in times.items():
-                measured += step_seconds(folder / way)
+                measured += steps[way]
                 losses[way] = read_metrics(folder / way / METRICS)[-1]["loss"]
-            alone, stacked = (statistics.median(step_seconds(folder / way)) for way in ("bare", "stack-1"))
-            ratios.append(stacked / alone)
+            ratios.append(statistics.median(steps["stack-1"]) / statistics.median(steps["bare"]))
     median = {way: statistics.median(values) for way, values in times.items()}
     return {
         "machine": f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}, torch {torch.__version__}",
