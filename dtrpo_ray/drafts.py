@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from dtrpo_ray.config import DraftsConfig
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers.columns import content_id
 from dtrpo_ray.importers.prompts import PromptRow
-from dtrpo_ray.importers.responses import ResponseRow
-from dtrpo_ray.importers.tokenize import Target, content_id, tokenize_responses
+from dtrpo_ray.importers.responses import ResponseRow, as_table
+from dtrpo_ray.importers.tokenize import tokenize_responses
 from dtrpo_ray.llm import LanguageModel, Reply, Sampling
 from dtrpo_ray.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.tables import Rejected, with_columns
@@ -77,8 +78,8 @@ class Drafter(Importer):
             return Rejected(origin, "empty side", "the draft has no text")
         return ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
 
-    def _tokenize(self, rows: list[Any], target: Target) -> tuple[pa.Table, list[Rejected]]:
-        table, refused = tokenize_responses(rows, target)
+    def _tokenize(self, rows: list[Any]) -> tuple[pa.Table, list[Rejected]]:
+        table, refused = tokenize_responses(as_table(rows), self.target)
         numbers = [int(origin.rsplit("#", 1)[1]) for origin in table["origin"].to_pylist()]
         prompts = table["prompt_id"].to_pylist()
         ids = [draft_id(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]

@@ -3,7 +3,7 @@
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrpo_ray.config import FilesTask, Job
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences, prompts, responses
-from dtrpo_ray.importers.files import Shard, data_files, first_rows, plan_shards
+from dtrpo_ray.importers.files import Shard, data_files, first_rows, parted, plan_shards
 from dtrpo_ray.importers.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.stages import read_json, write_json
@@ -29,6 +29,7 @@ from dtrpo_ray.tables import (
     id_shares,
     quarantine_lines,
     repeated_rows,
+    with_columns,
     write_manifest,
     write_quarantine,
     write_shards,
@@ -116,7 +117,7 @@ class Importer:
 
     def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
-        target = replace(self.target, data_hash=self.hashes[part.shard.file])
+        data_hash = self.hashes[part.shard.file]
         rows = self._rows(part)
         summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
         refused: list[Rejected] = []
@@ -124,8 +125,9 @@ class Importer:
             found = list(islice(rows, BATCH_ROWS))
             if not found:
                 break
-            bad = [row for row in found if isinstance(row, Rejected)]
-            table, unfit = self._tokenize([row for row in found if not isinstance(row, Rejected)], target)
+            good, bad = parted(found)
+            table, unfit = self._tokenize(good)
+            table = with_columns(table, {"data_hash": [data_hash] * len(table)})
             refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
@@ -140,8 +142,9 @@ class Importer:
     def _rows(self, part: "ImportPart") -> Iterator[Any]:
         return iter(self.reader.read_shard(self.form(part.shard.file), part.shard))
 
-    def _tokenize(self, rows: list[Any], target: Target) -> tuple[pa.Table, list[Rejected]]:
-        return (tokenize_preferences if self.task.type == "preferences" else tokenize_responses)(rows, target)
+    def _tokenize(self, rows: list[Any]) -> tuple[pa.Table, list[Rejected]]:
+        tokenize = tokenize_preferences if self.task.type == "preferences" else tokenize_responses
+        return tokenize(self.reader.as_table(rows), self.target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -16,9 +17,8 @@ from dtrpo_ray.config import RolloutConfig
 from dtrpo_ray.engine import Engine, misfit
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.generation import ENGINE_NAME, SCHEDULES, Generation, SamplingParams
-from dtrpo_ray.importers.files import Refusal
-from dtrpo_ray.importers.prompts import PromptRow
-from dtrpo_ray.importers.tokenize import Target, checked, content_id, ids_to_answer, prompt_text
+from dtrpo_ray.importers.prompts import PromptRow, as_table
+from dtrpo_ray.importers.tokenize import checked, prompt_text, tokenize_prompts
 from dtrpo_ray.models.registry import skeleton_of
 from dtrpo_ray.prepare import Importer, ImportJob
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
@@ -150,23 +150,20 @@ class FileRecorder(Importer):
         size = config.block_length or engine.model.block_size
         self.room = engine.context_tokens - -(-config.max_new_tokens // size) * size
 
-    def _tokenize(self, rows: list[PromptRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-        asked, refused, first_seen = list[Asked](), list[Rejected](), dict[str, str]()
-        for row in rows:
-            prompt_id = content_id(row.prompt)
-            try:
-                if (first := first_seen.setdefault(prompt_id, row.origin)) != row.origin:
-                    raise Refusal("duplicate row", f"the prompt of {first}")
-                ids = ids_to_answer(row.prompt, target)
-                if len(ids) > self.room:
-                    detail = f"{len(ids)} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
-                    raise Refusal("prompt too long", detail)
-            except Refusal as refusal:
-                refused.append(Rejected(row.origin, *refusal.args))
-                continue
-            same = {"prompt_id": prompt_id, "prompt": row.prompt, "prompt_ids": ids, "answer": row.answer}
-            asked += self._samples({**same, "data_hash": target.data_hash}, row.origin)
-        return checked(self.recorder.decode(asked), refused)
+    def _tokenize(self, rows: list[PromptRow]) -> tuple[pa.Table, list[Rejected]]:
+        prompt_ids, ids, refusals = tokenize_prompts(as_table(rows), self.target)
+
+        def detail(row: int) -> str:
+            return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
+
+        refusals.refuse(ids.lengths > self.room, "prompt too long", detail)
+        asked: list[Asked] = []
+        for at in np.flatnonzero(refusals.good):
+            row = rows[at]
+            same = {"prompt_id": prompt_ids[int(at)].as_py(), "prompt": row.prompt, "answer": row.answer}
+            same |= {"prompt_ids": ids.take(np.array([at])).flat.tolist()}
+            asked += self._samples(same, row.origin)
+        return checked(self.recorder.decode(asked), refusals.rejected(lambda at: [rows[at].origin]))
 
     def _samples(self, same: Asked, origin: str) -> Iterator[Asked]:
         steps = self.config.denoising_steps

@@ -185,6 +185,24 @@ def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, st
         raise DataError(f"the chat template refuses the messages ({error})") from None
 
 
+def rendered_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]
+) -> list[str | DataError]:
+    """Each conversation as `rendered` gives it, all in one call; its error in the place of one that is refused."""
+    if not conversations:
+        return []
+    try:
+        return list(tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, ValueError):  # no template, or one conversation spoils the call: find it
+        found: list[str | DataError] = []
+        for conversation in conversations:
+            try:
+                found.append(rendered(tokenizer, conversation))
+            except DataError as error:
+                found.append(error)
+        return found
+
+
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, response: str, prompt_len: int, block_size: int, end: int | None
 ) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from dtrpo_ray import drafts, prepare
 from dtrpo_ray.config import DraftsConfig, PromptsTask
 from dtrpo_ray.drafts import Drafter, draft_id, draft_seed
-from dtrpo_ray.importers.tokenize import content_id
+from dtrpo_ray.importers.columns import content_id
 from dtrpo_ray.llm import Reply, Sampling
 from dtrpo_ray.records import TRAJECTORY
 from dtrpo_ray.tables import QUARANTINE, read_table

@@ -10,7 +10,7 @@ from dtrpo_ray import prepare
 from dtrpo_ray.config import PromptsTask, RolloutConfig
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.generation import SamplingParams
-from dtrpo_ray.importers.tokenize import content_id
+from dtrpo_ray.importers.columns import content_id
 from dtrpo_ray.models.registry import save_model
 from dtrpo_ray.records import TRAJECTORY
 from dtrpo_ray.rollout import DecodeJob, FileRecorder, require_fit, sampling_params

@@ -6,11 +6,14 @@ format is recognised by its columns (`FORMATS`; docs/data.md shows each).
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from dtrpo_ray.importers.columns import PROMPT, prompt_columns
 from dtrpo_ray.importers.files import (
     Refusal,
     Shard,
@@ -48,6 +51,19 @@ class PreferenceRow:
     def origins(self) -> list[str]:
         """Of every row of the file that the pair is made of."""
         return [self.origin, *([self.rejected_origin] if self.rejected_origin else [])]
+
+
+# pairs in columns; `partner` is the second origin of a pair that was made of two rows
+PAIRS = pa.schema(
+    [*PROMPT, ("chosen", pa.string()), ("rejected", pa.string()), ("partner", pa.string())],
+)
+
+
+def as_table(rows: Sequence[PreferenceRow]) -> pa.Table:
+    """Pairs as PAIRS."""
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in ("origin", "chosen", "rejected")}
+    columns |= prompt_columns([row.prompt for row in rows])
+    return pa.table(columns | {"partner": [row.rejected_origin for row in rows]}, schema=PAIRS)
 
 
 # === 1. Files -> pairs ===

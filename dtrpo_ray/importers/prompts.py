@@ -2,13 +2,16 @@
 of preference pairs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences
+from dtrpo_ray.importers.columns import PROMPT, prompt_columns
 from dtrpo_ray.importers.files import (
     Refusal,
     Shard,
@@ -42,6 +45,12 @@ class PromptRow:
     origin: str
     prompt: Prompt
     answer: str | None = None
+
+
+def as_table(rows: Sequence[PromptRow]) -> pa.Table:
+    """Prompts in columns."""
+    columns = {"origin": [row.origin for row in rows], **prompt_columns([row.prompt for row in rows])}
+    return pa.table(columns, schema=pa.schema(PROMPT))
 
 
 @dataclass(frozen=True, slots=True)

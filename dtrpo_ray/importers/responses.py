@@ -5,11 +5,14 @@ as the source counted them: only their order within a block is used (docs/data.m
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from dtrpo_ray.importers.columns import PROMPT, prompt_columns
 from dtrpo_ray.importers.files import (
     Refusal,
     Shard,
@@ -55,6 +58,33 @@ class ResponseRow:
     reward: float | None = None
     denoising_steps: int | None = None
     max_new_tokens: int | None = None
+
+
+_INTS = pa.list_(pa.int32())
+# responses in columns: the fields of a ResponseRow
+RESPONSES = pa.schema(
+    [
+        *PROMPT,
+        ("engine", pa.string()),
+        ("response", pa.string()),
+        ("answer", pa.string()),
+        ("prompt_ids", _INTS),
+        ("response_ids", _INTS),
+        ("pieces", pa.list_(pa.string())),
+        ("steps", _INTS),
+        ("logps", pa.list_(pa.float32())),
+        ("reward", pa.float64()),
+        ("denoising_steps", pa.int32()),
+        ("max_new_tokens", pa.int32()),
+    ]
+)
+
+
+def as_table(rows: Sequence[ResponseRow]) -> pa.Table:
+    """Responses as RESPONSES."""
+    same = set(RESPONSES.names) - {"prompt", "messages"}
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in same}
+    return pa.table(columns | prompt_columns([row.prompt for row in rows]), schema=RESPONSES)
 
 
 # === 1. Files -> responses ===

@@ -1,21 +1,20 @@
-"""Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks."""
+"""Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks, column by column."""
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Refusal
-from dtrpo_ray.importers.preferences import PreferenceRow, Prompt
-from dtrpo_ray.importers.responses import ResponseRow
+from dtrpo_ray.importers.columns import Ragged, Refusals, content_ids, first_places, json_texts
+from dtrpo_ray.importers.preferences import Prompt
 from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import GOOD, block_ranks, rules_of, verdicts
@@ -26,7 +25,7 @@ from dtrpo_ray.tokenizer import (
     encode_prompt,
     eos_token_id,
     mask_token_id,
-    rendered,
+    rendered_all,
     turn_end_id,
 )
 from dtrpo_ray.trajectory import NEVER, Origin
@@ -34,6 +33,8 @@ from dtrpo_ray.trajectory import NEVER, Origin
 JOIN = " + "  # between the origins of a pair made of two rows
 _TWO_ROWS = re.compile(rf"(.+):(\d+){re.escape(JOIN)}\1:(\d+)", re.DOTALL)
 IMPORTED = "the file"  # who gave the rewards that an imported row brings
+_INTS = pa.list_(pa.int32())
+_SAMPLER = TRAJECTORY.field("sampler").type
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Target:
     max_response_tokens: int
     block_origin: Origin = "global"
     shift: int | None = None
-    data_hash: str | None = None
 
     @cached_property
     def mask_id(self) -> int:
@@ -77,10 +77,6 @@ class Target:
         found = turn_end_id(self.tokenizer)
         return self.end if found is None else found
 
-    def ends(self, prompt: Prompt | None) -> int:
-        """The token that closes an answer to `prompt`."""
-        return self.turn_end if isinstance(prompt, list) else self.end
-
     @cached_property
     def columns(self) -> dict[str, Any]:
         """What all rows have in common."""
@@ -90,144 +86,165 @@ class Target:
             "block_origin": self.block_origin,
             "mask_id": self.mask_id,
             "tokenizer_hash": tokenizer_hash(self.tokenizer),
-            "data_hash": self.data_hash,
         }
 
-    def fill(self, prompt_len: int, response_len: int) -> int:
-        """Tokens that the terminal block lacks."""
-        return -(response_len + prompt_len * (self.block_origin == "global")) % self.block_size
+    def fill(self, prompt: Ragged, response: Ragged) -> np.ndarray:
+        """int [rows]: tokens that each terminal block lacks."""
+        return -(response.lengths + prompt.lengths * (self.block_origin == "global")) % self.block_size
 
 
-def tokenize_preferences(rows: Iterable[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    """The table preference/v1 (no recorded steps, no rewards) and the rows refused."""
-    rows, made, rejected = list(rows), [], list[Rejected]()
-    prompts = encode_prompts(target.tokenizer, [row.prompt for row in rows])
-    sides = encode_texts(target.tokenizer, [text for row in rows for text in (row.chosen, row.rejected)])
-    first_seen: dict[str, str] = {}
-    for i, row in enumerate(rows):
-        row_id = content_id([row.prompt, row.chosen, row.rejected])
-        try:
-            if row_id in first_seen:
-                raise Refusal("duplicate row", f"the same as {first_seen[row_id]}")
-            first_seen[row_id] = row.origin
-            _require_no_control(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}, target)
-            prompt = _shortened(prompts[i], target)
-            end = target.ends(row.prompt)
-            chosen, rejected_ids = (_closed(side, end, len(prompt), target) for side in sides[2 * i : 2 * i + 2])
-            _require_fit(prompt, {"chosen": chosen, "rejected": rejected_ids}, target)
-            if chosen == rejected_ids:
-                raise Refusal("identical tokens", "chosen and rejected differ as text and not as tokens")
-        except Refusal as refusal:
-            rejected += (Rejected(origin, *refusal.args) for origin in row.origins)
-            continue
-        ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected_ids}
-        names = {"row_id": row_id, "prompt_id": content_id(row.prompt), "origin": JOIN.join(row.origins)}
-        made.append({**target.columns, **names, **ids})
-    return checked(pa.Table.from_pylist(made, schema=PREFERENCE), rejected)
+# === 1. Rows of texts -> rows of ids ===
 
 
-def tokenize_responses(rows: Iterable[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    """The table trajectory/v1 and the rows refused. Text without ids is closed by an end token, as in preferences.
-
-    A response with steps that stops before its terminal block does, as samplers that cut at the end token write it, is
-    filled with end tokens that no step ever reached: they are hidden in every state and never scored.
-    """
-    rows, made, rejected = list(rows), [], list[Rejected]()
-    prompts = encode_prompts(target.tokenizer, [row.prompt or "" for row in rows])
-    texts = encode_texts(target.tokenizer, [row.response or "" for row in rows])
-    first_seen: dict[str, str] = {}
-    for row, prompt, text in zip(rows, prompts, texts, strict=True):
-        content = [row.prompt, row.prompt_ids, row.response, row.response_ids, row.pieces, row.steps]
-        row_id = content_id([*content, row.max_new_tokens])
-        try:
-            if row_id in first_seen:
-                raise Refusal("duplicate row", f"the same as {first_seen[row_id]}")
-            first_seen[row_id] = row.origin
-            made.append({**target.columns, "row_id": row_id, **_response_columns(row, prompt, text, target)})
-        except Refusal as refusal:
-            rejected.append(Rejected(row.origin, *refusal.args))
-    table = pa.Table.from_pylist(made, schema=TRAJECTORY)
-    return checked(_with_ranks(table), rejected)
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int] | Refusal]:
-    """Ids of each text without special tokens, all in one call; a Refusal in the place of one that has no ids."""
-    different = list(dict.fromkeys(texts))  # the answers to a prompt repeat it
-    found: list[list[int] | Refusal]
-    try:
-        found = list(encode_all(tokenizer, different))
-    except Exception:  # one text without a token spoils the call: find it
-        found = [_encode_alone(tokenizer, text) for text in different]
-    ids = dict(zip(different, found, strict=True))
-    return [ids[text] for text in texts]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int] | Refusal]:
-    """Ids of each prompt, messages in the chat template, as `encode_texts` gives them."""
-    texts, refused = [], dict[int, Refusal]()
-    for place, prompt in enumerate(prompts):
-        try:
-            texts.append(rendered(tokenizer, prompt))
-        except DataError as error:
-            texts.append("")
-            refused[place] = Refusal("cannot be tokenized", str(error))
-    return [refused.get(place, ids) for place, ids in enumerate(encode_texts(tokenizer, texts))]
-
-
-def split_origins(origin: str) -> list[str]:
-    """The column `origin` as the rows it names: one, or two of the same file, whose name may hold anything."""
-    found = _TWO_ROWS.fullmatch(origin)
-    return [f"{found[1]}:{found[2]}", f"{found[1]}:{found[3]}"] if found else [origin]
-
-
-def content_id(content: Any) -> str:
-    """16 hex digits of the SHA-256 of the canonical JSON: the same text has the same id in any file and run."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _encode_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | Refusal:
-    try:
-        return encode_prompt(tokenizer, text)
-    except DataError as error:
-        return Refusal("cannot be tokenized", str(error))
-
-
-def _response_columns(
-    row: ResponseRow, prompt_ids: list[int] | Refusal, text_ids: list[int] | Refusal, target: Target
-) -> dict[str, Any]:
-    # a response that came as ids or with steps may end in the control tokens that its source spelled out
-    bare = row.response_ids is None and row.pieces is None and row.steps is None
-    _require_no_control(row.prompt or "", {"response": row.response or ""} if bare else {}, target)
-    _require_known(row, target)
-    prompt = _shortened(prompt_ids if row.prompt_ids is None else row.prompt_ids, target, row.steps is not None)
-    ids, steps, logps = _tokens(row, text_ids, target)
-    if steps is None and row.response_ids is None:
-        ids = _closed(ids, target.ends(row.prompt), len(prompt), target)
-    fill = target.fill(len(prompt), len(ids))
-    ids = ids + [target.end] * fill
-    steps = None if steps is None else steps + [NEVER] * fill
-    _require_fit(prompt, {"response": ids}, target)
-    text = row.response if row.response is not None else target.tokenizer.decode(ids, skip_special_tokens=True)
-    sampler = {"max_new_tokens": row.max_new_tokens} if row.max_new_tokens else None
-    return {
-        "prompt_id": content_id(row.prompt if row.prompt is not None else row.prompt_ids),
-        "origin": row.origin,
-        "prompt": prompt_text(row.prompt, prompt, target.tokenizer),
-        "response": text,
-        "answer": row.answer,
-        "prompt_ids": prompt,
-        "response_ids": ids,
-        "steps": steps,
-        "types": None if steps is None else [DIFFUSION] * len(steps),
-        "logps": None if logps is None else logps + [0.0] * fill,
-        "reward": row.reward,
-        "reward_source": None if row.reward is None else IMPORTED,
-        "shift": target.shift,
-        "denoising_steps": row.denoising_steps,
-        "sampler": sampler,
-        "engine": row.engine,
+def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
+    """`preferences.PAIRS` -> preference/v1 (no recorded steps, no rewards), and the rows refused."""
+    rows, refusals = rows.combine_chunks(), Refusals(len(rows))
+    texts = {side: _column(rows, side) for side in ("chosen", "rejected")}
+    prompts = prompt_json(rows)
+    row_ids = _ids_of_lists(prompts, *map(json_texts, texts.values()))
+    _refuse_repeated(row_ids, rows, refusals)
+    _refuse_control(rows, texts, target, refusals)
+    prompt = _shortened(encode_prompts(rows, prompts, target).required(refusals), target, refusals)
+    ends = _ends(rows, target)
+    sides = {side: encode_texts(target.tokenizer, text).required(refusals) for side, text in texts.items()}
+    sides = {side: ids.extended(1, ends) for side, ids in sides.items()}
+    sides = {side: ids.extended(target.fill(prompt, ids), target.end) for side, ids in sides.items()}
+    _refuse_unfit({"prompt": prompt, **sides}, target, refusals)
+    same = sides["chosen"].same_as(sides["rejected"])
+    refusals.refuse(same, "identical tokens", lambda _: "chosen and rejected differ as text and not as tokens")
+    two_rows = pc.binary_join_element_wise(_column(rows, "origin"), _column(rows, "partner"), JOIN)
+    columns = {
+        "row_id": row_ids,
+        "prompt_id": content_ids(prompts),
+        "origin": pc.coalesce(two_rows, _column(rows, "origin")),
+        "prompt_ids": prompt.to_arrow(_INTS),
+        **{f"{side}_ids": ids.to_arrow(_INTS) for side, ids in sides.items()},
     }
+    return _finished(columns, PREFERENCE, target, refusals)
+
+
+def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
+    """`responses.RESPONSES` -> trajectory/v1, and the rows refused.
+
+    Text without ids is closed by an end token, as in preferences. A response with steps that stops before its terminal
+    block does, as samplers that cut at the end token write it, is filled with end tokens that no step ever reached:
+    they are hidden in every state and never scored.
+    """
+    rows, refusals = rows.combine_chunks(), Refusals(len(rows))
+    has = {name: np.asarray(_column(rows, name).is_valid()) for name in rows.schema.names}
+    prompts, text = prompt_json(rows), _column(rows, "response")
+    told = [_column(rows, n) for n in ("prompt_ids", "response", "response_ids", "pieces", "steps", "max_new_tokens")]
+    row_ids = _ids_of_lists(prompts, *map(json_texts, told))
+    _refuse_repeated(row_ids, rows, refusals)
+    # a response that came as ids or with steps may end in the control tokens that its source spelled out
+    bare = ~(has["response_ids"] | has["pieces"] | has["steps"])
+    _refuse_control(rows, {"response": pc.if_else(pa.array(bare), text, "")}, target, refusals)
+    given = {name: Ragged.from_arrow(_column(rows, name)) for name in ("prompt_ids", "response_ids")}
+    _refuse_unknown(given, target, refusals)
+    encoded = encode_prompts(rows, prompts, target).required(refusals, ~has["prompt_ids"])
+    prompt = Ragged.where(has["prompt_ids"], given["prompt_ids"], encoded)
+    prompt = _shortened(prompt, target, refusals, has["steps"])
+    ids, steps = _tokens(rows, given["response_ids"], has, target, refusals)
+    open_ended = ~has["response_ids"] & ~has["steps"]
+    ids = ids.extended(open_ended, _ends(rows, target))
+    fill = target.fill(prompt, ids)
+    ids = ids.extended(fill, target.end)
+    steps = steps.extended(fill * has["steps"], NEVER)
+    _refuse_unfit({"prompt": prompt, "response": ids}, target, refusals)
+    scored = has["logps"] & has["response_ids"]
+    starts = prompt.lengths * (target.block_origin == "global")
+    ranks, _ = block_ranks(steps.flat, steps.lengths, starts, np.full(len(rows), target.block_size))
+    columns = {
+        "row_id": row_ids,
+        "prompt_id": content_ids(pc.if_else(pc.equal(prompts, "null"), json_texts(told[0]), prompts)),
+        "prompt": _prompt_texts(rows, prompt, target, refusals),
+        "response": pc.coalesce(text, _decoded(ids, has["response"], target, refusals, skip_special_tokens=True)),
+        "prompt_ids": prompt.to_arrow(_INTS),
+        "response_ids": ids.to_arrow(_INTS),
+        "steps": steps.to_arrow(_INTS, has["steps"]),
+        "ranks": Ragged(ranks, steps.starts, steps.lengths).to_arrow(_INTS, has["steps"]),
+        "types": Ragged(np.full(len(ranks), DIFFUSION), steps.starts, steps.lengths).to_arrow(_INTS, has["steps"]),
+        "logps": Ragged.from_arrow(_column(rows, "logps"))
+        .extended(fill * has["logps"], 0.0)
+        .to_arrow(TRAJECTORY.field("logps").type, scored),
+        "reward_source": pc.if_else(_column(rows, "reward").is_valid(), IMPORTED, None),
+        "shift": pa.repeat(pa.scalar(target.shift, pa.int32()), len(rows)),
+        "sampler": _sampler(_column(rows, "max_new_tokens")),
+        **{name: _column(rows, name) for name in ("origin", "answer", "reward", "denoising_steps", "engine")},
+    }
+    return _finished(columns, TRAJECTORY, target, refusals)
+
+
+def tokenize_prompts(rows: pa.Table, target: Target) -> tuple[pa.StringArray, Ragged, Refusals]:
+    """The prompt_id and ids of prompts without an answer yet, and which of them could not be in a row of ours."""
+    rows, refusals = rows.combine_chunks(), Refusals(len(rows))
+    prompts = prompt_json(rows)
+    prompt_ids = content_ids(prompts)
+    _refuse_repeated(prompt_ids, rows, refusals, "the prompt of")
+    _refuse_control(rows, {}, target, refusals)
+    ids = _shortened(encode_prompts(rows, prompts, target).required(refusals), target, refusals)
+    _refuse_unfit({"prompt": ids}, target, refusals)
+    return prompt_ids, ids, refusals
+
+
+# === 2. Texts -> ids ===
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The ids of each text, and why those in `unfit` have none."""
+
+    ids: Ragged
+    unfit: dict[int, str]
+
+    def required(self, refusals: Refusals, rows: np.ndarray | None = None) -> Ragged:
+        """The ids; of all `rows` (bool [rows]) those without are refused."""
+        bad = np.zeros(len(self.ids), dtype=bool)
+        bad[list(self.unfit)] = True
+        refusals.refuse(bad if rows is None else bad & rows, "cannot be tokenized", lambda row: self.unfit[row])
+        return self.ids
+
+    def take(self, rows: np.ndarray) -> "Encoded":
+        """The texts of these numbers."""
+        unfit = {i: self.unfit[row] for i, row in enumerate(rows.tolist()) if row in self.unfit} if self.unfit else {}
+        return Encoded(self.ids.take(rows), unfit)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pa.StringArray) -> Encoded:
+    """Ids of each text without special tokens, all in one call; a null text has none."""
+    different = texts.fill_null("").dictionary_encode()  # the answers to a prompt repeat it
+    values, unfit = different.dictionary.to_pylist(), dict[int, str]()
+    try:
+        ids = encode_all(tokenizer, values)
+    except Exception:  # one text without a token spoils the call: find it
+        ids = [[]] * len(values)
+        for place, text in enumerate(values):
+            try:
+                ids[place] = encode_prompt(tokenizer, text)
+            except DataError as error:
+                unfit[place] = str(error)
+    return Encoded(Ragged.of(ids), unfit).take(different.indices.to_numpy(zero_copy_only=False))
+
+
+def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> Encoded:
+    """Ids of each prompt, messages in the chat template; `prompts` is the JSON by which equal ones are found."""
+    first, which = np.unique(first_places(prompts), return_inverse=True)
+    different = rows.take(pa.array(first))
+    texts, chats = _column(different, "prompt").to_pylist(), _column(different, "messages")
+    places = np.flatnonzero(chats.is_valid())
+    refused = dict[int, str]()
+    for place, text in zip(places.tolist(), rendered_all(target.tokenizer, chats.drop_null().to_pylist()), strict=True):
+        texts[place] = None if isinstance(text, DataError) else text
+        if isinstance(text, DataError):
+            refused[place] = str(text)
+    encoded = encode_texts(target.tokenizer, pa.array(texts, pa.string()))
+    return Encoded(encoded.ids, encoded.unfit | refused).take(which)
+
+
+def prompt_json(rows: pa.Table) -> pa.StringArray:
+    """The canonical JSON of each prompt, text or messages, which is what its id is made of; "null" for neither."""
+    messages = _column(rows, "messages")
+    return pc.if_else(messages.is_valid(), json_texts(messages), json_texts(_column(rows, "prompt")))
 
 
 def prompt_text(prompt: Prompt | None, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -249,94 +266,168 @@ def prompt_messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _tokens(
-    row: ResponseRow, text_ids: list[int] | Refusal, target: Target
-) -> tuple[list[int], list[int] | None, list[float] | None]:
-    """Ids, steps and log-probs of a response as its source has it."""
-    if row.response_ids is not None:
-        return row.response_ids, row.steps, row.logps
-    if row.pieces is not None:
-        # tokens of another tokenizer: each becomes one or more of ours, which share its step
-        ids = [_require(piece) for piece in encode_texts(target.tokenizer, row.pieces)]
-        steps = [step for piece, step in zip(ids, row.steps or (), strict=True) for _ in piece]
-        return [token for piece in ids for token in piece], steps, None
-    ids_of_text = _require(text_ids)
-    if row.steps is not None and len(ids_of_text) + 1 == len(row.steps):
-        ids_of_text = [*ids_of_text, target.ends(row.prompt)]  # the step map counts the end that the text omits
-    if row.steps is not None and len(ids_of_text) != len(row.steps):
-        raise Refusal("lengths differ", f"{len(row.steps)} steps for the {len(ids_of_text)} tokens of this tokenizer")
-    return ids_of_text, row.steps, None
+# === 3. What a row's columns are made of ===
 
 
-def _with_ranks(table: pa.Table) -> pa.Table:
-    """Fill in `ranks` from `steps`, for all rows at once."""
-    has = np.array(table["steps"].is_valid())
-    rows = table.filter(pa.array(has, pa.bool_()))
-    steps = rows["steps"].combine_chunks()
-    lengths = np.diff(steps.offsets) if len(rows) else np.zeros(0, dtype=np.int64)
-    on_global = np.array(rows["block_origin"].to_pylist()) == "global"
-    starts = np.array([len(ids) for ids in rows["prompt_ids"].to_pylist()], dtype=np.int64) * on_global
-    ranks, _ = block_ranks(steps.flatten().to_numpy(), lengths, starts, rows["block_size"].to_numpy())
-    per_row = iter(np.split(ranks, np.cumsum(lengths)[:-1])) if len(rows) else iter(())
-    column = pa.array([next(per_row).tolist() if known else None for known in has], pa.list_(pa.int32()))
-    return table.set_column(table.schema.get_field_index("ranks"), "ranks", column)
+def _column(rows: pa.Table, name: str) -> pa.Array:
+    """A column in one piece."""
+    column = rows[name]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _shortened(prompt: list[int] | Refusal, target: Target, has_steps: bool = False) -> list[int]:
+def _ids_of_lists(*texts: pa.StringArray) -> pa.StringArray:
+    """The content ids of JSON lists, of whose elements each column has one of every row."""
+    commas = [part for text in texts for part in (",", text)][1:]
+    return content_ids(pc.binary_join_element_wise("[", *commas, "]", ""))
+
+
+def _ends(rows: pa.Table, target: Target) -> np.ndarray:
+    """int [rows]: the token that closes an answer to each prompt."""
+    chat = np.asarray(_column(rows, "messages").is_valid())
+    return np.where(chat, target.turn_end, target.end) if chat.any() else np.full(len(rows), target.end)
+
+
+def _shortened(prompt: Ragged, target: Target, refusals: Refusals, has_steps: np.ndarray | bool = False) -> Ragged:
     """The last `max_prompt_tokens` of a prompt; before recorded steps only whole blocks go, which keeps their grid."""
-    ids = _require(prompt)
-    cut = max(0, len(ids) - target.max_prompt_tokens)
-    cut += -cut % target.block_size if has_steps and target.block_origin == "global" else 0
-    if cut >= len(ids) > 0:
-        raise Refusal(
-            "prompt too long",
-            f"whole blocks of {target.block_size} off its {len(ids)} tokens leave none of {target.max_prompt_tokens}",
-        )
-    return ids[cut:]
+    cut = np.maximum(0, prompt.lengths - target.max_prompt_tokens)
+    cut += np.where(has_steps, -cut % target.block_size, 0) * (target.block_origin == "global")
+
+    def detail(row: int) -> str:
+        whole = f"whole blocks of {target.block_size} off its {prompt.lengths[row]} tokens"
+        return f"{whole} leave none of {target.max_prompt_tokens}"
+
+    refusals.refuse((cut >= prompt.lengths) & (prompt.lengths > 0), "prompt too long", detail)
+    return prompt.without_first(np.minimum(cut, prompt.lengths))
 
 
-def ids_to_answer(prompt: Prompt, target: Target) -> list[int]:
-    """Ids of a prompt without an answer yet. Raises Refusal for one that could not be in a row of ours."""
-    _require_no_control(prompt, {}, target)
-    ids = _shortened(encode_prompts(target.tokenizer, [prompt])[0], target)
-    _require_fit(ids, {}, target)
-    return ids
+def _tokens(
+    rows: pa.Table, given: Ragged, has: Mapping[str, np.ndarray], target: Target, refusals: Refusals
+) -> tuple[Ragged, Ragged]:
+    """Ids and steps of each response as its source has it: as ids, as pieces of text, or as a text."""
+    steps, pieces = Ragged.from_arrow(_column(rows, "steps")), _column(rows, "pieces")
+    in_pieces = has["pieces"] & ~has["response_ids"]
+    by_text = ~in_pieces & ~has["response_ids"]
+    text = encode_texts(target.tokenizer, _column(rows, "response")).required(refusals, by_text)
+    # the step map may count the end that the text omits
+    omitted = by_text & has["steps"] & (text.lengths + 1 == steps.lengths)
+    ids = Ragged.where(has["response_ids"], given, text.extended(omitted, _ends(rows, target)))
+    if in_pieces.any():
+        # tokens of another tokenizer: each becomes one or more of ours, which share its step
+        pieces, counts = pieces.filter(pa.array(in_pieces)), np.where(in_pieces, steps.lengths, 0)
+        encoded, owner = encode_texts(target.tokenizer, pieces.flatten()), np.repeat(np.arange(len(rows)), counts)
+        unfit = {int(owner[place]): detail for place, detail in sorted(encoded.unfit.items(), reverse=True)}
+        Encoded(steps, unfit).required(refusals)
+        joined = encoded.ids.grouped(counts)
+        shared = np.repeat(steps.take(np.flatnonzero(in_pieces)).flat, encoded.ids.lengths)
+        ids = Ragged.where(in_pieces, joined, ids)
+        steps = Ragged.where(in_pieces, Ragged(shared, joined.starts, joined.lengths), steps)
+    differ = by_text & has["steps"] & (ids.lengths != steps.lengths)
+
+    def detail(row: int) -> str:
+        return f"{steps.lengths[row]} steps for the {ids.lengths[row]} tokens of this tokenizer"
+
+    refusals.refuse(differ, "lengths differ", detail)
+    return ids, steps
 
 
-def _require(ids: list[int] | Refusal) -> list[int]:
-    if isinstance(ids, Refusal):
-        raise ids
-    return ids
+def _sampler(max_new_tokens: pa.Array) -> pa.StructArray:
+    known = {"max_new_tokens": max_new_tokens}
+    fields = [known.get(field.name, pa.nulls(len(max_new_tokens), field.type)) for field in _SAMPLER]
+    return pa.StructArray.from_arrays(fields, fields=list(_SAMPLER), mask=max_new_tokens.is_null())
 
 
-def _closed(ids: list[int] | Refusal, end: int, prompt_len: int, target: Target) -> list[int]:
-    """Ids of a text, the token `end`, and end-of-sequence to the end of its block (see tokenizer.encode_response)."""
-    ended = [*_require(ids), end]
-    return ended + [target.end] * target.fill(prompt_len, len(ended))
+def _prompt_texts(rows: pa.Table, ids: Ragged, target: Target, refusals: Refusals) -> pa.StringArray:
+    """The column `prompt`, as `prompt_text` has it."""
+    text, messages = _column(rows, "prompt"), _column(rows, "messages")
+    as_json = pc.if_else(messages.is_valid(), json_texts(messages, canonical=False), None)
+    known = np.asarray(pc.or_(text.is_valid(), messages.is_valid()))
+    return pc.coalesce(text, as_json, _decoded(ids, known, target, refusals))
 
 
-def _require_no_control(prompt: Prompt, sides: dict[str, str], target: Target) -> None:
+def _decoded(ids: Ragged, known: np.ndarray, target: Target, refusals: Refusals, **options: bool) -> pa.StringArray:
+    """The text of ids in the place of good rows where it is not `known`, else null."""
+    rows = np.flatnonzero(~known & refusals.good)
+    texts = np.full(len(ids), None, dtype=object)
+    if len(rows):
+        texts[rows] = target.tokenizer.batch_decode(ids.take(rows).to_arrow(_INTS).to_pylist(), **options)
+    return pa.array(texts, pa.string())
+
+
+def _refuse_repeated(ids: pa.StringArray, rows: pa.Table, refusals: Refusals, what: str = "the same as") -> None:
+    first, origins = first_places(ids), _column(rows, "origin")
+    repeats = first != np.arange(len(rows))
+    refusals.refuse(repeats, "duplicate row", lambda row: f"{what} {origins[int(first[row])]}")
+
+
+def _refuse_control(rows: pa.Table, sides: Mapping[str, pa.StringArray], target: Target, refusals: Refusals) -> None:
     # a prompt of plain text may be written in the model's own chat markup; a message or a response may not
-    texts = {} if isinstance(prompt, str) else {f"prompt[{i}]": m["content"] for i, m in enumerate(prompt)}
-    for where, text in {**texts, **sides}.items():
-        if found := target.control.search(text):
-            raise Refusal("control token", f"{where} holds {found[0]!r}, which the tokenizer reads as a control token")
+    pattern, messages = target.control, _column(rows, "messages")
+    contents = messages.flatten().field("content")
+
+    def detail(where: str, text: str) -> str:
+        return f"{where} holds {pattern.search(text)[0]!r}, which the tokenizer reads as a control token"  # type: ignore[index]
+
+    def of_turns(row: int) -> str:
+        turns = [turn["content"] for turn in messages[row].as_py()]
+        return next(detail(f"prompt[{i}]", text) for i, text in enumerate(turns) if pattern.search(text))
+
+    owner = np.repeat(np.arange(len(rows)), pc.list_value_length(messages).fill_null(0).to_numpy(zero_copy_only=False))
+    bad = np.bincount(owner[_matches(contents, pattern)], minlength=len(rows)) > 0
+    refusals.refuse(bad, "control token", of_turns)
+    for side, texts in sides.items():
+        refusals.refuse(
+            _matches(texts, pattern),
+            "control token",
+            lambda row, side=side, texts=texts: detail(side, str(texts[row])),  # type: ignore[misc]
+        )
 
 
-def _require_known(row: ResponseRow, target: Target) -> None:
-    for where, ids in {"prompt_ids": row.prompt_ids, "response_ids": row.response_ids}.items():
-        if ids and not 0 <= min(ids) <= max(ids) < target.vocabulary:
-            wrong = next(i for i in ids if not 0 <= i < target.vocabulary)
-            raise Refusal("unknown id", f"{where} holds {wrong}; the tokenizer has ids 0 to {target.vocabulary - 1}")
+def _matches(texts: pa.StringArray, pattern: re.Pattern[str]) -> np.ndarray:
+    """bool [rows]: where a pattern of literals is found."""
+    return np.asarray(pc.match_substring_regex(texts, pattern.pattern).fill_null(False).to_numpy(zero_copy_only=False))
 
 
-def _require_fit(prompt: list[int], sides: dict[str, list[int]], target: Target) -> None:
-    for where, ids in {"prompt": prompt, **sides}.items():
-        if target.mask_id in ids:
-            raise Refusal("mask token", f"{where} holds the mask token, id {target.mask_id}")
-        if where != "prompt" and len(ids) > target.max_response_tokens:
-            detail = f"{where} has {len(ids)} tokens of at most {target.max_response_tokens}"
-            raise Refusal("response too long", detail)
+def _refuse_unknown(given: Mapping[str, Ragged], target: Target, refusals: Refusals) -> None:
+    for where, ids in given.items():
+
+        def detail(row: int, where: str = where, ids: Ragged = ids) -> str:
+            values = ids.take(np.array([row])).flat
+            wrong = values[(values < 0) | (values >= target.vocabulary)][0]
+            return f"{where} holds {wrong}; the tokenizer has ids 0 to {target.vocabulary - 1}"
+
+        flat = ids.flat
+        refusals.refuse(ids.any((flat < 0) | (flat >= target.vocabulary)), "unknown id", detail)
+
+
+def _refuse_unfit(texts: Mapping[str, Ragged], target: Target, refusals: Refusals) -> None:
+    for where, ids in texts.items():
+        holds = f"{where} holds the mask token, id {target.mask_id}"
+        refusals.refuse(ids.any(ids.flat == target.mask_id), "mask token", lambda _, holds=holds: holds)  # type: ignore[misc]
+        if where != "prompt":
+
+            def detail(row: int, where: str = where, ids: Ragged = ids) -> str:
+                return f"{where} has {ids.lengths[row]} tokens of at most {target.max_response_tokens}"
+
+            refusals.refuse(ids.lengths > target.max_response_tokens, "response too long", detail)
+
+
+def _finished(
+    columns: dict[str, pa.Array], schema: pa.Schema, target: Target, refusals: Refusals
+) -> tuple[pa.Table, list[Rejected]]:
+    """The rows that are good and pass the rules of their table, and those that were refused."""
+    rows = len(refusals.good)
+    same = {name: pa.repeat(pa.scalar(value), rows) for name, value in target.columns.items()}
+    columns = {field.name: pa.nulls(rows, field.type) for field in schema} | same | columns
+    table = pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
+    origins = table["origin"]
+    rejected = refusals.rejected(lambda row: split_origins(str(origins[row])))
+    return checked(table.filter(pa.array(refusals.good)), rejected)
+
+
+def split_origins(origin: str) -> list[str]:
+    """The column `origin` as the rows it names: one, or two of the same file, whose name may hold anything."""
+    found = _TWO_ROWS.fullmatch(origin)
+    return [f"{found[1]}:{found[2]}", f"{found[1]}:{found[3]}"] if found else [origin]
 
 
 def checked(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[Rejected]]:

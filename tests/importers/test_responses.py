@@ -236,6 +236,10 @@ def test_the_page_on_data_lists_every_reason() -> None:
         *(package / "importers").glob("*.py"),
         *(package / f"{name}.py" for name in ("prepare", "drafts", "rollout")),
     ]
-    used = {r for s in sources for r in re.findall(r'(?:Refusal\(|Rejected\(\w+, )\s*"([^"]+)"', s.read_text())}
+    used = {
+        r
+        for s in sources
+        for r in re.findall(r'(?:Refusal\(|Rejected\(\w+, |refuse\([^"]*?, )\s*"([^"]+)"', s.read_text())
+    }
     assert listed == used
     assert {reason for _, _, reason, _ in REFUSED} <= used

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.errors import ModelError
+from dtrpo_ray.importers import preferences, responses, tokenize
 from dtrpo_ray.importers.preferences import PreferenceRow, read_preferences
 from dtrpo_ray.importers.responses import ResponseRow, read_responses
-from dtrpo_ray.importers.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
+from dtrpo_ray.importers.tokenize import Target, split_origins
 from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import check_table
@@ -30,6 +32,14 @@ EOS, MASK = 10, 11
 def digits(**changes: Any) -> Target:
     settings: dict[str, Any] = {"block_size": 4, "max_prompt_tokens": 512, "max_response_tokens": 512} | changes
     return Target(DIGITS, **settings)
+
+
+def tokenize_preferences(rows: list[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+    return tokenize.tokenize_preferences(preferences.as_table(rows), target)
+
+
+def tokenize_responses(rows: list[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+    return tokenize.tokenize_responses(responses.as_table(rows), target)
 
 
 def pair(prompt: str = "12", chosen: str = "3", rejected: str = "4", origin: str = "f:1") -> PreferenceRow:
