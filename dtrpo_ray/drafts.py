@@ -5,7 +5,6 @@ comes from (seed, row id), and its row id from its prompt and its number, so par
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +12,9 @@ import pyarrow as pa
 from dtrpo_ray.config import DraftsConfig
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers.columns import content_id
+from dtrpo_ray.importers.parsing import parted, parted_batches
 from dtrpo_ray.importers.prompts import PromptRow
+from dtrpo_ray.importers.prompts import read_shard as prompt_rows
 from dtrpo_ray.importers.responses import ResponseRow, as_table
 from dtrpo_ray.importers.tokenize import tokenize_responses
 from dtrpo_ray.llm import LanguageModel, Reply, Sampling
@@ -33,18 +34,16 @@ class Drafter(Importer):
         self.how = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)
 
-    def _rows(self, part: ImportPart) -> Iterator[ResponseRow | Rejected]:
-        prompts, first_seen = super()._rows(part), dict[str, str]()
-        while batch := list(islice(prompts, self.config.batch_size)):
-            yield from self._answer(batch, first_seen)
+    def _batches(self, part: ImportPart) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+        prompts, first_seen = prompt_rows(self.form(part.shard.file), part.shard), dict[str, str]()
+        for rows, refused in parted_batches(prompts, self.config.batch_size):
+            drafts, unfit = parted(self._answer(rows, first_seen))
+            yield as_table(drafts), refused + unfit
 
-    def _answer(self, rows: list[PromptRow | Rejected], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
+    def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
         """The drafts of a batch of prompts, and the prompts that cannot be asked."""
         asked: list[tuple[PromptRow, list[int]]] = []
         for row in rows:
-            if isinstance(row, Rejected):
-                yield row
-                continue
             ids = self._encode(row, first_seen)
             if isinstance(ids, Rejected):
                 yield ids
@@ -78,8 +77,8 @@ class Drafter(Importer):
             return Rejected(origin, "empty side", "the draft has no text")
         return ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
 
-    def _tokenize(self, rows: list[Any]) -> tuple[pa.Table, list[Rejected]]:
-        table, refused = tokenize_responses(as_table(rows), self.target)
+    def _tokenize(self, rows: pa.Table) -> tuple[pa.Table, list[Rejected]]:
+        table, refused = tokenize_responses(rows, self.target)
         numbers = [int(origin.rsplit("#", 1)[1]) for origin in table["origin"].to_pylist()]
         prompts = table["prompt_id"].to_pylist()
         ids = [draft_id(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]

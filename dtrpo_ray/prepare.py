@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from dtrpo_ray.config import FilesTask, Job
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences, prompts, responses
-from dtrpo_ray.importers.files import Shard, data_files, first_rows, parted, plan_shards
+from dtrpo_ray.importers.batches import first_rows
+from dtrpo_ray.importers.files import Shard, data_files, plan_shards
 from dtrpo_ray.importers.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
 from dtrpo_ray.records import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.stages import read_json, write_json
@@ -39,7 +39,6 @@ from dtrpo_ray.tokenizer import character_tokenizer, encode_prompt, encode_respo
 
 PUZZLES = {"sudoku": "dtrpo_ray.tasks.sudoku", "countdown": "dtrpo_ray.tasks.countdown"}
 READERS: dict[str, ModuleType] = {"preferences": preferences, "trajectories": responses, "prompts": prompts}
-BATCH_ROWS = 2_000  # of an import, tokenized in one call
 
 
 def puzzle(job: Job) -> ModuleType:
@@ -117,34 +116,31 @@ class Importer:
 
     def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
-        data_hash = self.hashes[part.shard.file]
-        rows = self._rows(part)
+        form, data_hash = self.form(part.shard.file), self.hashes[part.shard.file]
+        rows_each = 2 if self.task.type == "preferences" and form.unpaired else 1  # of the file, for one of ours
         summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
         refused: list[Rejected] = []
-        for batch in count():
-            found = list(islice(rows, BATCH_ROWS))
-            if not found:
-                break
-            good, bad = parted(found)
-            table, unfit = self._tokenize(good)
+        for batch, (rows, bad) in enumerate(self._batches(part)):
+            table, unfit = self._tokenize(rows)
             table = with_columns(table, {"data_hash": [data_hash] * len(table)})
             refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
-            summary["good"] += sum(len(split_origins(origin)) for origin in table["origin"].to_pylist())
-            summary["made"] += len(table)  # of two origins each, where unpaired rows were paired
+            summary["good"] += len(table) * rows_each
+            summary["made"] += len(table)
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
         summary["refused"] = Counter(row.reason for row in refused)
         summary["rows"] = summary["good"] + len(refused)
         write_quarantine(refused, out / f"refused-{part.name}.jsonl")
         return summary
 
-    def _rows(self, part: "ImportPart") -> Iterator[Any]:
-        return iter(self.reader.read_shard(self.form(part.shard.file), part.shard))
+    def _batches(self, part: "ImportPart") -> Iterator[tuple[Any, list[Rejected]]]:
+        """Rows to tokenize together, and those refused before that."""
+        yield from self.reader.read_tables(self.form(part.shard.file), part.shard)
 
-    def _tokenize(self, rows: list[Any]) -> tuple[pa.Table, list[Rejected]]:
+    def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
         tokenize = tokenize_preferences if self.task.type == "preferences" else tokenize_responses
-        return tokenize(self.reader.as_table(rows), self.target)
+        return tokenize(rows, self.target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,13 @@ from dtrpo_ray.config import RolloutConfig
 from dtrpo_ray.engine import Engine, misfit
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.generation import ENGINE_NAME, SCHEDULES, Generation, SamplingParams
+from dtrpo_ray.importers.batches import BATCH_ROWS
+from dtrpo_ray.importers.parsing import parted_batches
 from dtrpo_ray.importers.prompts import PromptRow, as_table
+from dtrpo_ray.importers.prompts import read_shard as prompt_rows
 from dtrpo_ray.importers.tokenize import checked, prompt_text, tokenize_prompts
 from dtrpo_ray.models.registry import skeleton_of
-from dtrpo_ray.prepare import Importer, ImportJob
+from dtrpo_ray.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.records import CONTRACT_VERSION, TRAJECTORY
 from dtrpo_ray.rows import how_decoded, tokenizer_hash
 from dtrpo_ray.rules import check_table
@@ -149,6 +152,9 @@ class FileRecorder(Importer):
         engine = self.recorder.engine
         size = config.block_length or engine.model.block_size
         self.room = engine.context_tokens - -(-config.max_new_tokens // size) * size
+
+    def _batches(self, part: ImportPart) -> Iterator[tuple[list[PromptRow], list[Rejected]]]:
+        yield from parted_batches(prompt_rows(self.form(part.shard.file), part.shard), BATCH_ROWS)
 
     def _tokenize(self, rows: list[PromptRow]) -> tuple[pa.Table, list[Rejected]]:
         prompt_ids, ids, refusals = tokenize_prompts(as_table(rows), self.target)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from dtrpo_ray.errors import ConfigError, DataError
 
 MANIFEST = "stage.json"
-CODE_CONTRACT = 9  # raise it when a stage's output for the same inputs changes
+CODE_CONTRACT = 10  # raise it when a stage's output for the same inputs changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return list(map(attrgetter("ids"), backend.encode_batch_fast(texts, add_special_tokens=False)))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -187,20 +188,20 @@ def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, st
 
 def rendered_all(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]
-) -> list[str | DataError]:
-    """Each conversation as `rendered` gives it, all in one call; its error in the place of one that is refused."""
-    if not conversations:
-        return []
+) -> tuple[list[str], dict[int, str]]:
+    """Each conversation as `rendered` gives it, all in one call, and why those that are refused (here "") are so."""
     try:
-        return list(tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False))
-    except (TemplateError, ValueError):  # no template, or one conversation spoils the call: find it
-        found: list[str | DataError] = []
-        for conversation in conversations:
-            try:
-                found.append(rendered(tokenizer, conversation))
-            except DataError as error:
-                found.append(error)
-        return found
+        if tokenizer.chat_template is not None and conversations:
+            return list(tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)), {}
+    except TemplateError:  # one conversation spoils the call: find it
+        pass
+    texts, refused = [""] * len(conversations), dict[int, str]()
+    for place, conversation in enumerate(conversations):
+        try:
+            texts[place] = rendered(tokenizer, conversation)
+        except DataError as error:
+            refused[place] = str(error)
+    return texts, refused
 
 
 def encode_response(

@@ -13,20 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from dtrpo_ray.importers import views
+from dtrpo_ray.importers.batches import BATCH_ROWS, raw_rows, recognised
 from dtrpo_ray.importers.columns import PROMPT, prompt_columns
-from dtrpo_ray.importers.files import (
-    Refusal,
-    Shard,
-    data_files,
-    field,
-    one_row,
-    parted,
-    plan_shards,
-    raw_rows,
-    recognised,
-    share_shards,
-    text,
-)
+from dtrpo_ray.importers.files import Shard, data_files, plan_shards, share_shards
+from dtrpo_ray.importers.parsing import Refusal, field, one_row, parted, parted_batches, text
+from dtrpo_ray.importers.views import ASSISTANT, EXTRAS, HUMAN, ROLES, SHAREGPT_ROLES, View
 from dtrpo_ray.stages import sha256_json
 from dtrpo_ray.tables import Rejected
 
@@ -95,14 +87,25 @@ def read_shard(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejecte
         yield from _paired(form, shard)
         return
     for origin, value in raw_rows(shard):
-        try:
-            with one_row():
-                prompt, chosen, rejected = form.parse(row_object(value))
-                row = _checked(PreferenceRow(prompt, chosen, rejected, origin))
-        except Refusal as refusal:
-            yield Rejected(origin, *refusal.args)
-        else:
-            yield row
+        yield _pair(form, origin, value)
+
+
+def read_tables(form: "Format", shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+    """What `read_shard` reads, a batch at a time: the pairs as PAIRS, and the rows refused."""
+    if form.unpaired:
+        for rows, rejected in parted_batches(_paired(form, shard), BATCH_ROWS):
+            yield as_table(rows), rejected
+    else:
+        yield from views.tables(shard, form.views, lambda *row: [_pair(form, *row)], as_table)
+
+
+def _pair(form: "Format", origin: str, value: Any) -> PreferenceRow | Rejected:
+    try:
+        with one_row():
+            prompt, chosen, rejected = form.parse(row_object(value))
+            return _checked(PreferenceRow(prompt, chosen, rejected, origin))
+    except Refusal as refusal:
+        return Rejected(origin, *refusal.args)
 
 
 def _paired(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejected]:
@@ -143,7 +146,7 @@ def row_object(value: Any) -> dict[str, Any]:
         raise value
     if not isinstance(value, dict):
         raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
-    for name in ("tools", "images", "videos", "audios"):
+    for name in EXTRAS:
         if value.get(name):
             raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
     return value
@@ -184,10 +187,6 @@ def require_text(turns: list[str], **sides: str) -> None:
 Pair = tuple[Prompt, str, str]
 Labelled = tuple[Prompt, str, bool]
 
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-
 
 def _explicit(row: dict[str, Any]) -> Pair:
     """TRL with a prompt (text or messages); UltraFeedback, whose sides repeat the prompt as their first turn."""
@@ -206,7 +205,7 @@ def _implicit(row: dict[str, Any]) -> Pair:
     """TRL without a prompt: two lists of messages, two HH-RLHF dialogues or two texts, alike at their beginning."""
     chosen, rejected = field(row, "chosen"), field(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if not chosen.startswith(_HUMAN) and not rejected.startswith(_HUMAN):
+        if not chosen.startswith(HUMAN) and not rejected.startswith(HUMAN):
             return _split_texts(chosen, rejected)
         return _split(_dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"))
     return _split(messages(chosen, "chosen"), messages(rejected, "rejected"))
@@ -214,7 +213,7 @@ def _implicit(row: dict[str, Any]) -> Pair:
 
 def _sharegpt(row: dict[str, Any]) -> Pair:
     """LLaMA-Factory ranking over `conversations` of {from, value}."""
-    keys = ("from", "value", _SHAREGPT_ROLES)
+    keys = ("from", "value", SHAREGPT_ROLES)
     prompt = _system(row) + messages(field(row, "conversations"), "conversations", *keys)
     return prompt, *(_answer(field(row, side), side, *keys) for side in ("chosen", "rejected"))  # type: ignore[return-value]
 
@@ -253,7 +252,7 @@ def _unpaired_messages(row: dict[str, Any]) -> Labelled:
 
 def _unpaired_sharegpt(row: dict[str, Any]) -> Labelled:
     """LLaMA-Factory KTO over `conversations` of {from, value}, the last of which is judged."""
-    turns = messages(field(row, "conversations"), "conversations", "from", "value", _SHAREGPT_ROLES)
+    turns = messages(field(row, "conversations"), "conversations", "from", "value", SHAREGPT_ROLES)
     prompt, answer = _last_answer(turns, "conversations")
     return [*_system(row), *prompt], answer, _label(row, "kto_tag")
 
@@ -267,20 +266,23 @@ def _unpaired_alpaca(row: dict[str, Any]) -> Labelled:
 class Format:
     """A layout of preference rows; a file has it if it has all its columns, and the first that fits wins.
 
-    `parse` gives (prompt, chosen, rejected), of an unpaired layout (prompt, answer, whether it is good).
+    `parse` gives (prompt, chosen, rejected), of an unpaired layout (prompt, answer, whether it is good); `views` read
+    whole columns of it.
     """
 
     name: str
     columns: tuple[str, ...]
     parse: Callable[[dict[str, Any]], Any]
     unpaired: bool = False
+    views: tuple[View, ...] = ()
 
 
+_SIDES = ("chosen", "rejected")
 FORMATS = (
-    Format("LLaMA-Factory ranking, ShareGPT", ("conversations", "chosen", "rejected"), _sharegpt),
-    Format("LLaMA-Factory ranking, Alpaca", ("instruction", "chosen", "rejected"), _alpaca),
-    Format("TRL with a prompt, UltraFeedback", ("prompt", "chosen", "rejected"), _explicit),
-    Format("TRL without a prompt, HH-RLHF", ("chosen", "rejected"), _implicit),
+    Format("LLaMA-Factory ranking, ShareGPT", ("conversations", *_SIDES), _sharegpt, views=views.RANKING_SHAREGPT),
+    Format("LLaMA-Factory ranking, Alpaca", ("instruction", *_SIDES), _alpaca, views=views.RANKING_ALPACA),
+    Format("TRL with a prompt, UltraFeedback", ("prompt", *_SIDES), _explicit, views=views.EXPLICIT),
+    Format("TRL without a prompt, HH-RLHF", _SIDES, _implicit, views=views.IMPLICIT),
     Format("TRL unpaired", ("prompt", "completion", "label"), _unpaired, True),
     Format("LLaMA-Factory KTO, messages", ("messages", "label"), _unpaired_messages, True),
     Format("LLaMA-Factory KTO, ShareGPT", ("conversations", "kto_tag"), _unpaired_sharegpt, True),
@@ -304,7 +306,7 @@ def _system(row: dict[str, Any]) -> Messages:
 
 
 def messages(
-    value: Any, where: str, role: str = "role", content: str = "content", roles: dict[str, str] = _ROLES
+    value: Any, where: str, role: str = "role", content: str = "content", roles: dict[str, str] = ROLES
 ) -> Messages:
     """A list of messages in our spelling, whatever the file calls the keys and the roles."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -317,9 +319,7 @@ def messages(
     return [{"role": roles[m[role]], "content": text(m.get(content), f"{where}.{content}")} for m in value]
 
 
-def _answer(
-    value: Any, where: str, role: str = "role", content: str = "content", roles: dict[str, str] = _ROLES
-) -> str:
+def _answer(value: Any, where: str, role: str = "role", content: str = "content", roles: dict[str, str] = ROLES) -> str:
     """The text of one assistant turn: bare, a message, or a list of one message."""
     if isinstance(value, str):
         return value
@@ -355,8 +355,8 @@ def _split_texts(chosen: str, rejected: str) -> Pair:
 
 def _dialogue(text: str, where: str) -> Messages:
     """An HH-RLHF dialogue -> messages; white space around a turn belongs to the layout."""
-    start, *parts = re.split(f"({_HUMAN}|{_ASSISTANT})", text)
+    start, *parts = re.split(f"({HUMAN}|{ASSISTANT})", text)
     if start or not parts:
-        raise Refusal("not a dialogue", f"{where} is text without a prompt and does not begin with {_HUMAN!r}")
-    roles = {_HUMAN: "user", _ASSISTANT: "assistant"}
+        raise Refusal("not a dialogue", f"{where} is text without a prompt and does not begin with {HUMAN!r}")
+    roles = {HUMAN: "user", ASSISTANT: "assistant"}
     return [{"role": roles[m], "content": turn.strip()} for m, turn in zip(parts[::2], parts[1::2], strict=True)]

@@ -11,20 +11,11 @@ import pyarrow as pa
 
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers import preferences
+from dtrpo_ray.importers.batches import raw_rows, recognised
 from dtrpo_ray.importers.columns import PROMPT, prompt_columns
-from dtrpo_ray.importers.files import (
-    Refusal,
-    Shard,
-    data_files,
-    field,
-    one_row,
-    parted,
-    plan_shards,
-    raw_rows,
-    recognised,
-    text,
-)
-from dtrpo_ray.importers.files import reference as as_reference
+from dtrpo_ray.importers.files import Shard, data_files, plan_shards
+from dtrpo_ray.importers.parsing import Refusal, field, one_row, parted, text
+from dtrpo_ray.importers.parsing import reference as as_reference
 from dtrpo_ray.importers.preferences import (
     Prompt,
     messages,

@@ -7,31 +7,24 @@ as the source counted them: only their order within a block is used (docs/data.m
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from dtrpo_ray.importers import views
+from dtrpo_ray.importers.batches import raw_rows, recognised
 from dtrpo_ray.importers.columns import PROMPT, prompt_columns
-from dtrpo_ray.importers.files import (
-    Refusal,
-    Shard,
-    data_files,
-    file_name,
-    one_row,
-    parted,
-    plan_shards,
-    raw_rows,
-    recognised,
-    reference,
-)
-from dtrpo_ray.importers.files import field as required
-from dtrpo_ray.importers.files import text as as_text
+from dtrpo_ray.importers.files import Shard, data_files, file_name, plan_shards
+from dtrpo_ray.importers.parsing import Refusal, one_row, parted, reference
+from dtrpo_ray.importers.parsing import field as required
+from dtrpo_ray.importers.parsing import text as as_text
 from dtrpo_ray.importers.preferences import Prompt, messages, require_utf8, row_object
+from dtrpo_ray.importers.views import MOST, View
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
 
-MOST = 2**31 - 1  # of what a table holds
 REPLAY_CONTRACT = 1  # of SGLang's dllm_replay_* fields
 _STOPPED = re.compile(r"(<\|eot_id\|>|<\|endoftext\|>).*", re.DOTALL)  # LLaDA's ends, spelled out
 _SNAPSHOT_LINE = re.compile(r"(\d+), (.*)", re.DOTALL)
@@ -108,21 +101,31 @@ def read_file(file: str) -> Iterator[ResponseRow | Rejected]:
 def read_shard(form: "Format", shard: Shard) -> Iterator[ResponseRow | Rejected]:
     """The samples of one part of a file."""
     for origin, value in raw_rows(shard):
+        yield from _responses(form, origin, value)
+
+
+def read_tables(form: "Format", shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+    """What `read_shard` reads, a batch at a time: the samples as RESPONSES, and those refused."""
+    parse = partial(_responses, form)
+    yield from views.tables(shard, form.views, parse, as_table, {"engine": form.engine})
+
+
+def _responses(form: "Format", origin: str, value: Any) -> Iterator[ResponseRow | Rejected]:
+    try:
+        with one_row():
+            samples = form.parse(value if isinstance(value, str) else row_object(value))
+    except Refusal as refusal:
+        yield Rejected(origin, *refusal.args)
+        return
+    for number, sample in enumerate(samples, 1):
+        where = origin if len(samples) == 1 else f"{origin}#{number}"
         try:
             with one_row():
-                samples = form.parse(value if isinstance(value, str) else row_object(value))
+                row = _checked(ResponseRow(where, form.engine, **sample))
         except Refusal as refusal:
-            yield Rejected(origin, *refusal.args)
-            continue
-        for number, sample in enumerate(samples, 1):
-            where = origin if len(samples) == 1 else f"{origin}#{number}"
-            try:
-                with one_row():
-                    row = _checked(ResponseRow(where, form.engine, **sample))
-            except Refusal as refusal:
-                yield Rejected(where, *refusal.args)
-            else:
-                yield row
+            yield Rejected(where, *refusal.args)
+        else:
+            yield row
 
 
 def _checked(row: ResponseRow) -> ResponseRow:
@@ -263,23 +266,27 @@ def _steps_of(states: list[list[Any]], mask: Any) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout of response rows; a file has it if it has all its columns, and the first that fits wins."""
+    """A layout of response rows; a file has it if it has all its columns, and the first that fits wins.
+
+    `parse` gives the samples of a row; `views` read whole columns of it.
+    """
 
     name: str
     columns: tuple[str, ...]
     parse: Callable[[Any], Samples]
     engine: str
+    views: tuple[View, ...] = ()
 
 
 FORMATS = (
     Format("d1 generations", ("question", "generations", "ground_truth", "gen_length", "steps"), _d1_generation, "d1"),
     Format("dLLM-RL and DiRL rollouts", ("full_output", "step_map"), _rollout, "dLLM-RL/DiRL"),
-    Format("dLLM-RL training rows", ("prompt", "response", "step_map"), _dllm_rl_row, "dLLM-RL"),
-    Format("JetEngine", ("token_ids", "first_unmask_times"), _jetengine, "JetEngine"),
+    Format("dLLM-RL training rows", ("prompt", "response", "step_map"), _dllm_rl_row, "dLLM-RL", views.TRAINING_ROWS),
+    Format("JetEngine", ("token_ids", "first_unmask_times"), _jetengine, "JetEngine", views.JETENGINE),
     Format("SGLang, DARE", ("meta_info",), _sglang, "SGLang"),
     Format("step map over texts", ("tokens", "step_map"), _step_map, "step map"),
     Format("snapshots of ids", ("snapshots", "mask_id"), _id_snapshots, "snapshots"),
-    Format("generations", ("prompt", "response"), _generation, "unknown"),
+    Format("generations", ("prompt", "response"), _generation, "unknown", views.GENERATIONS),
 )
 TEXT_FORMAT = Format("LLaDA snapshots", (), _text_snapshots, "LLaDA")
 

@@ -230,15 +230,12 @@ def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> E
     """Ids of each prompt, messages in the chat template; `prompts` is the JSON by which equal ones are found."""
     first, which = np.unique(first_places(prompts), return_inverse=True)
     different = rows.take(pa.array(first))
-    texts, chats = _column(different, "prompt").to_pylist(), _column(different, "messages")
-    places = np.flatnonzero(chats.is_valid())
-    refused = dict[int, str]()
-    for place, text in zip(places.tolist(), rendered_all(target.tokenizer, chats.drop_null().to_pylist()), strict=True):
-        texts[place] = None if isinstance(text, DataError) else text
-        if isinstance(text, DataError):
-            refused[place] = str(text)
-    encoded = encode_texts(target.tokenizer, pa.array(texts, pa.string()))
-    return Encoded(encoded.ids, encoded.unfit | refused).take(which)
+    chats, places = _column(different, "messages"), np.flatnonzero(_column(different, "messages").is_valid())
+    texts, refused = rendered_all(target.tokenizer, chats.drop_null().to_pylist())
+    texts = pc.replace_with_mask(_column(different, "prompt"), chats.is_valid(), pa.array(texts, pa.string()))
+    encoded = encode_texts(target.tokenizer, texts)
+    unfit = encoded.unfit | {int(places[place]): detail for place, detail in refused.items()}
+    return Encoded(encoded.ids, unfit).take(which)
 
 
 def prompt_json(rows: pa.Table) -> pa.StringArray:

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers import files
-from dtrpo_ray.importers.files import Refusal, Shard, data_files, file_name, plan_shards, raw_rows, sha256_uri
+from dtrpo_ray.importers import batches, files
+from dtrpo_ray.importers.batches import raw_rows
+from dtrpo_ray.importers.files import Shard, data_files, file_name, plan_shards, sha256_uri
+from dtrpo_ray.importers.parsing import Refusal
 
 ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
 
@@ -68,7 +70,7 @@ def test_blank_lines_a_missing_last_line_end_and_a_byte_order_mark(
 def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, values: list[Any], indent: int | None
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(batches, "_CHUNK_BYTES", chunk)
     for number, ascii_only in enumerate((True, False)):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only) + "\n")
@@ -96,7 +98,7 @@ def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
 def test_a_broken_json_list_is_named_with_the_last_good_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, after: int, problem: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk if len(content) < 1_000 else 1 << 20)  # quadratic
+    monkeypatch.setattr(batches, "_CHUNK_BYTES", chunk if len(content) < 1_000 else 1 << 20)  # quadratic
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(DataError) as caught:
         list(raw_rows(Shard(str(tmp_path / "rows.json"))))

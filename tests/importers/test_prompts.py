@@ -8,7 +8,8 @@ import pytest
 
 from dtrpo_ray.checking import check_data
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Shard, raw_rows
+from dtrpo_ray.importers.batches import raw_rows
+from dtrpo_ray.importers.files import Shard
 from dtrpo_ray.importers.prompts import PromptRow, read_shard, recognise
 from dtrpo_ray.scoring import Verifier
 from dtrpo_ray.tables import Rejected

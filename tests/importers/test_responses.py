@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.files import Shard, parted
+from dtrpo_ray.importers.files import Shard
+from dtrpo_ray.importers.parsing import parted
 from dtrpo_ray.importers.prompts import read_prompts
 from dtrpo_ray.importers.responses import FORMATS, Format, ResponseRow, read_responses, read_shard
 
