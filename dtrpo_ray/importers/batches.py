@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.importers.columns import list_lengths, lists_of
 from dtrpo_ray.importers.files import ENDINGS, Shard, file_name, open_filesystem, readable
 from dtrpo_ray.importers.parsing import Refusal
 
@@ -211,10 +212,8 @@ def _as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
     if column.null_count == len(column):
         return pa.nulls(len(column), wanted)
     if t.is_list(wanted) and (t.is_list(found) or t.is_large_list(found)):
-        lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32())
         values = _as_type(column.flatten(), wanted.value_type)
-        return pa.ListArray.from_arrays(offsets, values, type=wanted, mask=column.is_null())
+        return lists_of(list_lengths(column), values, wanted, np.asarray(column.is_valid()))
     if t.is_struct(wanted) and t.is_struct(found):
         names = [field.name for field in found]
         fields = [column.field(f.name) if names.count(f.name) == 1 else pa.nulls(len(column)) for f in wanted]

@@ -41,8 +41,8 @@ class Ragged:
     @classmethod
     def from_arrow(cls, column: pa.ListArray) -> "Ragged":
         """Of a list column; a null one has no values."""
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        return cls(pc.list_flatten(column).to_numpy(zero_copy_only=False), np.cumsum(lengths) - lengths, lengths)
+        lengths = list_lengths(column)
+        return cls(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths) - lengths, lengths)
 
     @classmethod
     def where(cls, first: np.ndarray, one: "Ragged", other: "Ragged") -> "Ragged":
@@ -88,7 +88,7 @@ class Ragged:
 
     def any(self, true: np.ndarray) -> np.ndarray:
         """bool [rows]: whether any of a row's numbers is `true` (bool [total], as `flat` orders them)."""
-        return np.bincount(self.owner[true], minlength=len(self)) > 0
+        return any_of(self.owner, true, len(self))
 
     def same_as(self, other: "Ragged") -> np.ndarray:
         """bool [rows]: whether both have the same numbers."""
@@ -101,16 +101,38 @@ class Ragged:
     def to_arrow(self, type: pa.DataType, known: np.ndarray | None = None) -> pa.ListArray:
         """As a list column of this type; null where `known` (bool [rows]) is False."""
         lengths = self.lengths if known is None else np.where(known, self.lengths, 0)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
         values = pa.array(Ragged(self.values, self.starts, lengths).flat, type.value_type)
-        mask = None if known is None or not len(self) else pa.array(~known)
-        return pa.ListArray.from_arrays(offsets, values, type=type, mask=mask)
+        return lists_of(lengths, values, type, known)
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int [total]: the place of each number of rows of these `lengths` that begin at `starts`."""
     before = np.cumsum(lengths) - lengths
     return np.asarray(np.repeat(starts - before, lengths) + np.arange(lengths.sum()))
+
+
+def list_lengths(column: pa.ListArray) -> np.ndarray:
+    """int [rows]: how many values each list has, a null one none."""
+    return np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def list_owner(column: pa.ListArray) -> np.ndarray:
+    """int [total]: the row of each of `column.flatten()`."""
+    return np.repeat(np.arange(len(column)), list_lengths(column))
+
+
+def any_of(owner: np.ndarray, true: Any, rows: int) -> np.ndarray:
+    """bool [rows]: whether any value of a row is `true` (bool [total]); `owner` is the row of each."""
+    return np.bincount(owner[np.asarray(true, dtype=bool)], minlength=rows) > 0
+
+
+def lists_of(
+    lengths: np.ndarray, values: pa.Array, type: pa.DataType | None = None, known: np.ndarray | None = None
+) -> pa.ListArray:
+    """A list column of so many of `values` each; null where `known` (bool [rows]) is False."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    mask = None if known is None or not len(known) else pa.array(~known)
+    return pa.ListArray.from_arrays(offsets, values, type=type or pa.list_(values.type), mask=mask)
 
 
 def prompt_columns(prompts: Sequence[str | list[dict[str, str]] | None]) -> dict[str, list[Any]]:
@@ -154,9 +176,7 @@ def json_texts(column: pa.Array, *, canonical: bool = True) -> pa.StringArray:
         text = pc.binary_join_element_wise("{", *parts, "}", "")
     elif pa.types.is_list(column.type):
         inner = json_texts(column.flatten(), canonical=canonical)
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32())
-        joined = pc.binary_join(pa.ListArray.from_arrays(offsets, inner), item)
+        joined = pc.binary_join(lists_of(list_lengths(column), inner), item)
         text = pc.binary_join_element_wise("[", joined, "]", "")
     elif pa.types.is_string(column.type):
         # one call writes all texts; no line end of theirs is left bare, so that it can part them

@@ -21,12 +21,12 @@ from dtrpo_ray.importers.parsing import Refusal, one_row, parted, reference
 from dtrpo_ray.importers.parsing import field as required
 from dtrpo_ray.importers.parsing import text as as_text
 from dtrpo_ray.importers.preferences import Prompt, messages, require_utf8, row_object
-from dtrpo_ray.importers.views import MOST, View
+from dtrpo_ray.importers.views import D1_BLOCK, D1_STOPPED, MOST, View
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
 
 REPLAY_CONTRACT = 1  # of SGLang's dllm_replay_* fields
-_STOPPED = re.compile(r"(<\|eot_id\|>|<\|endoftext\|>).*", re.DOTALL)  # LLaDA's ends, spelled out
+_STOPPED = re.compile(D1_STOPPED, re.DOTALL)
 _SNAPSHOT_LINE = re.compile(r"(\d+), (.*)", re.DOTALL)
 _SNAPSHOT_MASK = "<|mdm_mask|>"
 
@@ -155,7 +155,7 @@ def _d1_generation(row: dict[str, Any]) -> Samples:
     gen_length, steps = _integer(row, "gen_length", 1), _integer(row, "steps")
     text = as_text(required(row, "generations"), "generations")
     known = {"answer": _answer(row, "ground_truth"), "max_new_tokens": gen_length}
-    known["denoising_steps"] = min(MOST, max(1, 32 * steps // gen_length))  # of a block of 32
+    known["denoising_steps"] = min(MOST, max(1, D1_BLOCK * steps // gen_length))
     return [{"prompt": as_text(required(row, "question"), "question"), "response": _STOPPED.sub("", text), **known}]
 
 
@@ -278,8 +278,9 @@ class Format:
     views: tuple[View, ...] = ()
 
 
+_D1 = ("question", "generations", "ground_truth", "gen_length", "steps")
 FORMATS = (
-    Format("d1 generations", ("question", "generations", "ground_truth", "gen_length", "steps"), _d1_generation, "d1"),
+    Format("d1 generations", _D1, _d1_generation, "d1", views.D1_GENERATIONS),
     Format("dLLM-RL and DiRL rollouts", ("full_output", "step_map"), _rollout, "dLLM-RL/DiRL"),
     Format("dLLM-RL training rows", ("prompt", "response", "step_map"), _dllm_rl_row, "dLLM-RL", views.TRAINING_ROWS),
     Format("JetEngine", ("token_ids", "first_unmask_times"), _jetengine, "JetEngine", views.JETENGINE),

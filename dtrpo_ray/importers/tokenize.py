@@ -13,7 +13,15 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.columns import Ragged, Refusals, content_ids, first_places, json_texts
+from dtrpo_ray.importers.columns import (
+    Ragged,
+    Refusals,
+    any_of,
+    content_ids,
+    first_places,
+    json_texts,
+    list_owner,
+)
 from dtrpo_ray.importers.preferences import Prompt
 from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.rows import tokenizer_hash
@@ -368,8 +376,7 @@ def _refuse_control(rows: pa.Table, sides: Mapping[str, pa.StringArray], target:
         turns = [turn["content"] for turn in messages[row].as_py()]
         return next(detail(f"prompt[{i}]", text) for i, text in enumerate(turns) if pattern.search(text))
 
-    owner = np.repeat(np.arange(len(rows)), pc.list_value_length(messages).fill_null(0).to_numpy(zero_copy_only=False))
-    bad = np.bincount(owner[_matches(contents, pattern)], minlength=len(rows)) > 0
+    bad = any_of(list_owner(messages), _matches(contents, pattern), len(rows))
     refusals.refuse(bad, "control token", of_turns)
     for side, texts in sides.items():
         refusals.refuse(

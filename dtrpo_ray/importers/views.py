@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtrpo_ray.importers.batches import Batch, batches, named_values, typed
-from dtrpo_ray.importers.columns import MESSAGES, json_texts
+from dtrpo_ray.importers.columns import MESSAGES, any_of, json_texts, list_lengths, list_owner, lists_of
 from dtrpo_ray.importers.files import Shard
 from dtrpo_ray.importers.parsing import parted
 from dtrpo_ray.tables import Rejected
@@ -25,6 +25,8 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 EXTRAS = ("tools", "images", "videos", "audios")  # belong to a prompt, and would be lost
 MOST = 2**31 - 1  # of what a table holds
+D1_STOPPED = r"(<\|eot_id\|>|<\|endoftext\|>).*"  # LLaDA's ends, spelled out
+D1_BLOCK = 32
 
 Columns = dict[str, pa.Array]
 AsTable = Callable[[Sequence[Any]], pa.Table]
@@ -116,9 +118,9 @@ def _shared_turns(raw: Columns) -> tuple[Columns, np.ndarray]:
 def _repeated_prompt(raw: Columns) -> tuple[Columns, np.ndarray]:
     """UltraFeedback: two conversations, and the prompt a second time, as text."""
     columns, good = _shared_turns(raw)
-    turns, owner = columns["messages"].flatten(), _owner(columns["messages"])
+    turns, owner = columns["messages"].flatten(), list_owner(columns["messages"])
     asked = pc.and_(pc.equal(turns.field("role"), "user"), pc.equal(turns.field("content"), raw["prompt"].take(owner)))
-    return columns, good & _any(owner, asked.fill_null(False), len(good))
+    return columns, good & any_of(owner, asked.fill_null(False), len(good))
 
 
 def _dialogues(raw: Columns) -> tuple[Columns, np.ndarray]:
@@ -175,6 +177,17 @@ def _generation(raw: Columns) -> tuple[Columns, np.ndarray]:
     return prompt | {name: raw[name] for name in ("response", "answer", "reward")}, good & _said(raw["response"])
 
 
+def _d1_generation(raw: Columns) -> tuple[Columns, np.ndarray]:
+    """d1's evaluation files: LLaDA's text with its end tokens spelled out, and the ground truth."""
+    length, steps = (raw[name].fill_null(-1).to_numpy(zero_copy_only=False) for name in ("gen_length", "steps"))
+    good = (length >= 1) & (length <= MOST) & (steps >= 0) & (steps <= MOST)
+    per_block = np.clip(D1_BLOCK * np.where(good, steps, 0) // np.where(good, length, 1), 1, MOST)
+    asked = {"prompt": raw["question"], "answer": raw["ground_truth"], "max_new_tokens": raw["gen_length"]}
+    response = pc.replace_substring_regex(raw["generations"], f"(?s){D1_STOPPED}", "")
+    good &= _said(response) & np.asarray(raw["question"].is_valid())
+    return asked | {"response": response, "denoising_steps": pa.array(per_block)}, good
+
+
 def _training_row(raw: Columns) -> tuple[Columns, np.ndarray]:
     """dLLM-RL's training rows: a prompt, a response as text and its step map."""
     columns, good = _generation(raw | {"answer": raw["ground_truth_answer"]})
@@ -190,9 +203,9 @@ def _jetengine(raw: Columns) -> tuple[Columns, np.ndarray]:
     prompt_ids, in_range = _integers(asked, -MOST)
     prompt, as_text = _prompt(raw["prompt"])
     good &= known & (in_range | asked.is_null()) & (as_text | raw["prompt"].is_null()) & (in_range | as_text)
-    lengths, logps = _lengths(raw["token_ids"]), raw["logprobs"]
-    good &= (lengths > 0) & (lengths == _lengths(steps)) & ((lengths == _lengths(logps)) | logps.is_null())
-    good &= ~_any(_owner(logps), logps.flatten().is_null(), len(good))
+    lengths, logps = list_lengths(raw["token_ids"]), raw["logprobs"]
+    good &= (lengths > 0) & (lengths == list_lengths(steps)) & ((lengths == list_lengths(logps)) | logps.is_null())
+    good &= ~any_of(list_owner(logps), logps.flatten().is_null(), len(good))
     columns = {"response_ids": ids, "steps": steps, "prompt_ids": prompt_ids, "logps": logps}
     return prompt | columns | {"response": raw["text"].fill_null("")}, good
 
@@ -201,6 +214,15 @@ _PROMPTS = (_TEXT, _TURNS)
 _REWARD = {"reward": pa.float64()}
 GENERATIONS = tuple(
     View({"prompt": prompt, "response": _TEXT, "answer": _TEXT, **_REWARD}, _generation) for prompt in _PROMPTS
+)
+D1_GENERATIONS = (
+    View(
+        {
+            **dict.fromkeys(("question", "generations", "ground_truth"), _TEXT),
+            **dict.fromkeys(("gen_length", "steps"), pa.int64()),
+        },
+        _d1_generation,
+    ),
 )
 TRAINING_ROWS = tuple(
     View(
@@ -262,20 +284,20 @@ def _messages(
     names, texts = pa.array(roles.values()).take(which), turns.field(content)
     known = pc.and_(pc.and_(turns.is_valid(), which.is_valid()), texts.is_valid())
     made = pa.StructArray.from_arrays([names, texts], fields=list(MESSAGES.value_type))
-    lengths = _lengths(column)
-    good = (lengths > 0) & ~_any(_owner(column), pc.invert(known), len(column))
-    return _lists(lengths, made), good
+    lengths = list_lengths(column)
+    good = (lengths > 0) & ~any_of(list_owner(column), pc.invert(known), len(column))
+    return lists_of(lengths, made), good
 
 
 def _last_answer(messages: pa.ListArray) -> tuple[pa.ListArray, pa.StringArray, np.ndarray]:
     """All but the last turn, and the text of that turn; where it is the assistant's."""
-    turns, lengths = messages.flatten(), _lengths(messages)
+    turns, lengths = messages.flatten(), list_lengths(messages)
     has, last = lengths > 0, np.cumsum(lengths) - 1
     ends = turns.take(pa.array(last, mask=~has))
     before = np.ones(len(turns), dtype=bool)
     before[last[has]] = False
     said = np.asarray(pc.equal(ends.field("role"), "assistant").fill_null(False))
-    return _lists(lengths - has, turns.filter(pa.array(before))), ends.field("content"), has & said
+    return lists_of(lengths - has, turns.filter(pa.array(before))), ends.field("content"), has & said
 
 
 def _answers(column: pa.Array, *keys: Any) -> tuple[pa.StringArray, np.ndarray]:
@@ -284,7 +306,7 @@ def _answers(column: pa.Array, *keys: Any) -> tuple[pa.StringArray, np.ndarray]:
         return column, np.asarray(column.is_valid())
     messages, good = _messages(column, *keys)
     _, texts, said = _last_answer(messages)
-    return texts, good & said & (_lengths(messages) == 1)
+    return texts, good & said & (list_lengths(messages) == 1)
 
 
 def _dialogue(texts: pa.StringArray) -> tuple[pa.ListArray, np.ndarray]:
@@ -294,22 +316,22 @@ def _dialogue(texts: pa.StringArray) -> tuple[pa.ListArray, np.ndarray]:
     for speaker in (HUMAN, ASSISTANT):
         marked = pc.replace_substring(marked, speaker, _TURN_MARK + speaker[2])
     parts = pc.split_pattern(marked, _TURN_MARK)
-    lengths, turns = _lengths(parts), parts.flatten()
+    lengths, turns = list_lengths(parts), parts.flatten()
     inner = np.ones(len(turns), dtype=bool)
     inner[np.cumsum(lengths) - lengths] = False  # what stands before the first mark
     turns = turns.filter(pa.array(inner))
     names = pc.if_else(pc.starts_with(turns, HUMAN[2]), "user", "assistant")
     contents = pc.utf8_trim(pc.utf8_slice_codeunits(turns, 1), _SPACES)
     made = pa.StructArray.from_arrays([names, contents], fields=list(MESSAGES.value_type))
-    return _lists(lengths - 1, made), np.asarray(good)
+    return lists_of(lengths - 1, made), np.asarray(good)
 
 
 def _integers(column: pa.ListArray, least: int) -> tuple[pa.ListArray, np.ndarray]:
     """Lists of integers in int32; where there is one, and all of them are there and at least `least`."""
     flat = column.flatten()
     fit = pc.and_(pc.greater_equal(flat, least), pc.less_equal(flat, MOST)).fill_null(False)
-    good = np.asarray(column.is_valid()) & ~_any(_owner(column), pc.invert(fit), len(column))
-    lists = _lists(_lengths(column), pc.if_else(fit, flat, 0).cast(pa.int32()))
+    good = np.asarray(column.is_valid()) & ~any_of(list_owner(column), pc.invert(fit), len(column))
+    lists = lists_of(list_lengths(column), pc.if_else(fit, flat, 0).cast(pa.int32()))
     return pc.if_else(column.is_valid(), lists, None), good
 
 
@@ -317,27 +339,8 @@ def _said(column: pa.Array) -> np.ndarray:
     """Which rows have text, or a turn that has some."""
     if pa.types.is_string(column.type):
         return np.asarray(pc.greater(pc.binary_length(_stripped(column)), 0).fill_null(False))
-    return _any(_owner(column), _said(column.flatten().field("content")), len(column))
+    return any_of(list_owner(column), _said(column.flatten().field("content")), len(column))
 
 
 def _stripped(texts: pa.StringArray) -> pa.StringArray:
     return pc.utf8_trim(texts, _SPACES)
-
-
-def _lengths(column: pa.ListArray) -> np.ndarray:
-    return np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def _owner(column: pa.ListArray) -> np.ndarray:
-    """int [total]: the row of each value."""
-    return np.repeat(np.arange(len(column)), _lengths(column))
-
-
-def _any(owner: np.ndarray, true: Any, rows: int) -> np.ndarray:
-    """bool [rows]: whether any value of a row is true."""
-    return np.bincount(owner[np.asarray(true, dtype=bool)], minlength=rows) > 0
-
-
-def _lists(lengths: np.ndarray, values: pa.Array) -> pa.ListArray:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, values)

@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +25,7 @@ from dtrpo_ray.rows import tokenizer_hash
 from dtrpo_ray.rules import check_table
 from dtrpo_ray.tables import Rejected, read_table
 from dtrpo_ray.tokenizer import character_tokenizer, encode_response, load_tokenizer
+from dtrpo_ray.trajectory import block_slices, dense_ranks
 
 ASKED = [{"role": "user", "content": "Why?"}]
 
@@ -256,6 +260,66 @@ def test_prompt_ids_are_cut_as_text_is_and_recorded_blocks_stay_where_they_were(
     text = ResponseRow("f:1", "none", prompt="123456", response="7")
     table, _ = tokenize_responses([text], digits(max_prompt_tokens=5))
     assert table["prompt_ids"].to_pylist() == [[2, 3, 4, 5, 6]]
+
+
+DIGIT_TEXTS = st.text("0123456789", max_size=7) | st.sampled_from(["3 4", "<|MASK|>", "<|endoftext|>"])
+IDS = st.lists(st.integers(0, 9) | st.sampled_from([EOS, MASK, 12, -1]), min_size=1, max_size=7)
+
+
+@st.composite
+def responses_drawn(draw: st.DrawFn) -> list[ResponseRow]:
+    """Responses as text, as ids and as pieces, with steps and without; some must be refused."""
+    rows = []
+    for number in range(draw(st.integers(1, 6))):
+        fields: dict[str, Any] = {"prompt": draw(DIGIT_TEXTS), "max_new_tokens": number + 1}  # no two are the same
+        if draw(st.booleans()):
+            fields |= {"prompt_ids": draw(IDS), "prompt": draw(st.none() | DIGIT_TEXTS)}
+        kind, steps = draw(st.sampled_from(["text", "ids", "pieces"])), st.integers(-1, 3)
+        size = draw(st.integers(1, 5))
+        if kind == "text":
+            fields |= {"response": draw(DIGIT_TEXTS), "answer": "1", "reward": draw(st.none() | st.just(0.5))}
+            fields |= {"steps": draw(st.none() | st.lists(steps, max_size=5))}
+        elif kind == "ids":
+            fields |= {
+                "response_ids": draw(IDS),
+                "response": draw(st.none() | st.just("")),
+            }
+            along = len(fields["response_ids"])
+            fields |= {"steps": draw(st.none() | st.lists(steps, min_size=along, max_size=along))}
+            fields |= {"logps": draw(st.none() | st.just([-0.5] * along))}
+        else:
+            fields |= {"pieces": draw(st.lists(DIGIT_TEXTS, min_size=size, max_size=size))}
+            fields |= {"steps": draw(st.lists(steps, min_size=size, max_size=size))}
+        rows.append(ResponseRow(f"f:{number}", "test", **fields))
+    return rows
+
+
+@given(responses_drawn(), st.sampled_from(["global", "response"]))
+def test_a_response_becomes_the_same_row_alone_and_among_others(rows: list[ResponseRow], origin: Any) -> None:
+    target = digits(max_prompt_tokens=5, max_response_tokens=8, block_origin=origin)
+    together, refused = tokenize_responses(rows, target)
+    alone = [tokenize_responses([row], target) for row in rows]
+    assert together.to_pylist() == [row for table, _ in alone for row in table.to_pylist()]
+    assert sorted(refused, key=str) == sorted((row for _, bad in alone for row in bad), key=str)
+    for row in together.to_pylist():
+        prompt_len, response_len = len(row["prompt_ids"]), len(row["response_ids"])
+        assert (prompt_len * (origin == "global") + response_len) % 4 == 0
+        if row["steps"] is not None:
+            blocks = block_slices(prompt_len, response_len, 4, origin)
+            assert row["ranks"] == dense_ranks(np.array(row["steps"]), blocks).tolist()
+
+
+@given(st.lists(st.tuples(DIGIT_TEXTS, DIGIT_TEXTS, DIGIT_TEXTS), max_size=6, unique=True))
+def test_a_pair_becomes_the_same_row_alone_and_among_others(texts: list[tuple[str, str, str]]) -> None:
+    rows = [pair(*three, origin=f"f:{number}") for number, three in enumerate(texts)]
+    target = digits(max_prompt_tokens=5, max_response_tokens=8)
+    together, refused = tokenize_preferences(rows, target)
+    alone = [tokenize_preferences([row], target) for row in rows]
+    assert together.to_pylist() == [row for table, _ in alone for row in table.to_pylist()]
+    assert sorted(refused, key=str) == sorted((row for _, bad in alone for row in bad), key=str)
+    for row in together.to_pylist():
+        _, chosen, _ = texts[int(row["origin"].removeprefix("f:"))]
+        assert row["chosen_ids"] == encode_response(DIGITS, chosen, len(row["prompt_ids"]), 4, EOS)
 
 
 def test_messages_may_hold_no_control_token_before_steps_or_ids_either(sdar: PreTrainedTokenizerBase) -> None:

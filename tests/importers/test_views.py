@@ -93,6 +93,15 @@ LAYOUTS: dict[str, list[st.SearchStrategy[dict[str, Any]]]] = {
     "generations": [
         record({"answer": EDGES, "reward": NUMBERS}, prompt=prompt, response=EDGES) for prompt in (EDGES, TURNS)
     ] + [record({"answer": NUMBERS}, prompt=EDGES, response=EDGES)],
+    "d1 generations": [
+        record(
+            question=EDGES,
+            generations=EDGES | st.sampled_from(["So.<|eot_id|><|eot_id|>", "A\nB<|endoftext|>\nC", "<|eot_id|>"]),
+            ground_truth=EDGES,
+            gen_length=INTS | st.just(256),
+            steps=INTS | st.just(128),
+        )
+    ],
     "dLLM-RL training rows": [
         record({"ground_truth_answer": EDGES, "reward": NUMBERS}, prompt=asked, response=EDGES, step_map=lists(INTS, n))
         for asked, n in ((EDGES, 2), (TURNS, 1))
@@ -266,6 +275,10 @@ PLAIN: dict[str, Any] = {
     },
     "Alpaca": lambda i: {"instruction": f"Why {i}?", "input": "", "chosen": "So.", "rejected": "No."},
     "generations": lambda i: {"prompt": f"Why {i}?", "response": "So.", "reward": 1},
+    "d1": lambda i: {
+        **{"question": f"Why {i}?", "generations": "So.<|eot_id|>", "ground_truth": "1"},
+        **{"gen_length": 128, "steps": 64},
+    },
     "training rows": lambda i: {"prompt": f"Why {i}?", "response": "So.", "step_map": [1, 0]},
     "JetEngine": lambda i: {"prompt_ids": [i], "token_ids": [1, 2], "first_unmask_times": [1, 0], "text": "So."},
 }
@@ -279,7 +292,7 @@ def test_many_rows_take_as_many_lines_of_python_as_few(
     """Reading, checks, ids and the table: of one batch, whatever its rows. Only the libraries see them one by one."""
     module, tokenize = (
         (responses, tokenize_responses)
-        if name in ("generations", "training rows", "JetEngine")
+        if name in ("generations", "d1", "training rows", "JetEngine")
         else (preferences, tokenize_preferences)
     )
     target = Target(load_tokenizer(shared_data / "tokenizer_qwen2_sdar"), 4, 512, 512, shift=0)
