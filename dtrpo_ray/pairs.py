@@ -1,7 +1,6 @@
 """Scored trajectories -> preference pairs by a strategy: ties never pair, the same response counts once."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,9 @@ def _require_one_prompt(table: pa.Table, prompt: np.ndarray) -> None:
 
 def _list_keys(column: Any) -> pa.Array:
     """Lists of ids as bytes, which compare."""
-    data, offsets = column.flatten().to_numpy(), np.asarray(column.offsets) - column.offsets[0].as_py()
-    return pa.array([data[a:b].tobytes() for a, b in pairwise(offsets)], pa.binary())
+    data = np.ascontiguousarray(column.flatten().to_numpy())
+    offsets = (np.asarray(column.offsets, dtype=np.int64) - column.offsets[0].as_py()) * data.itemsize
+    return pa.Array.from_buffers(pa.large_binary(), len(column), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:

@@ -4,13 +4,15 @@ A row that cannot be decoded is a `Refusal` in its own place: it spoils itself a
 """
 
 import codecs
+import contextlib
 import gzip
 import io
 import itertools
 import json
 import re
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -29,8 +31,10 @@ from dtrpo_ray.importers.parsing import Refusal
 BATCH_ROWS = 2_000
 HEAD_ROWS = 1_000  # by whose columns a file is recognised
 _CHUNK_BYTES = 1 << 23
-_BATCH_BYTES = 1 << 22  # of lines that are read at once, or of one that is longer
-_MOST_BYTES = (1 << 31) - 2  # that Arrow reads at once
+_BATCH_BYTES = 1 << 26  # beyond which a batch has fewer rows
+_DEEP = 700  # brackets of a line with fewer of which Python's parser cannot lose its way
+# Arrow reads the first three, which are no JSON to Python, an integer of any length, and -0 as a float
+_ODD_NUMBER = re.compile(rb"(?:Inf|-NaN|-0)\s*[,\]}]|\d{300}")
 _BOM = b"\xef\xbb\xbf"
 _BLANK = object()  # the value of a line without a row
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -103,7 +107,9 @@ def raw_rows(shard: Shard) -> Iterator[tuple[str, Any]]:
 
 def named_values(file: str, batch: Batch, places: Sequence[int]) -> Iterator[tuple[str, Any]]:
     """(origin, value) of these rows of a batch, lines without a row left out."""
-    for place, value in zip(places, batch.values(places), strict=True):
+    with readable(file):
+        values = batch.values(places)
+    for place, value in zip(places, values, strict=True):
         if value is not _BLANK:
             yield f"{file}:{batch.first + place}", value
 
@@ -157,11 +163,16 @@ class _Lines:
         return [_decode_json(self.lines[place]) for place in places]
 
     def table(self, schema: pa.Schema) -> pa.Table | None:
-        lines, data = pa.array(self.lines, pa.binary()), b"".join(self.lines)
+        data = b"".join(self.lines)
+        if len(data) > 2 * _BATCH_BYTES or _ODD_NUMBER.search(data):
+            return None
+        lines = pa.array(self.lines, pa.binary())
         ends = [pc.ends_with(lines, end) for end in ("}\n", "}\r\n", "}")]
+        # a value ends in "}" and another begins with "{" in the next line: only so has each line one row
         whole = pc.and_(pc.starts_with(lines, "{"), pc.or_(pc.or_(ends[0], ends[1]), ends[2]))
-        if not pc.all(whole).as_py() or len(data) > _MOST_BYTES:
-            return None  # a value ends in "}" and begins with "{" in the next line: only so has each line one row
+        brackets = pc.add(pc.count_substring(lines, "["), pc.count_substring(lines, "{"))
+        if not pc.all(pc.and_(whole, pc.less(brackets, _DEEP))).as_py():
+            return None
         how = pj.ReadOptions(use_threads=False, block_size=len(data) + 1)
         known = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         table = pj.read_json(pa.BufferReader(data), how, known)
@@ -196,12 +207,24 @@ class _Columns:
         return len(self.batch)
 
     def values(self, places: Sequence[int]) -> list[Any]:
-        return _decode_arrow(self.batch.take(pa.array(places, pa.int64())))
+        rows = _decode_arrow(self.batch)
+        return [rows[place] for place in places]
 
     def table(self, schema: pa.Schema) -> pa.Table | None:
-        empty, names = pa.nulls(len(self)), self.batch.schema.names
-        columns = [self.batch[f.name] if names.count(f.name) == 1 else empty for f in schema]
-        return pa.table([_as_type(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+        self.batch.validate(full=True)  # text that is not UTF-8 spoils its row, whatever column it is in
+        return pa.table(_fields(self.batch.schema, self.batch.column, len(self), schema), schema=schema)
+
+
+def _fields(
+    found: Iterable[pa.Field], column: Callable[[int], pa.Array], rows: int, wanted: Iterable[pa.Field]
+) -> list[pa.Array]:
+    """The fields of a table or struct that are wanted, null ones where it has none. Raises ArrowTypeError."""
+    names = [field.name for field in found]
+    if repeated := [field.name for field in wanted if names.count(field.name) > 1]:
+        raise pa.ArrowTypeError(f"{repeated[0]} twice")
+    return [
+        _as_type(column(names.index(f.name)), f.type) if f.name in names else pa.nulls(rows, f.type) for f in wanted
+    ]
 
 
 def _as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
@@ -215,11 +238,13 @@ def _as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
         values = _as_type(column.flatten(), wanted.value_type)
         return lists_of(list_lengths(column), values, wanted, np.asarray(column.is_valid()))
     if t.is_struct(wanted) and t.is_struct(found):
-        names = [field.name for field in found]
-        fields = [column.field(f.name) if names.count(f.name) == 1 else pa.nulls(len(column)) for f in wanted]
-        fields = [_as_type(values, f.type) for values, f in zip(fields, wanted, strict=True)]
+        fields = _fields(found, column.field, len(column), wanted)
         return pa.StructArray.from_arrays(fields, fields=list(wanted), mask=column.is_null())
-    kinds = ((t.is_string, t.is_large_string), (t.is_integer,), (t.is_floating, t.is_integer), (t.is_boolean,))
+    if t.is_null(wanted) and (t.is_list(found) or t.is_string(found)):  # empty ones say nothing either
+        lengths = pc.list_value_length(column) if t.is_list(found) else pc.binary_length(column)
+        if not pc.any(pc.greater(lengths, 0)).as_py():
+            return pa.nulls(len(column))
+    kinds = ((t.is_string, t.is_large_string), (t.is_integer,), (t.is_floating, t.is_integer))
     for kind, *like in kinds:
         if kind(wanted) and any(same(found) for same in (kind, *like)):
             return column.cast(wanted)
@@ -232,14 +257,26 @@ def _line_batches(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Itera
         source.seek(shard.start)
         packed = file_name(shard.file).endswith(".gz")
         reader = io.BufferedReader(gzip.GzipFile(fileobj=source) if packed else source)  # type: ignore[arg-type]
-        while left != 0 and (lines := reader.readlines(_BATCH_BYTES)):
-            lines = lines if left is None else lines[:left]
-            left = None if left is None else left - len(lines)
-            if first == 1:
+        while left != 0:
+            lines, broken = list[bytes](), None
+            try:
+                lines.extend(itertools.islice(reader, BATCH_ROWS if left is None else min(BATCH_ROWS, left)))
+            except (OSError, EOFError, zlib.error) as error:  # what was read before it is good
+                broken = error
+            if first == 1 and lines:
                 lines[0] = lines[0].removeprefix(_BOM)
-            for at in range(0, len(lines), BATCH_ROWS):
-                yield _Lines(first + at, lines[at : at + BATCH_ROWS])
-            first += len(lines)
+            yield from (_Lines(first + a, lines[a:b]) for a, b in _by_bytes(list(map(len, lines))))
+            if broken is not None:
+                raise broken
+            if not lines:
+                return
+            first, left = first + len(lines), None if left is None else left - len(lines)
+
+
+def _by_bytes(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Rows of these sizes from one number to another, each time of about _BATCH_BYTES at most."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // _BATCH_BYTES)) + 1
+    return itertools.pairwise([0, *cuts.tolist(), len(sizes)] if sizes else [])
 
 
 def _list_batches(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[Batch]:
@@ -249,14 +286,16 @@ def _list_batches(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Itera
             text = _JsonText(stream)
             for number, value in enumerate(itertools.islice(text.rows(), shard.rows), 1):
                 held.append(value)
-                if len(held) == BATCH_ROWS or text.chunks > chunks:
+                if len(held) == BATCH_ROWS or text.chunks > chunks + _BATCH_BYTES // _CHUNK_BYTES:
                     yield _Values(number - len(held) + 1, held)
                     held, chunks = [], text.chunks
-            if held:
-                yield _Values(number - len(held) + 1, held)
     except (ValueError, RecursionError) as error:
+        if held:
+            yield _Values(number - len(held) + 1, held)
         problem = f"no JSON list of rows after row {number} ({error})" if number else f"no JSON list of rows ({error})"
         raise DataError(f"{shard.file}: {problem}; rows one to a line belong in a .jsonl file") from None
+    if held:
+        yield _Values(number - len(held) + 1, held)
 
 
 class _JsonText:
@@ -324,18 +363,37 @@ def _parquet_batches(shard: Shard, source: pq.ParquetFile) -> Iterator[Batch]:
     groups = [g for g, end in enumerate(ends) if end > shard.first and end - sizes[g] < last]
     if groups:
         begin = ends[groups[0]] - sizes[groups[0]]
-        yield from _cut(shard, begin, source.iter_batches(1024, row_groups=groups))
+        yield from _cut(shard, begin, source.iter_batches(BATCH_ROWS, row_groups=groups))
 
 
 def _cut(shard: Shard, begin: int, found: Iterable[pa.RecordBatch]) -> Iterator[Batch]:
-    """The part's rows of Arrow's batches, whose first row is number `begin` of the file, from 0."""
+    """The part's rows of Arrow's batches, whose first row is number `begin` of the file, from 0; small ones joined."""
     end = None if shard.rows is None else shard.first + shard.rows
+    held, first = list[pa.RecordBatch](), max(shard.first, begin) + 1
     for batch in found:
         skip = max(shard.first - begin, 0)
         keep = len(batch) if end is None else min(len(batch), end - begin)
-        for at in range(skip, keep, BATCH_ROWS):
-            yield _Columns(begin + at + 1, batch.slice(at, min(BATCH_ROWS, keep - at)))
+        held.append(batch.slice(skip, max(keep - skip, 0)))
         begin += len(batch)
+        while sum(map(len, held)) >= BATCH_ROWS:
+            whole = pa.Table.from_batches(held)
+            yield from _joined(first, whole.slice(0, BATCH_ROWS))
+            held, first = whole.slice(BATCH_ROWS).to_batches(), first + BATCH_ROWS
+        if sum(batch.nbytes for batch in held) >= _BATCH_BYTES:
+            yield from _joined(first, pa.Table.from_batches(held))
+            held, first = [], first + sum(map(len, held))
+    if held:
+        yield from _joined(first, pa.Table.from_batches(held))
+
+
+def _joined(first: int, table: pa.Table) -> Iterator[Batch]:
+    """A table in one batch, or in several where it is larger than _BATCH_BYTES or Arrow cannot join its columns."""
+    rows = max(1, len(table) * _BATCH_BYTES // max(table.nbytes, _BATCH_BYTES))
+    with contextlib.suppress(pa.ArrowNotImplementedError):
+        table = table.combine_chunks()
+    for batch in table.to_batches(max_chunksize=rows):
+        yield _Columns(first, batch)
+        first += len(batch)
 
 
 def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:

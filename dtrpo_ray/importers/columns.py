@@ -156,6 +156,12 @@ class Refusals:
             self.found[row] = (reason, detail(row))
         self.good &= ~bad
 
+    def refuse_places(self, details: dict[int, str], reason: str, among: np.ndarray | None = None) -> None:
+        """Refuse the rows of `details`, of those where `among` (bool [rows]) is True."""
+        bad = np.zeros(len(self.good), dtype=bool)
+        bad[list(details)] = True
+        self.refuse(bad if among is None else bad & among, reason, lambda row: details[row])
+
     def rejected(self, origins: Callable[[int], list[str]]) -> list[Rejected]:
         """The refused in the order of the rows, once for each of a row's `origins`."""
         return [Rejected(origin, *self.found[row]) for row in sorted(self.found) for origin in origins(row)]
@@ -183,6 +189,7 @@ def json_texts(column: pa.Array, *, canonical: bool = True) -> pa.StringArray:
         lines = json.dumps(column.fill_null("").to_pylist(), ensure_ascii=canonical, separators=("\n", ":"))[1:-1]
         text = pa.array(lines.split("\n") if len(column) else [], pa.string())
     else:
+        assert pa.types.is_integer(column.type), column.type
         text = column.cast(pa.string())
     return pc.if_else(column.is_valid(), text, "null") if len(column) else pa.array([], pa.string())
 

@@ -9,6 +9,14 @@ from typing import Any, TypeVar
 from dtrpo_ray.errors import DtrpoError
 from dtrpo_ray.tables import Rejected
 
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of HH-RLHF
+EXTRAS = ("tools", "images", "videos", "audios")  # belong to a prompt, and would be lost
+MOST = 2**31 - 1  # of what a table holds
+D1_STOPPED = r"(<\|eot_id\|>|<\|endoftext\|>).*"  # LLaDA's ends, spelled out
+D1_BLOCK = 32
+
 
 class Refusal(Exception):
     """(reason, detail) of one row; it never leaves the importers."""

@@ -17,8 +17,20 @@ from dtrpo_ray.importers import views
 from dtrpo_ray.importers.batches import BATCH_ROWS, raw_rows, recognised
 from dtrpo_ray.importers.columns import PROMPT, prompt_columns
 from dtrpo_ray.importers.files import Shard, data_files, plan_shards, share_shards
-from dtrpo_ray.importers.parsing import Refusal, field, one_row, parted, parted_batches, text
-from dtrpo_ray.importers.views import ASSISTANT, EXTRAS, HUMAN, ROLES, SHAREGPT_ROLES, View
+from dtrpo_ray.importers.parsing import (
+    ASSISTANT,
+    EXTRAS,
+    HUMAN,
+    ROLES,
+    SHAREGPT_ROLES,
+    Refusal,
+    field,
+    one_row,
+    parted,
+    parted_batches,
+    text,
+)
+from dtrpo_ray.importers.views import View
 from dtrpo_ray.stages import sha256_json
 from dtrpo_ray.tables import Rejected
 

@@ -17,11 +17,11 @@ from dtrpo_ray.importers import views
 from dtrpo_ray.importers.batches import raw_rows, recognised
 from dtrpo_ray.importers.columns import PROMPT, prompt_columns
 from dtrpo_ray.importers.files import Shard, data_files, file_name, plan_shards
-from dtrpo_ray.importers.parsing import Refusal, one_row, parted, reference
+from dtrpo_ray.importers.parsing import D1_BLOCK, D1_STOPPED, MOST, Refusal, one_row, parted, reference
 from dtrpo_ray.importers.parsing import field as required
 from dtrpo_ray.importers.parsing import text as as_text
 from dtrpo_ray.importers.preferences import Prompt, messages, require_utf8, row_object
-from dtrpo_ray.importers.views import D1_BLOCK, D1_STOPPED, MOST, View
+from dtrpo_ray.importers.views import View
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
 

@@ -20,6 +20,7 @@ from dtrpo_ray.importers.columns import (
     content_ids,
     first_places,
     json_texts,
+    list_lengths,
     list_owner,
 )
 from dtrpo_ray.importers.preferences import Prompt
@@ -120,15 +121,16 @@ def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list
     _refuse_unfit({"prompt": prompt, **sides}, target, refusals)
     same = sides["chosen"].same_as(sides["rejected"])
     refusals.refuse(same, "identical tokens", lambda _: "chosen and rejected differ as text and not as tokens")
-    two_rows = pc.binary_join_element_wise(_column(rows, "origin"), _column(rows, "partner"), JOIN)
+    origins, partners = _column(rows, "origin"), _column(rows, "partner")
+    two_rows = pc.binary_join_element_wise(origins, partners, JOIN)
     columns = {
         "row_id": row_ids,
         "prompt_id": content_ids(prompts),
-        "origin": pc.coalesce(two_rows, _column(rows, "origin")),
+        "origin": pc.coalesce(two_rows, origins),
         "prompt_ids": prompt.to_arrow(_INTS),
         **{f"{side}_ids": ids.to_arrow(_INTS) for side, ids in sides.items()},
     }
-    return _finished(columns, PREFERENCE, target, refusals)
+    return _finished(columns, PREFERENCE, target, refusals, partners)
 
 
 def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
@@ -162,6 +164,7 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
     scored = has["logps"] & has["response_ids"]
     starts = prompt.lengths * (target.block_origin == "global")
     ranks, _ = block_ranks(steps.flat, steps.lengths, starts, np.full(len(rows), target.block_size))
+    in_order = np.cumsum(steps.lengths) - steps.lengths
     columns = {
         "row_id": row_ids,
         "prompt_id": content_ids(pc.if_else(pc.equal(prompts, "null"), json_texts(told[0]), prompts)),
@@ -170,8 +173,8 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
         "prompt_ids": prompt.to_arrow(_INTS),
         "response_ids": ids.to_arrow(_INTS),
         "steps": steps.to_arrow(_INTS, has["steps"]),
-        "ranks": Ragged(ranks, steps.starts, steps.lengths).to_arrow(_INTS, has["steps"]),
-        "types": Ragged(np.full(len(ranks), DIFFUSION), steps.starts, steps.lengths).to_arrow(_INTS, has["steps"]),
+        "ranks": Ragged(ranks, in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
+        "types": Ragged(np.full(len(ranks), DIFFUSION), in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
         "logps": Ragged.from_arrow(_column(rows, "logps"))
         .extended(fill * has["logps"], 0.0)
         .to_arrow(TRAJECTORY.field("logps").type, scored),
@@ -207,9 +210,7 @@ class Encoded:
 
     def required(self, refusals: Refusals, rows: np.ndarray | None = None) -> Ragged:
         """The ids; of all `rows` (bool [rows]) those without are refused."""
-        bad = np.zeros(len(self.ids), dtype=bool)
-        bad[list(self.unfit)] = True
-        refusals.refuse(bad if rows is None else bad & rows, "cannot be tokenized", lambda row: self.unfit[row])
+        refusals.refuse_places(self.unfit, "cannot be tokenized", rows)
         return self.ids
 
     def take(self, rows: np.ndarray) -> "Encoded":
@@ -238,9 +239,11 @@ def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> E
     """Ids of each prompt, messages in the chat template; `prompts` is the JSON by which equal ones are found."""
     first, which = np.unique(first_places(prompts), return_inverse=True)
     different = rows.take(pa.array(first))
-    chats, places = _column(different, "messages"), np.flatnonzero(_column(different, "messages").is_valid())
-    texts, refused = rendered_all(target.tokenizer, chats.drop_null().to_pylist())
-    texts = pc.replace_with_mask(_column(different, "prompt"), chats.is_valid(), pa.array(texts, pa.string()))
+    chats = _column(different, "messages")
+    turns = list_lengths(chats) > 0  # a prompt without a turn is one without text
+    places = np.flatnonzero(turns)
+    texts, refused = rendered_all(target.tokenizer, chats.take(pa.array(places)).to_pylist())
+    texts = pc.replace_with_mask(_column(different, "prompt"), pa.array(turns), pa.array(texts, pa.string()))
     encoded = encode_texts(target.tokenizer, texts)
     unfit = encoded.unfit | {int(places[place]): detail for place, detail in refused.items()}
     return Encoded(encoded.ids, unfit).take(which)
@@ -321,7 +324,7 @@ def _tokens(
         pieces, counts = pieces.filter(pa.array(in_pieces)), np.where(in_pieces, steps.lengths, 0)
         encoded, owner = encode_texts(target.tokenizer, pieces.flatten()), np.repeat(np.arange(len(rows)), counts)
         unfit = {int(owner[place]): detail for place, detail in sorted(encoded.unfit.items(), reverse=True)}
-        Encoded(steps, unfit).required(refusals)
+        refusals.refuse_places(unfit, "cannot be tokenized")
         joined = encoded.ids.grouped(counts)
         shared = np.repeat(steps.take(np.flatnonzero(in_pieces)).flat, encoded.ids.lengths)
         ids = Ragged.where(in_pieces, joined, ids)
@@ -416,15 +419,23 @@ def _refuse_unfit(texts: Mapping[str, Ragged], target: Target, refusals: Refusal
 
 
 def _finished(
-    columns: dict[str, pa.Array], schema: pa.Schema, target: Target, refusals: Refusals
+    columns: dict[str, pa.Array],
+    schema: pa.Schema,
+    target: Target,
+    refusals: Refusals,
+    partners: pa.StringArray | None = None,
 ) -> tuple[pa.Table, list[Rejected]]:
-    """The rows that are good and pass the rules of their table, and those that were refused."""
+    """The rows that are good and pass the rules of their table, and those that were refused.
+
+    Only a row with a partner is made of two rows of the file.
+    """
     rows = len(refusals.good)
     same = {name: pa.repeat(pa.scalar(value), rows) for name, value in target.columns.items()}
     columns = {field.name: pa.nulls(rows, field.type) for field in schema} | same | columns
     table = pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
     origins = table["origin"]
-    rejected = refusals.rejected(lambda row: split_origins(str(origins[row])))
+    two = np.zeros(rows, dtype=bool) if partners is None else np.asarray(partners.is_valid())
+    rejected = refusals.rejected(lambda row: split_origins(str(origins[row])) if two[row] else [str(origins[row])])
     return checked(table.filter(pa.array(refusals.good)), rejected)
 
 

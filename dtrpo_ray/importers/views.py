@@ -1,8 +1,7 @@
 """Layouts whose rows become columns all at once: Arrow columns of known types -> texts, messages, ids and steps.
 
 A view says of each row whether it is plainly good. Those that are not, and batches of other types, are parsed row by
-row (`preferences`, `responses`), which alone says what is wrong with a row. What both can read they read alike;
-Arrow also reads past what is nested deeper than Python can follow, in columns that nobody asked for.
+row (`preferences`, `responses`), which alone says what is wrong with a row. Both give the same rows and refusals.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,24 +15,26 @@ import pyarrow.compute as pc
 from dtrpo_ray.importers.batches import Batch, batches, named_values, typed
 from dtrpo_ray.importers.columns import MESSAGES, any_of, json_texts, list_lengths, list_owner, lists_of
 from dtrpo_ray.importers.files import Shard
-from dtrpo_ray.importers.parsing import parted
+from dtrpo_ray.importers.parsing import (
+    ASSISTANT,
+    D1_BLOCK,
+    D1_STOPPED,
+    EXTRAS,
+    HUMAN,
+    MOST,
+    ROLES,
+    SHAREGPT_ROLES,
+    parted,
+)
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-EXTRAS = ("tools", "images", "videos", "audios")  # belong to a prompt, and would be lost
-MOST = 2**31 - 1  # of what a table holds
-D1_STOPPED = r"(<\|eot_id\|>|<\|endoftext\|>).*"  # LLaDA's ends, spelled out
-D1_BLOCK = 32
 
 Columns = dict[str, pa.Array]
 AsTable = Callable[[Sequence[Any]], pa.Table]
 Parse = Callable[[str, Any], Iterable[Any]]
 """(origin, value) -> what a raw row becomes, a Rejected where it is refused."""
 
-_TEXT, _INTS, _FLOATS = pa.string(), pa.list_(pa.int64()), pa.list_(pa.float64())
+_TEXT, _LONGS, _FLOATS = pa.string(), pa.list_(pa.int64()), pa.list_(pa.float64())
 _SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))  # what str.strip() takes off
 _TURN_MARK = "\x1e"
 
@@ -87,9 +88,10 @@ def _tabled(
             whole = pa.table(all_columns, names=whole.schema.names).filter(pa.array(plain)).cast(whole.schema)
             break
     left = np.flatnonzero(~plain).tolist()
-    rows = [(place, row) for place in left for value in named_values(file, batch, [place]) for row in parse(*value)]
+    raw = named_values(file, batch, left) if left else iter(())
+    rows = [(origin, row) for origin, value in raw for row in parse(origin, value)]
     made, rejected = parted(row for _, row in rows)
-    places = [place for place, row in rows if not isinstance(row, Rejected)]
+    places = [int(where.rsplit(":", 1)[1]) - batch.first for where, row in rows if not isinstance(row, Rejected)]
     order = np.argsort(np.concatenate([np.flatnonzero(plain), places]), kind="stable")
     return pa.concat_tables([whole, as_table(made)]).take(pa.array(order)), rejected
 
@@ -226,7 +228,7 @@ D1_GENERATIONS = (
 )
 TRAINING_ROWS = tuple(
     View(
-        {"prompt": prompt, "response": _TEXT, "step_map": _INTS, "ground_truth_answer": _TEXT, **_REWARD},
+        {"prompt": prompt, "response": _TEXT, "step_map": _LONGS, "ground_truth_answer": _TEXT, **_REWARD},
         _training_row,
     )
     for prompt in _PROMPTS
@@ -234,7 +236,7 @@ TRAINING_ROWS = tuple(
 JETENGINE = tuple(
     View(
         {
-            **dict.fromkeys(("token_ids", "first_unmask_times", "prompt_ids", "input_ids"), _INTS),
+            **dict.fromkeys(("token_ids", "first_unmask_times", "prompt_ids", "input_ids"), _LONGS),
             **{"prompt": prompt, "text": _TEXT, "logprobs": _FLOATS},
         },
         _jetengine,
@@ -286,7 +288,7 @@ def _messages(
     made = pa.StructArray.from_arrays([names, texts], fields=list(MESSAGES.value_type))
     lengths = list_lengths(column)
     good = (lengths > 0) & ~any_of(list_owner(column), pc.invert(known), len(column))
-    return lists_of(lengths, made), good
+    return lists_of(lengths, made, known=np.asarray(column.is_valid())), good
 
 
 def _last_answer(messages: pa.ListArray) -> tuple[pa.ListArray, pa.StringArray, np.ndarray]:
@@ -331,8 +333,8 @@ def _integers(column: pa.ListArray, least: int) -> tuple[pa.ListArray, np.ndarra
     flat = column.flatten()
     fit = pc.and_(pc.greater_equal(flat, least), pc.less_equal(flat, MOST)).fill_null(False)
     good = np.asarray(column.is_valid()) & ~any_of(list_owner(column), pc.invert(fit), len(column))
-    lists = lists_of(list_lengths(column), pc.if_else(fit, flat, 0).cast(pa.int32()))
-    return pc.if_else(column.is_valid(), lists, None), good
+    values = pc.if_else(fit, flat, 0).cast(pa.int32())
+    return lists_of(list_lengths(column), values, known=np.asarray(column.is_valid())), good
 
 
 def _said(column: pa.Array) -> np.ndarray:

@@ -125,6 +125,30 @@ def test_batches_hold_at_most_so_many_rows_and_all_of_them_once(
         assert max(map(len, found)) <= most
 
 
+def test_small_record_batches_are_joined(tmp_path: Path) -> None:
+    table = pa.table({"number": pa.array(range(4_500)), "text": pa.array(["a", "b", "a"] * 1_500).dictionary_encode()})
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table, max_chunksize=1)
+    found = list(batches.batches(Shard(str(tmp_path / "rows.arrow"), first=100)))
+    assert [(batch.first, len(batch)) for batch in found] == [(101, 2_000), (2_101, 2_000), (4_101, 400)]
+    assert [value["number"] for batch in found for value in batch.values(range(len(batch)))] == list(range(100, 4_500))
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl.gz"])
+def test_what_stands_before_a_break_is_read(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"rows{ending}"
+    if ending == ".json":
+        file.write_text(json.dumps(ROWS)[:-20])
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS * 1_000).encode()
+        file.write_bytes(gzip.compress(lines)[:-1_000])
+    found = raw_rows(Shard(str(file)))
+    assert [next(found)[1] for _ in ROWS[:-1]] == ROWS[:-1]
+    assert sum(shard.rows or 0 for shard in batches.first_rows([Shard(str(file))], 20)[0]) == 20
+    with pytest.raises(DataError, match=r"no JSON list of rows after row 22|cannot be read"):
+        list(found)
+
+
 def test_columns_of_a_batch_keep_the_places_of_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": "x", "b": [1]}\n{"b": [], "c": 5}\n{"a": null, "b": null}\n')

@@ -240,7 +240,7 @@ def test_the_page_on_data_lists_every_reason() -> None:
     used = {
         r
         for s in sources
-        for r in re.findall(r'(?:Refusal\(|Rejected\(\w+, |refuse\([^"]*?, )\s*"([^"]+)"', s.read_text())
+        for r in re.findall(r'(?:Refusal\(|Rejected\(\w+, |refuse(?:_places)?\([^"]*?, )\s*"([^"]+)"', s.read_text())
     }
     assert listed == used
     assert {reason for _, _, reason, _ in REFUSED} <= used

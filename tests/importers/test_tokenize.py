@@ -330,6 +330,25 @@ def test_messages_may_hold_no_control_token_before_steps_or_ids_either(sdar: Pre
         assert refused.reason == "control token"
 
 
+def test_a_prompt_without_a_turn_has_no_token_and_its_answer_ends_a_turn(sdar: PreTrainedTokenizerBase) -> None:
+    rows = [
+        ResponseRow("f:1", "none", prompt=[], response="So."),
+        ResponseRow("f:2", "none", prompt=ASKED, response="So."),
+    ]
+    table, rejected = tokenize_responses(rows, Target(sdar, 4, 64, 64))
+    assert rejected == []
+    assert table["prompt_ids"].to_pylist()[0] == []
+    assert 151645 in table["response_ids"].to_pylist()[0]
+
+
+def test_one_row_is_refused_once_whatever_its_file_is_called() -> None:
+    row = pair(chosen="<|MASK|>", origin="a.jsonl:1 + a.jsonl:5")
+    _, [refused] = tokenize_preferences([row], digits())
+    assert refused.origin == "a.jsonl:1 + a.jsonl:5"
+    _, both = tokenize_preferences([replace(row, origin="a.jsonl:1", rejected_origin="a.jsonl:5")], digits())
+    assert [refusal.origin for refusal in both] == ["a.jsonl:1", "a.jsonl:5"]
+
+
 @pytest.mark.parametrize(
     ("origin", "rows"),
     [
