@@ -155,7 +155,7 @@ def bench_data(
     model_rows: Annotated[int, typer.Option(min=16, help="Rows of rollout and ref-logps.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="Times all ways run in turn.")] = 3,
     store_mb: Annotated[int, typer.Option(min=80, help="Object store of the memory runs.")] = 80,
-    times: Annotated[float, typer.Option(min=0, help="Their input, in object stores; and a tenth of it.")] = 10,
+    times: Annotated[float, typer.Option(min=0.1, help="Their input, in object stores; and a tenth of it.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
