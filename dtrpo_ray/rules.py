@@ -127,7 +127,7 @@ def block_ranks(
 def starts_on_grid(table: pa.Table) -> np.ndarray:
     """int [rows]: where each response's first token stands on its grid of blocks."""
     on_global = np.array(table["block_origin"].to_pylist()) == "global"  # else the grid starts at the response
-    return _lengths(table["prompt_ids"]) * on_global
+    return list_lengths(table["prompt_ids"]) * on_global
 
 
 # === the rules' predicates: table -> bool [rows] ===
@@ -153,12 +153,12 @@ def _value_rules(names: list[str]) -> Iterator[Rule]:
         yield Rule("bad value", "shift is neither 0 nor 1", partial(_outside, name="shift", most=2))
     if "logps" in names:
         says = "logps holds a number above 0, or none at all (NaN)"
-        yield Rule("bad value", says, lambda t: _rows_where(t["logps"], ~(_flat(t["logps"]) <= _ROUNDING)))
+        yield Rule("bad value", says, lambda t: rows_where(t["logps"], ~(_flat(t["logps"]) <= _ROUNDING)))
 
 
 def _side_rules(names: list[str], side: str) -> Iterator[Rule]:
     ids, prefix = f"{side}_ids", "" if side == "response" else f"{side}_"
-    yield Rule("empty side", f"{ids} is empty", lambda t: _lengths(t[ids]) == 0)
+    yield Rule("empty side", f"{ids} is empty", lambda t: list_lengths(t[ids]) == 0)
     along = [n for n in (f"{prefix}steps", f"{prefix}ranks", f"{prefix}types", f"{prefix}logps") if n in names]
     for name in along:
         says = f"{name} and {ids} differ in length"
@@ -171,10 +171,10 @@ def _side_rules(names: list[str], side: str) -> Iterator[Rule]:
     steps, ranks, types = (f"{prefix}{n}" for n in ("steps", "ranks", "types"))
     if steps in names:
         says = f"{steps} holds a number below {GIVEN}"
-        yield Rule("bad value", says, lambda t: _rows_where(t[steps], _flat(t[steps]) < GIVEN))
+        yield Rule("bad value", says, lambda t: rows_where(t[steps], _flat(t[steps]) < GIVEN))
     if types in names:
         says = f"{types} holds a number that is not {', '.join(map(str, TOKEN_TYPES))}"
-        yield Rule("bad value", says, lambda t: _rows_where(t[types], ~np.isin(_flat(t[types]), TOKEN_TYPES)))
+        yield Rule("bad value", says, lambda t: rows_where(t[types], ~np.isin(_flat(t[types]), TOKEN_TYPES)))
         says = f"{types} and {steps} disagree: {GIVEN} is the step of a token that no step chose, and of no other"
         yield Rule("token types", says, partial(_types_disagree, types=types, steps=steps))
     if ranks in names:
@@ -190,8 +190,8 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.to_numpy())
 
 
-def _lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """int [rows]; a null list has 0."""
+def list_lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """int [rows]: how many values each list has, a null one none."""
     return np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(), dtype=np.int64)
 
 
@@ -199,9 +199,9 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(pc.list_flatten(column).to_numpy())
 
 
-def _rows_where(column: pa.ChunkedArray, flat: Any) -> np.ndarray:
+def rows_where(column: pa.Array | pa.ChunkedArray, flat: Any) -> np.ndarray:
     """Which rows of a list column have a True among the flattened values."""
-    owner = np.repeat(np.arange(len(column)), _lengths(column))
+    owner = np.repeat(np.arange(len(column)), list_lengths(column))
     return np.bincount(owner, np.asarray(flat, dtype=bool), minlength=len(column)) > 0
 
 
@@ -210,11 +210,11 @@ def _null(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _holds_null(table: pa.Table, name: str) -> np.ndarray:
-    return _rows_where(table[name], pc.is_null(pc.list_flatten(table[name])).to_numpy())
+    return rows_where(table[name], pc.is_null(pc.list_flatten(table[name])).to_numpy())
 
 
 def _holds_negative(table: pa.Table, name: str) -> np.ndarray:
-    return _rows_where(table[name], _flat(table[name]) < 0)
+    return rows_where(table[name], _flat(table[name]) < 0)
 
 
 def _outside(table: pa.Table, name: str, most: float) -> np.ndarray:
@@ -253,12 +253,12 @@ def _lengths_differ(table: pa.Table, name: str, ids: str) -> np.ndarray:
 
 
 def _masked(table: pa.Table, ids: str) -> np.ndarray:
-    mask_of_value = np.repeat(_numbers(table["mask_id"]), _lengths(table[ids]))
-    return _rows_where(table[ids], _flat(table[ids]) == mask_of_value)
+    mask_of_value = np.repeat(_numbers(table["mask_id"]), list_lengths(table[ids]))
+    return rows_where(table[ids], _flat(table[ids]) == mask_of_value)
 
 
 def _off_grid(table: pa.Table, ids: str) -> np.ndarray:
-    return np.asarray((starts_on_grid(table) + _lengths(table[ids])) % _numbers(table["block_size"]) != 0)
+    return np.asarray((starts_on_grid(table) + list_lengths(table[ids])) % _numbers(table["block_size"]) != 0)
 
 
 def _both(table: pa.Table, one: str, other: str) -> np.ndarray:
@@ -268,7 +268,7 @@ def _both(table: pa.Table, one: str, other: str) -> np.ndarray:
 def _types_disagree(table: pa.Table, types: str, steps: str) -> np.ndarray:
     found, where = np.zeros(len(table), dtype=bool), _both(table, types, steps)
     rows = table.filter(pa.array(where))
-    found[where] = _rows_where(rows[types], (_flat(rows[types]) != DIFFUSION) != (_flat(rows[steps]) == GIVEN))
+    found[where] = rows_where(rows[types], (_flat(rows[types]) != DIFFUSION) != (_flat(rows[steps]) == GIVEN))
     return found
 
 
@@ -277,9 +277,9 @@ def _not_a_partition(table: pa.Table, ranks: str, steps: str) -> np.ndarray:
     where = _both(table, ranks, steps)
     rows = table.filter(pa.array(where))
     expected, _ = block_ranks(
-        _flat(rows[steps]), _lengths(rows[steps]), starts_on_grid(rows), _numbers(rows["block_size"])
+        _flat(rows[steps]), list_lengths(rows[steps]), starts_on_grid(rows), _numbers(rows["block_size"])
     )
-    found[where] = _rows_where(rows[ranks], _flat(rows[ranks]) != expected)
+    found[where] = rows_where(rows[ranks], _flat(rows[ranks]) != expected)
     return found
 
 
@@ -294,11 +294,11 @@ def _unsourced(table: pa.Table, name: str) -> np.ndarray:
 
 def _identical(table: pa.Table) -> np.ndarray:
     chosen, rejected = table["chosen_ids"], table["rejected_ids"]
-    lengths = _lengths(chosen)
-    same = lengths == _lengths(rejected)
+    lengths = list_lengths(chosen)
+    same = lengths == list_lengths(rejected)
     if same.any():
         rows = table.filter(pa.array(same))
-        same[same] = ~_rows_where(rows["chosen_ids"], _flat(rows["chosen_ids"]) != _flat(rows["rejected_ids"]))
+        same[same] = ~rows_where(rows["chosen_ids"], _flat(rows["chosen_ids"]) != _flat(rows["rejected_ids"]))
     return np.asarray(same)
 
 
@@ -308,4 +308,6 @@ def _other_tokenizer(table: pa.Table, expected: str) -> np.ndarray:
 
 def _too_long(table: pa.Table, limit: int) -> np.ndarray:
     sides = [name for name in ("response_ids", "chosen_ids", "rejected_ids") if name in table.schema.names]
-    return np.asarray(_lengths(table["prompt_ids"]) + np.max([_lengths(table[s]) for s in sides], axis=0) > limit)
+    return np.asarray(
+        list_lengths(table["prompt_ids"]) + np.max([list_lengths(table[s]) for s in sides], axis=0) > limit
+    )

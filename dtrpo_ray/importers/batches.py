@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.importers.columns import list_lengths, lists_of
+from dtrpo_ray.importers.columns import lists_of
 from dtrpo_ray.importers.files import ENDINGS, Shard, file_name, open_filesystem, readable
 from dtrpo_ray.importers.parsing import Refusal
+from dtrpo_ray.rules import list_lengths
 
 BATCH_ROWS = 2_000
 HEAD_ROWS = 1_000  # by whose columns a file is recognised

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dtrpo_ray.rules import list_lengths
 from dtrpo_ray.tables import Rejected
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -88,7 +89,7 @@ class Ragged:
 
     def any(self, true: np.ndarray) -> np.ndarray:
         """bool [rows]: whether any of a row's numbers is `true` (bool [total], as `flat` orders them)."""
-        return any_of(self.owner, true, len(self))
+        return np.bincount(self.owner[true], minlength=len(self)) > 0
 
     def same_as(self, other: "Ragged") -> np.ndarray:
         """bool [rows]: whether both have the same numbers."""
@@ -111,19 +112,9 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.asarray(np.repeat(starts - before, lengths) + np.arange(lengths.sum()))
 
 
-def list_lengths(column: pa.ListArray) -> np.ndarray:
-    """int [rows]: how many values each list has, a null one none."""
-    return np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
 def list_owner(column: pa.ListArray) -> np.ndarray:
     """int [total]: the row of each of `column.flatten()`."""
     return np.repeat(np.arange(len(column)), list_lengths(column))
-
-
-def any_of(owner: np.ndarray, true: Any, rows: int) -> np.ndarray:
-    """bool [rows]: whether any value of a row is `true` (bool [total]); `owner` is the row of each."""
-    return np.bincount(owner[np.asarray(true, dtype=bool)], minlength=rows) > 0
 
 
 def lists_of(

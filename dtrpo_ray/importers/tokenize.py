@@ -16,17 +16,14 @@ from dtrpo_ray.errors import DataError
 from dtrpo_ray.importers.columns import (
     Ragged,
     Refusals,
-    any_of,
     content_ids,
     first_places,
     json_texts,
-    list_lengths,
-    list_owner,
 )
 from dtrpo_ray.importers.preferences import Prompt
 from dtrpo_ray.records import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.rows import tokenizer_hash
-from dtrpo_ray.rules import GOOD, block_ranks, rules_of, verdicts
+from dtrpo_ray.rules import GOOD, block_ranks, list_lengths, rows_where, rules_of, verdicts
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.tokenizer import (
     control_tokens,
@@ -379,7 +376,7 @@ def _refuse_control(rows: pa.Table, sides: Mapping[str, pa.StringArray], target:
         turns = [turn["content"] for turn in messages[row].as_py()]
         return next(detail(f"prompt[{i}]", text) for i, text in enumerate(turns) if pattern.search(text))
 
-    bad = any_of(list_owner(messages), _matches(contents, pattern), len(rows))
+    bad = rows_where(messages, _matches(contents, pattern))
     refusals.refuse(bad, "control token", of_turns)
     for side, texts in sides.items():
         refusals.refuse(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtrpo_ray.importers.batches import Batch, batches, named_values, typed
-from dtrpo_ray.importers.columns import MESSAGES, any_of, json_texts, list_lengths, list_owner, lists_of
+from dtrpo_ray.importers.columns import MESSAGES, json_texts, list_owner, lists_of
 from dtrpo_ray.importers.files import Shard
 from dtrpo_ray.importers.parsing import (
     ASSISTANT,
@@ -26,6 +26,7 @@ from dtrpo_ray.importers.parsing import (
     SHAREGPT_ROLES,
     parted,
 )
+from dtrpo_ray.rules import list_lengths, rows_where
 from dtrpo_ray.tables import Rejected
 from dtrpo_ray.trajectory import NEVER
 
@@ -120,9 +121,10 @@ def _shared_turns(raw: Columns) -> tuple[Columns, np.ndarray]:
 def _repeated_prompt(raw: Columns) -> tuple[Columns, np.ndarray]:
     """UltraFeedback: two conversations, and the prompt a second time, as text."""
     columns, good = _shared_turns(raw)
-    turns, owner = columns["messages"].flatten(), list_owner(columns["messages"])
+    shared = columns["messages"]
+    turns, owner = shared.flatten(), list_owner(shared)
     asked = pc.and_(pc.equal(turns.field("role"), "user"), pc.equal(turns.field("content"), raw["prompt"].take(owner)))
-    return columns, good & any_of(owner, asked.fill_null(False), len(good))
+    return columns, good & rows_where(shared, asked.fill_null(False))
 
 
 def _dialogues(raw: Columns) -> tuple[Columns, np.ndarray]:
@@ -207,7 +209,7 @@ def _jetengine(raw: Columns) -> tuple[Columns, np.ndarray]:
     good &= known & (in_range | asked.is_null()) & (as_text | raw["prompt"].is_null()) & (in_range | as_text)
     lengths, logps = list_lengths(raw["token_ids"]), raw["logprobs"]
     good &= (lengths > 0) & (lengths == list_lengths(steps)) & ((lengths == list_lengths(logps)) | logps.is_null())
-    good &= ~any_of(list_owner(logps), logps.flatten().is_null(), len(good))
+    good &= ~rows_where(logps, logps.flatten().is_null())
     columns = {"response_ids": ids, "steps": steps, "prompt_ids": prompt_ids, "logps": logps}
     return prompt | columns | {"response": raw["text"].fill_null("")}, good
 
@@ -287,7 +289,7 @@ def _messages(
     known = pc.and_(pc.and_(turns.is_valid(), which.is_valid()), texts.is_valid())
     made = pa.StructArray.from_arrays([names, texts], fields=list(MESSAGES.value_type))
     lengths = list_lengths(column)
-    good = (lengths > 0) & ~any_of(list_owner(column), pc.invert(known), len(column))
+    good = (lengths > 0) & ~rows_where(column, pc.invert(known))
     return lists_of(lengths, made, known=np.asarray(column.is_valid())), good
 
 
@@ -332,7 +334,7 @@ def _integers(column: pa.ListArray, least: int) -> tuple[pa.ListArray, np.ndarra
     """Lists of integers in int32; where there is one, and all of them are there and at least `least`."""
     flat = column.flatten()
     fit = pc.and_(pc.greater_equal(flat, least), pc.less_equal(flat, MOST)).fill_null(False)
-    good = np.asarray(column.is_valid()) & ~any_of(list_owner(column), pc.invert(fit), len(column))
+    good = np.asarray(column.is_valid()) & ~rows_where(column, pc.invert(fit))
     values = pc.if_else(fit, flat, 0).cast(pa.int32())
     return lists_of(list_lengths(column), values, known=np.asarray(column.is_valid())), good
 
@@ -341,7 +343,7 @@ def _said(column: pa.Array) -> np.ndarray:
     """Which rows have text, or a turn that has some."""
     if pa.types.is_string(column.type):
         return np.asarray(pc.greater(pc.binary_length(_stripped(column)), 0).fill_null(False))
-    return any_of(list_owner(column), _said(column.flatten().field("content")), len(column))
+    return rows_where(column, _said(column.flatten().field("content")))
 
 
 def _stripped(texts: pa.StringArray) -> pa.StringArray:
