@@ -29,7 +29,7 @@ test-vllm: $(VLLM)/.stamp
 
 lint: $(DEV)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check dtrpo_ray tests jobs
+	$(BIN)/ruff format --check dtrpo_ray benchmarks tests jobs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

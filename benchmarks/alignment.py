@@ -13,9 +13,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from dtrpo_ray.config import load_job
-from dtrpo_ray.evaluation import compare, wilson_interval
+from dtrpo_ray.config.load import load_job
 from dtrpo_ray.pipeline import River
+from dtrpo_ray.report.evaluation import compare, wilson_interval
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 

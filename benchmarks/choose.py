@@ -13,12 +13,13 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-from dtrpo_ray import prepare
-from dtrpo_ray.config import Job, load_job
-from dtrpo_ray.engine import Engine
-from dtrpo_ray.evaluation import wilson_interval
-from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.load import load_job
+from dtrpo_ray.data import prepare
+from dtrpo_ray.decode.engine import Engine
+from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.pipeline import River
+from dtrpo_ray.report.evaluation import wilson_interval
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 

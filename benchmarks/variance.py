@@ -20,16 +20,16 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from dtrpo_ray.batch import SIDES, Layout, build_batch
-from dtrpo_ray.config import Objective
-from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.config.train import Objective
+from dtrpo_ray.data.schemas import PREFERENCE
+from dtrpo_ray.data.tables import read_table
+from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.types import SamplingParams
+from dtrpo_ray.method.batch import SIDES, Layout, build_batch
+from dtrpo_ray.method.step import order_by_confidence, scored_logps
+from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
-from dtrpo_ray.records import PREFERENCE
-from dtrpo_ray.sampler import generate
-from dtrpo_ray.step import order_by_confidence, scored_logps
-from dtrpo_ray.tables import read_table
-from dtrpo_ray.trajectory import row_generator
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dtrpo_ray.config import Job
+from dtrpo_ray.config.job import Job
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# The job file, field by field

@@ -1,6 +1,7 @@
 """The one command, `dtrpo VERB JOB`. Parsing imports neither torch nor ray; a verb imports what it runs."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrpo_ray.config import ClusterConfig, Job, load_job, load_serve
+from dtrpo_ray.config.cluster import ClusterConfig
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.load import load_job, load_serve
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
 if TYPE_CHECKING:
@@ -25,9 +28,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-bench = typer.Typer(help="Compare two ways in one run, on the same weights and data, and print the ratio.")
-app.add_typer(bench, name="bench")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A TOML job file; shipped ones lie in jobs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field, e.g. train.lr=1e-5. Repeatable.")]
@@ -71,7 +71,7 @@ def river(
     if needs == "eval" and not job.is_puzzle:
         raise ConfigError(f"{path}: task.type = {job.task.type!r} has no verifier, so there is no accuracy to measure")
     if needs == "drafts" or (needs == "score" and job.score and job.score.judge):
-        from dtrpo_ray.llm import require_vllm
+        from dtrpo_ray.produce.llm import require_vllm
 
         require_vllm(f"{path}: {'drafts' if needs == 'drafts' else 'score.judge'}")
     from dtrpo_ray.pipeline import River
@@ -99,89 +99,17 @@ def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
     app.command(name, help=text)(verb)
 
 
-@bench.callback(no_args_is_help=True)
-def bench_group() -> None:
-    """Compare two ways in one run, on the same weights and data, and print the ratio."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Compare two ways in one run: `dtrpo bench train|decode|data|forward`. Needs a checkout of the repository."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "benchmarks" / "cli.py").is_file():
+        raise ConfigError("dtrpo bench is not part of the installed package: run it from a clone of the repository")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    sys.path.insert(0, str(checkout))
+    from benchmarks.cli import bench as benchmarks
 
-
-def _write_results(out: Path | None, value: dict[str, Any], page: str) -> None:
-    """OUT.json and OUT.md, where OUT was given."""
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
-        out.with_suffix(".md").write_text(page)
-
-
-@bench.command("train")
-def bench_train(
-    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
-    batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The stack (Ray Train, Ray Data, DeepSpeed) against the bare loop; two workers against one."""
-    from dtrpo_ray.bench import train as bench_of_train
-
-    value = bench_of_train.run(steps, batch, rounds)
-    _write_results(out, value, "# Training\n\n`dtrpo bench train`\n\n" + bench_of_train.text(value) + "\n")
-    result({"verb": "bench train", **value}, as_json, bench_of_train.text(value))
-
-
-@bench.command("decode")
-def bench_decode(
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    block: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 32,
-    hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per block.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs against the naive decoder.")] = 3,
-    widest: Annotated[int, typer.Option(min=1, help="Most concurrent requests: 1, 4, 16, 64 up to this.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Our engine against a naive decoder, and against itself at 1, 4, 16 and 64 concurrent requests."""
-    from dtrpo_ray.bench.decode import as_markdown, decode_benchmark
-
-    value = decode_benchmark(prompt_tokens, new_tokens, block, hidden, layers, steps, repeats, widest)
-    _write_results(out, value, "# Decoding\n\n`dtrpo bench decode`\n\n" + as_markdown(value))
-    result(value, as_json, as_markdown(value))
-
-
-@bench.command("data")
-def bench_data(
-    rows: Annotated[int, typer.Option(min=64, help="Rows of prepare, score and pair.")] = 40_000,
-    model_rows: Annotated[int, typer.Option(min=16, help="Rows of rollout and ref-logps.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Times all ways run in turn.")] = 3,
-    store_mb: Annotated[int, typer.Option(min=80, help="Object store of the memory runs.")] = 80,
-    times: Annotated[float, typer.Option(min=0.1, help="Their input, in object stores; and a tenth of it.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Each pipeline on Ray with one and two workers against one process; memory on inputs beyond the object store."""
-    from dtrpo_ray.bench import data
-
-    value = data.run(rows, model_rows, rounds, store_mb, times)
-    _write_results(out, value, "# Data pipelines\n\n`dtrpo bench data`\n\n" + data.text(value) + "\n")
-    result({"verb": "bench data", **value}, as_json, data.text(value))
-
-
-@bench.command("forward")
-def bench_forward(
-    rounds: Annotated[int, typer.Option(help="Fresh processes a variant, interleaved.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Timed steps in each process.")] = 3,
-    shape: Annotated[str, typer.Option(help="Sizes: bars, or 8b for a GPU of 80 GB.")] = "bars",
-    device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md too.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """One training step: the packed row against the common ways, VRPO and the replay of all rounds."""
-    from dtrpo_ray.bench import forward
-
-    value = forward.compare(forward.named_shape(shape, device), rounds, repeats, say)
-    _write_results(out, value, forward.page(value))
-    result({"bench": "forward", **value}, as_json, forward.table(value))
+    benchmarks(context.args, prog_name="dtrpo bench", standalone_mode=False)
 
 
 _stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
@@ -224,8 +152,8 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """How a training stage stands: live, cut off or finished; its checkpoints; what went wrong."""
-    from dtrpo_ray.status import status as make_status
-    from dtrpo_ray.status import status_text
+    from dtrpo_ray.train.status import status as make_status
+    from dtrpo_ray.train.status import status_text
 
     value = make_status(run, check)
     result({"verb": "status", **value}, as_json, status_text(value))
@@ -243,14 +171,14 @@ def check(
 ) -> None:
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
     if not source.endswith(".toml"):
-        from dtrpo_ray.checking import check_data
+        from dtrpo_ray.data.checking import check_data
 
         reports = check_data(source, max_tokens, tokenizer)
     else:
         parsed = load_job(Path(source), overrides or ())
         reports = []
         for file in getattr(parsed.task, "files", ()):
-            from dtrpo_ray.checking import check_data
+            from dtrpo_ray.data.checking import check_data
 
             reports += check_data(file, max_tokens, kind=parsed.task.type)
         if not reports:
@@ -264,7 +192,7 @@ def check(
             return
     refused = [row for report in reports for row in report.refused]
     if quarantine is not None:
-        from dtrpo_ray.tables import write_quarantine
+        from dtrpo_ray.data.tables import write_quarantine
 
         write_quarantine(refused, quarantine)
     value = {"source": source, "files": {r.source: {"table": r.table, **r.totals} for r in reports}}
@@ -328,8 +256,8 @@ def export(
         raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
     job = Path(source)
     if "://" in source or job.is_dir():
-        from dtrpo_ray.checkpoint import local_folder
-        from dtrpo_ray.export import export_checkpoint
+        from dtrpo_ray.train.checkpoint import local_folder
+        from dtrpo_ray.train.export import export_checkpoint
 
         with local_folder(source) as folder:
             facts = export_checkpoint(folder, out, merged, dtype, base_name)
@@ -342,7 +270,7 @@ def export(
         raise ConfigError(
             f"{parsed.name}: each of its {parsed.rounds} rounds has its own base: export it with --merged"
         )
-    from dtrpo_ray import export as exports
+    from dtrpo_ray.train import export as exports
 
     with river(job, overrides, False) as stages:
         aligned = stages.aligned
@@ -408,7 +336,7 @@ def serve(
 
 
 def _serve_until_interrupt(config: Any, as_json: bool) -> None:
-    from dtrpo_ray.server import start, stop
+    from dtrpo_ray.serve.server import start, stop
 
     url = start(config)
     try:
@@ -461,7 +389,7 @@ def run(
 
 
 def _write_report(stages: "River", answer: dict[str, Any] | None) -> Path:
-    from dtrpo_ray.report import write_report
+    from dtrpo_ray.report.page import write_report
 
     parsed: Job = stages.job
     stages.aligned  # noqa: B018 - a cached stage

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dtrpo_ray import prepare
-from dtrpo_ray.config import ServeConfig
+from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.data import prepare
 from dtrpo_ray.pipeline import HELD_OUT_SEED, River
 from dtrpo_ray.progress import console
-from dtrpo_ray.server import free_port, read_keys, start, stop
+from dtrpo_ray.serve.server import free_port, read_keys, start, stop
 
 TIMEOUT_SECONDS = 120
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from dtrpo_ray.config import ClusterConfig
+from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.errors import DataError, DtrpoError
 from dtrpo_ray.progress import bar, console
 from dtrpo_ray.session import CPU_WORKER_ENV, uses_gpu

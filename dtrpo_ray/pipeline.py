@@ -14,34 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtrpo_ray import evaluation, prepare, trainer, validation
-from dtrpo_ray.config import CountdownTask, DraftsConfig, FilesTask, Job, RolloutConfig, SudokuTask, TrainConfig
-from dtrpo_ray.drafts import Drafter
-from dtrpo_ray.errors import ConfigError, DataError
-from dtrpo_ray.generation import SamplingParams
-from dtrpo_ray.importers.files import data_files, sha256_uri
-from dtrpo_ray.llm import require_vllm
-from dtrpo_ray.lora import target_modules
-from dtrpo_ray.metrics import METRICS, read_metrics
-from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
-from dtrpo_ray.pairs import Pairer
-from dtrpo_ray.parts import run_parts
-from dtrpo_ray.plan import public_tests
-from dtrpo_ray.progress import console
-from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
-from dtrpo_ray.ref_logps import ReferenceScorer, drawn_parts
-from dtrpo_ray.rollout import (
-    Asked,
-    DecodeJob,
-    FileRecorder,
-    Recorder,
-    prompts_parts,
-    require_fit,
-    sampling_params,
-)
-from dtrpo_ray.scoring import Scorer
-from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
-from dtrpo_ray.tables import (
+from dtrpo_ray.config.decode import RolloutConfig
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.produce import DraftsConfig
+from dtrpo_ray.config.task import CountdownTask, FilesTask, SudokuTask
+from dtrpo_ray.config.train import TrainConfig
+from dtrpo_ray.data import prepare
+from dtrpo_ray.data.formats.files import data_files, sha256_uri
+from dtrpo_ray.data.pairs import Pairer
+from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.tables import (
     QUARANTINE,
     SHARD_ROWS,
     count_lines,
@@ -52,7 +34,31 @@ from dtrpo_ray.tables import (
     table_files,
     write_manifest,
 )
-from dtrpo_ray.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+from dtrpo_ray.decode.types import SamplingParams
+from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.metrics import METRICS, read_metrics
+from dtrpo_ray.models.lora import target_modules
+from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
+from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+from dtrpo_ray.parts import run_parts
+from dtrpo_ray.plan import public_tests
+from dtrpo_ray.produce.drafts import Drafter
+from dtrpo_ray.produce.llm import require_vllm
+from dtrpo_ray.produce.rollout import (
+    Asked,
+    DecodeJob,
+    FileRecorder,
+    Recorder,
+    prompts_parts,
+    require_fit,
+    sampling_params,
+)
+from dtrpo_ray.produce.scoring import Scorer
+from dtrpo_ray.progress import console
+from dtrpo_ray.report import evaluation
+from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
+from dtrpo_ray.train import trainer, validation
+from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
 
 TABLE, MODEL = "table", trainer.MODEL
 REF_LOGPS = "ref-logps"

@@ -10,10 +10,13 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dtrpo_ray.config import CountdownTask, FilesTask, Job, LoraConfig, ModelInit, SudokuTask, TrainConfig
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.model import ModelInit
+from dtrpo_ray.config.task import CountdownTask, FilesTask, SudokuTask
+from dtrpo_ray.config.train import LoraConfig, TrainConfig
+from dtrpo_ray.data.tasks import countdown, sudoku
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
-from dtrpo_ray.tasks import countdown, sudoku
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 REDUCE_BUCKET = 5 * 10**8  # gradients that DeepSpeed's ZeRO 3 makes room for at the start, by default

@@ -9,7 +9,7 @@ import ray
 import ray.data
 from ray.data.context import ShuffleStrategy
 
-from dtrpo_ray.config import ClusterConfig
+from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.progress import console
 

@@ -1,7 +1,6 @@
 """What the tests share: tiny random models, an exact float64 one, and the folder of public data where there is one."""
 
 import copy
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 from hypothesis import settings
+from paths import SHARED
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -104,7 +104,7 @@ def tiny(make_model: MakeModel) -> SDAR:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data sets and upstream layouts: SHARED_DATA, or shared/data beside the checkout."""
-    folder = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = SHARED
     if not folder.is_dir():
         pytest.skip(f"no public data sets at {folder}; SHARED_DATA names another folder")
     return folder
@@ -167,7 +167,7 @@ def remote(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """One Ray session on loopback, as a command would start it; tests that start their own do not use it."""
-    from dtrpo_ray.config import ClusterConfig
+    from dtrpo_ray.config.cluster import ClusterConfig
     from dtrpo_ray.session import ray_session
 
     with ray_session(ClusterConfig()):

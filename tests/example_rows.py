@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.records import EXAMPLE, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
 
 Row = dict[str, Any]
 MASK, BLOCK = 9, 4

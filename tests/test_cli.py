@@ -9,12 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from paths import ROOT
 
 from dtrpo_ray.models.registry import save_model
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.tokenizer import character_tokenizer
+from dtrpo_ray.models.tokenizer import character_tokenizer
 
-ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "jobs" / "demo.toml")
 
 

@@ -22,8 +22,8 @@ import jsonschema
 import pytest
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
 LAUNCHERS = ("aws", "gcp")
 MANIFESTS = ("raycluster", "rayjob", "rayservice")
@@ -407,7 +407,7 @@ def serve_problems(config: Config, public_host: bool = False) -> list[str]:
         problems.append(f"listens on {parsed.http_options.host}")
     for raw, application in zip(config["applications"], parsed.applications, strict=True):
         problems += [f"unknown key {key}" for key in raw.keys() - ServeApplicationSchema.model_fields.keys()]
-        if application.import_path != "dtrpo_ray.server:build":
+        if application.import_path != "dtrpo_ray.serve.server:build":
             problems.append(f"import_path {application.import_path}")
         expected = {"checkpoint": str, "model_name": str, "num_replicas": int, "api_key_file": str}
         if {key: type(value) for key, value in application.args.items()} != expected:
@@ -447,7 +447,7 @@ def test_damage_to_the_serve_config_is_caught(damage: Callable[[Config], object]
 
 
 def test_serve_args_are_fields_of_our_config() -> None:
-    from dtrpo_ray.config import ServeConfig
+    from dtrpo_ray.config.serve import ServeConfig
 
     args = serve_config()["applications"][0]["args"]
     assert ServeConfig.model_validate(args).model_dump(mode="json", exclude_unset=True) == args

@@ -3,17 +3,21 @@
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-from dtrpo_ray.config import RolloutConfig, ServeConfig, TrainConfig, load_job, load_serve
+from dtrpo_ray.config.decode import RolloutConfig
+from dtrpo_ray.config.load import load_job, load_serve
+from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
 
-JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
+JOBS = sorted((ROOT / "jobs").glob("*.toml"))
 DEMO = JOBS[0].with_name("demo.toml")
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
 def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtrpo_ray.config._require_files", lambda path, job: None)
+    monkeypatch.setattr("dtrpo_ray.config.load._require_files", lambda path, job: None)
     assert load_job(path).name
 
 
@@ -117,11 +121,11 @@ def test_serving_is_on_loopback_unless_asked() -> None:
 
 
 def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None:
-    demo = Path(__file__).parents[1] / "jobs" / "demo.toml"
+    demo = ROOT / "jobs" / "demo.toml"
     for name in ("rollout", "eval"):
         with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: a grid has 16 digits"):
             load_job(demo, [f"{name}.max_new_tokens=8"])
-    text = Path(__file__).parents[1] / "jobs" / "text.toml"
+    text = ROOT / "jobs" / "text.toml"
     (tmp_path / "pairs.jsonl").touch()
     model = tmp_path / "job.toml"
     model.write_text(
@@ -167,7 +171,7 @@ def test_mistakes_about_drafts_and_judge(override: str, words: str, tmp_path: Pa
     ],
 )
 def test_mistakes_about_a_rollout_of_prompts(override: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtrpo_ray.config._require_files", lambda path, job: None)
+    monkeypatch.setattr("dtrpo_ray.config.load._require_files", lambda path, job: None)
     with pytest.raises(ConfigError) as caught:
         load_job(DEMO.with_name("prompts.toml"), [override])
     assert words in str(caught.value), str(caught.value)

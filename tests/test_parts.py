@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtrpo_ray.config import ClusterConfig, PreferencesTask, ScoreConfig
+from dtrpo_ray.config.cluster import ClusterConfig
+from dtrpo_ray.config.produce import ScoreConfig
+from dtrpo_ray.config.task import PreferencesTask
+from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.tables import file_parts, read_table, write_whole
 from dtrpo_ray.errors import ConfigError, DataError, ModelError
 from dtrpo_ray.parts import DONE, TRIES, _Actor, run_parts
-from dtrpo_ray.records import PREFERENCE, TRAJECTORY
 from dtrpo_ray.stages import read_json
-from dtrpo_ray.tables import file_parts, read_table, write_whole
 
 ONE, TWO = ClusterConfig(num_actors=1), ClusterConfig(num_actors=2)
 
@@ -137,9 +139,9 @@ def same_files(one: Path, other: Path) -> bool:
 def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtrpo_ray import prepare
-    from dtrpo_ray.importers import files
-    from dtrpo_ray.tokenizer import character_tokenizer
+    from dtrpo_ray.data import prepare
+    from dtrpo_ray.data.formats import files
+    from dtrpo_ray.models.tokenizer import character_tokenizer
 
     monkeypatch.setattr(files, "SHARD_ROWS", 5)  # the parts are cut here
     rows = [{"prompt": f"{i % 20}", "chosen": "1" * (i % 20 + 1), "rejected": "2" + "x" * (i == 8)} for i in range(23)]
@@ -162,7 +164,7 @@ def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
 def policy(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Path:
     """A tiny model that spells Sudoku's digits."""
     from dtrpo_ray.models.registry import save_model
-    from dtrpo_ray.tokenizer import character_tokenizer
+    from dtrpo_ray.models.tokenizer import character_tokenizer
 
     folder = tmp_path_factory.mktemp("policy")
     save_model(make_model(seed=1, vocab_size=8, eos_token_id=5, mask_token_id=6), folder)
@@ -171,7 +173,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Path:
 
 
 def sudoku_prompts(count: int) -> list[dict[str, Any]]:
-    from dtrpo_ray.tasks.sudoku import generate
+    from dtrpo_ray.data.tasks.sudoku import generate
 
     puzzles = generate(count, "train", seed=0, blanks=(1, 1))
     names = [{"row_id": f"r-{i:02d}", "prompt_id": f"r-{i:02d}"} for i in range(count)]
@@ -180,11 +182,11 @@ def sudoku_prompts(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, policy: Path) -> None:
-    from dtrpo_ray.generation import SamplingParams
-    from dtrpo_ray.rollout import DecodeJob, Recorder, prompts_parts
+    from dtrpo_ray.decode.types import SamplingParams
+    from dtrpo_ray.produce.rollout import DecodeJob, Recorder, prompts_parts
 
     prompts = sudoku_prompts(21)
-    job = DecodeJob(policy, "model", SamplingParams(16, 1, 1.0), 2, 0, "dtrpo_ray.tasks.sudoku:score")
+    job = DecodeJob(policy, "model", SamplingParams(16, 1, 1.0), 2, 0, "dtrpo_ray.data.tasks.sudoku:score")
     parts = prompts_parts(prompts, 2)
     assert len(parts) == 6
     pool, alone = pool_and_alone(parts, partial(Recorder, job, 2), tmp_path)
@@ -204,9 +206,9 @@ def test_reference_logps_whose_actor_is_killed_have_every_pair_of_every_epoch_on
 ) -> None:
     from example_rows import preference
 
-    from dtrpo_ray import dataset, ref_logps
-    from dtrpo_ray.config import TrainConfig
-    from dtrpo_ray.reference import ReferenceCache
+    from dtrpo_ray.config.train import TrainConfig
+    from dtrpo_ray.train import dataset, ref_logps
+    from dtrpo_ray.train.reference import ReferenceCache
 
     monkeypatch.setattr(ref_logps, "PART_PAIRS", 4)  # the parts are cut here
     ids = {"chosen_ids": [3, 5], "rejected_ids": [4, 1, 2, 0, 5, 5], "mask_id": 6}
@@ -230,7 +232,7 @@ def test_reference_logps_whose_actor_is_killed_have_every_pair_of_every_epoch_on
 def test_files_of_a_table_are_scored_side_by_side(tmp_path: Path) -> None:
     from example_rows import trajectory
 
-    from dtrpo_ray.scoring import Scorer
+    from dtrpo_ray.produce.scoring import Scorer
 
     paths = [tmp_path / f"part-{i}.parquet" for i in range(3)]
     for i, path in enumerate(paths):
@@ -243,7 +245,7 @@ def test_files_of_a_table_are_scored_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Path) -> None:
-    from dtrpo_ray.config import Job
+    from dtrpo_ray.config.job import Job
     from dtrpo_ray.pipeline import River
     from dtrpo_ray.stages import Store
 

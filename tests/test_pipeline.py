@@ -8,12 +8,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from paths import ROOT
 
-from dtrpo_ray.config import Job, TrainConfig, load_job
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.load import load_job
+from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.pipeline import ModelRef, River, weight_fields
 from dtrpo_ray.stages import Stage, Store, sha256_json
-from dtrpo_ray.tokenizer import character_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,7 @@ class Dry:
 
 
 def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it() -> None:
-    job = load_job(Path(__file__).parents[1] / "jobs" / "demo.toml", ["rounds=3", "train.reference=cache"])
+    job = load_job(ROOT / "jobs" / "demo.toml", ["rounds=3", "train.reference=cache"])
     store = Dry()
     river = River(job, store)  # type: ignore[arg-type]
     policies = [river.policy(number) for number in range(4)]
@@ -72,7 +75,7 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
 
 def test_a_run_resumed_with_other_workers_stands_on_the_stages_that_it_stood_on(tmp_path: Path) -> None:
     """All training before the stage is named by that run's workers; the stage itself and what follows by the job's."""
-    demo = Path(__file__).parents[1] / "jobs" / "demo.toml"
+    demo = ROOT / "jobs" / "demo.toml"
     was, now = (load_job(demo, ["rounds=3", f"cluster.num_workers={n}"]) for n in ("[1, 4]", "1"))
     straight, resumed = Dry(), Dry()
     River(was, straight).policy(3)  # type: ignore[arg-type]
@@ -101,7 +104,7 @@ def test_a_run_resumed_with_other_workers_stands_on_the_stages_that_it_stood_on(
 
 
 def test_adapters_that_a_model_does_not_take_are_refused_before_any_stage(tmp_path: Path) -> None:
-    config = json.loads((Path(__file__).parent / "models" / "tiny_configs.json").read_text())["sdar_moe"]
+    config = json.loads((ROOT / "tests" / "models" / "tiny_configs.json").read_text())["sdar_moe"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     sections = {"task": {"type": "preferences", "files": ["pairs.jsonl"]}, "model": {"path": tmp_path}}
     train = {"objective": {"schedule": "random"}, "lora": {"targets": "attention+mlp"}}

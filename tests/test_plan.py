@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from dtrpo_ray import plan as plan_module
-from dtrpo_ray.config import LoraConfig, ModelInit, Objective, TrainConfig, load_job
-from dtrpo_ray.likelihood import CHUNK_LOGITS
-from dtrpo_ray.lora import add_adapters
+from dtrpo_ray.config.load import load_job
+from dtrpo_ray.config.model import ModelInit
+from dtrpo_ray.config.train import LoraConfig, Objective, TrainConfig
+from dtrpo_ray.method.step import checkpoint_layers
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.likelihood import CHUNK_LOGITS
+from dtrpo_ray.models.lora import add_adapters
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.plan import (
     Shape,
@@ -24,9 +28,8 @@ from dtrpo_ray.plan import (
     training,
     vocabulary,
 )
-from dtrpo_ray.step import checkpoint_layers
 
-DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
+DEMO = ROOT / "jobs" / "demo.toml"
 
 
 @pytest.mark.parametrize(("hidden", "layers", "heads", "kv"), [(32, 1, 2, None), (64, 3, 4, 2)])
@@ -129,7 +132,7 @@ def test_the_demo_has_the_models_size() -> None:
 
 def test_the_vocabulary_is_that_of_the_tokenizer_files(shared_data: Path) -> None:
     settings = [f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}", "task.files=['jobs/text.toml']"]
-    job = load_job(Path(__file__).parents[1] / "jobs" / "text.toml", settings)
+    job = load_job(ROOT / "jobs" / "text.toml", settings)
     assert vocabulary(job) == 151_672  # 151,669 tokens and the mask, to a multiple of 8
 
 

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from paths import ROOT
 
-from dtrpo_ray.backend import DeepSpeedBackend, _deepspeed
-from dtrpo_ray.config import Job, load_job
-from dtrpo_ray.loop import collate, optimizer_step
-from dtrpo_ray.lora import BaseReference, add_adapters
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.load import load_job
+from dtrpo_ray.models.lora import BaseReference, add_adapters
 from dtrpo_ray.models.registry import build_model
 from dtrpo_ray.plan import Shape, row_bounds, training
+from dtrpo_ray.train.backend import DeepSpeedBackend, _deepspeed
+from dtrpo_ray.train.loop import collate, optimizer_step
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.toml"))
 TINY = json.loads((ROOT / "tests" / "models" / "tiny_configs.json").read_text())["Fast_dLLM_Qwen"]
 SIZE_1_5B = {  # Qwen2.5-1.5B's config.json

@@ -20,16 +20,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from paths import ROOT
 
-from dtrpo_ray.engine import Engine
-from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.tables import read_table
+from dtrpo_ray.data.tasks import sudoku
+from dtrpo_ray.decode.engine import Engine
+from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.metrics import read_metrics
 from dtrpo_ray.models.registry import load_model
-from dtrpo_ray.records import PREFERENCE, TRAJECTORY
-from dtrpo_ray.tables import read_table
-from dtrpo_ray.tasks import sudoku
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "rounds=1",
     "sft.num_examples=17920", "sft.global_batch=128", "sft.micro_batch=64",

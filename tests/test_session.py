@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import ray
 
-from dtrpo_ray.config import ClusterConfig
+from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.session import fitted, shortfall, uses_gpu
 

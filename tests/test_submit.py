@@ -17,13 +17,13 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from paths import ROOT
 
 from dtrpo_ray.models.registry import save_model
 from dtrpo_ray.models.sdar import SDAR
-from dtrpo_ray.tokenizer import character_tokenizer
+from dtrpo_ray.models.tokenizer import character_tokenizer
 from tests.test_river import SMALL
 
-ROOT = Path(__file__).parents[1]
 START_SECONDS = 90
 
 

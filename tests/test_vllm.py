@@ -22,17 +22,19 @@ import torch
 import uvicorn
 from transformers import PreTrainedTokenizerFast
 
-from dtrpo_ray.app import create_app
-from dtrpo_ray.config import JUDGE_TEMPLATE, Job, ServeConfig
-from dtrpo_ray.engine import Engine
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.produce import JUDGE_TEMPLATE
+from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.tables import read_table
+from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.llm import LanguageModel, Reply, Sampling
 from dtrpo_ray.models.registry import build_model, save_model
+from dtrpo_ray.models.tokenizer import load_tokenizer
 from dtrpo_ray.pipeline import River
-from dtrpo_ray.records import PREFERENCE, TRAJECTORY
+from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
+from dtrpo_ray.serve.app import create_app
 from dtrpo_ray.stages import Store
-from dtrpo_ray.tables import read_table
-from dtrpo_ray.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; .ci/run makes an environment that has it"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dtrpo_ray.likelihood import token_logps
+from dtrpo_ray.models.likelihood import token_logps
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import torch
 
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.models.checkpoint import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
-from dtrpo_ray.tokenizer import Declared, declared_ids
+from dtrpo_ray.models.tokenizer import Declared, declared_ids
+from dtrpo_ray.models.weights import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
 
 # config.json's model_type -> module:class, imported on demand; a new family is a file here and a line
 FAMILIES = {

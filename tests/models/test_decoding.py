@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from dtrpo_ray.batch import Layout, build_batch
-from dtrpo_ray.config import Objective
-from dtrpo_ray.decoder import Decoder
-from dtrpo_ray.generation import SamplingParams
+from dtrpo_ray.config.train import Objective
+from dtrpo_ray.decode.decoder import Decoder
+from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.types import SamplingParams
+from dtrpo_ray.method.batch import Layout, build_batch
+from dtrpo_ray.method.step import packed_inputs, scored_logps
+from dtrpo_ray.method.trajectory import GIVEN
 from dtrpo_ray.models.registry import FAMILIES, load_model
-from dtrpo_ray.sampler import generate
-from dtrpo_ray.step import packed_inputs, scored_logps
-from dtrpo_ray.trajectory import GIVEN
 
 
 @torch.no_grad()

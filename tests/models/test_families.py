@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dtrpo_ray.cache import PagedKeys
+from dtrpo_ray.decode.cache import PagedKeys
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM, Piece
-from dtrpo_ray.models.checkpoint import INDEX, published_shapes
 from dtrpo_ray.models.registry import (
     FAMILIES,
     build_model,
@@ -27,6 +26,7 @@ from dtrpo_ray.models.registry import (
     save_model,
     skeleton,
 )
+from dtrpo_ray.models.weights import INDEX, published_shapes
 
 Json = dict[str, Any]
 Write = Callable[..., Path]

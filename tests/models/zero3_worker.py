@@ -14,10 +14,10 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(ran
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from dtrpo_ray.backend import DeepSpeedBackend, Zero3Sharding  # noqa: E402
-from dtrpo_ray.config import LoraConfig, TrainConfig  # noqa: E402
-from dtrpo_ray.lora import BaseReference, add_adapters, merge_adapters, save_adapter  # noqa: E402
+from dtrpo_ray.config.train import LoraConfig, TrainConfig  # noqa: E402
+from dtrpo_ray.models.lora import BaseReference, add_adapters, merge_adapters, save_adapter  # noqa: E402
 from dtrpo_ray.models.registry import load_model, save_model  # noqa: E402
+from dtrpo_ray.train.backend import DeepSpeedBackend, Zero3Sharding  # noqa: E402
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)

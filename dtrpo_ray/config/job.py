@@ -1,0 +1,111 @@
+"""The whole job file."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from dtrpo_ray.config.cluster import ClusterConfig
+from dtrpo_ray.config.decode import EvalConfig, RolloutConfig
+from dtrpo_ray.config.model import ModelConfig
+from dtrpo_ray.config.produce import DraftsConfig, PairConfig, ScoreConfig
+from dtrpo_ray.config.section import Section
+from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.config.task import SUDOKU_TOKENS, FilesTaskBase, Task
+from dtrpo_ray.config.train import SFTConfig, TrainConfig
+
+
+class Job(Section):
+    """Everything one run depends on."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    storage: Path = Path("runs")
+    """Folder of finished stages and reports."""
+    rounds: int = Field(1, ge=1)
+    """Times rollout, pair and train repeat; the reference is reset to the newest policy each round."""
+    task: Task
+    model: ModelConfig
+    sft: SFTConfig | None = None
+    """Trains model.init; absent: the initialised or given model is the base as it is."""
+    rollout: RolloutConfig | None = None
+    """Decodes puzzles, or the prompts of a task of type "prompts"; absent for tasks that bring their own pairs."""
+    drafts: DraftsConfig | None = None
+    """Answers the prompts of a task of type "prompts"."""
+    score: ScoreConfig | None = None
+    """Scores imported trajectories, drafts and rollouts of prompts; the puzzles score what they decode themselves."""
+    pair: PairConfig = PairConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig | None = EvalConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def is_puzzle(self) -> bool:
+        """Whether the task makes its own prompts and verifies answers, or brings files."""
+        return not isinstance(self.task, FilesTaskBase)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Job":
+        if self.is_puzzle:
+            if self.rollout is None:
+                raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
+            if self.score:
+                raise ValueError(f"task.type = {self.task.type!r} scores what it decodes: remove [score]")
+            if self.drafts:
+                raise ValueError(f"task.type = {self.task.type!r} decodes its own prompts: remove [drafts]")
+        else:
+            self._fits_files()
+        if self.sft and self.sft.objective.type != "sft":
+            raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
+        if self.sft and self.model.path:
+            raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")
+        for name, stage in (("sft", self.sft), ("train", self.train)):
+            workers = self.cluster.num_workers
+            if stage and isinstance(workers, int) and stage.global_batch % workers:
+                raise ValueError(
+                    f"{name}.global_batch = {stage.global_batch} does not divide by cluster.num_workers = {workers}"
+                )
+            if stage and stage.global_batch < self.cluster.most_workers:
+                raise ValueError(f"{name}.global_batch = {stage.global_batch} gives some of {workers} workers no row")
+        lengths = {"rollout": self.rollout, "eval": self.eval}
+        for name, section in lengths.items():
+            if self.task.type == "sudoku" and section and section.max_new_tokens < SUDOKU_TOKENS:
+                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: a grid has {SUDOKU_TOKENS} digits")
+        if self.rollout and self.model.init:
+            worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
+            if worst > self.model.init.block_size:
+                raise ValueError(f"{worst} denoising steps per block exceed block_size = {self.model.init.block_size}")
+        return self
+
+    def _fits_files(self) -> None:
+        kind = f"task.type = {self.task.type!r}"
+        if self.task.type == "prompts":
+            self._fits_prompts(self.task.max_response_tokens)
+        elif self.rollout or self.drafts:
+            raise ValueError(f"{kind} brings its responses: remove [rollout] and [drafts]")
+        if self.sft or (self.rounds > 1 and not self.rollout):
+            raise ValueError(f"{kind} has neither examples nor puzzles to make: remove [sft] and rounds")
+        if self.train.keep_best == "accuracy":
+            raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
+        if self.model.init and self.model.tokenizer is None:
+            raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
+        if self.task.type == "trajectories" or self.rollout:
+            return
+        if self.score and self.task.type == "preferences":
+            raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
+        if self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
+            raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")
+
+    def _fits_prompts(self, longest: int) -> None:
+        if (self.rollout is None) == (self.drafts is None):
+            raise ValueError("task.type = 'prompts': give [rollout] or [drafts], one of which answers them")
+        if self.rollout is None:
+            return
+        if self.score is None:
+            raise ValueError("task.type = 'prompts' has no scorer of its own: add a [score] section to [rollout]")
+        if "num_prompts" in self.rollout.model_fields_set:
+            raise ValueError("rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read")
+        if self.rollout.max_new_tokens > longest:
+            raise ValueError(
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} exceeds task.max_response_tokens = {longest}"
+            )

@@ -1,0 +1,119 @@
+"""A TOML file and dotted overrides become one validated `Job`. Imports neither torch nor ray."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.section import Section
+from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.errors import ConfigError
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Parse a job file, apply `dotted.key=value` overrides (values are TOML; bare words are strings), validate.
+
+    Raises ConfigError naming the file, the field, the value and what is allowed.
+    """
+    try:
+        tree = tomllib.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such job file; shipped ones lie in jobs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a job file ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        job = Job.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+    _require_files(path, job)
+    return job
+
+
+def load_serve(checkpoint: Path, overrides: Sequence[str] = ()) -> ServeConfig:
+    """The endpoint of a model directory that no job made: the defaults of `[serve]` and `field=value` overrides.
+
+    Raises ConfigError naming the field, the value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return ServeConfig.model_validate({**tree, "checkpoint": str(checkpoint)})
+    except ValidationError as error:
+        told = "\n".join(f"serve {checkpoint}: {_explain(problem, ServeConfig)}" for problem in error.errors())
+        raise ConfigError(told) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or "\n" in override:
+        raise ConfigError(f"--set {override}: expected dotted.key=value, for example train.lr=1e-5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+    tree[leaf] = value
+
+
+def _explain(problem: Any, root: type[Section] = Job) -> str:
+    # a discriminated union puts the variant's name into the path; users know it as the section alone
+    parts = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "task")]
+    where = ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {where}{_suggestion(root, problem['loc'], where)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    return f"{where or root.__name__.removesuffix('Config').lower()}: {message}{given}"
+
+
+def _suggestion(root: type[Section], loc: Sequence[Any], where: str) -> str:
+    """What the section of an unknown field does have: the nearest spelling, or all of it."""
+    section: Any = root
+    variants: list[Any] = []
+    for part in loc[:-1]:
+        if len(variants) > 1:  # a union on `type`, whose tag is this part
+            section = next(v for v in variants if part in get_args(v.model_fields["type"].annotation))
+            variants = []
+            continue
+        found = section.model_fields[part].annotation
+        variants = [t for t in (found, *get_args(found)) if isinstance(t, type) and issubclass(t, Section)]
+        section = variants[0]
+    near = difflib.get_close_matches(loc[-1], section.model_fields, 1)
+    known = ", ".join(section.model_fields)
+    return f"; did you mean {where.removesuffix(loc[-1])}{near[0]}?" if near else f"; its section knows {known}"
+
+
+def _require_files(path: Path, job: Job) -> None:
+    wanted: list[tuple[str, str | Path | None]] = [
+        ("model.path", job.model.path),
+        ("model.tokenizer", job.model.tokenizer),
+    ]
+    wanted.append(("serve.api_key_file", job.serve.api_key_file))
+    wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
+    wanted.append(("score.reward_model", job.score.reward_model if job.score else None))
+    wanted.append(("score.judge.model", job.score.judge.model if job.score and job.score.judge else None))
+    wanted.append(("drafts.model", job.drafts.model if job.drafts else None))
+    for field, file in wanted:
+        if file is not None and not os.path.exists(file):
+            raise ConfigError(f"{path}: {field}: {file} does not exist")
+    names = [file.name for file in getattr(job.task, "public_tests", ())]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{path}: task.public_tests: two files are named {min(twice)}; the evaluation tells by name")
+    if job.name in ("stages", "locks"):
+        raise ConfigError(f"{path}: name = {job.name!r} is a folder of every storage; give the job another name")
+    if job.model.path and not (job.model.path / "config.json").is_file():
+        raise ConfigError(f"{path}: model.path: {job.model.path} is no model directory (it has no config.json)")

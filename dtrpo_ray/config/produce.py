@@ -1,0 +1,108 @@
+"""`[drafts]`, `[score]` and `[pair]`: answers, their rewards, and the pairs made of them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dtrpo_ray.config.section import Section
+
+
+class _LanguageModel(Section):
+    model: Path
+    """The directory of a model that vLLM runs (config.json, safetensors, tokenizer); each actor loads it."""
+    engine: dict[str, str | int | float | bool] = Field({})
+    """Arguments of vllm.LLM by its own names, for example {max_model_len = 4096, enforce_eager = true}."""
+
+
+class DraftsConfig(_LanguageModel):
+    """Answers of an ordinary (autoregressive) language model on vLLM to the prompts of `task.files`."""
+
+    num_samples: int = Field(4, ge=1)
+    """Answers per prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0: no limit."""
+    max_new_tokens: int = Field(512, ge=1)
+    """In tokens of that model; an answer that does not end before goes to the quarantine file."""
+    batch_size: int = Field(256, ge=1)
+    """Prompts of one part of the work, which is done whole or done again."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "DraftsConfig":
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(f"num_samples = {self.num_samples}: at temperature = 0 they are all the same; set 1")
+        return self
+
+
+JUDGE_FIELDS = ("{prompt}", "{first}", "{second}")  # of a template
+JUDGE_TEMPLATE = """Compare two answers to the same request. Judge how well each serves the request, and neither its \
+place nor its length.
+
+[Request]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+[Task]
+Say in a few sentences which answer is better and why. Then end with one line: "Verdict: A", "Verdict: B" or, if \
+neither is better, "Verdict: tie"."""
+
+
+class JudgeConfig(_LanguageModel):
+    """A language model on vLLM that compares the responses to a prompt two by two, in both orders, greedily."""
+
+    template: str = JUDGE_TEMPLATE
+    """What it is asked; {prompt}, {first} and {second} are filled in, and a verdict A, B or tie is read back."""
+    max_new_tokens: int = Field(512, ge=1)
+    """A reply that is cut off before its verdict is unparsable."""
+    batch_size: int = Field(256, ge=1)
+    """Responses of one part of the work, about: all that answer a prompt are judged together."""
+
+    @model_validator(mode="after")
+    def _has_its_fields(self) -> "JudgeConfig":
+        if missing := [name for name in JUDGE_FIELDS if name not in self.template]:
+            raise ValueError(f"template lacks {' and '.join(missing)}: the judge must see what it compares")
+        return self
+
+
+class ScoreConfig(Section):
+    """Rewards of recorded trajectories."""
+
+    scorer: Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions", "reward_model", "judge"]
+    """A verifier of dtrpo_ray/verifiers, which reads the column `answer`; a reward model; a language model as judge."""
+    judge: JudgeConfig | None = None
+    """For scorer = "judge"."""
+    reward_model: Path | None = None
+    """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
+    batch_size: int = Field(16, ge=1)
+    """Rows of one forward of the reward model."""
+
+    @model_validator(mode="after")
+    def _model_of_the_scorer(self) -> "ScoreConfig":
+        if (self.scorer == "reward_model") != (self.reward_model is not None):
+            raise ValueError("scorer = 'reward_model' and reward_model, a model directory, go together")
+        if (self.scorer == "judge") != (self.judge is not None):
+            raise ValueError("scorer = 'judge' and a section [score.judge] go together")
+        return self
+
+
+class PairConfig(Section):
+    """Scored trajectories -> preference pairs."""
+
+    strategy: Literal["closest", "best_worst", "all", "references"] = "closest"
+    """closest: fewest differing tokens first; best_worst: highest against lowest reward, then second highest against
+    second lowest; all: largest margin first, a response in any number of pairs; references: as best_worst, chosen from
+    `reference_engine`, rejected from the others."""
+    reference_engine: str = "reference"
+    """The `engine` of reference responses, which pair with responses of any settings."""
+    max_pairs_per_prompt: int = Field(1, ge=1)
+    """Most pairs of a prompt and setting."""
+    min_margin: float = Field(0.5, gt=0)
+    """Smallest difference of rewards; ties never pair."""

@@ -1,0 +1,50 @@
+"""`[serve]`: the HTTP endpoint."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from dtrpo_ray.config.section import Section
+
+KEY_VARIABLE = "DTRPO_API_KEY"  # of the environment: API keys with commas between them
+
+
+class ServeConfig(Section):
+    """The HTTP endpoint. It listens on loopback unless a host is named."""
+
+    checkpoint: str = ""
+    """A model directory; empty: the aligned model of this job."""
+    model_name: str = "dtrpo"
+    """The name clients ask for."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    other_models: dict[str, str] = Field({})
+    """More models of the same endpoint, name to directory: a model, or a LoRA adapter on `checkpoint`'s weights."""
+    num_replicas: int = Field(1, ge=0)
+    """Replicas, or the fewest of them where max_replicas is set; 0 of them wait for a first request."""
+    max_replicas: int | None = Field(None, ge=1)
+    """Most replicas; between the two numbers they follow the requests under way."""
+    max_batch: int = Field(64, ge=1)
+    """Choices that one replica decodes side by side; more wait."""
+    cache_tokens: int = Field(65536, ge=1)
+    """Tokens whose keys and values a replica keeps, those of requests under way included."""
+    denoising_steps: int = Field(4, ge=1)
+    """Denoising steps per block where a request names none."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Most tokens a request may ask for."""
+    api_key_file: Path | None = None
+    """A file of keys, one a line; it, or DTRPO_API_KEY, is required to listen on any address but loopback."""
+
+    @model_validator(mode="after")
+    def _open_only_with_a_key(self) -> "ServeConfig":
+        has_keys = self.api_key_file is not None or os.environ.get(KEY_VARIABLE, "").strip(" ,")
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not has_keys:
+            raise ValueError(f"serve.host = {self.host!r} is open to the network: set serve.api_key_file too")
+        if self.num_replicas > (self.max_replicas or max(self.num_replicas, 1)) or not (
+            self.num_replicas or self.max_replicas
+        ):
+            raise ValueError(f"serve.num_replicas = {self.num_replicas} needs a serve.max_replicas of at least as many")
+        if self.model_name in self.other_models:
+            raise ValueError(f"serve.other_models names {self.model_name!r} again; give each model its own name")
+        return self

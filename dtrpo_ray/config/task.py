@@ -1,0 +1,71 @@
+"""`[task]`: what is learnt from, a puzzle generator or files."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dtrpo_ray.config.section import Section
+
+SUDOKU_TOKENS = 16  # of an answer
+
+
+class SudokuTask(Section):
+    """4x4 Sudoku puzzles, generated; 30 % of the grids are held out by hash."""
+
+    type: Literal["sudoku"]
+    blanks: tuple[int, int] = (4, 12)
+    """Fewest and most blank cells of a generated puzzle."""
+    public_tests: tuple[Path, ...] = ()
+    """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "SudokuTask":
+        if not 1 <= self.blanks[0] <= self.blanks[1] <= 16:
+            raise ValueError(f"blanks = {list(self.blanks)} must be two rising numbers between 1 and 16")
+        return self
+
+
+class CountdownTask(Section):
+    """Countdown: reach a target from numbers, each used once; generated, with variable-length answers."""
+
+    type: Literal["countdown"]
+    numbers: int = Field(3, ge=2, le=4)
+    """How many numbers a puzzle gives."""
+    public_tests: tuple[Path, ...] = ()
+    """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
+
+
+class FilesTaskBase(Section):
+    files: tuple[str, ...] = Field(min_length=1)
+    """Paths or URIs (s3://, gs://) of files or folders; the format is recognised by the columns (docs/data.md)."""
+    max_prompt_tokens: int = Field(512, ge=1)
+    """Longer prompts lose their beginning."""
+    max_response_tokens: int = Field(512, ge=1)
+    """Rows with a longer response go to the quarantine file."""
+    max_rows: int | None = Field(None, ge=1)
+    """Read no more rows than this."""
+    strict: bool = False
+    """Stop at the first row that would go to the quarantine file."""
+
+
+class PreferencesTask(FilesTaskBase):
+    """Preference pairs from files: no generator and no verifier, so no rollout, pairing or accuracy."""
+
+    type: Literal["preferences"]
+
+
+class TrajectoriesTask(FilesTaskBase):
+    """Responses from files, with or without step maps: scored and paired here, no rollout and no accuracy."""
+
+    type: Literal["trajectories"]
+
+
+class PromptsTask(FilesTaskBase):
+    """Prompts from files, answered by the model itself ([rollout]) or by an ordinary one ([drafts]): no accuracy."""
+
+    type: Literal["prompts"]
+
+
+FilesTask = PreferencesTask | TrajectoriesTask | PromptsTask
+Task = Annotated[SudokuTask | CountdownTask | FilesTask, Field(discriminator="type")]

@@ -1,0 +1,154 @@
+"""`[sft]` and `[train]`: objective, optimizer, checkpoints, validation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dtrpo_ray.config.section import Section
+
+
+class Objective(Section):
+    """What a training stage minimises."""
+
+    type: Literal["sft", "dtrpo", "elbo_dpo"] = "dtrpo"
+    """dtrpo; or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks)."""
+    beta: float = Field(0.1, gt=0)
+    """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    """As in TRL's DPOConfig, on log-ratios summed over the response; TRL's "ipo" averages, so its beta is another."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """As in TRL's DPOConfig (cDPO); sigmoid only."""
+    rpo_alpha: float = Field(0.0, ge=0)
+    """As in TRL's DPOConfig: weight of the chosen side's negative log-likelihood per token, here the masked-diffusion
+    one at the sampled states; dtrpo and elbo_dpo."""
+    weighting: Literal["steps", "tokens", "unit"] = "steps"
+    """Weight of a sampled step, dtrpo only: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
+    num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    """Denoising steps sampled per block, stratified; "all" takes every step (exact, dtrpo only); ELBO draws else."""
+    schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
+    """Where the unmasking order comes from, dtrpo only: the row's recorded steps, or one made up (docs/method.md)."""
+    tokens_per_step: int = Field(1, ge=1)
+    """Tokens unmasked per denoising step of a made-up schedule."""
+    given_tokens: Literal["exclude", "clean"] = "exclude"
+    """Tokens no denoising step chose (autoregressive firsts of blocks), dtrpo and elbo_dpo only: unscored, or scored
+    from the clean stream."""
+    first_token: Literal["clean", "noisy"] = "clean"
+    """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Objective":
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to loss_type = 'sigmoid' (cDPO); IPO has none")
+        if self.num_draws == "all" and self.type != "dtrpo":
+            raise ValueError(f"num_draws = 'all' takes the steps of a trajectory, which {self.type} lacks")
+        return self
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters and leave the base as it is; the reference is then the base itself, without a copy."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    """The adapter's product is scaled by alpha / rank."""
+    targets: Literal["attention", "mlp", "attention+mlp", "mlp+output"] | None = None
+    """Which linear modules get adapters; absent: attention+mlp, or attention where every MLP is a routed expert. A part
+    that is asked for and that the family lacks (docs/families.md) is refused."""
+
+
+class ValidationConfig(Section):
+    """What each checkpoint is asked while the training goes on, in a task of its own beside it.
+
+    On GPUs the task takes one; where the workers have them all, it waits until they are done.
+    """
+
+    num_prompts: int = Field(200, ge=1)
+    """Fresh puzzles of the training split; or the first prompts of the table."""
+    denoising_steps: int = Field(4, ge=1)
+    """Denoising steps per block; greedy."""
+    max_new_tokens: int = Field(16, ge=1)
+    num_examples: int = Field(4, ge=0)
+    """Answers kept in validation.jsonl."""
+
+
+class TrainConfig(Section):
+    """One training stage. Batches are counted in rows: pairs, or examples for sft."""
+
+    objective: Objective = Objective()
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    num_epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, if fewer than the epochs hold."""
+    global_batch: int = Field(64, ge=1)
+    """Rows per optimizer step, over all workers."""
+    micro_batch: int = Field(32, ge=1)
+    """Most rows per forward of one worker; gradient accumulation is derived."""
+    micro_tokens: int | None = Field(None, ge=1)
+    """Most tokens per forward of one worker, padding counted; a longer row goes alone. Absent: `micro_batch` alone."""
+    row_tokens: int | None = Field(None, ge=1)
+    """Pairs of a micro-batch share packed rows of up to this many tokens; absent: one pair a row, padded."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping it: less memory, about a third more time."""
+    reference: Literal["frozen", "cache"] = "frozen"
+    """The reference's log-probs: from a frozen copy in the same step, or written beforehand (dtrpo ref-logps)."""
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    lora: LoraConfig | None = None
+    """Present: train adapters; absent: train every weight."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPU, fp32 on CPU."""
+    offload: bool = False
+    """Keep the optimizer's state in CPU memory (DeepSpeed's CPU Adam); ZeRO stages 1 to 3."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or drop the step (never ten in a row). Rows are logged."""
+    log_every: int = Field(1, ge=1)
+    """Optimizer steps between metric lines."""
+    save_every: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """The newest whole ones that are kept."""
+    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy", "accuracy"] | None = None
+    """Keep the checkpoint with the best such metric too; accuracy is that of [train.validation]."""
+    validation: ValidationConfig | None = None
+    """Present: each checkpoint answers prompts, and is scored where the task has a verifier."""
+
+    @model_validator(mode="after")
+    def _cache_of_a_reference(self) -> "TrainConfig":
+        if self.reference == "cache" and self.objective.type == "sft":
+            raise ValueError("reference = 'cache': the objective sft has no reference")
+        if self.reference == "cache" and self.objective.schedule == "confidence":
+            raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_validation(self) -> "TrainConfig":
+        if self.keep_best == "accuracy" and self.validation is None:
+            raise ValueError("keep_best = 'accuracy' is measured by validation: add that section")
+        return self
+
+    def rows_per_rank(self, num_workers: int) -> int:
+        """Rows of one optimizer step on one rank; where it does not divide, the last ranks are filled with weight 0."""
+        return -(-self.global_batch // num_workers)
+
+    def accumulation(self, num_workers: int) -> int:
+        """Micro-batches of one optimizer step on one rank."""
+        return -(-self.rows_per_rank(num_workers) // self.micro_batch)
+
+    @model_validator(mode="after")
+    def _offload_is_of_zero(self) -> "TrainConfig":
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload = true needs zero_stage 1, 2 or 3")
+        return self
+
+
+class SFTConfig(TrainConfig):
+    """Training of a new base model on generated examples."""
+
+    objective: Objective = Objective(type="sft")
+    lr: float = Field(2e-3, gt=0)
+    num_examples: int = Field(100_000, ge=1)
+    """Generated training examples."""

@@ -1,0 +1,167 @@
+"""Scored trajectories -> preference pairs by a strategy: ties never pair, the same response counts once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dtrpo_ray.config.produce import PairConfig
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.tables import TablePart, write_whole
+from dtrpo_ray.errors import DataError
+
+_COMPARED = 1 << 24  # ids compared at once
+_MOST = 256  # responses to a prompt at a setting that are looked at from either end of the rewards
+
+# what two sides share, in PREFERENCE; and what each has of its own
+SAME_PROMPT = ("prompt_ids", "mask_id", "block_size", "block_origin", "tokenizer_hash", "reward_source")
+SHARED = (*SAME_PROMPT, "prompt_id", "model_hash", "data_hash")
+_SIDE = {"ids": "response_ids", "steps": "steps", "types": "types", "reward": "reward"}
+
+
+class Pairer:
+    """Pairs the responses of a part, which holds whole prompts, into a file of the part's name, if there are pairs."""
+
+    def __init__(self, config: PairConfig) -> None:
+        self.config = config
+
+    def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
+        """Pair one part. Raises DataError as `make_pairs` does, or naming a row that breaks a rule."""
+        table = part.read(TRAJECTORY)
+        pairs = make_pairs(table, self.config)
+        if len(pairs):
+            write_whole(pairs, out / part.name)
+        return {"rows": len(table), "pairs": len(pairs), "unscored": table["reward"].null_count}
+
+
+def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
+    """Pairs (the table preference/v1) of a trajectory table.
+
+    Only responses to the same prompt, by the same model at the same settings (the length allowed aside), pair, and only
+    where rewards differ by `min_margin` or more; `config.strategy` says which of them. Raises DataError for rows of one
+    prompt_id that differ in their prompt, grid, tokenizer or scorer.
+    """
+    table = trajectories.filter(pc.is_finite(trajectories["reward"])).sort_by("row_id")
+    prompt = _codes(table["prompt_id"])
+    _require_one_prompt(table, prompt)
+    reference = np.zeros(len(table), dtype=bool)
+    if config.strategy == "references":
+        reference = np.asarray(pc.equal(table["engine"], config.reference_engine).to_numpy())
+    columns = [prompt] if config.strategy == "references" else [prompt, *_settings(table)]
+    group = np.unique(np.stack(columns), axis=1, return_inverse=True)[1].ravel()
+    rows = _distinct(table, group)
+    good, bad = _candidates(table, group, rows, reference, config)
+    chosen = list(_select(table, group, good, bad, config))
+    first = np.unique(group, return_index=True)[1]  # groups in the order of their first rows
+    chosen.sort(key=lambda pair: first[group[pair[0]]])
+    return _paired(table, np.array(chosen, dtype=np.int64).reshape(-1, 2))
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """An integer for each value, equal where values are."""
+    return np.asarray(column.combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy())
+
+
+def _settings(table: pa.Table) -> list[np.ndarray]:
+    sampler = table["sampler"].combine_chunks()
+    fields = [f.name for f in sampler.type if f.name != "max_new_tokens"]
+    known = [_codes(table[name]) for name in ("denoising_steps", "temperature", "model_hash", "engine")]
+    return [*known, *(_codes(pa.chunked_array([pc.struct_field(sampler, name)])) for name in fields)]
+
+
+def _require_one_prompt(table: pa.Table, prompt: np.ndarray) -> None:
+    first = np.unique(prompt, return_index=True)[1]
+    for name in SAME_PROMPT:
+        column = table[name].combine_chunks()
+        codes = _codes(pa.chunked_array([_list_keys(column) if pa.types.is_list(column.type) else column]))
+        differs = codes != codes[first][np.searchsorted(prompt[first], prompt)] if len(table) else np.zeros(0, bool)
+        if differs.any():
+            row = int(np.argmax(differs))
+            ids = [table[c][row].as_py() for c in ("row_id", "prompt_id")]
+            raise DataError(
+                f"row {ids[0]}: {name} is not that of the other rows of prompt_id {ids[1]}; they cannot pair"
+            )
+
+
+def _list_keys(column: Any) -> pa.Array:
+    """Lists of ids as bytes, which compare."""
+    data = np.ascontiguousarray(column.flatten().to_numpy())
+    offsets = (np.asarray(column.offsets, dtype=np.int64) - column.offsets[0].as_py()) * data.itemsize
+    return pa.Array.from_buffers(pa.large_binary(), len(column), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
+def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:
+    """Rows in the order of the table, the first of each response to a prompt at a setting."""
+    responses = _codes(pa.chunked_array([_list_keys(table["response_ids"].combine_chunks())]))
+    return np.sort(np.unique(np.stack([group, responses]), axis=1, return_index=True)[1])
+
+
+def _candidates(
+    table: pa.Table, group: np.ndarray, rows: np.ndarray, reference: np.ndarray, config: PairConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every (good, bad) of rows that may pair, group by group, of the best and the worst of each."""
+    reward = table["reward"].to_numpy()
+    most = max(_MOST, config.max_pairs_per_prompt)  # no strategy but `closest` would take further ones
+    by_reference = config.strategy == "references"
+    better = _first(group, rows[reference[rows]] if by_reference else rows, -reward, most)
+    worse = _first(group, rows[~reference[rows]] if by_reference else rows, reward, most)
+    begin = np.searchsorted(group[worse], group[better])
+    partners = np.searchsorted(group[worse], group[better], side="right") - begin
+    good = np.repeat(better, partners)
+    place = np.arange(len(good)) - np.repeat(np.cumsum(partners) - partners, partners)
+    bad = worse[np.repeat(begin, partners) + place]
+    keep = reward[good] - reward[bad] >= config.min_margin
+    return good[keep], bad[keep]
+
+
+def _first(group: np.ndarray, rows: np.ndarray, key: np.ndarray, most: int) -> np.ndarray:
+    """Of each group the `most` rows of the smallest key, group by group."""
+    rows = rows[np.lexsort([rows, key[rows], group[rows]])]
+    return rows[np.arange(len(rows)) - np.searchsorted(group[rows], group[rows]) < most]
+
+
+def _select(
+    table: pa.Table, group: np.ndarray, good: np.ndarray, bad: np.ndarray, config: PairConfig
+) -> Iterator[tuple[int, int]]:
+    """The pairs that a strategy takes, in its order. Ties go to the smaller row_ids (rows are sorted by them)."""
+    reward = table["reward"].to_numpy()
+    if config.strategy == "closest":
+        order = np.lexsort([bad, good, _distances(table["response_ids"], good, bad), group[good]])
+    elif config.strategy == "all":
+        order = np.lexsort([bad, good, reward[bad] - reward[good], group[good]])
+    else:
+        order = np.lexsort([bad, good, reward[bad], -reward[good], group[good]])
+    used: set[int] = set()
+    current, made = -1, 0
+    for g, b in zip(good[order].tolist(), bad[order].tolist(), strict=True):
+        if group[g] != current:
+            current, made, used = group[g], 0, set()
+        if made < config.max_pairs_per_prompt and (config.strategy == "all" or not {g, b} & used):
+            used |= {g, b}
+            made += 1
+            yield g, b
+
+
+def _distances(ids: pa.ChunkedArray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Positions in which two responses differ, missing ones included."""
+    lengths = pc.list_value_length(ids).to_numpy()
+    width = int(lengths.max(initial=0))
+    padded = np.full((len(ids), width), -1, dtype=np.int32)
+    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(ids).to_numpy()
+    step = max(1, _COMPARED // max(width, 1))
+    parts = [(padded[one[i : i + step]] != padded[other[i : i + step]]).sum(1) for i in range(0, len(one), step)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _paired(table: pa.Table, pairs: np.ndarray) -> pa.Table:
+    better, worse = table.take(pa.array(pairs[:, 0])), table.take(pa.array(pairs[:, 1]))
+    columns: dict[str, Any] = {name: better[name] for name in SHARED}
+    columns |= {f"chosen_{name}": better[source] for name, source in _SIDE.items()}
+    columns |= {f"rejected_{name}": worse[source] for name, source in _SIDE.items()}
+    columns["contract_version"] = pa.array(np.full(len(pairs), CONTRACT_VERSION), pa.int32())
+    columns["row_id"] = pc.binary_join_element_wise(better["row_id"], worse["row_id"], ">")
+    columns["origin"] = pa.nulls(len(pairs), pa.string())
+    return pa.table({name: columns[name] for name in PREFERENCE.names}, schema=PREFERENCE)

@@ -1,0 +1,260 @@
+"""A job's task -> the tables and tokenizer its stages read: examples, prompts, or imported files."""
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.task import FilesTask
+from dtrpo_ray.data.formats import preferences, prompts, responses
+from dtrpo_ray.data.formats.batches import first_rows
+from dtrpo_ray.data.formats.files import Shard, data_files, plan_shards
+from dtrpo_ray.data.formats.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE
+from dtrpo_ray.data.tables import (
+    QUARANTINE,
+    Rejected,
+    id_shares,
+    quarantine_lines,
+    repeated_rows,
+    with_columns,
+    write_manifest,
+    write_quarantine,
+    write_shards,
+    write_whole,
+)
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
+from dtrpo_ray.stages import read_json, write_json
+
+PUZZLES = {"sudoku": "dtrpo_ray.data.tasks.sudoku", "countdown": "dtrpo_ray.data.tasks.countdown"}
+READERS: dict[str, ModuleType] = {"preferences": preferences, "trajectories": responses, "prompts": prompts}
+
+
+def puzzle(job: Job) -> ModuleType:
+    """The module of the job's puzzle: generate, score, read_public."""
+    return importlib.import_module(PUZZLES[job.task.type])
+
+
+def generate_puzzles(job: Job, count: int, split: str, seed: int) -> list[dict[str, str]]:
+    """`count` puzzles {prompt, answer} of "train" or "test" with the job's difficulty."""
+    options = job.task.model_dump(exclude={"type", "public_tests"})
+    rows: list[dict[str, str]] = puzzle(job).generate(count, split, seed=seed, **options)
+    return rows
+
+
+def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model directory, of `model.tokenizer`, or the puzzle's characters."""
+    source = job.model.path or job.model.tokenizer
+    return load_tokenizer(source) if source else character_tokenizer(puzzle(job).ALPHABET)
+
+
+def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
+    """Generated SFT examples as Parquet (the table example/v1)."""
+    assert job.sft is not None
+    assert job.model.init is not None
+    rows = generate_puzzles(job, job.sft.num_examples, "train", job.seed)
+    end = None if puzzle(job).FIXED_LENGTH else eos_token_id(tokenizer)
+    size = job.model.init.block_size
+    # puzzles share their answers: a few hundred texts of a hundred thousand
+    prompt_ids = cache(lambda text: encode_prompt(tokenizer, text))
+    answer_ids = cache(lambda text, prompt_len: encode_response(tokenizer, text, prompt_len, size, end))
+    prompts = [prompt_ids(row["prompt"]) for row in rows]
+    answers = [answer_ids(row["answer"], len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    table = pa.table(
+        {
+            "contract_version": np.full(len(rows), CONTRACT_VERSION, dtype=np.int32),
+            "row_id": [f"example-{i:08d}" for i in range(len(rows))],
+            "prompt_ids": prompts,
+            "chosen_ids": answers,
+        },
+        schema=EXAMPLE,
+    )
+    write_shards(table, out)
+    return {"examples": len(rows)}
+
+
+@dataclass(frozen=True, slots=True)
+class ImportJob:
+    """What every importer of a task needs; picklable, the same on every machine.
+
+    `grid` are the model's block_size, block_origin and shift, `data_hashes` the hash of each file.
+    """
+
+    task: FilesTask
+    tokenizer: Path
+    grid: Mapping[str, Any]
+    data_hashes: Mapping[str, str]
+
+
+class Importer:
+    """Makes tables of imported files, part by part: read, validate, template, tokenize, bucket by length, write.
+
+    A part of a file becomes `part-FILE-PART-BATCH-BUCKET.parquet`, the bucket being the next power of two of a row's
+    tokens, and `refused-FILE-PART.jsonl`. Writing a part again gives the same bytes.
+    """
+
+    def __init__(self, source: ImportJob) -> None:
+        task, grid = source.task, source.grid
+        self.task, self.hashes = task, source.data_hashes
+        limits = (task.max_prompt_tokens, task.max_response_tokens)
+        self.target = Target(
+            load_tokenizer(source.tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
+        )
+        self.reader = READERS[task.type]
+        self.form: Any = cache(self.reader.recognise)
+
+    def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
+        """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
+        form, data_hash = self.form(part.shard.file), self.hashes[part.shard.file]
+        rows_each = 2 if self.task.type == "preferences" and form.unpaired else 1  # of the file, for one of ours
+        summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
+        refused: list[Rejected] = []
+        for batch, (rows, bad) in enumerate(self._batches(part)):
+            table, unfit = self._tokenize(rows)
+            table = with_columns(table, {"data_hash": [data_hash] * len(table)})
+            refused += (bad := bad + unfit)
+            if bad and self.task.strict:
+                raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
+            summary["good"] += len(table) * rows_each
+            summary["made"] += len(table)
+            write_buckets(table, out, f"part-{part.name}-{batch:04d}")
+        summary["refused"] = Counter(row.reason for row in refused)
+        summary["rows"] = summary["good"] + len(refused)
+        write_quarantine(refused, out / f"refused-{part.name}.jsonl")
+        return summary
+
+    def _batches(self, part: "ImportPart") -> Iterator[tuple[Any, list[Rejected]]]:
+        """Rows to tokenize together, and those refused before that."""
+        yield from self.reader.read_tables(self.form(part.shard.file), part.shard)
+
+    def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
+        tokenize = tokenize_preferences if self.task.type == "preferences" else tokenize_responses
+        return tokenize(rows, self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPart:
+    """A part of a file, by a name that is unique in the job."""
+
+    name: str
+    shard: Shard
+
+    def __str__(self) -> str:
+        return str(self.shard)
+
+
+def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
+    """The parts of a task's files, in their order, up to `max_rows` rows.
+
+    A part has `rows` rows, or as many as an import takes.
+    """
+    parts: list[ImportPart] = []
+    left = task.max_rows
+    for number, file in enumerate(file for where in task.files for file in data_files(where)):
+        paired = task.type == "preferences"
+        shards = preferences.shards_of(preferences.recognise(file), file, rows) if paired else plan_shards(file, rows)
+        if left is not None:
+            shards, taken = first_rows(shards, left)
+            left -= taken
+        parts += [ImportPart(f"{number:04d}-{i:05d}", shard) for i, shard in enumerate(shards)]
+    return parts
+
+
+def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path) -> dict[str, Any]:
+    """Refuse what is in two parts, gather the quarantine, write the manifest. Returns counts that add up to `rows`.
+
+    May be cut off and run again: what is to go is written down before anything is.
+    """
+    made = sum(summary["made"] for summary in summaries)
+    shares = id_shares(made)
+    refused = Counter[str]()
+    partial = out / f"{QUARANTINE}.partial"
+    with partial.open("w") as quarantine:
+        for file in sorted(out.glob("refused-*.jsonl")):
+            quarantine.write(file.read_text())
+        for share in range(shares):
+            doomed = _duplicates(out, share, shares)
+            _drop(doomed, out)
+            repeats = [(origin, first) for entry in doomed.values() for _, origin, first in entry["refused"]]
+            rows = [
+                Rejected(where, "duplicate row", f"the same as {first}")
+                for origin, first in repeats
+                for where in split_origins(origin)
+            ]
+            quarantine.writelines(quarantine_lines(rows))
+            made -= len(repeats)
+            refused["duplicate row"] += len(rows)
+    partial.replace(out / QUARANTINE)
+    good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
+    for summary in summaries:
+        refused.update(summary["refused"])
+    counts = {"rows": sum(summary["rows"] for summary in summaries), "good": good}
+    counts["refused"] = {reason: count for reason, count in refused.most_common() if count}
+    write_manifest(out, schema, {"counts": counts}, made)
+    return counts
+
+
+def _duplicates(out: Path, share: int, shares: int) -> dict[str, Any]:
+    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once.
+
+    Looks at one share of the ids, and holds the origins of the repeated alone.
+    """
+    note = out / f"duplicates-{share:05d}.json"
+    if note.exists():
+        return dict(read_json(note))
+    found = repeated_rows(sorted(out.glob("part-*.parquet")), share, shares)
+    firsts: dict[Path, set[int]] = {}
+    for repeats in found.values():
+        for file, row in repeats.values():
+            firsts.setdefault(file, set()).add(row)
+    origins = {
+        (file, row): origin
+        for file in {*found, *firsts}
+        for row, origin in _origins(file, sorted({*found.get(file, ()), *firsts.get(file, ())}))
+    }
+    doomed = {
+        file.name: {
+            "rows": pq.read_metadata(file).num_rows,
+            "refused": [[row, origins[file, row], origins[first]] for row, first in repeats.items()],
+        }
+        for file, repeats in found.items()
+    }
+    write_json(note, doomed)
+    return doomed
+
+
+def _origins(file: Path, rows: list[int]) -> Iterator[tuple[int, str]]:
+    found = pq.read_table(file, columns=["origin"])["origin"].take(pa.array(rows))
+    return zip(rows, found.to_pylist(), strict=True)
+
+
+def _drop(doomed: dict[str, Any], out: Path) -> None:
+    """Rewrite the files that hold rows to go, where that was not done before."""
+    for name, entry in doomed.items():
+        table = pq.read_table(out / name)
+        if len(table) == entry["rows"]:
+            keep = np.ones(len(table), dtype=bool)
+            keep[[row for row, _, _ in entry["refused"]]] = False
+            write_whole(table.filter(pa.array(keep)), out / name)
+
+
+def write_buckets(table: pa.Table, out: Path, name: str) -> None:
+    """Write rows of like length together: `NAME-00512.parquet` holds those of 257 to 512 tokens."""
+    sides = [s for s in ("response_ids", "chosen_ids", "rejected_ids") if s in table.schema.names]
+    lengths = [pc.list_value_length(table[s]).to_numpy() for s in sides]
+    tokens = pc.list_value_length(table["prompt_ids"]).to_numpy() + np.max(lengths, axis=0, initial=0)
+    bucket = 2 ** np.ceil(np.log2(np.maximum(tokens, 1))).astype(np.int64)
+    for size in np.unique(bucket):
+        write_whole(table.filter(pa.array(bucket == size)), out / f"{name}-{size:05d}.parquet")

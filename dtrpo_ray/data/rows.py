@@ -1,0 +1,45 @@
+"""A decoded response -> the columns of its row in trajectory/v1 that say how it was decoded, whoever writes the row."""
+
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.data.schemas import DIFFUSION, FIRST
+from dtrpo_ray.decode.types import SamplingParams
+from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_ranks
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.stages import sha256_json
+
+
+def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, steps: list[int]) -> dict[str, Any]:
+    """Columns from `ranks` and `types` (int [tokens], of the response's `steps`) to the sampler's parameters."""
+    size = params.block_length or model.block_size
+    blocks = block_slices(prompt_len, len(steps), size, model.block_origin)
+    cut = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0)
+    return {
+        "ranks": dense_ranks(np.array(steps, dtype=np.int64), blocks).tolist(),
+        "types": [FIRST if step == GIVEN else DIFFUSION for step in steps],  # our decoder forces no token
+        "block_size": size,
+        "block_origin": model.block_origin,
+        "mask_id": model.mask_id,
+        "shift": model.shift,
+        "denoising_steps": params.denoising_steps,
+        "temperature": params.temperature,
+        "sampler": {
+            "remasking": params.policy,
+            "threshold": params.threshold,
+            "tokens_per_step": params.tokens_per_step,
+            "small_block_size": params.small_block_size,
+            "entropy_bound": params.entropy_bound,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_new_tokens": params.max_new_tokens,
+        },
+        "support": "truncated" if cut else "full",
+    }
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what ids mean: every token with its id, and the chat template. Copies of a tokenizer have the same."""
+    return sha256_json([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])

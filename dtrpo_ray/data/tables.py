@@ -1,0 +1,303 @@
+"""A table on disk: a folder of Parquet files and `manifest.json`, written whole, read whole, or checked row by row."""
+
+import json
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dtrpo_ray.data.rules import GOOD, Expected, check_table, rules_of, verdicts
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, MAY_BE_NULL, SCHEMAS, table_name
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.stages import sha256_file, write_json
+
+MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
+SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
+DUPLICATE = "duplicate id"
+IDS_AT_ONCE = 2_000_000  # that the search for repeated ones holds, some 200 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that was refused: `reason` is a name in docs/data.md, `detail` says what was found."""
+
+    origin: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found in a file or folder. `good` rows and the refused ones add up to `rows`."""
+
+    source: str
+    table: str
+    rows: int
+    refused: tuple[Rejected, ...]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Rows, good ones, and the refused by the rule they broke, most first."""
+        refused = dict(Counter(row.reason for row in self.refused).most_common())
+        return {"rows": self.rows, "good": self.rows - len(self.refused), "refused": refused}
+
+    def lines(self) -> list[str]:
+        """The report as a table of text."""
+        return [f"{self.source}: {self.table}", *count_lines(self.totals)]
+
+
+def count_lines(totals: dict[str, Any]) -> list[str]:
+    """Counts {rows, good, refused: {reason: rows}} as lines of a table that adds up."""
+    rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
+    return [f"  {name:<22}{count:>10,}" for name, count in rows]
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read every Parquet file of a folder (or one file) and check it against `schema`.
+
+    Raises DataError naming the file for a missing or unreadable file, another table or version, or a broken row.
+    """
+    whole = pa.concat_tables(check_table(read_file(file, schema), str(file)) for file in table_files(path))
+    duplicates = len(whole) - pc.count_distinct(whole["row_id"]).as_py()
+    if duplicates:
+        raise DataError(f"{path}: {duplicates} row(s) repeat a row_id; each row needs its own")
+    return whole
+
+
+def table_files(path: Path) -> list[Path]:
+    """The Parquet files of a folder by name, or the one file. Raises DataError if there is none."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: no Parquet files here")
+    return files
+
+
+def read_file(file: Path, schema: pa.Schema) -> pa.Table:
+    """One file, in the columns and types of `schema`; a column that may be null may also be absent.
+
+    Raises DataError naming the file.
+    """
+    try:
+        table = pq.read_table(file)
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error}); write it anew") from None
+    missing = [name for name in schema.names if name not in table.schema.names]
+    if needed := sorted(set(missing) - MAY_BE_NULL):
+        raise DataError(f"{file}: column {needed[0]} is missing; expected the table {table_name(schema)}")
+    for name in missing:
+        table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{file}: not the types of {table_name(schema)} ({error}); write it anew") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TablePart:
+    """Some rows of a table, as row numbers of files (None: all), and the name of the file that they become."""
+
+    name: str
+    rows: dict[Path, pa.Array | None]
+
+    def __str__(self) -> str:
+        first, *others = self.rows
+        return f"{first} and {len(others)} more file(s)" if others else str(first)
+
+    def read(self, schema: pa.Schema) -> pa.Table:
+        """The rows, each checked against `schema`'s rules. Raises DataError naming file and row."""
+        return pa.concat_tables(check_table(_taken(file, rows, schema), str(file)) for file, rows in self.rows.items())
+
+
+def _taken(file: Path, rows: pa.Array | None, schema: pa.Schema) -> pa.Table:
+    table = read_file(file, schema)
+    return table if rows is None else table.take(rows)
+
+
+def file_parts(files: Sequence[Path]) -> list[TablePart]:
+    """Each file as a part of its own."""
+    return [TablePart(file.name, {file: None}) for file in files]
+
+
+def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
+    """The rows of a table in parts, by the number of each row's part over all files; rows stay in their order.
+
+    A row of part -1 is left out.
+    """
+    starts = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])
+    order = np.argsort(part, kind="stable")
+    order = order[part[order] >= 0]
+    made: list[TablePart] = []
+    for number, rows in enumerate(np.split(order, np.flatnonzero(np.diff(part[order])) + 1)):
+        of = np.searchsorted(starts, rows, side="right") - 1
+        held: dict[Path, pa.Array | None] = {
+            files[f]: pa.array(rows[of == f] - starts[f], pa.int32()) for f in np.unique(of)
+        }
+        made.append(TablePart(f"part-{number:05d}.parquet", held))
+    return made
+
+
+def prompt_parts(files: Sequence[Path], size: int) -> list[TablePart]:
+    """The rows of a table in parts of whole prompts, each of `size` rows or a few more; prompts stay in their order."""
+    ids = pq.read_table(list(files), columns=["prompt_id"])["prompt_id"]
+    prompt = ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    before = np.cumsum(np.bincount(prompt)) - np.bincount(prompt)  # rows of earlier prompts
+    return row_parts(files, (before // size)[prompt])
+
+
+def id_shares(rows: int) -> int:
+    """In how many shares `repeated_rows` should look at so many ids."""
+    return max(1, -(-rows // IDS_AT_ONCE))
+
+
+def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> dict[Path, dict[int, tuple[Path, int]]]:
+    """File -> number of each row that repeats a row_id -> file and number of the first row that has it.
+
+    Looks at one of so many `shares` of the ids, and holds no others.
+    """
+    held: list[tuple[Path, np.ndarray, pa.Array]] = []
+    for file in files:
+        ids = pq.read_table(file, columns=["row_id"])["row_id"].combine_chunks().cast(pa.string())
+        ids = ids.cast(pa.binary()).fill_null(b"")  # which need not be UTF-8
+        rows = np.arange(len(ids))
+        if shares > 1:
+            hashes = np.fromiter(map(zlib.crc32, ids.to_pylist()), np.uint32, len(ids))
+            rows = np.flatnonzero(hashes % shares == share)
+            ids = ids.take(pa.array(rows))
+        held.append((file, rows, ids))
+    counts = pc.value_counts(pa.chunked_array([ids for _, _, ids in held], pa.binary()))
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    first: dict[bytes, tuple[Path, int]] = {}
+    found: dict[Path, dict[int, tuple[Path, int]]] = {}
+    for file, rows, ids in held:
+        for at in np.flatnonzero(pc.is_in(ids, repeated)):
+            where = (file, int(rows[at]))
+            before = first.setdefault(ids[int(at)].as_py(), where)
+            if before != where:
+                found.setdefault(file, {})[where[1]] = before
+    return found
+
+
+def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
+    """A table with some of its columns replaced, in the types that they had."""
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    return table
+
+
+def schema_of(path: Path) -> pa.Schema | None:
+    """Which of our tables a folder or file holds, by its columns; None if none."""
+    try:
+        names = set(pq.read_schema(table_files(path)[0]).names)
+    except (DataError, OSError, pa.ArrowInvalid):
+        return None
+    return next((schema for schema in SCHEMAS if names >= set(schema.names) - MAY_BE_NULL), None)
+
+
+def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None) -> Report:
+    """Every row of every file against every rule; holds one file and the rows refused.
+
+    Raises DataError naming a file that cannot be read, or whose bytes are not those of its manifest.
+    """
+    check_manifest(path)
+    rules, files = rules_of(schema, expected), table_files(path)
+    refused: dict[tuple[Path, int], Rejected] = {}
+    rows = 0
+    for file in files:
+        table = read_file(file, schema)
+        rows += len(table)
+        found = verdicts(table, rules)
+        for number in np.flatnonzero(found != GOOD).tolist():
+            rule = rules[found[number]]
+            refused[file, number] = Rejected(f"{file}:{number + 1}", rule.name, rule.says)
+    shares = id_shares(rows)
+    for share in range(shares):
+        for file, repeated in repeated_rows(files, share, shares).items():
+            for number, (first, at) in repeated.items():
+                repeats = Rejected(f"{file}:{number + 1}", DUPLICATE, f"the row_id of {first}:{at + 1}")
+                refused.setdefault((file, number), repeats)
+    in_order = tuple(refused[key] for key in sorted(refused))
+    return Report(str(path), table_name(schema), rows, in_order)
+
+
+def write_whole(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file under a name of this try alone, then rename: never half a file, however many write it."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        pq.write_table(table, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_shards(table: pa.Table, out: Path, facts: dict[str, Any] | None = None) -> None:
+    """Write a table as part-00000.parquet, part-00001.parquet ... of at most SHARD_ROWS rows, then its manifest."""
+    for number, start in enumerate(range(0, len(table), SHARD_ROWS)):
+        pq.write_table(table.slice(start, SHARD_ROWS), out / f"part-{number:05d}.parquet")
+    write_manifest(out, table.schema, facts)
+
+
+def write_manifest(
+    folder: Path, schema: pa.Schema, facts: dict[str, Any] | None = None, rows: int | None = None
+) -> None:
+    """Write `manifest.json`: the table, its files with rows and SHA-256, and `facts` of where it came from.
+
+    Raises DataError if the files do not hold `rows` rows, where that is known.
+    """
+    files = {
+        file.name: {"rows": pq.read_metadata(file).num_rows, "sha256": sha256_file(file)}
+        for file in sorted(folder.glob("*.parquet"))
+    }
+    found = sum(entry["rows"] for entry in files.values())
+    if rows is not None and found != rows:
+        raise DataError(f"{folder}: its files hold {found} rows, {rows} were written; make it anew with --fresh")
+    record = {"table": table_name(schema), "contract_version": CONTRACT_VERSION}
+    record |= {"rows": found, "files": files, **(facts or {})}
+    write_json(folder / MANIFEST, record)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None if it has none. Raises DataError if it is damaged."""
+    try:
+        record: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        record["files"].items()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST}: damaged ({error!r}); write the table anew") from None
+    return record
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise DataError naming the first file that is missing, new or changed since the manifest was written."""
+    record = read_manifest(folder)
+    if record is None:
+        return
+    there = {file.name for file in folder.glob("*.parquet")}
+    for name, entry in record["files"].items():
+        if name not in there:
+            raise DataError(f"{folder / name}: missing, though the manifest lists it; make the table anew")
+        if sha256_file(folder / name) != entry["sha256"]:
+            raise DataError(f"{folder / name}: hash mismatch, changed since its manifest was written; make it anew")
+    for name in sorted(there - set(record["files"])):
+        raise DataError(f"{folder / name}: not in the manifest; move it away, or make the table anew")
+
+
+def quarantine_lines(rejected: Iterable[Rejected]) -> Iterator[str]:
+    """One JSON line {origin, reason, detail} for each row refused; no text of the row itself."""
+    return (json.dumps(asdict(row)) + "\n" for row in rejected)
+
+
+def write_quarantine(rejected: Iterable[Rejected], path: Path) -> None:
+    """Write `quarantine_lines` to a file."""
+    path.write_text("".join(quarantine_lines(rejected)))

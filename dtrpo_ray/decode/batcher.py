@@ -1,0 +1,174 @@
+"""Requests from any thread -> one decoder in a thread of its own: continuous batching.
+
+A request's rows (its choices) wait in order of arrival until the decoder has a row and pages for them, join it between
+two denoising steps, and leave it as each finishes or when the request is cancelled.
+"""
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from dtrpo_ray.decode.decoder import Decoder
+from dtrpo_ray.decode.types import Counters, Event, Finished, SamplingParams
+from dtrpo_ray.models.base import DiffusionLM
+
+logger = logging.getLogger(__name__)
+
+Emit = Callable[[list[tuple[int, Event]] | Exception], None]
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request in a batcher. `emit` is called from the decoding thread with (row, event) pairs, or with the failure
+    that ended the request; after the last row's `Finished` it is called no more."""
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    seeds: Sequence[int]
+    emit: Emit
+    watch: bool
+    keys: set[int] = field(default_factory=set)  # of rows in the decoder
+    cancelled: bool = False
+
+
+class Batcher:
+    """The decoding thread of one model: at most `max_rows` rows and `max_pages` pages of keys and values."""
+
+    def __init__(self, model: DiffusionLM, max_rows: int, max_pages: int, num_tokens: int | None = None) -> None:
+        self.new_decoder = lambda: Decoder(model, max_rows, max_pages, num_tokens)
+        self.decoder = self.new_decoder()
+        self.total = Counters()
+        self.keys = itertools.count()
+        self.owner: dict[Hashable, tuple[Ticket, int]] = {}
+        self.waiting: deque[tuple[Ticket, int]] = deque()
+        self.arrived: list[Ticket] = []
+        self.dropped: list[Ticket] = []
+        self.closing = False
+        self.changed = threading.Condition()
+        self._start()
+
+    def _start(self) -> None:
+        self.ended = False
+        self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self.thread.start()
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        emit: Emit,
+        watch: bool = False,
+    ) -> Ticket:
+        """Queue the rows of a request, one a prompt; `watch` emits each denoising step too."""
+        ticket = Ticket(prompts, params, seeds, emit, watch)
+        with self.changed:
+            self.arrived.append(ticket)
+            if self.ended:
+                self._start()
+            self.changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Free what a request holds before the next denoising step; it hears no more."""
+        with self.changed:
+            self.dropped.append(ticket)
+            self.changed.notify()
+
+    def close(self) -> None:
+        """End the thread once everything submitted has finished; does not wait for it.
+
+        A request that was on its way here is still answered: its `submit` starts the thread again, until it is done.
+        """
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+
+    @property
+    def num_running(self) -> int:
+        return self.decoder.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def counters(self) -> Counters:
+        """What has been done since the start."""
+        return self.total + self.decoder.counters
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                busy = self.waiting or self.decoder.num_running
+                if not (busy or self.arrived or self.dropped):
+                    if self.closing:
+                        self.ended = True
+                        return
+                    self.changed.wait()
+                arrived, self.arrived = self.arrived, []
+                dropped, self.dropped = self.dropped, []
+            self.waiting.extend((ticket, row) for ticket in arrived for row in range(len(ticket.prompts)))
+            for ticket in dropped:
+                self._drop(ticket)
+            try:
+                self._admit()
+                self._tell(self.decoder.step() if self.decoder.num_running else [])
+            except Exception as error:  # the thread serves everyone: it outlives any one failure
+                self._fail(error)
+
+    def _admit(self) -> None:
+        while self.waiting:
+            ticket, row = self.waiting[0]
+            if not ticket.cancelled:
+                key = next(self.keys)
+                if not self.decoder.admit(key, ticket.prompts[row], ticket.params, ticket.seeds[row], ticket.watch):
+                    if self.decoder.num_running:
+                        return
+                    raise RuntimeError("a request that an empty decoder has no room for")
+                self.owner[key] = (ticket, row)
+                ticket.keys.add(key)
+            self.waiting.popleft()
+
+    def _tell(self, happened: Sequence[tuple[Hashable, Event]]) -> None:
+        by_ticket: dict[int, tuple[Ticket, list[tuple[int, Event]]]] = {}
+        for key, event in happened:
+            ticket, row = self.owner[key]
+            if isinstance(event, Finished):
+                del self.owner[key]
+                ticket.keys.discard(key)  # type: ignore[arg-type]
+            by_ticket.setdefault(id(ticket), (ticket, []))[1].append((row, event))
+        for ticket, events in by_ticket.values():
+            if not ticket.cancelled:
+                _emit(ticket, events)
+
+    def _drop(self, ticket: Ticket) -> None:
+        ticket.cancelled = True
+        for key in ticket.keys:
+            self.decoder.cancel(key)
+            del self.owner[key]
+        ticket.keys.clear()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell everyone who decodes or waits, and start over with an empty decoder."""
+        logger.exception("decoding failed")
+        tickets = {id(ticket): ticket for ticket, _ in [*self.owner.values(), *self.waiting]}
+        self.owner.clear()
+        self.waiting.clear()
+        self.total = self.total + self.decoder.counters
+        self.decoder = self.new_decoder()
+        for ticket in tickets.values():
+            if not ticket.cancelled:
+                ticket.cancelled = True
+                ticket.keys.clear()
+                _emit(ticket, error)
+
+
+def _emit(ticket: Ticket, what: list[tuple[int, Event]] | Exception) -> None:
+    try:
+        ticket.emit(what)
+    except RuntimeError:  # the event loop that listened has gone
+        ticket.cancelled = True

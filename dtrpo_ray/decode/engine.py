@@ -1,0 +1,100 @@
+"""A model directory -> an `Engine` that turns texts into decoded responses, for rollout, evaluation and serving."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.decode.batcher import Batcher
+from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.types import Generation, SamplingParams
+from dtrpo_ray.errors import ModelError
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.lora import with_adapter
+from dtrpo_ray.models.registry import load_model, skeleton
+from dtrpo_ray.models.tokenizer import encode_prompt, eos_token_id, load_tokenizer, mask_token_id, turn_end_id
+
+DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
+
+
+def misfit(
+    model: DiffusionLM, block_length: int | None, small_block_size: int | None, **counts: int | None
+) -> tuple[str, str] | None:
+    """(field, message) of a setting that the model's blocks do not allow; `counts` are tokens or steps of a block."""
+    size = block_length or model.block_size
+    if model.attention == "block" and size != model.block_size:
+        only = f"this model was trained on blocks of {model.block_size}; leave it out"
+        return "block_length", f"block_length = {size}, but {only}"
+    if small_block_size is not None and size % small_block_size:
+        refused = f"small_block_size = {small_block_size} does not divide the block of {size} tokens"
+        return "small_block_size", f"{refused}; give one that does"
+    for name, value in counts.items():
+        if value is not None and value > size:
+            return name, f"{name} = {value} exceeds the model's block of {size} tokens; ask for fewer"
+    return None
+
+
+class Engine:
+    """A model, its tokenizer and the device they decode on."""
+
+    def __init__(self, model: DiffusionLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        if mask_token_id(tokenizer) != model.mask_id:
+            raise ModelError(
+                f"tokenizer mask id {mask_token_id(tokenizer)} and config.json mask_token_id {model.mask_id} disagree"
+            )
+        if eos_token_id(tokenizer) not in model.stop_ids:
+            raise ModelError(
+                f"tokenizer end-of-sequence id {eos_token_id(tokenizer)} and the model's eos_token_id "
+                f"{', '.join(map(str, sorted(model.stop_ids)))} disagree"
+            )
+        turn_end = turn_end_id(tokenizer)
+        model.other_ends |= set() if turn_end is None else {turn_end}
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> "Engine":
+        """Load a model directory: bf16 on a GPU where there is one, else float32 on the CPU."""
+        gpu = torch.cuda.is_available()
+        dtype = torch.bfloat16 if gpu else torch.float32
+        return cls(load_model(path, dtype, "cuda" if gpu else "cpu"), load_tokenizer(path))
+
+    def adapted(self, adapter: Path) -> "Engine":
+        """The engine of a LoRA adapter on this model, whose weights both share. Raises ModelError; see `lora`."""
+        model = skeleton(self.model.config)
+        model.other_ends |= self.model.other_ends
+        with_adapter(self.model, model, adapter)
+        return Engine(model, self.tokenizer)
+
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Prompt ids of a text, or of chat messages through the chat template."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """Decode prompts [ids] in one batch; see `sampler.generate`."""
+        return generate(self.model, prompts, params, seeds, self.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that have a text: a model's vocabulary may be padded beyond them."""
+        return min(len(self.tokenizer), self.model.vocab_size)
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of a prompt and its answer together, whole blocks."""
+        config: dict[str, Any] = getattr(self.model, "config", {})
+        size = self.model.block_size
+        limit = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_CONTEXT_TOKENS
+        return int(limit) // size * size
+
+    def batcher(self, max_rows: int, max_tokens: int) -> Batcher:
+        """A decoding thread for requests that come one by one; `max_tokens` bounds its keys and values."""
+        longest = max(max_tokens, self.context_tokens)  # one request of the whole context always fits
+        return Batcher(self.model, max_rows, longest // self.model.block_size, self.num_tokens)

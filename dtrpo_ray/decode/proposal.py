@@ -1,0 +1,114 @@
+"""The token predictor at each masked position -> one candidate token, greedy or sampled.
+
+Legend: N positions, V vocabulary, R rows, B tokens of a block, H hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtrpo_ray.decode.types import Alternatives
+from dtrpo_ray.models.base import DiffusionLM
+
+MAX_LOGITS = 2**27  # elements of one [N, V]: more positions go in parts
+MIN_TEMPERATURE = 1e-30  # greedy in all but name; below it, log mu over the temperature leaves float32
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How each of N positions draws: `temperature` [N] (0 is greedy), `top_p` [N], `top_k` [N] (0 is all) and
+    `uniform` [N] float64 in [0, 1), a number of the position's own request."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    uniform: Tensor
+
+    def of(self, part: slice | Tensor) -> "Draw":
+        return Draw(self.temperature[part], self.top_p[part], self.top_k[part], self.uniform[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """`tokens`, their log mu at temperature 1 `logps`, the predictor's `entropy` in nats (0 where not asked for), and
+    the most probable ids with their log mu, `top_ids` and `top_logps` [..., k]. Shapes [N], or [R, B] once spread."""
+
+    tokens: Tensor
+    logps: Tensor
+    entropy: Tensor
+    top_ids: Tensor
+    top_logps: Tensor
+
+    def spread(self, masked: Tensor) -> "Proposal":
+        """From the N masked positions to all [R, B]; elsewhere logps are -inf and entropies +inf."""
+        shape, k = masked.shape, self.top_ids.shape[-1]
+        infinite = self.logps.new_full(shape, float("inf"))
+        wide = masked[..., None].expand(*shape, k)
+        return Proposal(
+            torch.zeros(shape, dtype=torch.long, device=masked.device).masked_scatter(masked, self.tokens),
+            (-infinite).masked_scatter(masked, self.logps),
+            infinite.masked_scatter(masked, self.entropy),
+            self.top_ids.new_zeros(wide.shape).masked_scatter(wide, self.top_ids),
+            self.top_logps.new_zeros(wide.shape).masked_scatter(wide, self.top_logps),
+        )
+
+    def alternatives(self, row: int, column: int, count: int) -> Alternatives:
+        """The `count` most probable ids of a position, once spread."""
+        ids, logps = self.top_ids[row, column, :count].tolist(), self.top_logps[row, column, :count].tolist()
+        return list(zip(ids, logps, strict=True))
+
+
+def propose(
+    model: DiffusionLM, states: Tensor, draw: Draw | None, num_tokens: int, alternatives: int = 0, entropy: bool = False
+) -> Proposal:
+    """Candidates for hidden states [N, H]; `draw` None is greedy everywhere.
+
+    Ids from `num_tokens` on pad the vocabulary and are never proposed; [MASK] has no probability in log mu.
+    """
+    size = max(1, MAX_LOGITS // model.vocab_size)
+    parts = [slice(at, at + size) for at in range(0, max(len(states), 1), size)]
+    made = [_part(model.log_mu(states[p]), draw and draw.of(p), num_tokens, alternatives, entropy) for p in parts]
+    if len(made) == 1:
+        return made[0]
+    fields = ("tokens", "logps", "entropy", "top_ids", "top_logps")
+    return Proposal(*(torch.cat([getattr(part, name) for part in made]) for name in fields))
+
+
+def _part(log_mu: Tensor, draw: Draw | None, num_tokens: int, alternatives: int, entropy: bool) -> Proposal:
+    allowed = log_mu[:, :num_tokens]
+    logps, tokens = allowed.max(-1)
+    if draw is not None:
+        drawn = draw.temperature > 0
+        if bool(drawn.all()):
+            tokens = _sample(allowed, draw)
+        else:
+            tokens = tokens.masked_scatter(drawn, _sample(allowed[drawn], draw.of(drawn)))
+        logps = allowed.gather(-1, tokens[:, None])[:, 0]
+    spread = -(log_mu.exp() * log_mu.clamp(min=-1e4)).sum(-1) if entropy else torch.zeros_like(logps)
+    top_logps, top_ids = allowed.topk(min(alternatives, allowed.shape[-1]), dim=-1)
+    return Proposal(tokens, logps, spread, top_ids, top_logps)
+
+
+def _sample(log_mu: Tensor, draw: Draw) -> Tensor:
+    """Inverse-CDF sampling: one uniform number a position, whoever its neighbours are.
+
+    Temperature comes before top-k and top-p, as in vLLM and transformers.
+    """
+    probs = torch.softmax(log_mu / draw.temperature.clamp(min=MIN_TEMPERATURE)[:, None], -1).double()
+    if bool((draw.top_k > 0).any()) or bool((draw.top_p < 1).any()):
+        probs = _nucleus(probs, draw)
+    cdf = probs.cumsum(-1)
+    return torch.searchsorted(cdf, draw.uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+def _nucleus(probs: Tensor, draw: Draw) -> Tensor:
+    """Probabilities outside the top k, and outside the smallest set that holds `top_p` of the rest, set to 0."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    limit = torch.where(draw.top_k > 0, draw.top_k, probs.shape[-1])
+    ordered = ordered.masked_fill(torch.arange(probs.shape[-1], device=probs.device) >= limit[:, None], 0)
+    before = ordered.cumsum(-1) - ordered
+    outside = before >= draw.top_p[:, None] * ordered.sum(-1, keepdim=True)
+    outside[:, 0] = False  # however small top_p is
+    ordered = ordered.masked_fill(outside, 0)
+    return torch.zeros_like(probs).scatter_(-1, order, ordered)

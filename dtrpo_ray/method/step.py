@@ -1,0 +1,147 @@
+"""Policy + reference + `Batch` -> `LossOutput`: one policy forward over both sides, one reference forward, no more.
+
+Legend: P pairs, S sides, N scored tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from dtrpo_ray.config.train import Objective
+from dtrpo_ray.method.attention import FLEX_BUCKET, Planes, dense_mask, sparse_mask
+from dtrpo_ray.method.batch import SIDES, Batch, Layout, build_batch, opens_block
+from dtrpo_ray.method.loss import LossOutput, preference_loss, sum_by_side
+from dtrpo_ray.method.trajectory import GIVEN
+from dtrpo_ray.models.base import DiffusionLM
+
+Inputs = tuple[Tensor, Tensor, Tensor | BlockMask]
+
+
+def packed_inputs(batch: Batch) -> Inputs:
+    """ids and positions [R, T] and the attention mask of the packed rows; policy and reference read the same.
+
+    On a GPU the mask is block-sparse and rows are padded to a multiple of `FLEX_BUCKET`; on a CPU it is dense.
+    """
+    if batch.ids.device.type != "cuda":
+        return batch.ids, batch.position, dense_mask(batch.planes)
+    ids, position, planes = padded_inputs(batch)
+    return ids, position, sparse_mask(planes)
+
+
+def padded_inputs(batch: Batch) -> tuple[Tensor, Tensor, Planes]:
+    """ids, positions and mask planes, padded on the right so that few lengths of a row are compiled."""
+    length = -(-batch.ids.shape[1] // FLEX_BUCKET) * FLEX_BUCKET
+    extra = (0, length - batch.ids.shape[1])
+    return F.pad(batch.ids, extra), F.pad(batch.position, extra), batch.planes.padded(length)
+
+
+def scored_logps(model: DiffusionLM, batch: Batch, inputs: Inputs | None = None) -> Tensor:
+    """log mu of the scored tokens [N] from one forward pass over the packed rows, `packed_inputs` of the batch.
+
+    Raises ValueError for a batch built for another block grid, kind of attention or shift than the model's.
+    """
+    if Layout.of(model) != batch.layout:
+        raise ValueError(f"the batch was built for {batch.layout}, and the model is {Layout.of(model)}")
+    ids, position, mask = inputs or packed_inputs(batch)
+    if isinstance(mask, BlockMask):
+        trunk: Any = model.lm  # a transformers model, in every family
+        if trunk.config._attn_implementation != "flex_attention":
+            trunk.set_attn_implementation("flex_attention")
+    logps: Tensor = model(ids, position, mask, batch.scored_row, batch.scored_col, batch.target)
+    return logps
+
+
+def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Batch, objective: Objective) -> LossOutput:
+    """The loss of each pair [P] and its metrics.
+
+    `sft`: the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo`: the preference loss
+    on sum_N weight (log mu_theta - log mu_ref), at the same sampled states for both, plus `rpo_alpha` times the
+    chosen side's masked-diffusion negative log-likelihood per token: all tokens hidden in the very same states, so
+    no forward is added (an SFT term as in RPO, arXiv 2404.19733). The reference's log-probs are the batch's own
+    (`ref_logp`) where it carries them; else `reference` computes them: a frozen model, or anything that answers
+    like one, such as the policy with its adapters off.
+    """
+    num_pairs, num_sides = batch.tokens.shape
+
+    def by_side(values_N: Tensor) -> Tensor:
+        return sum_by_side(values_N, batch.slot, num_pairs, num_sides)
+
+    inputs = packed_inputs(batch)
+    logp_N = scored_logps(policy, batch, inputs)
+    nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
+    common = {"scored_tokens": batch.scored.sum(1), "scored_fraction": batch.scored.sum(1) / batch.tokens.sum(1)}
+    if objective.type == "sft":
+        return LossOutput(nll_PS[:, 0], {"nll": nll_PS[:, 0].detach(), **common})
+    ref_logp_N = batch.ref_logp
+    if ref_logp_N is None:
+        if reference is None:
+            raise ValueError(f"objective {objective.type} needs a reference model")
+        with torch.no_grad():
+            ref_logp_N = scored_logps(reference, batch, inputs)
+    ratio_N = batch.weight * (logp_N - ref_logp_N)
+    out = preference_loss(by_side(ratio_N), objective.beta, objective.loss_type, objective.label_smoothing)
+    logp_PS = by_side(batch.weight * logp_N.detach())
+    for side, name in enumerate(SIDES):
+        common |= {f"nll_{name}": nll_PS[:, side].detach(), f"logp_{name}": logp_PS[:, side]}
+    if objective.num_draws != "all" and objective.num_draws > 1:
+        common["spread"] = _spread(ratio_N.detach(), batch, objective.num_draws)
+    return LossOutput(out.loss_B + objective.rpo_alpha * nll_PS[:, 0], {**out.metrics, **common})
+
+
+def checkpoint_layers(policy: DiffusionLM) -> None:
+    """Recompute each layer of the trunk in the backward pass (gradient checkpointing), in training mode."""
+    trunk: Any = policy.lm
+    trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _spread(ratio_N: Tensor, batch: Batch, num_draws: int) -> Tensor:
+    """Standard error [P] of Delta(y_w) - Delta(y_l) in nats, estimated from how the m draws differ.
+
+    Each draw adds up to c_j, and the estimate is their sum: sqrt(m / (m - 1) sum_j (c_j - mean c)^2). For independent
+    draws its square is unbiased; strata that differ among themselves make it too large, never too small on average.
+    What is the same whatever is drawn (`exact`) does not enter.
+    """
+    num_pairs, num_sides = batch.tokens.shape
+    drawn = ~batch.exact
+    sign = torch.where(batch.slot % num_sides == 0, 1.0, -1.0).to(ratio_N.dtype)
+    place = torch.div(batch.slot, num_sides, rounding_mode="floor") * num_draws + batch.draw
+    parts = torch.zeros(num_pairs * num_draws, dtype=ratio_N.dtype, device=ratio_N.device)
+    parts = parts.index_add(0, place[drawn], (sign * ratio_N)[drawn]).view(num_pairs, num_draws)
+    return (num_draws * parts.var(1, unbiased=True)).sqrt()
+
+
+@torch.no_grad()
+def order_by_confidence(
+    reference: DiffusionLM, rows: Sequence[Mapping[str, Any]], device: torch.device, row_tokens: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows with `chosen_confidence` and `rejected_confidence` [n], which the schedule "confidence" sorts by.
+
+    One extra forward of the reference over both sides: each block wholly hidden (but for tokens that its decoder
+    takes autoregressively), earlier blocks clean; a token's confidence is its log mu there. It stands for the
+    decoder's order, which would be recomputed after each step.
+    """
+    layout = Layout.of(reference)
+    blank = []
+    for row in rows:
+        steps = {}
+        for side in SIDES:
+            first = opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]), layout)
+            steps[f"{side}_steps"] = np.where(first & bool(layout.shift) & (layout.attention == "block"), GIVEN, 0)
+        blank.append({**row, **steps})
+    batch = build_batch(blank, Objective(), seed=0, row_tokens=row_tokens, **asdict(layout))
+    logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
+    slots, out = batch.slot.numpy(), []
+    for b, row in enumerate(blank):
+        confidence = {}
+        for s, side in enumerate(SIDES):
+            values = np.zeros(len(row[f"{side}_steps"]))
+            values[row[f"{side}_steps"] != GIVEN] = logps[slots == b * len(SIDES) + s]
+            confidence[f"{side}_confidence"] = values
+        out.append({**rows[b], **confidence})
+    return out

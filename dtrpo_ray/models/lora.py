@@ -1,0 +1,227 @@
+"""LoRA through peft on any family: adapters in, the reference as the same policy without them, PEFT files out.
+
+The adapters sit on the trunk's linear modules; what is written names the modules of the published layout, so that
+peft finds them in the release's own code.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dtrpo_ray.config.train import LoraConfig
+from dtrpo_ray.errors import ConfigError, ModelError
+from dtrpo_ray.models.base import DiffusionLM, Piece
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAME = "default"  # peft's name of an only adapter
+CAUSAL = {"AutoModelForCausalLM": ""}  # how a release without remote code loads
+
+
+def _peft() -> Any:
+    """The library, where it is needed: a second of import in every process that trains or decodes without adapters."""
+    import peft
+
+    return peft
+
+
+def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
+    """The names of linear modules that `config.targets` means in this family.
+
+    Raises ConfigError where a part of them takes no adapters: what is asked for is never narrowed in silence.
+    """
+    parts = {
+        "attention": model.lora.attention,
+        "mlp": model.lora.mlp,
+        "attention+mlp": (*model.lora.attention, *model.lora.mlp),
+        "mlp+output": (*model.lora.mlp, *model.lora.output),
+    }
+    if config.targets is None:
+        return list(parts["attention+mlp"])
+    if "mlp" in config.targets and not model.lora.mlp:
+        raise ConfigError(
+            f"lora.targets = {config.targets!r}: the MLPs of {model.facts.model_type} are routed experts alone, "
+            "stacked tensors that take no adapters; set train.lora.targets = 'attention'"
+        )
+    if "output" in config.targets and model.tied_tensors():
+        raise ConfigError(
+            f"lora.targets = {config.targets!r}: this model's output head is its embedding (tied), and merging would "
+            "change both; set train.lora.targets = 'mlp'"
+        )
+    return list(parts[config.targets])
+
+
+def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
+    """Freeze the model and put trainable adapters on it, which change nothing until they are trained (B is zero).
+
+    The same seed gives the same adapters on every rank.
+    """
+    peft, targets = _peft(), target_modules(model, config)
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # into our model, not into the trunk: peft rewrites the targets of a mixture of experts that it recognises
+        peft.inject_adapter_in_model(adapters, model, NAME)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+
+
+def _layers(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
+    """peft's layers: a linear module with its adapters."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+@contextmanager
+def adapters_off(model: DiffusionLM) -> Iterator[None]:
+    """Inside, the model is the base it was."""
+    # peft's own switch also turns requires_grad off and on, which DeepSpeed's hooks read
+    layers = [layer for _, layer in _layers(model)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class BaseReference:
+    """The reference of a LoRA run: the policy with its adapters off, so that no second model is held.
+
+    `policy` is what is called (the model, or the engine around it); attributes are the model's.
+    """
+
+    def __init__(self, policy: Callable[..., Tensor], model: DiffusionLM) -> None:
+        self._policy, self._model = policy, model
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with adapters_off(self._model):
+            return self._policy(*inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def merge_adapters(model: DiffusionLM) -> None:
+    """Add each adapter to its weight and take it off; the model is an ordinary one again."""
+    for name, layer in list(_layers(model)):
+        layer.merge()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter instead of a model."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
+    """Make `copy`, a skeleton of the same model, the base with a PEFT adapter of `path` on it. The base stays as it is,
+    and its weights are in both: an adapted model costs its adapter alone.
+
+    Raises ModelError for a file that is missing, another method than LoRA, and tensors that do not fit the base.
+    """
+    config, tensors = _read_adapter(path)
+    parts: dict[str, list[Piece]] = {}
+    for piece in base.pieces():
+        parts.setdefault(piece.upstream.removesuffix(".weight"), []).append(piece)
+    ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
+    for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        upstream = module.removeprefix("base_model.model.")
+        if upstream not in parts:
+            raise ModelError(f"{path}: {upstream} is no module of this {base.facts.model_type} model")
+        a, b = (tensors.pop(f"{module}.lora_{x}.weight", None) for x in "AB")
+        if a is None or b is None or a.shape[0] != b.shape[1]:
+            raise ModelError(f"{path}: the tensors of {upstream} are not a pair lora_A [r, in], lora_B [out, r]")
+        for piece in parts[upstream]:  # a fused module is several here: each takes its rows of B
+            name, rows = piece.ours.removesuffix(".weight"), b[piece.start : piece.stop]
+            linear: Any = base.get_submodule(name)
+            if not isinstance(linear, torch.nn.Linear) or linear.weight.shape != (rows.shape[0], a.shape[1]):
+                raise ModelError(f"{path}: {upstream} does not fit this base; the adapter is of another model")
+            ranks[name], alphas[name], weights[name] = a.shape[0], _alpha(config, upstream, a.shape[0]), (a, rows)
+    if tensors:
+        raise ModelError(f"{path}: {', '.join(sorted(tensors)[:4])} is no LoRA tensor")
+    copy.load_state_dict(base.state_dict(), assign=True)
+    copy.finish(next(base.parameters()).device)
+    escaped = {name: re.escape(name) for name in ranks}
+    peft = _peft()
+    adapters = peft.LoraConfig(
+        target_modules=list(ranks),
+        rank_pattern={escaped[name]: rank for name, rank in ranks.items()},
+        alpha_pattern={escaped[name]: alpha for name, alpha in alphas.items()},
+    )
+    peft.inject_adapter_in_model(adapters, copy, NAME)
+    for name, layer in _layers(copy):
+        for side, value in zip((layer.lora_A, layer.lora_B), weights[name], strict=True):
+            side[NAME].to(layer.weight.device, layer.weight.dtype).weight.data.copy_(value)
+    copy.requires_grad_(False)
+
+
+def _read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config: dict[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text())
+        tensors = load_file(path / ADAPTER_FILE)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
+    plain = config.get("peft_type") == "LORA" and not any(config.get(f"use_{kind}") for kind in ("dora", "rslora"))
+    if not plain or config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
+    return config, tensors
+
+
+def _alpha(config: dict[str, Any], module: str, rank: int) -> float:
+    """`lora_alpha` of a module, at the rank that its tensors have."""
+    found = [a for name, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
+    return float(found[0] if found else config["lora_alpha"]) * rank / _rank(config, module)
+
+
+def _rank(config: dict[str, Any], module: str) -> int:
+    found = [r for name, r in config.get("rank_pattern", {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
+    return int(found[0] if found else config["r"])
+
+
+def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder; `base` is named in it.
+
+    Where the published layout fuses what is several modules here (LLaDA2's q, k and v), the adapters become one of
+    their joint rank: A stacked, B block-diagonal, the same product.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for piece in model.pieces():
+        pieces.setdefault(piece.upstream, []).append(piece)
+    layers = {f"{name}.weight": layer for name, layer in _layers(model)}
+    tensors, ranks, modules = dict[str, Tensor](), dict[str, int](), list[str]()
+    for upstream, parts in pieces.items():
+        adapted = [layers[p.ours] for p in parts if p.ours in layers]
+        if not adapted:
+            continue
+        if len(adapted) < len(parts):
+            raise ModelError(f"{upstream}: adapters on a part of it have no PEFT form; target all of its parts")
+        module = upstream.removesuffix(".weight")
+        a, b = ([getattr(layer, f"lora_{x}")[NAME].weight.detach().cpu() for layer in adapted] for x in "AB")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(a).contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.block_diag(*b).contiguous()
+        modules.append(module)
+        if len(adapted) > 1:
+            ranks[rf".*\.{re.escape(module.rpartition('.')[2])}"] = config.rank * len(adapted)
+    save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
+    adapters = _peft().LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=modules,
+        rank_pattern=ranks,
+        alpha_pattern={name: config.alpha * (rank // config.rank) for name, rank in ranks.items()},
+        base_model_name_or_path=base,
+        # peft asks a causal model for a method of generation, which Dream's class, an AutoModel, does not have
+        task_type="CAUSAL_LM" if "AutoModelForCausalLM" in model.config.get("auto_map", CAUSAL) else None,
+        inference_mode=True,
+    )
+    adapters.save_pretrained(str(path))

@@ -1,0 +1,101 @@
+"""Prompts -> drafts: answers of an ordinary language model on vLLM, as rows of trajectory/v1 without a step map.
+
+A draft is read as an imported text is: on the grid and with the tokenizer of the model that will be aligned. Its seed
+comes from (seed, row id), and its row id from its prompt and its number, so parts and actors change nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from dtrpo_ray.config.produce import DraftsConfig
+from dtrpo_ray.data.formats.columns import content_id
+from dtrpo_ray.data.formats.parsing import parted, parted_batches
+from dtrpo_ray.data.formats.prompts import PromptRow
+from dtrpo_ray.data.formats.prompts import read_shard as prompt_rows
+from dtrpo_ray.data.formats.responses import ResponseRow, as_table
+from dtrpo_ray.data.formats.tokenize import tokenize_responses
+from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
+from dtrpo_ray.data.tables import Rejected, with_columns
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.method.trajectory import row_generator
+from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
+
+ENGINE_NAME = "vllm"
+
+
+class Drafter(Importer):
+    """Answers the prompts of a part of a file, and imports the answers."""
+
+    def __init__(self, source: ImportJob, config: DraftsConfig, model_hash: str, seed: int) -> None:
+        super().__init__(source)
+        self.config, self.model_hash, self.seed = config, model_hash, seed
+        self.how = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+        self.model = LanguageModel(config.model, config.engine)
+
+    def _batches(self, part: ImportPart) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+        prompts, first_seen = prompt_rows(self.form(part.shard.file), part.shard), dict[str, str]()
+        for rows, refused in parted_batches(prompts, self.config.batch_size):
+            drafts, unfit = parted(self._answer(rows, first_seen))
+            yield as_table(drafts), refused + unfit
+
+    def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
+        """The drafts of a batch of prompts, and the prompts that cannot be asked."""
+        asked: list[tuple[PromptRow, list[int]]] = []
+        for row in rows:
+            ids = self._encode(row, first_seen)
+            if isinstance(ids, Rejected):
+                yield ids
+            else:
+                asked.append((row, ids))
+        drafts = [(row, ids, number) for row, ids in asked for number in range(1, self.config.num_samples + 1)]
+        seeds = [draft_seed(self.seed, draft_id(content_id(row.prompt), number)) for row, _, number in drafts]
+        replies = self.model.generate([ids for _, ids, _ in drafts], self.how, seeds)
+        for (row, _, number), reply in zip(drafts, replies, strict=True):
+            yield self._draft(row, number, reply)
+
+    def _encode(self, row: PromptRow, first_seen: dict[str, str]) -> list[int] | Rejected:
+        first = first_seen.setdefault(content_id(row.prompt), row.origin)
+        if first != row.origin:
+            return Rejected(row.origin, "duplicate row", f"the prompt of {first}")
+        try:
+            ids = self.model.encode(row.prompt)
+        except DataError as error:
+            return Rejected(row.origin, "cannot be tokenized", str(error))
+        room = self.model.longest - self.config.max_new_tokens
+        if not 0 < len(ids) <= room:
+            detail = f"{len(ids)} tokens; with drafts.max_new_tokens for the answer, {room} fit"
+            return Rejected(row.origin, "prompt too long", detail)
+        return ids
+
+    def _draft(self, row: PromptRow, number: int, reply: Reply) -> ResponseRow | Rejected:
+        origin = f"{row.origin}#{number}"
+        if not reply.ended:
+            return Rejected(origin, "unfinished", f"no end within drafts.max_new_tokens = {self.config.max_new_tokens}")
+        if not reply.text.strip():
+            return Rejected(origin, "empty side", "the draft has no text")
+        return ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
+
+    def _tokenize(self, rows: pa.Table) -> tuple[pa.Table, list[Rejected]]:
+        table, refused = tokenize_responses(rows, self.target)
+        numbers = [int(origin.rsplit("#", 1)[1]) for origin in table["origin"].to_pylist()]
+        prompts = table["prompt_id"].to_pylist()
+        ids = [draft_id(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]
+        config = self.config
+        sampler = {"top_p": config.top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
+        cut = config.temperature > 0 and (config.top_p < 1 or config.top_k > 0)
+        columns: dict[str, list[Any]] = {"row_id": ids, "seed": [draft_seed(self.seed, row_id) for row_id in ids]}
+        same = {"temperature": config.temperature, "sampler": sampler, "support": "truncated" if cut else "full"}
+        same |= {"model_hash": self.model_hash}
+        return with_columns(table, columns | {name: [value] * len(ids) for name, value in same.items()}), refused
+
+
+def draft_id(prompt_id: str, number: int) -> str:
+    """The row id of a prompt's draft; drafts of a prompt count from 1."""
+    return f"{prompt_id}-{number:03d}"
+
+
+def draft_seed(seed: int, row_id: str) -> int:
+    """The seed of one draft, whatever it is drawn beside."""
+    return int(row_generator(seed, row_id, 0, "draft").integers(2**63))

@@ -1,0 +1,137 @@
+"""Recorded responses -> rewards: a file of trajectory/v1 at a time by a verifier or a reward model, for a judge the
+responses to some prompts, in whatever files they are."""
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from dtrpo_ray.config.produce import ScoreConfig
+from dtrpo_ray.data.formats.tokenize import prompt_messages
+from dtrpo_ray.data.schemas import TRAJECTORY
+from dtrpo_ray.data.tables import TablePart, with_columns, write_whole
+from dtrpo_ray.errors import ConfigError, DataError, ModelError
+from dtrpo_ray.models.tokenizer import load_tokenizer
+from dtrpo_ray.produce.judge import Judge
+
+WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for
+
+# what no response may do but score nothing; a machine's trouble (OSError) is not among them
+_OF_A_RESPONSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
+
+Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
+"""(prompts, responses, reference answers) -> rewards; None where there is none to give."""
+
+
+class Scorer:
+    """Scores the parts of a trajectory table, each into a file of the part's name."""
+
+    def __init__(self, config: ScoreConfig) -> None:
+        self.source: str = config.scorer
+        self.judge: Judge | None = None
+        self.verifier: Verifier | None = None
+        if config.reward_model is not None:
+            self.score: Score = RewardModel(config.reward_model, config.batch_size)
+            self.source += f" {config.reward_model.name}"
+        elif config.judge is not None:
+            self.score = self.judge = Judge(config.judge)
+            self.source += f" {config.judge.model.name}"
+        else:
+            self.score = self.verifier = Verifier(config.scorer)
+
+    def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
+        """Score one part. Raises DataError naming the file and the row that cannot be scored."""
+        table = part.read(TRAJECTORY)
+        columns = [table[name].to_pylist() for name in ("prompt", "response", "answer")]
+        try:
+            rewards = self.score(*columns)
+        except Unscorable as error:
+            row, reason = error.args
+            raise DataError(f"{part}: row {table['row_id'][row].as_py()}: {reason}") from None
+        given = [reward for reward in rewards if reward is not None]
+        sources = [None if reward is None else self.source for reward in rewards]
+        write_whole(with_columns(table, {"reward": list(rewards), "reward_source": sources}), out / part.name)
+        summary: dict[str, Any] = {"rows": len(table), "scored": len(given), "sum": sum(given)}
+        if self.judge is not None:
+            summary["comparisons"] = dict(self.judge.counts)
+            self.judge.counts.clear()
+        if self.verifier is not None:
+            summary |= {"failed": self.verifier.failed, "caution": self.verifier.caution()}
+            self.verifier.failed = 0
+        return summary
+
+
+class Unscorable(Exception):
+    """(row number, reason); never leaves this module."""
+
+
+class Verifier:
+    """A module of verifiers/, over rows. `failed` counts the responses that it raised an error for, scored 0."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.failed = name, 0
+        self.module = importlib.import_module(f"dtrpo_ray.produce.verifiers.{name}")
+        self.caution: Callable[[], str] = getattr(self.module, "caution", str)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        return [self._one(row, *texts) for row, texts in enumerate(zip(prompts, responses, answers, strict=True))]
+
+    def _one(self, row: int, prompt: str, response: str, answer: str | None) -> float:
+        if answer is None and self.name not in WITHOUT_ANSWER:
+            raise Unscorable(row, f"answer is null, and score.scorer = {self.name!r} compares with it")
+        try:
+            return float(self.module.score(prompt, response, answer))
+        except ConfigError:
+            raise
+        except DataError as error:  # of the reference
+            raise Unscorable(row, str(error)) from None
+        except _OF_A_RESPONSE:
+            self.failed += 1
+            return 0.0
+
+
+class RewardModel:
+    """A sequence-classification model of one label: its logit of a conversation is the reward."""
+
+    def __init__(self, path: Path, batch_size: int) -> None:
+        self.batch_size, self.device = batch_size, "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model: Any = AutoModelForSequenceClassification.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: not a sequence-classification model ({error})") from None
+        if model.config.num_labels != 1:
+            raise ModelError(f"{path}: has {model.config.num_labels} labels; a reward model has one")
+        self.model, self.tokenizer = model.eval().to(self.device), load_tokenizer(path)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.longest = int(getattr(model.config, "max_position_embeddings", None) or 4096)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        """Rewards in the order of the rows; batches are of like length. Too long a conversation is refused."""
+        texts = [conversation(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for row, tokens in enumerate(ids):
+            if len(tokens) > self.longest:
+                raise Unscorable(row, f"{len(tokens)} tokens; the reward model reads {self.longest}")
+        rewards = torch.zeros(len(ids), dtype=torch.float64)
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(self.device)
+            rewards[rows] = self.model(**batch).logits[:, 0].double().cpu()
+        return [float(reward) for reward in rewards]
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
+    """A prompt (text, or messages as JSON) and its answer as a reward model reads them: in its chat template."""
+    messages = prompt_messages(prompt)
+    if tokenizer.chat_template is None:
+        return "\n".join([*(turn["content"] for turn in messages), response])
+    turns = [*messages, {"role": "assistant", "content": response}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))

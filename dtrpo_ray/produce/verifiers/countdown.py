@@ -1,0 +1,85 @@
+"""Countdown in prose: one expression, or our own derivation, that reaches a target with every number used once."""
+
+import ast
+import json
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+from dtrpo_ray.data.tasks import countdown
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.produce.verifiers.extract import marked, unreadable
+
+_LONGEST = 200  # characters of an expression
+_SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", r"\left": "", r"\right": ""}
+
+
+def score(prompt: str, response: str, answer: str | None = None) -> float:
+    """1.0 if the marked expression, or else the whole response, uses every number once and gives the target."""
+    numbers, target = _puzzle(prompt, answer)
+    if countdown.score(",".join(map(str, [*numbers, target])), response.strip()):
+        return 1.0
+    used: list[int] = []
+    value = _value(next(marked(response), response), used)
+    return float(value == target and Counter(used) == Counter(numbers))
+
+
+def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
+    """Numbers and target: of the reference [[numbers], target] if it is a list, else of the prompt.
+
+    Raises DataError for a list of another kind, and where there are no numbers.
+    """
+    try:
+        given = json.loads(answer or "")
+    except ValueError:
+        given = None
+    except RecursionError as error:
+        raise unreadable("countdown", repr(error)) from None
+    if isinstance(given, list):
+        try:
+            numbers, target = given
+            return [_integer(number) for number in numbers], _integer(target)
+        except (TypeError, ValueError):
+            raise unreadable("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers") from None
+    found = [int(n) for n in re.findall(r"\d+", prompt) if len(n) <= _LONGEST]
+    if len(found) < 3:
+        raise DataError("the prompt holds no numbers and target for countdown, nor does answer; see docs/data.md")
+    return found[:-1], found[-1]
+
+
+def _integer(number: Any) -> int:
+    """3, 3.0 and "3"."""
+    if isinstance(number, bool) or (isinstance(number, float) and not number.is_integer()):
+        raise ValueError(number)
+    return int(number)
+
+
+def _value(text: str, used: list[int]) -> Fraction | None:
+    for spelling, plain in _SPELLINGS.items():
+        text = text.replace(spelling, plain)
+    text = text.split("=")[0].strip()
+    if len(text) > _LONGEST:
+        return None
+    try:
+        return _evaluate(ast.parse(text, mode="eval").body, used)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _evaluate(node: ast.AST, used: list[int]) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp):
+        left, right = _evaluate(node.left, used), _evaluate(node.right, used)
+        match node.op:
+            case ast.Add():
+                return left + right
+            case ast.Sub():
+                return left - right
+            case ast.Mult():
+                return left * right
+            case ast.Div():
+                return left / right
+    raise ValueError("only + - * / of integers")

@@ -1,0 +1,116 @@
+"""Python unit tests (HumanEval, MBPP): the response's code runs against the reference's tests in another process.
+
+The process has no environment, an empty folder of its own, and limits on processor time, memory, and the size and
+number of files and processes. Linux namespaces keep it from the network, from other processes, from /tmp and /run, and
+from writing outside its folder, and end with it whatever it started. On a machine that does not permit them, which
+scoring tells, the limits alone hold: they stop accidents, and are no wall against hostile code. In both cases it can
+read what this user can, and reach sockets and devices of this user elsewhere.
+"""
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.produce.verifiers.extract import json_object, unreadable
+
+CPU_SECONDS, WALL_SECONDS = 5, 10
+_LIMITS = {
+    "RLIMIT_CPU": CPU_SECONDS,
+    "RLIMIT_AS": 1 << 30,
+    "RLIMIT_FSIZE": 1 << 20,
+    "RLIMIT_NOFILE": 64,
+    "RLIMIT_CORE": 0,
+    "RLIMIT_NPROC": 64,  # of all processes of this user, where there are no namespaces; root has no such limit
+}
+_PROBE_SECONDS, _BACKSTOP_SECONDS = 60, 5
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|$)", re.DOTALL)
+_SANDBOX = Path(__file__).with_name("sandbox.py")
+
+
+def score(prompt: str, response: str, answer: str) -> float:
+    """1.0 if the tests pass. `answer` is JSON: HumanEval's {prompt, test, entry_point} or MBPP's {test_list}."""
+    given, code = json_object(answer, "python_tests"), code_of(response)
+    is_text = {name for name, value in given.items() if isinstance(value, str)}
+    if is_text >= {"entry_point", "prompt", "test"}:
+        if f"def {given['entry_point']}(" not in code:  # a completion of the prompt's signature
+            code = given["prompt"] + code
+        tests = f"{given['test']}\ncheck({given['entry_point']})"
+    elif isinstance(given.get("test_list"), list) and given["test_list"]:
+        tests = "\n".join(map(str, [given.get("test_setup_code") or "", *given["test_list"]]))
+    else:
+        raise unreadable("python_tests", "neither prompt, test and entry_point as text, nor a test_list")
+    return float(passes(code, tests))
+
+
+def code_of(response: str) -> str:
+    """The code blocks of a response, joined; the whole response if it has none."""
+    blocks = _FENCE.findall(response)
+    return "\n\n".join(blocks) if blocks else response
+
+
+def passes(code: str, tests: str, wall_seconds: float = WALL_SECONDS) -> bool:
+    """Whether `tests` run to their end after `code`, within the limits."""
+    return _run(code, tests, wall_seconds, isolated=namespaces())
+
+
+@cache
+def namespaces() -> bool:
+    """Whether this machine permits the namespaces, asked twice.
+
+    Raises ConfigError if not even an empty test passes: else every response would fail.
+    """
+    permitted = any(_run("", "", _PROBE_SECONDS, isolated=True) for _ in range(2))
+    if not permitted and not _run("", "", _PROBE_SECONDS, isolated=False):
+        raise ConfigError(f"python_tests: {sys.executable} runs no empty test within the limits {_LIMITS}; mend it")
+    return permitted
+
+
+def caution() -> str:
+    """What who scores on this machine should know, "" if nothing."""
+    if namespaces():
+        return ""
+    return (
+        "code under test ran without namespaces, which this machine does not permit (docs/data.md): it could reach the "
+        "network, other processes and this user's files; score untrusted responses elsewhere"
+    )
+
+
+def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
+    word = secrets.token_hex(16)
+    job = {"code": code, "tests": tests, "word": word, "limits": _LIMITS}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as verdict,  # no pipe: the limit on files holds for it, and none of it is read in vain
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", _SANDBOX, "isolated" if isolated else "limited", str(wall_seconds)],
+            stdin=subprocess.PIPE,
+            stdout=verdict,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            process.communicate(json.dumps(job).encode(), timeout=wall_seconds + (_BACKSTOP_SECONDS if isolated else 0))
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            process.terminate()  # its own end is its namespace's
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            with suppress(ProcessLookupError):  # what it started, too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+        verdict.seek(0)
+        return process.returncode == 0 and verdict.read(len(word) + 1) == word.encode()

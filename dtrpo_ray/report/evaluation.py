@@ -1,0 +1,85 @@
+"""Base against aligned: decoded held-out prompts -> accuracy with 95 % intervals and tokens per forward."""
+
+from collections.abc import Iterator, Sequence
+from math import sqrt
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from dtrpo_ray.config.decode import EvalConfig
+
+Z95 = 1.959964
+HELD_OUT = "held-out"
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion (Wilson 1927), which stays inside [0, 1]."""
+    p, z2 = correct / total, Z95**2
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarise(
+    trajectories: pa.Table, answers: dict[str, str], config: EvalConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """{"table", "examples"} of one model's trajectories, whose row ids read "set/budget/number"."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in trajectories.sort_by("row_id").to_pylist():
+        test_set, budget, _ = row["row_id"].rsplit("/", 2)
+        groups.setdefault((test_set, int(budget)), []).append(row)
+    table = [_table_row(rows, *group, config.temperature) for group, rows in groups.items()]
+    smallest = min(groups, key=lambda group: (group[1], group[0] != HELD_OUT))
+    kept = list(_examples(groups[smallest], answers, config.num_examples, tokenizer))
+    return {"table": sorted(table, key=lambda r: (r["set"] != HELD_OUT, r["set"], r["budget"])), "examples": kept}
+
+
+def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperature: float) -> dict[str, Any]:
+    correct, total = sum(row["reward"] >= 1 for row in rows), len(rows)
+    low, high = wilson_interval(correct, total)
+    return {
+        "set": test_set,
+        "budget": budget,
+        "temperature": temperature,
+        "num_prompts": total,
+        "correct": correct,
+        "accuracy": correct / total,
+        "low": low,
+        "high": high,
+        "tokens_per_forward": sum(len(r["steps"]) for r in rows) / sum(r["num_forwards"] for r in rows),
+    }
+
+
+def _examples(
+    rows: list[dict[str, Any]], answers: dict[str, str], count: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    failed = [r for r in rows if r["reward"] < 1][: count // 2]
+    solved = [r for r in rows if r["reward"] >= 1][: count - len(failed)]
+    for row in failed + solved:
+        yield {
+            "prompt": row["prompt"],
+            "answer": answers[row["prompt_id"]],
+            "response": row["response"],
+            "correct": row["reward"] >= 1,
+            "block_size": row["block_size"],
+            "budget": row["denoising_steps"],
+            "steps": row["steps"],
+            "tokens": [tokenizer.decode([i]) for i in row["response_ids"]],
+        }
+
+
+def compare(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Aligned minus base for each (set, budget), and whether the 95 % intervals are apart."""
+    base = {(r["set"], r["budget"]): r for r in table if r["model"] == "base"}
+    rows = []
+    for row in table:
+        other = base.get((row["set"], row["budget"]))
+        if row["model"] == "base" or other is None:
+            continue
+        verdict = "better" if row["low"] > other["high"] else "worse" if row["high"] < other["low"] else "same"
+        gain = row["accuracy"] - other["accuracy"]
+        rows.append(
+            {"model": row["model"], "set": row["set"], "budget": row["budget"], "gain": gain, "verdict": verdict}
+        )
+    return rows

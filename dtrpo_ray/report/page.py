@@ -1,0 +1,381 @@
+"""The numbers of a finished run -> PNG plots and one self-contained report.html. Called when a pipeline ends.
+
+Plain dicts in, files out; imports neither torch nor ray. The page needs no script, no network and no other file: plots
+are data URIs, one for light and one for dark. What cannot be drawn is said in a sentence, never dropped in silence.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Row = dict[str, Any]
+Theme = dict[str, str]
+
+HELD_OUT = "held-out"
+
+# every colour but the grid stands out from the paper by 4.5:1 or more
+LIGHT: Theme = {"paper": "#ffffff", "ink": "#1c2430", "grid": "#dde3ea", "base": "#b4500f", "aligned": "#1d5fbf",
+                "chosen": "#08735a", "rejected": "#a3318a"}  # fmt: skip
+DARK: Theme = {"paper": "#171c24", "ink": "#e3e8ef", "grid": "#333d4b", "base": "#f5a15c", "aligned": "#7db3ff",
+               "chosen": "#4fd1ac", "rejected": "#f08fd8"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure of the page: its light and dark PNG as data URIs, none where `note` says why it was not drawn."""
+
+    title: str
+    note: str
+    alt: str = ""
+    uris: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One plot of metrics: key -> colour, and a level to compare with."""
+
+    name: str
+    title: str
+    unit: str
+    colors: dict[str, str]
+    level: tuple[float, str] | None = None
+
+
+def write_report(
+    out: Path, job: Row, lineage: list[Row], curves: dict[str, list[Row]], evaluation: Row | None, answer: Row | None
+) -> Path:
+    """Write the plots and report.html into the existing directory `out`; return the page's path.
+
+    Every file appears whole or not at all. A plot this run cannot have is removed, so `out` never mixes two runs.
+    """
+    first, *others = _curves(job)
+    training = [_curve_plot(out, first, [curves.get("base", [])])]
+    training += [_curve_plot(out, curve, _rounds(curves)) for curve in others]
+    pairs = pair_up(evaluation)
+    held_out, public = [p for p in pairs if p["set"] == HELD_OUT], [p for p in pairs if p["set"] != HELD_OUT]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters.update(solved=_solved, points=points, visible=_visible, unbroken=_unbroken)
+    page = environment.get_template("page.html.jinja").render(
+        job=job,
+        headline=headline(job, curves, evaluation),
+        held_out=held_out,
+        scores=[
+            _accuracy_plot(out, "accuracy", "Accuracy on held-out prompts", held_out),
+            _accuracy_plot(out, "accuracy_public", "Accuracy on public test sets", public),
+        ],
+        sets={name: [p for p in pairs if p["set"] == name] for name in dict.fromkeys(p["set"] for p in pairs)},
+        examples=[_example(job, example) for example in (evaluation or {}).get("examples", [])],
+        training=training,
+        answer=answer,
+        lineage=lineage,
+        job_text=json.dumps(job, indent=2, ensure_ascii=False, default=str),
+    )
+    return _write(out / "report.html", page.encode())
+
+
+# ---- the evaluation in words and pairs
+
+
+def points(difference: float) -> str:
+    """A signed difference in percentage points; one that rounds to nothing has no sign."""
+    text = f"{difference:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def _solved(row: Row) -> str:
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * row[key] for key in ("accuracy", "low", "high")))
+
+
+def _unbroken(text: str) -> str:
+    """No line break within "71.2 %" or "[69.2, 73.2]"."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=\d,) (?=\d)", "\N{NO-BREAK SPACE}", text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def pair_up(evaluation: Row | None) -> list[Row]:
+    """Rows of an evaluation (one temperature) -> base beside aligned per set and budget; the held-out set first.
+
+    `gain` is aligned minus base in points (None if either is missing); `apart`: their intervals do not overlap.
+    """
+    cells: dict[tuple[Any, ...], Row] = {}
+    for row in (evaluation or {}).get("table", []):
+        natural = tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row["set"]))
+        key = (row["set"] != HELD_OUT, natural, row["budget"])
+        cell = {"set": row["set"], "budget": row["budget"], "base": None, "aligned": None}
+        cells.setdefault(key, cell)[row["model"]] = row
+    for cell in cells.values():
+        base, aligned = cell["base"], cell["aligned"]
+        cell["gain"] = 100 * (aligned["accuracy"] - base["accuracy"]) if base and aligned else None
+        cell["apart"] = bool(base and aligned) and (aligned["low"] > base["high"] or aligned["high"] < base["low"])
+    return [cells[key] for key in sorted(cells)]
+
+
+def headline(job: Row, curves: dict[str, list[Row]], evaluation: Row | None) -> str:
+    """The result in one sentence, at the held-out budget with the largest gain; a loss is called a loss."""
+    pairs = [p for p in pair_up(evaluation) if p["set"] == HELD_OUT and p["gain"] is not None]
+    if not pairs:
+        return _unevaluated(curves, evaluation)
+    best = max(pairs, key=lambda p: p["gain"])
+    base, aligned, overlap = best["base"], best["aligned"], "" if best["apart"] else "; the intervals overlap"
+    steps = _count(best["budget"], "denoising step") + " per block"
+    noun = "prompt" if "files" in (job.get("task") or {}) else "puzzle"
+    prompts = _count(aligned["num_prompts"], f"held-out {noun}")
+    result = f"at {steps} the aligned model solves {_solved(aligned)} of {prompts}, the base {_solved(base)}"
+    if points(best["gain"]) == "0.0":
+        return f"No gain from alignment: {'at its best, ' if len(pairs) > 1 else ''}{result}."
+    if best["gain"] < 0:
+        return f"{'A loss at every budget; the smallest' if len(pairs) > 1 else 'A loss'}: {result}{overlap}."
+    return f"A{result[1:]}{overlap and overlap + ', so this may be chance'}."
+
+
+def _unevaluated(curves: dict[str, list[Row]], evaluation: Row | None) -> str:
+    why = "No held-out set was evaluated for both models" if evaluation else "No evaluation was run"
+    segments = _segments(_rounds(curves), "loss")
+    if not segments:
+        return f"{why}, and no training loss was logged."
+    (start, first), (end, last) = segments[0][0], segments[-1][-1]
+    return f"{why}; the training loss was {first:.3f} at step {start:.0f} and {last:.3f} at step {end:.0f}."
+
+
+# ---- training curves
+
+
+def _curves(job: Row) -> list[Curve]:
+    objective = (job.get("train") or {}).get("objective") or {}
+    plain = objective.get("type") != "sft" and objective.get("loss_type", "sigmoid") == "sigmoid"
+    start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("rpo_alpha") else None
+    ratios = {"log_ratio_chosen": "chosen", "log_ratio_rejected": "rejected"}
+    return [
+        Curve("base_loss", "Base model: training loss", "loss", {"loss": "base"}),
+        Curve("train_loss", "Alignment: training loss", "loss", {"loss": "aligned"}, start),
+        Curve("margin", "Margin: β × (chosen − rejected log-ratio)", "margin", {"margin": "aligned"}, (0, "")),
+        Curve("reward_accuracy", "Reward accuracy: pairs with a positive margin", "share of pairs",
+              {"reward_accuracy": "aligned"}, (0.5, "one half")),
+        Curve("log_ratios", "Log-ratio of policy to reference", "nats per response", ratios, (0, "")),
+        Curve("grad_norm", "Alignment: gradient norm", "norm", {"grad_norm": "aligned"}),
+    ]  # fmt: skip
+
+
+def _rounds(curves: dict[str, list[Row]]) -> list[list[Row]]:
+    names = [name for name in curves if name.startswith("train")]
+    return [curves[name] for name in sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))]
+
+
+def _bounds(rounds: list[list[Row]]) -> list[float]:
+    """Where each round begins on the common step axis; the last entry is where the last one ends."""
+    lasts = [max((row["step"] for row in rows if _finite(row.get("step"))), default=0) for rows in rounds]
+    return [0, *accumulate(lasts)]
+
+
+def _segments(rounds: list[list[Row]], key: str) -> list[np.ndarray]:
+    """Arrays [n, 2] of (step on the common axis, value), one per round that has any usable row."""
+    found = [
+        [(start + row["step"], row[key]) for row in rows if _finite(row.get("step")) and _finite(row.get(key))]
+        for start, rows in zip(_bounds(rounds), rounds, strict=False)
+    ]
+    return [np.array(segment, dtype=float) for segment in found if segment]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over an odd `window`; at the ends, over the part of the window that exists."""
+    total, index = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _curve_plot(out: Path, curve: Curve, rounds: list[list[Row]]) -> Plot:
+    data = {key: _segments(rounds, key) for key in curve.colors}
+    num_rows, bounds = sum(map(len, rounds)), _bounds(rounds)
+    if not all(data.values()):
+        lacking = " or ".join(key for key, segments in data.items() if not segments)
+        why = f"none of the {_count(num_rows, 'logged row')} has {lacking}" if num_rows else "nothing was logged"
+        return _skip(out, curve.name, curve.title, why)
+    window = 2 * (max(len(segment) for segments in data.values() for segment in segments) // 30) + 1
+    note = f"Light: each logged row. Strong: centred mean of {window} rows." if window > 1 else "Each logged row."
+    alt = f"Line plot over {_count(int(bounds[-1]), 'optimizer step')}:"
+    for key, segments in data.items():
+        missing = num_rows - sum(map(len, segments))
+        note += f" {missing} of {_count(num_rows, 'row')} without a usable {key} left out." if missing else ""
+        first, last = smooth(segments[0][:, 1], window)[0], smooth(segments[-1][:, 1], window)[-1]
+        alt += f" {key.replace('_', ' ')} begins at {first:.3g} and ends at {last:.3g}."
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        for key, color in curve.colors.items():
+            label = key.removeprefix("log_ratio_").replace("_", " ") + f", mean of {window} rows" * (window > 1)
+            _draw_segments(axes, data[key], window, theme[color], label)
+        if curve.level:
+            axes.axhline(curve.level[0], color=theme["ink"], lw=1, ls=(0, (4, 3)), label=curve.level[1] or None)
+        _mark_rounds(axes, bounds, theme)
+        _dress(axes, theme, "optimizer step", curve.unit)
+        _crown(figure, axes, theme, curve.title)
+
+    return _save(out, curve.name, Plot(curve.title, note, alt), draw)
+
+
+def _draw_segments(axes: Axes, segments: list[np.ndarray], window: int, color: str, label: str) -> None:
+    for number, (steps, values) in enumerate(segment.T for segment in segments):
+        raw = {"lw": 0.8, "alpha": 0.35} if window > 1 else {"lw": 1.4, "marker": "o", "ms": 3}
+        axes.plot(steps, values, color=color, label="" if number or window > 1 else label, **raw)
+        if window > 1:
+            axes.plot(steps, smooth(values, window), color=color, lw=1.8, label="" if number else label)
+
+
+def _mark_rounds(axes: Axes, bounds: list[float], theme: Theme) -> None:
+    if len(bounds) < 3:
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels above the curves
+    for number, start in enumerate(bounds[:-1], 1):
+        axes.axvline(start, color=theme["ink"], lw=0.9, ls=":", alpha=float(number > 1))
+        word = f"round {number}" if number == 1 or len(bounds) < 7 else f"{number}"
+        axes.annotate(word, (start, 0.985), xycoords=axes.get_xaxis_transform(), xytext=(4, 0),
+                      textcoords="offset points", va="top", fontsize=8.5, color=theme["ink"])  # fmt: skip
+
+
+# ---- accuracy plots
+
+
+def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Row]) -> Plot:
+    sets = {test_set: [p for p in pairs if p["set"] == test_set] for test_set in dict.fromkeys(p["set"] for p in pairs)}
+    if not sets:
+        return _skip(out, name, title, "no such set was evaluated")
+    columns = 2 if len(sets) == 4 else min(len(sets), 3)
+    rows = -(-len(sets) // columns)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for place, (axes, (test_set, members)) in enumerate(zip(grid, sets.items(), strict=False)):
+            _draw_accuracy(axes, theme, members, labelled=columns == 1)
+            _dress(axes, theme, "", "solved, %" if place % columns == 0 else "")
+            short = test_set.removesuffix(".jsonl")
+            short = "" if test_set == HELD_OUT else short if len(short) <= 20 else short[:19] + "…"
+            axes.set_title(short, fontsize=9, color=theme["ink"], parse_math=False)
+        for axes in grid[len(sets) :]:
+            axes.set_axis_off()
+        figure.supxlabel("denoising steps per block", fontsize=9.5, color=theme["ink"])
+        _crown(figure, grid[0], theme, title)
+
+    alt = "Points with 95 % intervals by denoising steps per block; the numbers are in the table below."
+    return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
+
+
+def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[Row], labelled: bool) -> None:
+    for model, marker, side in (("base", "s", -1), ("aligned", "o", 1)):
+        measured = [(place, pair, pair[model]) for place, pair in enumerate(pairs) if pair[model]]
+        x = [place + 0.05 * side for place, _, _ in measured]
+        mean, low, high = (np.array([100 * row[key] for *_, row in measured]) for key in ("accuracy", "low", "high"))
+        reach = np.maximum([mean - low, high - mean], 0)
+        axes.errorbar(x, mean, reach, color=theme[model], marker=marker, ms=5, lw=1.4, capsize=3, label=model)
+        for index, (_, pair, _) in enumerate(measured if labelled else ()):
+            above = side * (pair["gain"] or 0) >= 0  # the better model's number above its bar, the other's below
+            axes.annotate(f"{mean[index]:.1f}", (x[index], (high if above else low)[index]), color=theme[model],
+                          xytext=(0, 4 if above else -4), textcoords="offset points", ha="center",
+                          va="bottom" if above else "top", fontsize=8.5)  # fmt: skip
+    axes.set_xticks(range(len(pairs)), [str(pair["budget"]) for pair in pairs])
+    axes.set_xlim(-0.5, len(pairs) - 0.5)
+    axes.margins(y=0.15 if labelled else 0.05)
+
+
+# ---- drawing and writing
+
+
+def _dress(axes: Axes, theme: Theme, x_label: str, y_label: str) -> None:
+    axes.set_facecolor(theme["paper"])
+    axes.set_xlabel(x_label, color=theme["ink"], fontsize=9.5)
+    axes.set_ylabel(y_label, color=theme["ink"], fontsize=9.5)
+    axes.tick_params(colors=theme["ink"], labelsize=9, length=3)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.grid(axis="y", color=theme["grid"], lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme["ink"])
+
+
+def _crown(figure: Figure, axes: Axes, theme: Theme, title: str) -> None:
+    """Title and legend in rows of their own above the axes, where no curve can run through them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5,
+                  labelcolor=theme["ink"], title=title, title_fontproperties={"size": 11, "weight": "bold"},
+                  alignment="left").get_title().set_color(theme["ink"])  # fmt: skip
+
+
+def _save(out: Path, name: str, plot: Plot, draw: Callable[[Figure, Theme], None], height: float = 3.3) -> Plot:
+    """Draw in both themes; the light one is also the file `name`.png."""
+    images = []
+    for theme in (LIGHT, DARK):
+        figure, buffer = Figure(figsize=(5.4, height), layout="constrained", facecolor=theme["paper"]), io.BytesIO()
+        draw(figure, theme)
+        figure.savefig(buffer, format="png", dpi=200)
+        images.append(buffer.getvalue())
+    _write(out / f"{name}.png", images[0])
+    uris = tuple("data:image/png;base64," + base64.b64encode(image).decode() for image in images)
+    return Plot(plot.title, plot.note, plot.alt, uris)
+
+
+def _skip(out: Path, name: str, title: str, why: str) -> Plot:
+    (out / f"{name}.png").unlink(missing_ok=True)
+    return Plot(title, f"Not drawn: {why}.")
+
+
+def _write(path: Path, content: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# ---- example denoisings
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎").replace(" ", "␣") or "∅"
+
+
+def _example(job: Row, example: Row) -> Row:
+    """One denoising with its tokens as blocks of cells; `rank` is a cell's order within its block.
+
+    `steps` count denoising forwards over the response from 0, negative where none unmasked; `tokens` end on the
+    block grid, as the sampler's do, so blocks are counted back from the end and only the first may be short.
+    """
+    size, tokens, steps, prompt, answer = (
+        example[key] for key in ("block_size", "tokens", "steps", "prompt", "answer")
+    )
+    sudoku = (job.get("task") or {}).get("type") == "sudoku" and len(tokens) == len(prompt) == len(answer) == 16
+    wanted = answer if sudoku and not example["correct"] else tokens
+    edges = [0, *range(len(tokens) % size or size, len(tokens) + 1, size)]
+    blocks = []
+    for start, end in pairwise(edges):
+        order = sorted({step for step in steps[start:end] if step >= 0})
+        blocks.append([
+            {"token": tokens[i], "given": sudoku and prompt[i] != "0", "step": steps[i] + 1,
+             "wanted": wanted[i] if wanted[i] != tokens[i] else "",
+             "rank": order.index(steps[i]) if steps[i] >= 0 else None}
+            for i in range(start, end)
+        ])  # fmt: skip
+    return {**example, "sudoku": sudoku, "blocks": blocks}

@@ -1,0 +1,452 @@
+"""OpenAI request bodies -> validated requests, and the shapes of every answer. Pydantic only; `app.py` calls it.
+
+A field that would change the meaning of an answer and is not served is refused by name; any other unknown field is
+ignored, since clients send many. `null` means absent.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from dtrpo_ray.decode.types import SCHEDULES, Remasking
+
+MAX_CHOICES = 64  # sequences one request may decode: prompts times n
+MAX_ALTERNATIVES = 20  # log-probabilities of other tokens, for each place
+UNSUPPORTED = "unsupported_parameter"
+
+
+class _Only:
+    """Accept the values that ask for nothing, which the specification lists, and refuse every other."""
+
+    def __init__(self, *neutral: Any) -> None:
+        self.neutral = neutral
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [*(v for v in self.neutral if not isinstance(v, float)), None]}  # 0 is 0.0 in JSON
+
+    def check(self, value: Any) -> Any:
+        # `True == 1`, and `logprobs = 0` asks for something that `logprobs = false` does not
+        if any(type(value) is type(allowed) and value == allowed for allowed in self.neutral):
+            return value
+        raise PydanticCustomError(UNSUPPORTED, "is not supported by this server; leave the field out")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _text_of_parts(value: Any) -> Any:
+    """A message's content as one text, where a client sends it in parts of text."""
+    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    return value
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(_Body):
+    """What a stream holds beside text."""
+
+    include_usage: bool = False
+    """A last chunk with the usage, before `[DONE]`."""
+    include_denoising: bool = False
+    """A chunk without choices for every denoising step: which tokens it unmasked, and how sure the model was."""
+
+
+class _Request(_Body):
+    """What both endpoints share; from `steps` on the fields are this server's own."""
+
+    model: str | None = None
+    """A served model's name; absent: the first one."""
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    """Sample from this many tokens; 0 and -1 are all."""
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed and request give the same text; absent: a random one."""
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Choices for each prompt."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field([], max_length=16)
+    """The text ends before the first of these."""
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=16)
+    """Tokens that end a choice, beside the model's own: end of sequence, end of turn, generation_config.json's."""
+    ignore_eos: bool = False
+    """Decode on past the model's own end tokens, to `max_tokens`."""
+    stream: bool = False
+    """Send each block when it is finished, as server-sent events."""
+    stream_options: StreamOptions = StreamOptions()
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps per block; fewer are faster. Absent: the server's default."""
+    threshold: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    """Instead of `steps`: each step unmasks every token more probable than this."""
+    tokens_per_step: int | None = Field(None, ge=1)
+    """Instead of `steps`: each step unmasks this many tokens, the most probable."""
+    entropy_bound: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Instead of `steps`: nats of entropy within which tokens are unmasked together (EB-Sampler)."""
+    remasking: Remasking | Literal["low_confidence"] | None = None
+    """The unmasking policy, where the fields above do not say it; `low_confidence` is low_confidence_static."""
+    block_length: int | None = Field(None, ge=1)
+    """Tokens of a block: a full-attention model takes any, a block-trained model its own only."""
+    small_block_size: int | None = Field(None, ge=1)
+    """Tokens of a sub-block; those of a block are unmasked in turn. Absent: as the model's release does."""
+    return_trajectory: bool = False
+    """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
+
+    echo: Annotated[Any, _Only(False)] = None
+    best_of: Annotated[Any, _Only(1)] = None
+    logit_bias: Annotated[Any, _Only({})] = None
+    suffix: Annotated[Any, _Only("")] = None
+    min_p: Annotated[Any, _Only(0, 0.0)] = None
+    frequency_penalty: Annotated[Any, _Only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, _Only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, _Only(1, 1.0)] = None
+    min_tokens: Annotated[Any, _Only(0)] = None
+    response_format: Annotated[Any, _Only({"type": "text"})] = None
+    tools: Annotated[Any, _Only([])] = None
+    functions: Annotated[Any, _Only([])] = None
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        given = {name: getattr(self, name) for name in ("steps", *SCHEDULES) if getattr(self, name) is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{name} = {value}" for name, value in given.items())
+            raise ValueError(f"{listed} exclude each other; give one")
+        for name, policy in SCHEDULES.items():
+            if self.remasking == policy and name not in given:
+                raise ValueError(f"remasking = {policy} needs {name}; give it")
+            if name in given and self.remasking not in (None, policy):
+                raise ValueError(f"{name} = {given[name]} goes with remasking = {policy}, not {self.remasking}")
+        return self
+
+    @property
+    def policy(self) -> Remasking:
+        """The unmasking policy asked for."""
+        for name, policy in SCHEDULES.items():
+            if getattr(self, name) is not None:
+                return policy
+        return "sequential" if self.remasking == "sequential" else "low_confidence_static"
+
+    @property
+    def num_alternatives(self) -> int | None:
+        """Alternatives wanted for each token; None where no log-probabilities are."""
+        raise NotImplementedError
+
+
+def _as_prompts(value: Any) -> Any:
+    """A list of prompts, from one text, one list of ids, or a list of either."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return [value]
+    return value
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class CompletionRequest(_Request):
+    """The body of POST /v1/completions."""
+
+    prompt: Annotated[
+        list[str | TokenIds],
+        BeforeValidator(_as_prompts, json_schema_input_type=str | TokenIds | list[str] | list[TokenIds]),
+    ] = Field(min_length=1, max_length=MAX_CHOICES)
+    """A text, or its token ids, or several of them."""
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | Literal[False] | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    """Also return the log-probability of each token at the step that unmasked it, and this many alternatives."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            raise ValueError(
+                f"{len(self.prompt)} prompts x n = {self.n} exceed {MAX_CHOICES} choices; split the request"
+            )
+        return self
+
+    @property
+    def num_alternatives(self) -> int | None:
+        return None if self.logprobs is None or self.logprobs is False else self.logprobs
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text_of_parts)]
+
+
+class ChatRequest(_Request):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Absent: as many as the server and the model's context allow."""
+    max_tokens: int | None = Field(None, ge=1)
+    """The older name of `max_completion_tokens`."""
+    logprobs: bool = False
+    """Also return the log-probability of each token at the step that unmasked it."""
+    top_logprobs: int = Field(0, ge=0, le=MAX_ALTERNATIVES)
+    """Alternatives for each token; needs `logprobs`."""
+
+    @model_validator(mode="after")
+    def _alternatives_of_something(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs = {self.top_logprobs} needs logprobs = true")
+        return self
+
+    @property
+    def num_alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class TokenizeRequest(_Body):
+    """The body of POST /tokenize: a prompt, or messages for the chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        return self
+
+
+class Tokenized(BaseModel):
+    """The answer of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Trajectory(BaseModel):
+    """A choice as a row of the table trajectory/v1 (docs/data.md), and the text of each token.
+
+    `response_ids` go on to the end of the terminal block, past an end of sequence or a stop text. The hashes are
+    null, since the endpoint does not hash what it serves, and so are `origin`, `answer` and `reward`.
+    """
+
+    contract_version: int
+    row_id: str
+    prompt_id: str
+    origin: None = None
+    prompt: str
+    response: str
+    answer: None = None
+    prompt_ids: list[int]
+    response_ids: list[int]
+    steps: list[int]
+    """The denoising forward, from 0, that unmasked each token; -2: given without one."""
+    ranks: list[int]
+    types: list[int]
+    logps: list[float]
+    num_forwards: int
+    reward: None = None
+    reward_source: str = ""
+    block_size: int
+    block_origin: Literal["global", "response"]
+    mask_id: int
+    shift: Literal[0, 1]
+    denoising_steps: int
+    temperature: float
+    sampler: dict[str, str | float | int | None]
+    support: Literal["full", "truncated"]
+    seed: int
+    engine: str
+    model_hash: None = None
+    tokenizer_hash: None = None
+    data_hash: None = None
+    tokens: list[str]
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a completion's tokens, in the order of the text."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float] = []
+    top_logprobs: list[dict[str, float]] | None = None
+    text_offset: list[int] = []
+
+
+class Alternative(BaseModel):
+    """A token a place could have taken."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Alternative):
+    """A token and its alternatives."""
+
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of a message's tokens."""
+
+    content: list[TokenLogprob]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class CompletionChoice(BaseModel):
+    """One choice, or in a stream a part of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None
+    trajectory: Trajectory | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+    trajectory: Trajectory | None = None
+
+
+class Delta(BaseModel):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    trajectory: Trajectory | None = None
+
+
+class Usage(BaseModel):
+    """Tokens: each prompt once, each choice up to its end of sequence (not counted) or its most tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Denoising(BaseModel):
+    """One denoising step of one choice: the places it unmasked, counted from the choice's first token."""
+
+    index: int
+    step: int
+    places: list[int]
+    token_ids: list[int]
+    tokens: list[str]
+    probabilities: list[float]
+    block_start: int
+    """Where their block begins; before 0 where the prompt ends inside it."""
+    block_size: int
+
+
+class Completion(BaseModel):
+    """The answer of /v1/completions, or a chunk of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    denoising: Denoising | None = None
+
+
+class ChatCompletion(BaseModel):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunk(BaseModel):
+    """A chunk of /v1/chat/completions as a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    denoising: Denoising | None = None
+
+
+class ModelCard(BaseModel):
+    """One served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "dtrpo"
+    max_model_len: int
+    """Most tokens of a prompt and its answer together."""
+    block_size: int
+    attention: Literal["block", "full"]
+    """block: decoded with an exact cache; full: every step runs the whole sequence."""
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` is the field to mend."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: ErrorDetail

@@ -1,0 +1,55 @@
+"""Counters of a serving process -> Prometheus text. The `vllm:diffusion_*` names are what `vllm bench serve` reads."""
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from dtrpo_ray.decode.batcher import Batcher
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+COUNTERS = {  # name -> (field of Counters, help)
+    "vllm:diffusion_num_denoising_steps": ("steps_with_commits", "Denoising steps and commits, summed over choices."),
+    "vllm:diffusion_num_canvas_positions": ("positions_with_commits", "Block positions of those steps and commits."),
+    "vllm:diffusion_num_committed_tokens": ("committed_tokens", "Tokens of finished blocks."),
+    "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices."),
+    "vllm:prefix_cache_hits": ("reused_tokens", "Prompt tokens whose keys and values were there already."),
+    "dtrpo:passes": ("passes", "Forward passes of the model."),
+    "dtrpo:pass_tokens": ("pass_tokens", "Tokens that forward passes ran."),
+}
+
+
+class Monitor(Collector):
+    """The metrics of one process: what batchers count, and what requests report."""
+
+    def __init__(self, batchers: Mapping[str, Batcher]) -> None:
+        self.batchers = batchers
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        self.requests = Counter(
+            "dtrpo:requests", "Requests by outcome.", ["model_name", "outcome"], registry=self.registry
+        )
+        self.latency = self._histogram("vllm:e2e_request_latency_seconds", "Seconds from a request to its last token.")
+        self.first = self._histogram("vllm:time_to_first_token_seconds", "Seconds from a request to its first block.")
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ["model_name"], buckets=SECONDS, registry=self.registry)
+
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        """Called by the registry at each scrape."""
+        for name, (field, text) in COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            for model, batcher in self.batchers.items():
+                counter.add_metric([model], getattr(batcher.counters, field))
+            yield counter
+        for name, text in (("running", "Choices that decode."), ("waiting", "Choices that wait for a place.")):
+            gauge = GaugeMetricFamily(f"vllm:num_requests_{name}", text, labels=["model_name"])
+            for model, batcher in self.batchers.items():
+                gauge.add_metric([model], getattr(batcher, f"num_{name}"))
+            yield gauge
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)

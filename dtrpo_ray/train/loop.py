@@ -1,0 +1,195 @@
+"""The training loop on one screen. Plain callables in: it runs under Ray, without Ray, and in a test."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dtrpo_ray.config.train import TrainConfig
+from dtrpo_ray.errors import TrainError
+from dtrpo_ray.method.batch import Batch, Layout, build_batch, packed_tokens, padded_tokens
+from dtrpo_ray.method.step import order_by_confidence, training_step
+from dtrpo_ray.method.trajectory import row_generator
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.train.backend import Backend
+
+MAX_DROPPED = 10  # dropped steps in a row that end the run whatever the policy
+
+Rows = Sequence[Mapping[str, Any]]
+Collate = Callable[[Rows], Batch]
+
+
+def collate(
+    config: TrainConfig,
+    model: DiffusionLM,
+    seed: int,
+    reference: DiffusionLM | None = None,
+    fill: Callable[[Batch, Rows], Batch] | None = None,
+    device: torch.device | None = None,
+) -> Collate:
+    """The function that turns rows into the `Batch` of this objective and model.
+
+    `reference` orders rows for the schedule "confidence" and lies on `device`; `fill` adds its log-probs from a cache.
+    """
+    layout, objective = asdict(Layout.of(model)), config.objective
+
+    def to_batch(rows: Rows) -> Batch:
+        if objective.schedule == "confidence" and objective.type == "dtrpo":
+            if reference is None:
+                raise TrainError('train.objective.schedule = "confidence" orders by the reference: it must be at hand')
+            rows = order_by_confidence(reference, rows, device or torch.device("cpu"), config.row_tokens)
+        batch = build_batch(rows, objective, seed=seed, row_tokens=config.row_tokens, **layout)
+        return fill(batch, rows) if fill else batch
+
+    return to_batch
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop tells its shell, and asks it.
+
+    `begin(step)` comes before each optimizer step. `skipped(step, row_ids)` names a dropped step and this rank's rows
+    in it. Where any rank's `due()` is true, all ranks ask `leaving()` together after the step: whether a node is about
+    to go, and a checkpoint should be written at once.
+    """
+
+    begin: Callable[[int], None] = lambda step: None
+    skipped: Callable[[int, list[str]], None] = lambda step, row_ids: None
+    due: Callable[[], bool] = lambda: False
+    leaving: Callable[[], bool] = lambda: False
+
+
+NO_HOOKS = Hooks()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one optimizer step of one rank, so that dropout after a resume is what it would have been."""
+    torch.manual_seed(int(row_generator(seed, "step", step, f"rank-{rank}").integers(2**63)))
+
+
+def run(
+    config: TrainConfig,
+    backend: Backend,
+    reference: DiffusionLM | None,
+    batches: Iterable[Rows],
+    to_batch: Collate,
+    start_step: int,
+    num_steps: int,
+    log: Callable[[dict[str, Any]], None],
+    save: Callable[[int], None],
+    hooks: Hooks = NO_HOOKS,
+) -> None:
+    """Train from `start_step` to `num_steps`; `batches` yields this rank's rows of each optimizer step from there on.
+
+    Every rank makes the same number of steps and calls `save` at the same ones. Raises TrainError where `batches` end
+    before `num_steps`.
+    """
+    backend.policy.train()
+    started = ended = time.perf_counter()
+    dropped, step = 0, start_step
+    for step, rows in zip(range(start_step + 1, num_steps + 1), batches, strict=False):
+        hooks.begin(step)
+        waited = time.perf_counter() - ended
+        done = optimizer_step(config, backend, reference, rows, to_batch, hooks.due())
+        dropped = dropped + 1 if done.dropped else 0
+        if done.dropped:
+            if config.on_nonfinite == "stop" or dropped == MAX_DROPPED:
+                raise TrainError(_not_finite(step, done.bad_rows, dropped))
+            hooks.skipped(step, done.bad_rows)
+        if step % config.log_every == 0 or step == num_steps:
+            now = time.perf_counter()
+            times = {"data_seconds": waited, "step_seconds": now - ended, "seconds": now - started}
+            log({"step": step, **done.metrics, **times})
+        if step % config.save_every == 0 or step == num_steps or (done.due and hooks.leaving()):
+            save(step)
+        ended = time.perf_counter()
+    if step < num_steps:
+        raise TrainError(f"the rows ended after optimizer step {step} of {num_steps}: the table's shards lack rows")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step: the global batch's weighted mean of each metric, whether any rank was `due`.
+
+    `dropped` where a loss or gradient was not finite and no weight changed; `bad_rows` are then this rank's rows with
+    such a loss, or all of its rows if only a gradient was.
+    """
+
+    metrics: dict[str, float]
+    due: bool
+    dropped: bool
+    bad_rows: list[str]
+
+
+def micro_batches(rows: Rows, config: TrainConfig, attention: str, most: Callable[[int], int]) -> list[Rows]:
+    """A rank's rows of an optimizer step -> what each forward takes, as many on every rank.
+
+    At most `micro_batch` rows; with `micro_tokens`, rows as long as each other go together while their packed rows,
+    padded, hold no more tokens. Ranks then ask `most` for the largest count, and fill theirs with rows of weight 0.
+    `attention` is the model's, "block" or "full".
+    """
+    if config.micro_tokens is None:
+        return [rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch)]
+    parts: list[list[Mapping[str, Any]]] = []
+    lengths: list[int] = []
+    sized = [(packed_tokens(row, config.objective, attention), row) for row in rows]
+    for length, row in sorted(sized, key=lambda item: -item[0]):
+        lengths.append(length)
+        full = not parts or len(lengths) > config.micro_batch
+        if full or padded_tokens(lengths, config.row_tokens) > config.micro_tokens:
+            parts.append([])
+            lengths = lengths[-1:]
+        parts[-1].append(row)
+    filler = [{**parts[-1][0], "row_weight": 0.0}]
+    return [*parts, *([filler] * (most(len(parts)) - len(parts)))]
+
+
+def optimizer_step(
+    config: TrainConfig,
+    backend: Backend,
+    reference: DiffusionLM | None,
+    rows: Rows,
+    to_batch: Collate,
+    due: bool = False,
+) -> StepResult:
+    """Micro-batches forward and backward, one update."""
+    began = time.perf_counter()
+    global_weight = rows[0]["batch_weight"]
+    totals: dict[str, torch.Tensor] = {"due": torch.tensor(float(due))}
+    losses: list[torch.Tensor] = []
+    parts = micro_batches(rows, config, backend.policy.attention, backend.most)
+    for number, part in enumerate(parts, start=1):
+        batch = to_batch(part).to(backend.device)
+        out = training_step(backend.policy, reference, batch, config.objective)
+        share = batch.row_weight / global_weight
+        shares = out.loss_B * share
+        backend.backward(shares.sum(), last=number == len(parts))
+        losses.append(shares.detach())
+        for name, values in {"loss": out.loss_B.detach(), **out.metrics}.items():
+            totals[name] = totals.get(name, 0.0) + (values * share).sum()
+        totals["trunk_tokens"] = totals.get("trunk_tokens", 0.0) + torch.tensor(float((batch.side != -2).sum()))
+    names = sorted(totals)
+    means = backend.reduce(torch.stack([totals[n].cpu().double() for n in names]))
+    metrics = dict(zip(names, means.tolist(), strict=True))
+    asked, tokens = metrics.pop("due") > 0, metrics.pop("trunk_tokens")
+    lossless = not means.isfinite().all()
+    metrics["grad_norm"], metrics["lr"] = backend.step(skip=lossless)
+    metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
+    if not lossless and math.isfinite(metrics["grad_norm"]):
+        return StepResult(metrics, asked, False, [])
+    finite = torch.cat(losses).isfinite().tolist()
+    ids = [str(row["row_id"]) for part in parts for row in part]
+    bad = [row_id for row_id, good in zip(ids, finite, strict=True) if not (good and lossless)]
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return StepResult({**known, "skipped": 1.0}, asked, True, bad)
+
+
+def _not_finite(step: int, bad_rows: list[str], dropped: int) -> str:
+    ids = ", ".join(bad_rows[:8]) + (f" and {len(bad_rows) - 8} more" if len(bad_rows) > 8 else "")
+    where = f"rows of this rank: {ids}" if ids else "its rows are on another rank"
+    times = f"{dropped} times in a row" if dropped > 1 else f"at optimizer step {step}"
+    remedy = "lower train.lr, look at these rows, or set train.on_nonfinite = 'skip'"
+    return f"the loss or gradient is not finite {times}; {where}; {remedy if dropped == 1 else 'lower train.lr'}"

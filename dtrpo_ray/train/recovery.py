@@ -1,0 +1,262 @@
+"""What a rank does so that a run survives: choose a checkpoint, load it, save, notice a drain, never hang unseen.
+
+Called by the worker of `trainer`, on all ranks together where the docstring says "a collective". Folders and hashes
+are `checkpoint`'s, the engine's files `backend`'s.
+"""
+
+import faulthandler
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.collective import barrier, broadcast_from_rank_zero
+
+from dtrpo_ray.config.train import TrainConfig
+from dtrpo_ray.errors import CheckpointError
+from dtrpo_ray.metrics import EVENTS, append_event
+from dtrpo_ray.train import checkpoint
+from dtrpo_ray.train.backend import DeepSpeedBackend, to_universal, uses_bf16
+from dtrpo_ray.train.checkpoint import Place
+
+STACKS = "stacks"  # the folder of stack dumps in a stage's
+DRAIN_POLL_SECONDS = 2.0
+PRECISIONS = {False: "fp32", True: "bf16"}
+
+
+@contextmanager
+def watchdog(out: Path, rank: int, seconds: int) -> Iterator[Callable[[], None]]:
+    """Unless the yielded function is called every `seconds`, dump the stacks of all threads and end the process.
+
+    It is a C thread of Python's faulthandler, so it also fires while the interpreter lock is held. An attempt that ends
+    in another way leaves no file.
+    """
+    (out / STACKS).mkdir(exist_ok=True)
+    with (out / STACKS / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt").open("w") as file:
+
+        def alive() -> None:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+
+        alive()
+        try:
+            yield alive
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            Path(file.name).unlink(missing_ok=True)
+
+
+class Leaving:
+    """Whether a node is about to go. The question is a collective, so it is asked when rank 0's clock says so."""
+
+    def __init__(self, events: Path, rank: int) -> None:
+        self.events, self.rank, self.last, self.now = events, rank, time.monotonic(), False
+        self.seen: set[str] = set()
+
+    def due(self) -> bool:
+        return self.rank == 0 and time.monotonic() - self.last > DRAIN_POLL_SECONDS
+
+    def asked(self) -> bool:
+        """True once for each node that is drained: the checkpoint before it goes."""
+        self.last = time.monotonic()
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self.seen if info else set()
+        self.now = bool(new)
+        self.seen |= new
+        if new and info and self.rank == 0:
+            left = f"{info.deadline_ms / 1000 - time.time():.0f} s left" if info.deadline_ms else "no deadline"
+            message = f"node(s) of worker(s) {info.preempted_ranks} are being drained, {left}: checkpoint now"
+            append_event(self.events, "drain", message, nodes=sorted(new))
+        return self.now
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint that every rank has agreed on; `root` is the URI or path of its run."""
+
+    root: str
+    place: Place
+    facts: dict[str, Any]
+
+
+def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
+    """The newest checkpoint whose every byte verifies, each rank reading its share; others are skipped with a warning.
+
+    Unfinished ones are removed: who wrote them is dead. Where nothing verifies, OSError is raised if something could
+    not be read, and CheckpointError if there is a second root, of a run to go on from. A collective.
+    """
+    unread = ""
+    for root in roots:
+        filesystem, path = checkpoint.open_storage(root)
+        for place in broadcast_from_rank_zero(checkpoint.places(filesystem, path) if rank == 0 else None):
+            problem, facts = ("", ""), {}
+            try:
+                facts = checkpoint.verify(filesystem, place, rank, world)
+            except CheckpointError as error:
+                problem = ("broken", str(error))
+            except OSError as error:
+                problem = ("unread", f"{place.path}: cannot be read ({error})")
+            problems: list[Any] = [None] * world
+            torch.distributed.all_gather_object(problems, problem)
+            bad = sorted(kind_and_text for kind_and_text in problems if kind_and_text[0])
+            if not bad:
+                return Found(root, place, facts)
+            kind, text = bad[0]
+            unread = unread or (text if kind == "unread" else "")
+            if rank == 0:
+                message = f"skipped checkpoint {text}"
+                append_event(out / EVENTS, "skipped checkpoint", message, checkpoint=place.name)
+                if root == roots[0] and "never finished" in text:
+                    checkpoint.remove(filesystem, place)
+    if unread:
+        raise OSError(f"no checkpoint could be chosen: {unread}")
+    if len(roots) > 1:
+        raise CheckpointError(f"{roots[1]}: no checkpoint here verifies, so there is nothing to go on from")
+    return None
+
+
+def require_plan(found: Found | None, digest: str) -> None:
+    """Raise CheckpointError for a checkpoint whose rows were read by another plan: going on would repeat and skip."""
+    if found is None or "plan" not in found.facts:  # nothing to go on from, or written before there was one
+        return
+    plan = found.facts["plan"]
+    if plan["digest"] != digest:
+        raise CheckpointError(
+            f"{found.place.path}: its {sum(plan['consumed'])} rows were read in the order {plan['digest']}, this run's "
+            f"is {digest}: the table or the batches have changed; put the table back, or train anew with --fresh"
+        )
+
+
+def require_precision(found: Found | None, bf16: bool, out: Path, section: str) -> None:
+    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in files of its own.
+
+    `out` is the stage's folder, `section` its settings' name in the job.
+    """
+    was = found.facts.get("precision") if found else None
+    if found and was and was != PRECISIONS[bf16]:
+        raise CheckpointError(
+            f"{found.place.path}: was trained in {was}, this run's is {PRECISIONS[bf16]} (precision auto is bf16 on a "
+            f"GPU, fp32 without one); go on with dtrpo train JOB --resume {out} --set {section}.precision={was}, "
+            "or train anew with --fresh"
+        )
+
+
+def consumed(step: int, rows: int, config: TrainConfig) -> list[int]:
+    """Rows of each epoch of `rows` rows that the first `step` optimizer steps read."""
+    return [min(max(step * config.global_batch - epoch * rows, 0), rows) for epoch in range(config.num_epochs)]
+
+
+def attempt_number(root: str) -> int:
+    """One more than any attempt that has left a checkpoint here; 0 for the first. A collective."""
+    number = 0
+    if ray.train.get_context().get_world_rank() == 0:
+        filesystem, path = checkpoint.open_storage(root)
+        number = max((place.attempt + 1 for place in checkpoint.places(filesystem, path)), default=0)
+    return int(broadcast_from_rank_zero(number))
+
+
+def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_world: bool) -> int:
+    """Load the chosen checkpoint; returns its step. One rank of a node downloads, one rank of all converts."""
+    if found is None:
+        return 0
+    context = ray.train.get_context()
+    filesystem, _ = checkpoint.open_storage(found.root)
+    folder, scratch = Path(found.place.path), Path(tempfile.gettempdir()) / f"dtrpo-{found.place.name}-{out.name}"
+    if filesystem.type_name != "local":
+        folder = scratch
+        if context.get_local_rank() == 0:
+            checkpoint.download(filesystem, found.place.path, folder)
+        barrier()
+    universal = out / "universal"
+    if other_world:
+        if context.get_world_rank() == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+            to_universal(folder, universal)
+        barrier()
+        folder = universal
+    step = int(backend.load(folder)["step"])
+    barrier()
+    if context.get_local_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if context.get_world_rank() == 0:
+        shutil.rmtree(universal, ignore_errors=True)
+    return step
+
+
+class Saver:
+    """Writes checkpoints: the engine's files to local scratch, then the upload in Ray Train's background thread.
+
+    One upload at a time: the next save waits for it, so scratch holds one checkpoint and storage sets the pace.
+    """
+
+    def __init__(
+        self, backend: DeepSpeedBackend, config: TrainConfig, out: Path, settings: dict[str, Any], attempt: int
+    ) -> None:
+        self.backend, self.config, self.out, self.settings, self.attempt = backend, config, out, settings, attempt
+        self.rank = ray.train.get_context().get_world_rank()
+        self.world = ray.train.get_context().get_world_size()
+        self.filesystem, self.path = checkpoint.open_storage(settings["roots"][0])
+        self.metrics: dict[str, Any] = {}
+        self.uploaded = threading.Event()
+        self.uploaded.set()
+        self.prefix = f"dtrpo-{out.name}-rank-{self.rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, step: int, at_once: bool = False) -> None:
+        """Write the checkpoint of a step; `at_once` returns when it lies in storage."""
+        self.wait()
+        folder = Path(tempfile.mkdtemp(prefix=self.prefix))
+        self.backend.save(folder, {"step": step})
+        facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
+        facts["precision"] = PRECISIONS[uses_bf16(self.config.precision, self.backend.device)]
+        facts |= {name: self.settings[name] for name in ("label", "base", "identity", "config", "seed")}
+        plan = self.settings["plan"]
+        facts["plan"] = {"digest": plan["digest"], "consumed": consumed(step, plan["rows"], self.config)}
+        facts["metrics"] = self.metrics
+        self.uploaded.clear()
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=checkpoint.folder_name(step, self.attempt),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=lambda local, name: self._upload(Path(local.path), name, facts),
+            validation=self.config.validation is not None,
+        )
+        if at_once:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no upload is under way."""
+        self.uploaded.wait()
+
+    def _upload(self, folder: Path, name: str, facts: dict[str, Any]) -> Checkpoint:
+        path = f"{self.path}/{name}"
+        try:
+            checkpoint.write(folder, self.filesystem, path, self.rank, facts)
+            self._prune()
+        except OSError as error:
+            message = f"checkpoint {path} could not be written: {error}"
+            append_event(self.out / EVENTS, "storage error", message, rank=self.rank, step=facts["step"])
+            raise
+        finally:
+            self.uploaded.set()
+        return Checkpoint(path=path, filesystem=self.filesystem)
+
+    def _prune(self) -> None:
+        """By rank 0. What cannot be removed now is removed after the next checkpoint, and no reason to stop."""
+        if self.rank != 0:
+            return
+        keep, best = self.config.keep_checkpoints, self.config.keep_best
+        try:
+            checkpoint.prune(self.filesystem, self.path, keep, best, self.config.validation is not None)
+        except OSError as error:
+            message = f"old checkpoints in {self.path} could not be removed: {error}"
+            append_event(self.out / EVENTS, "storage error", message, rank=self.rank)

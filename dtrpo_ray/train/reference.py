@@ -1,0 +1,151 @@
+"""The reference's log-probabilities written beforehand: a Parquet file or folder keyed by what each value depends on.
+
+A value belongs to (row id, side, epoch), the seed of the draws, the reference's hash and its dtype. `draws` is a digest
+of the very states and tokens that were scored, so that another objective, table or code cannot pass unnoticed.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.method.batch import SIDES, Batch
+from dtrpo_ray.method.step import scored_logps
+from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.registry import load_model
+from dtrpo_ray.train.backend import uses_bf16
+
+Rows = Sequence[Mapping[str, Any]]
+Key = tuple[str, str, int]  # row id, side, epoch
+
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("side", pa.string()),
+        ("epoch", pa.int32()),
+        ("seed", pa.int64()),
+        ("reference", pa.string()),
+        ("draws", pa.string()),
+        ("logps", pa.list_(pa.float32())),
+    ],
+    metadata={"dtrpo.table": "reference/v1"},
+)
+REMEDY = "write it anew with dtrpo ref-logps"
+
+
+def reference_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """In which the policy computes too (`train.precision`); with another one equal models are not equal."""
+    return torch.bfloat16 if uses_bf16(precision, device) else torch.float32
+
+
+def load_reference(base: Path, precision: str, device: torch.device) -> DiffusionLM:
+    """The frozen reference."""
+    reference = load_model(base, reference_dtype(precision, device), str(device))
+    return reference.eval().requires_grad_(False)
+
+
+def reference_key(reference_hash: str, precision: str, device: torch.device) -> str:
+    """What a cache names its reference by: its hash and the dtype that it computed in."""
+    return f"{reference_hash} {str(reference_dtype(precision, device)).removeprefix('torch.')}"
+
+
+def reference_values(
+    reference: DiffusionLM,
+    rows: Rows,
+    to_batch: Callable[[Rows], Batch],
+    seed: int,
+    key: str,
+    device: torch.device,
+) -> pa.Table:
+    """The cache's rows, one for each side of each of these rows, from one no-grad forward on `device`; `key` is
+    `reference_key`."""
+    batch = to_batch(rows)
+    with torch.no_grad():
+        logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
+    made = [
+        {
+            "row_id": row_id,
+            "side": side,
+            "epoch": epoch,
+            "seed": seed,
+            "reference": key,
+            "draws": draws,
+            "logps": logps[where],
+        }
+        for (row_id, side, epoch), where, draws in _sides(batch, rows)
+    ]
+    return pa.Table.from_pylist(made, schema=SCHEMA)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCache:
+    """The log-probs of a cache by key, each with the digest of the draws they belong to."""
+
+    path: Path
+    values: dict[Key, tuple[str, np.ndarray]]
+
+    @classmethod
+    def load(cls, path: Path, seed: int, reference: str) -> "ReferenceCache":
+        """Read a cache. Raises DataError if it is missing, or of another seed or `reference_key`."""
+        try:
+            table = pq.read_table(sorted(path.glob("*.parquet")) if path.is_dir() else path)
+        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: no readable cache of reference log-probs ({error}); {REMEDY}") from None
+        if table.schema.names != SCHEMA.names:
+            raise DataError(f"{path}: columns {table.schema.names} are not those of a reference cache; {REMEDY}")
+        for name, wanted in (("seed", seed), ("reference", reference)):
+            found = table[name].unique().to_pylist()
+            if found != [wanted]:
+                raise DataError(f"{path}: {name} = {found[0] if found else None}, this run has {wanted}; {REMEDY}")
+        keys = zip(*(table[name].to_pylist() for name in ("row_id", "side", "epoch")), strict=True)
+        logps = table["logps"].combine_chunks()
+        ends = logps.offsets.to_numpy()
+        flat = logps.values.to_numpy(zero_copy_only=False)
+        values = [flat[a:b] for a, b in itertools.pairwise(ends)]
+        return cls(path, dict(zip(keys, zip(table["draws"].to_pylist(), values, strict=True), strict=True)))
+
+    def fill(self, batch: Batch, rows: Rows) -> Batch:
+        """The batch with its `ref_logp`. Raises DataError for a row that is missing or was scored at other states."""
+        ref_logp = torch.empty(len(batch.target))
+        for key, where, draws in _sides(batch, rows):
+            row_id, side, epoch = key
+            name = f"{self.path}: row {row_id}, {side}, epoch {epoch}"
+            if key not in self.values:
+                raise DataError(f"{name}: no reference log-probs here; {REMEDY}")
+            kept, logps = self.values[key]
+            if kept != draws:
+                raise DataError(
+                    f"{name}: written for draws {kept}, this run's are {draws}: the table or the objective has "
+                    f"changed; {REMEDY}"
+                )
+            ref_logp[where] = torch.from_numpy(logps.copy())
+        return replace(batch, ref_logp=ref_logp)
+
+
+def _sides(batch: Batch, rows: Rows) -> Iterable[tuple[Key, np.ndarray, str]]:
+    """(key, places in the scored tokens, digest of the draws) of each side of each row; packing does not enter."""
+    planes = {name: getattr(batch, name).numpy() for name in ("ids", "side", "stream", "pair")}
+    scored = {n: getattr(batch, n).numpy() for n in ("scored_row", "scored_col", "target", "weight", "nll_weight")}
+    slot, num_sides = batch.slot.numpy(), batch.tokens.shape[1]
+    for b, row in enumerate(rows):
+        for s in range(num_sides):
+            where = np.flatnonzero(slot == b * num_sides + s)
+            digest = hashlib.blake2b(digest_size=12)
+            if len(where):
+                r, column = (int(scored[name][where[0]]) for name in ("scored_row", "scored_col"))
+                pair = planes["pair"][r] == planes["pair"][r, column]
+                mine = pair & ((planes["side"][r] == s) | (planes["side"][r] == -1))
+                places = np.cumsum(mine)[scored["scored_col"][where]]
+                parts = (planes["ids"][r][mine], planes["stream"][r][mine], places)
+                values = (*parts, *(scored[name][where] for name in ("target", "weight", "nll_weight")))
+                for value in values:
+                    digest.update(np.ascontiguousarray(value).tobytes())
+            yield (str(row["row_id"]), SIDES[s], int(row["epoch"])), where, digest.hexdigest()

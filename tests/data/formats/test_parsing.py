@@ -1,0 +1,46 @@
+"""What parsers share: which errors refuse a row, and rows parted from refusals."""
+
+from typing import Any
+
+import pytest
+
+from dtrpo_ray.data.formats.parsing import Refusal, field, one_row, parted_batches, reference, text
+from dtrpo_ray.data.tables import Rejected
+from dtrpo_ray.errors import DataError
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), RecursionError("a"), OverflowError("a")])
+def test_what_no_check_foresaw_refuses_the_row(error: Exception) -> None:
+    with pytest.raises(Refusal) as caught, one_row():
+        raise error
+    assert caught.value.args == ("wrong type", f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("error", [DataError("the file"), Refusal("empty side", "chosen"), OSError("disk")])
+def test_what_is_not_of_the_row_passes(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, one_row():
+        raise error
+    assert caught.value is error
+
+
+def test_batches_of_rows_are_parted_in_order() -> None:
+    bad = [Rejected(f"f:{i}", "why", "") for i in range(2)]
+    rows: list[Any] = [1, bad[0], 2, 3, bad[1]]
+    assert list(parted_batches(iter(rows), 2)) == [([1], [bad[0]]), ([2, 3], []), ([], [bad[1]])]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(None, None), ("a", "a"), ([1, "b"], '[1, "b"]'), ({"x": None}, '{"x": null}')]
+)
+def test_a_reference_is_text_or_json(value: Any, found: str | None) -> None:
+    assert reference(value, "answer") == found
+
+
+def test_fields_are_there_and_are_text() -> None:
+    assert (field({"a": 0}, "a"), text("b", "b")) == (0, "b")
+    for use, reason in ((lambda: field({"a": None}, "a"), "missing field"), (lambda: text(5, "b"), "wrong type")):
+        with pytest.raises(Refusal) as caught:
+            use()
+        assert caught.value.args[0] == reason
+    with pytest.raises(Refusal, match="neither text nor JSON"):
+        reference({1, 2}, "answer")

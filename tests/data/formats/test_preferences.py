@@ -1,0 +1,358 @@
+"""Preference files -> pairs of text: every format, every refusal, pairing, and the counts of real files."""
+
+import gzip
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrpo_ray.data.formats import files
+from dtrpo_ray.data.formats.preferences import (
+    FORMATS,
+    PreferenceRow,
+    read_preferences,
+    read_shard,
+    recognise,
+    shards_of,
+)
+from dtrpo_ray.data.tables import write_quarantine
+from dtrpo_ray.errors import DataError
+
+Value = dict[str, Any]
+ASK = {"role": "user", "content": "Why?"}
+ASKED = [ASK]
+
+
+def turn(text: str, role: str = "assistant") -> Value:
+    return {"role": role, "content": text}
+
+
+def said(text: str, speaker: str = "gpt") -> Value:
+    return {"from": speaker, "value": text}
+
+
+def hh(*turns: str) -> str:
+    return "".join(
+        f"\n\n{name}: {text}" for name, text in zip(("Human", "Assistant") * len(turns), turns, strict=False)
+    )
+
+
+# Each format: its rows, and what they become.
+LAYOUTS: dict[str, tuple[Value, Any]] = {
+    "TRL text": ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?"),
+    "TRL messages": ({"prompt": ASKED, "chosen": [turn("So.")], "rejected": [turn("No.")]}, ASKED),
+    "TRL without a prompt": ({"chosen": [ASK, turn("So.")], "rejected": [ASK, turn("No.")]}, ASKED),
+    "HH-RLHF": ({"chosen": hh("Why?", "So."), "rejected": hh("Why?", "No.")}, ASKED),
+    "UltraFeedback": (
+        {"prompt": "Why?", "prompt_id": "7", "chosen": [ASK, turn("So.")], "rejected": [ASK, turn("No.")]}
+        | {"messages": [ASK, turn("So.")], "score_chosen": 8.0, "score_rejected": 3.0},
+        ASKED,
+    ),
+    "UltraFeedback, answers alone": ({"prompt": "Why?", "chosen": [turn("So.")], "rejected": [turn("No.")]}, ASKED),
+    "ShareGPT": ({"conversations": [said("Why?", "human")], "chosen": said("So."), "rejected": said("No.")}, ASKED),
+    "Alpaca": ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, ASKED),
+}
+TRL = LAYOUTS["TRL text"][0]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """The same rows as whatever kind of file the name asks for."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_format_in_every_kind_of_file_gives_the_same_pair(tmp_path: Path, layout: str, name: str) -> None:
+    row, prompt = LAYOUTS[layout]
+    path = write(tmp_path / name, [row, row])
+    expected = [PreferenceRow(prompt, "So.", "No.", f"{path}:{number}") for number in (1, 2)]
+    assert read_preferences(path) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (
+            {"chosen": hh("a", "b", "c", " So. "), "rejected": hh("a", "b", "c", "No.")},
+            [turn("a", "user"), turn("b"), turn("c", "user")],
+        ),
+        (
+            {"conversations": [said("Rules.", "system"), said("a", "human"), said("b"), said("c", "human")]}
+            | {"chosen": said("So."), "rejected": said("No.")},
+            [turn("Rules.", "system"), turn("a", "user"), turn("b"), turn("c", "user")],
+        ),
+        (
+            {"instruction": "c", "input": "d", "system": "Rules.", "history": [["a", "b"]], "chosen": "So."}
+            | {"rejected": "No."},
+            [turn("Rules.", "system"), turn("a", "user"), turn("b"), turn("c\nd", "user")],
+        ),
+    ],
+    ids=["HH-RLHF", "ShareGPT", "Alpaca"],
+)
+def test_a_longer_dialogue_keeps_its_turns(tmp_path: Path, row: Value, prompt: Any) -> None:
+    (pair,), rejected = read_preferences(write(tmp_path / "pairs.jsonl", [row]))
+    assert (pair.prompt, pair.chosen, pair.rejected, rejected) == (prompt, "So.", "No.", [])
+
+
+MESSAGES, GPT = LAYOUTS["TRL messages"][0], LAYOUTS["ShareGPT"][0]
+IMPLICIT, ULTRA, ALPACA = (LAYOUTS[name][0] for name in ("TRL without a prompt", "UltraFeedback", "Alpaca"))
+HH = LAYOUTS["HH-RLHF"][0]
+REFUSED: list[tuple[Value, Any, str, str]] = [
+    (TRL, {k: v for k, v in TRL.items() if k != "prompt"}, "missing field", "prompt"),
+    (TRL, TRL | {"rejected": None}, "missing field", "rejected"),
+    (TRL, [1, 2], "not an object", "the row is a JSON list"),
+    (TRL, TRL | {"chosen": 3}, "wrong type", "chosen is not a list of messages"),
+    (TRL, TRL | {"chosen": " \n"}, "empty side", "chosen has no text"),
+    (TRL, TRL | {"rejected": ""}, "empty side", "rejected has no text"),
+    (TRL, TRL | {"prompt": " "}, "empty prompt", "the prompt has no text"),
+    (TRL, TRL | {"rejected": "So. "}, "identical sides", "chosen and rejected are the same text"),
+    (TRL, TRL | {"chosen": "\ud83d"}, "bad UTF-8", "surrogates not allowed"),
+    (TRL, TRL | {"tools": [{"name": "search"}]}, "unsupported field", "tools belongs to the prompt"),
+    (MESSAGES, MESSAGES | {"prompt": []}, "empty prompt", "the prompt has no text"),
+    (MESSAGES, MESSAGES | {"prompt": [turn("x", "tool")]}, "unknown role", "'tool' in prompt; known are system"),
+    (MESSAGES, MESSAGES | {"prompt": ["x"]}, "wrong type", "prompt is not a list of messages"),
+    (MESSAGES, MESSAGES | {"prompt": [turn([], "user")]}, "wrong type", "prompt.content is a list, not text"),  # type: ignore[arg-type]
+    (MESSAGES, MESSAGES | {"chosen": [turn("So."), turn("!")]}, "no answer", "chosen must be one assistant turn"),
+    (MESSAGES, MESSAGES | {"chosen": [turn("So.", "user")]}, "no answer", "chosen must be one assistant turn"),
+    (MESSAGES, MESSAGES | {"chosen": [turn("x") | {"tool_calls": [1]}]}, "unsupported field", "tool_calls in chosen"),
+    (IMPLICIT, IMPLICIT | {"chosen": [turn("Who?", "user"), turn("So.")]}, "prompts differ", "before their last turn"),
+    (IMPLICIT, IMPLICIT | {"chosen": [ASK]}, "no answer", "chosen does not end in an assistant turn"),
+    (IMPLICIT, IMPLICIT | {"chosen": []}, "no answer", "chosen does not end in an assistant turn"),
+    (IMPLICIT, {"chosen": [turn("So.")], "rejected": [turn("No.")]}, "empty prompt", "the prompt has no text"),
+    (HH, HH | {"chosen": hh("Who?", "So.")}, "prompts differ", "before their last turn"),
+    (HH, HH | {"chosen": hh("Why?", "a", "b", "So.")}, "prompts differ", "before their last turn"),
+    (HH, HH | {"chosen": hh("Why?", "")}, "empty side", "chosen has no text"),
+    (HH, HH | {"rejected": hh("Why?")}, "no answer", "rejected does not end in an assistant turn"),
+    (HH, HH | {"chosen": "So."}, "not a dialogue", "chosen is text without a prompt"),
+    (ULTRA, ULTRA | {"prompt": "Who?"}, "prompts differ", "the prompt is not a user turn"),
+    (GPT, GPT | {"chosen": said("So.", "robot")}, "unknown role", "'robot' in chosen; known are system, human, gpt"),
+    (GPT, GPT | {"chosen": turn("So.")}, "unknown role", "'None' in chosen"),
+    (GPT, GPT | {"conversations": "Why?"}, "wrong type", "conversations is not a list of messages"),
+    (ALPACA, ALPACA | {"history": ["a"]}, "wrong type", "history is not a list of [question, answer]"),
+    (ALPACA, ALPACA | {"history": 5}, "wrong type", "history is not a list of [question, answer]"),
+    (ALPACA, ALPACA | {"instruction": "", "input": ""}, "empty prompt", "the prompt has no text"),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "reason", "detail"), REFUSED)
+def test_a_bad_row_is_refused_by_name_and_the_others_are_imported(
+    tmp_path: Path, good: Value, bad: Any, reason: str, detail: str
+) -> None:
+    path = write(tmp_path / "pairs.jsonl", [good, bad, good])
+    rows, rejected = read_preferences(path)
+    assert [row.origin for row in rows] == [f"{path}:1", f"{path}:3"]
+    assert [(r.origin, r.reason) for r in rejected] == [(f"{path}:2", reason)]
+    assert detail in rejected[0].detail
+
+
+def test_lines_that_cannot_be_decoded_spoil_themselves_alone(tmp_path: Path) -> None:
+    good = json.dumps(TRL).encode()
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b"\n".join([good, b"{", good.replace(b"So.", b"S\xff."), b"", b"[" * 10**5, good])
+    )
+    rows, rejected = read_preferences(path)
+    assert [row.origin for row in rows] == [f"{path}:1", f"{path}:6"]
+    found = [(r.origin, r.reason) for r in rejected]
+    assert found == [(f"{path}:2", "bad JSON"), (f"{path}:3", "bad UTF-8"), (f"{path}:5", "bad JSON")]
+
+
+def test_a_stray_byte_in_a_json_list_or_a_parquet_column_spoils_its_row_alone(tmp_path: Path) -> None:
+    listed = tmp_path / "pairs.json"
+    listed.write_bytes(json.dumps([TRL, TRL | {"chosen": "@"}]).encode().replace(b"@", b"\xff"))
+    table = pa.table({"prompt": ["Why?"] * 2, "chosen": _unchecked([b"So.", b"\xff"]), "rejected": ["No."] * 2})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    for path in (listed, tmp_path / "pairs.parquet"):
+        rows, rejected = read_preferences(path)
+        assert [row.origin for row in rows] == [f"{path}:1"]
+        assert [(r.origin, r.reason) for r in rejected] == [(f"{path}:2", "bad UTF-8")]
+
+
+def _unchecked(values: list[bytes]) -> pa.Array:
+    """A string array of bytes that are no UTF-8, as other writers make them."""
+    binary = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+columns = st.sampled_from(
+    ["prompt", "chosen", "rejected", "conversations", "instruction", "history", "system", "tools"]
+)
+
+
+@given(
+    st.lists(json_values | st.dictionaries(columns, json_values, max_size=6), max_size=8),
+    st.sampled_from(list(LAYOUTS)),
+)
+def test_whatever_the_rows_imported_and_rejected_add_up(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], layout: str
+) -> None:
+    path = write(tmp_path_factory.mktemp("any") / "pairs.jsonl", [LAYOUTS[layout][0], *values])
+    rows, rejected = read_preferences(path)
+    assert len(rows) + len(rejected) == 1 + len(values)
+    lines = sorted(int(item.origin.rsplit(":", 1)[1]) for item in [*rows, *rejected])
+    assert lines == list(range(1, len(values) + 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "kto.json",
+            b'[{"messages": []}]',
+            "no known format of preferences: messages; known are LLaMA",
+        ),
+        ("empty.jsonl", b"\n\n", r"no known format of preferences: none \(no row is a JSON object\)"),
+        (
+            "broken.json",
+            b'[{"prompt": ',
+            r"no JSON list of rows \(Expecting value\); rows one to a line belong in a .jsonl file",
+        ),
+        ("text.json", b'"x"', r"no JSON list of rows \(found str\); rows one"),
+        ("pairs.csv", b"prompt,chosen,rejected", r"unknown kind of file; expected a name ending in .json, .jsonl"),
+        ("pairs.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read .* fetch the file again"),
+        ("pairs.jsonl.gz", b"plain", "cannot be read"),
+        ("pairs.parquet", b"PAR1", "cannot be read"),
+        ("gone.jsonl", None, "cannot be read .*No such file"),
+    ],
+)
+def test_a_file_that_gives_no_rows_is_an_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_preferences(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_an_unknown_file_is_told_every_known_format(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_preferences(write(tmp_path / "pairs.parquet", [{"question": "a", "answer": "b"}]))
+    assert "answer, question" in str(caught.value)
+    assert all(form.name in str(caught.value) for form in FORMATS)
+
+
+def test_the_llama_factory_demo_imports_whole(shared_data: Path) -> None:
+    rows, rejected = read_preferences(shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json")
+    assert (len(rows), len(rejected)) == (300, 0)
+    assert Counter(len(row.prompt) for row in rows) == {1: 114, 2: 80, 3: 1, 5: 57, 7: 46, 9: 1, 13: 1}
+
+
+def test_hh_harmless_imports_but_for_nine_rows(shared_data: Path) -> None:
+    rows, rejected = read_preferences(shared_data / "hh_harmless_base_test" / "test.jsonl.gz")
+    assert (len(rows), len(rejected)) == (2303, 9)
+    assert len(rows) + len(rejected) == 2312
+    assert Counter(r.reason for r in rejected) == {"prompts differ": 5, "empty side": 4}
+    lines = [int(r.origin.rsplit(":", 1)[1]) for r in rejected]
+    assert lines == [87, 517, 926, 1104, 1255, 1689, 1951, 1953, 2037]
+
+
+def test_the_quarantine_names_each_row_once_and_quotes_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [TRL, TRL | {"chosen": "secret", "rejected": "secret"}, 5])
+    _, rejected = read_preferences(path)
+    write_quarantine(rejected, tmp_path / "quarantine.jsonl")
+    text = (tmp_path / "quarantine.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == [
+        {"origin": f"{path}:2", "reason": "identical sides", "detail": "chosen and rejected are the same text"},
+        {"origin": f"{path}:3", "reason": "not an object", "detail": "the row is a JSON int"},
+    ]
+    assert "secret" not in text
+
+
+def test_reading_files_needs_neither_torch_nor_ray_nor_transformers() -> None:
+    code = "import sys, dtrpo_ray.data.formats.responses; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+KTO: dict[str, tuple[Value, str, Any]] = {
+    "TRL unpaired": ({"prompt": "Why?", "completion": "So.", "label": True}, "completion", "Why?"),
+    "TRL unpaired messages": ({"prompt": ASKED, "completion": [turn("So.")], "label": True}, "completion", ASKED),
+    "messages": ({"messages": [ASK, turn("So.")], "label": True}, "messages", ASKED),
+    "ShareGPT KTO": ({"conversations": [said("Why?", "human"), said("So.")], "kto_tag": True}, "conversations", ASKED),
+    "Alpaca KTO": ({"instruction": "Why?", "output": "So.", "kto_tag": True}, "output", ASKED),
+}
+
+
+def answered(row: Value, column: str, text: str, good: bool) -> Value:
+    return {k: good if isinstance(v, bool) else v for k, v in row.items()} | {
+        column: json.loads(json.dumps(row[column]).replace("So.", text))
+    }
+
+
+@pytest.mark.parametrize("layout", KTO)
+def test_unpaired_answers_of_a_prompt_meet_in_order_and_the_rest_is_refused(tmp_path: Path, layout: str) -> None:
+    row, column, prompt = KTO[layout]
+    labels = [("a", True), ("b", True), ("x", False), ("c", True), ("y", False)]
+    path = write(tmp_path / "kto.jsonl", [answered(row, column, text, good) for text, good in labels])
+    rows, rejected = read_preferences(path)
+    assert rows == [
+        PreferenceRow(prompt, "a", "x", f"{path}:1", f"{path}:3"),
+        PreferenceRow(prompt, "b", "y", f"{path}:2", f"{path}:5"),
+    ]
+    assert [(r.origin, r.reason) for r in rejected] == [(f"{path}:4", "no partner")]
+    assert sum(len(r.origins) for r in rows) + len(rejected) == len(labels)
+
+
+def test_unpaired_answers_read_share_by_share_make_the_same_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is read several times, each time for a share of its prompts; a row without a prompt is in one."""
+    rows: list[Any] = [{"prompt": f"{i % 17}", "completion": f"{i}", "label": i % 3 == 0} for i in range(120)] + [
+        {"prompt": "x"},
+        "text",
+    ]
+    path = write(tmp_path / "kto.jsonl", rows)
+    pairs, refused = read_preferences(path)
+    monkeypatch.setattr(files, "SHARE_BYTES", path.stat().st_size // 5)
+    shards = shards_of(recognise(str(path)), str(path))
+    assert len(shards) == 6
+    assert [bool(list(read_shard(recognise(str(path)), shard))) for shard in shards] == [True] * 6
+    shared_pairs, shared_refused = read_preferences(path)
+    assert sorted(shared_pairs, key=str) == sorted(pairs, key=str)
+    assert sorted(shared_refused, key=str) == sorted(refused, key=str)
+    assert 2 * len(pairs) + len(refused) == 122
+
+
+def test_the_real_kto_file_has_one_prompt_with_both_labels(shared_data: Path) -> None:
+    rows, rejected = read_preferences(shared_data / "llamafactory_dpo_demo" / "kto_en_demo.json")
+    assert (len(rows), Counter(r.reason for r in rejected)) == (1, {"no partner": 298})
+    assert sum(len(r.origins) for r in rows) + len(rejected) == 300
+
+
+def test_texts_without_a_prompt_share_their_first_words() -> None:
+    rows = [{"chosen": "The sky is blue.", "rejected": "The sky is bright green."}]
+    (row,), rejected = _read(rows)
+    assert (row.prompt, row.chosen, row.rejected, rejected) == ("The sky is", " blue.", " bright green.", [])
+    _, (refused,) = _read([{"chosen": "Blue.", "rejected": "Green."}])
+    assert refused.reason == "no shared prompt"
+
+
+def _read(rows: list[Any]) -> Any:
+    with TemporaryDirectory() as folder:
+        return read_preferences(write(Path(folder) / "pairs.jsonl", rows))

@@ -1,0 +1,113 @@
+"""Files of prompts: columns, pairs, answers, refusals, and the counts of real files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrpo_ray.data.checking import check_data
+from dtrpo_ray.data.formats.batches import raw_rows
+from dtrpo_ray.data.formats.files import Shard
+from dtrpo_ray.data.formats.prompts import PromptRow, read_shard, recognise
+from dtrpo_ray.data.tables import Rejected
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.produce.scoring import Verifier
+
+ASK = [{"role": "user", "content": "Why?"}]
+
+
+def read(path: Path) -> list[PromptRow | Rejected]:
+    return list(read_shard(recognise(str(path)), Shard(str(path))))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"prompt": "Why?"}, "Why?", None),
+        ({"prompt": ASK, "answer": "So."}, ASK, "So."),
+        ({"question": "1+1?", "answer": "#### 2"}, "1+1?", "#### 2"),
+        ({"question": "Reach 3.", "ground_truth": [[1, 2], 3]}, "Reach 3.", "[[1, 2], 3]"),
+        ({"prompt": "Why?", "response": "So."}, "Why?", None),
+        ({"prompt": "Why?", "turns": 2, "answer": "So."}, "Why?", "So."),
+        ({"prompt": "Why?", "completion": "So.", "label": True}, "Why?", None),
+        ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?", None),
+        ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, ASK, None),
+    ],
+)
+def test_a_prompt_is_a_column_or_that_of_a_pair(tmp_path: Path, row: Any, prompt: Any, answer: str | None) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert read(tmp_path / "p.jsonl") == [PromptRow(f"{tmp_path}/p.jsonl:1", prompt, answer)]
+
+
+def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
+    rows: list[Any] = [{"prompt": "Why?"}, {"prompt": None}, {"prompt": " "}, {"prompt": [{"role": "cat"}]}, 7]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reasons = [row.reason for row in read(tmp_path / "p.jsonl") if isinstance(row, Rejected)]
+    assert reasons == ["missing field", "empty prompt", "unknown role", "not an object"]
+    (tmp_path / "p.jsonl").write_text('{"text": "Why?"}')
+    with pytest.raises(DataError, match=r"p\.jsonl: .* no known format of prompts, or of pairs: text; known are Hum"):
+        recognise(str(tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "count", "answered"),
+    [
+        ("gsm8k/test.jsonl", "question", 1319, 1319),
+        ("llamafactory_dpo_demo/dpo_en_demo.json", "LLaMA-Factory ranking, ShareGPT", 300, 0),
+        ("humaneval/HumanEval.jsonl.gz", "HumanEval", 164, 164),
+        ("mbpp/mbpp.jsonl", "MBPP", 974, 974),
+        ("ifeval/input_data.jsonl", "IFEval", 541, 541),
+        ("mt_bench_prompts/question.jsonl", "MT-bench", 80, 0),
+    ],
+)
+def test_real_files(shared_data: Path, file: str, name: str, count: int, answered: int) -> None:
+    rows = read(shared_data / file)
+    assert recognise(str(shared_data / file)).name == name
+    assert all(isinstance(row, PromptRow) for row in rows)
+    assert (len(rows), sum(row.answer is not None for row in rows if isinstance(row, PromptRow))) == (count, answered)
+
+
+def test_the_published_solutions_pass_the_published_tests(shared_data: Path) -> None:
+    """Prompts of HumanEval and MBPP with the answers that the importer makes, scored by python_tests."""
+    judge = Verifier("python_tests")
+    for file, solution in (("humaneval/HumanEval.jsonl.gz", "canonical_solution"), ("mbpp/mbpp.jsonl", "code")):
+        rows = read(shared_data / file)[:8]
+        shard = Shard(str(shared_data / file), rows=8)
+        solutions = [value[solution] for _, value in raw_rows(shard)][:8]
+        prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]  # type: ignore[union-attr]
+        assert judge(prompts, solutions, answers) == [1.0] * 8  # type: ignore[arg-type]
+        assert judge(prompts, ["pass"] * 8, answers) == [0.0] * 8  # type: ignore[arg-type]
+
+
+def test_a_task_with_tests_becomes_a_prompt_that_shows_them(tmp_path: Path) -> None:
+    for row in (
+        {"text": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"},
+        {"prompt": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": ["import math"]},
+        {"prompt": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": "import math"},
+    ):
+        (tmp_path / "p.json").write_text(json.dumps(row))  # a file of one row
+        answer = {"test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"}
+        prompt = "Add.\nThe code must pass these tests:\nassert add(1, 2) == 3"
+        assert read(tmp_path / "p.json") == [PromptRow(f"{tmp_path}/p.json:1", prompt, json.dumps(answer))]
+    for row in ({"text": "Add.", "test_list": "assert"}, {"text": 3, "test_list": ["assert"]}):
+        (tmp_path / "p.json").write_text(json.dumps(row))
+        assert [one.reason for one in read(tmp_path / "p.json") if isinstance(one, Rejected)] == ["wrong type"]
+
+
+def test_check_counts_prompts_as_a_job_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows: list[Any] = [{"question": "1+1?", "answer": "2"}, {"question": 3}, {"prompt": "no"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (report,) = check_data(str(file))
+    assert (report.table, report.totals) == (
+        "prompts, prompt",
+        {"rows": 3, "good": 1, "refused": {"missing field": 2}},
+    )
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")
+    names = [check_data(str(pairs), kind=kind)[0].table for kind in (None, "preferences", "prompts")]
+    assert names[0] == names[1]
+    assert names[2] == f"prompts, {names[1]}"
+    with pytest.raises(DataError, match=r"prompts\.jsonl: .*columns"):
+        check_data(str(file), kind="preferences")

@@ -1,0 +1,216 @@
+"""Files -> tables, part by part: counts that add up, duplicates across parts, buckets, and cuts at any point."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import feather
+
+from dtrpo_ray.config.task import PreferencesTask, TrajectoriesTask
+from dtrpo_ray.data import prepare, tables
+from dtrpo_ray.data.formats import files
+from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.tables import check_folder, read_manifest, read_table
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.models.tokenizer import character_tokenizer
+
+GRID: dict[str, Any] = {"block_size": 4, "block_origin": "global", "shift": 0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    character_tokenizer("0123456789").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """23 rows in parts of 5: row 7 is no JSON, 9 has a letter, 12 and 20 repeat row 1, 13 repeats row 2."""
+    monkeypatch.setattr(files, "SHARD_ROWS", 5)
+    rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i + 1), "rejected": "2"}) for i in range(23)]
+    rows[6], rows[8], rows[11], rows[19] = "{", rows[8].replace("11", "1x"), rows[0], rows[0]
+    rows[12] = rows[1]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def task(path: Path, **changes: Any) -> PreferencesTask:
+    return PreferencesTask.model_validate({"type": "preferences", "files": [str(path)], **changes})
+
+
+def imported(config: PreferencesTask | TrajectoriesTask, tokenizer: Path, out: Path, schema: Any) -> dict[str, Any]:
+    hashes = {file: f"hash of {file}" for file in config.files}
+    importer = prepare.Importer(prepare.ImportJob(config, tokenizer, GRID, hashes))
+    out.mkdir(exist_ok=True)
+    done = [importer(part, out) for part in prepare.import_parts(config)]
+    return prepare.finish_import(done, schema, out)
+
+
+def test_every_row_ends_in_one_place_and_the_counts_add_up(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table"
+    counts = imported(task(source), tokenizer, out, PREFERENCE)
+    refused = {"duplicate row": 3, "bad JSON": 1, "cannot be tokenized": 1}
+    assert counts == {"rows": 23, "good": 18, "refused": refused}
+    table = read_table(out, PREFERENCE)
+    lines = sorted(int(origin.rsplit(":", 1)[1]) for origin in table["origin"].to_pylist())
+    assert lines == [n for n in range(1, 24) if n not in (7, 9, 12, 13, 20)]
+    assert set(table["data_hash"].to_pylist()) == {f"hash of {source}"}
+    quarantine = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(int(row["origin"].rsplit(":", 1)[1]) for row in quarantine) == [7, 9, 12, 13, 20]
+    assert (read_manifest(out) or {})["counts"] == counts
+    assert check_folder(out, PREFERENCE).totals == {"rows": 18, "good": 18, "refused": {}}
+
+
+def test_rows_of_like_length_share_a_file(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    imported(task(source), tokenizer, tmp_path / "table", PREFERENCE)
+    for file in (tmp_path / "table").glob("part-*.parquet"):
+        bucket = int(file.stem.rsplit("-", 1)[1])
+        for row in pq.read_table(file).to_pylist():
+            tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            assert bucket // 2 < tokens <= bucket
+
+
+def dropping_once() -> Any:
+    """`prepare._drop` until the second share that has rows to go."""
+    real, dropped = prepare._drop, []
+
+    def drop(doomed: dict[str, Any], out: Path) -> None:
+        if doomed and dropped:
+            raise KeyboardInterrupt
+        dropped.extend(doomed)
+        real(doomed, out)
+
+    return drop
+
+
+@pytest.mark.parametrize("cut", ["nothing", "the last part", "two drops", "the duplicates", "the manifest"])
+@pytest.mark.parametrize("ids_at_once", [3, 2_000_000])
+def test_a_cut_off_import_ends_in_the_same_table(
+    source: Path, tokenizer: Path, tmp_path: Path, cut: str, ids_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are written again under the same names, and what was marked to go goes once, however the ids are shared."""
+    whole, out = tmp_path / "whole", tmp_path / "table"
+    counts = imported(task(source), tokenizer, whole, PREFERENCE)
+    monkeypatch.setattr(tables, "IDS_AT_ONCE", ids_at_once)
+    importer = prepare.Importer(prepare.ImportJob(task(source), tokenizer, GRID, {str(source): f"hash of {source}"}))
+    parts = prepare.import_parts(task(source))
+    assert len(parts) == 5
+    out.mkdir()
+    done = [importer(part, out) for part in parts]
+    if cut == "the last part":
+        done[-1] = importer(parts[-1], out)
+    if cut == "two drops":
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "_drop", dropping_once())
+            with suppress(KeyboardInterrupt):
+                prepare.finish_import(done, PREFERENCE, out)
+    if cut in ("the duplicates", "the manifest"):
+        prepare.finish_import(done, PREFERENCE, out)
+        (out / "manifest.json").unlink()
+    if cut == "the duplicates":  # one of two files was rewritten when it was cut: put the other back
+        fresh = tmp_path / "fresh"
+        fresh.mkdir()
+        importer(parts[3], fresh)
+        for file in fresh.glob("part-*.parquet"):
+            file.replace(out / file.name)
+    assert prepare.finish_import(done, PREFERENCE, out) == counts
+    assert read_table(out, PREFERENCE).equals(read_table(whole, PREFERENCE))
+    dropped = [bool(json.loads(file.read_text())) for file in out.glob("duplicates-*.json")]
+    assert (len(dropped), sum(dropped)) == ((7, 2) if ids_at_once == 3 else (1, 1))
+    assert (out / "quarantine.jsonl").read_text().count("duplicate row") == 3
+
+
+def test_strict_stops_at_the_first_bad_row_and_max_rows_reads_no_further(
+    source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"pairs\.jsonl:7: bad JSON: .* \(strict\)"):
+        imported(task(source, strict=True), tokenizer, tmp_path / "strict", PREFERENCE)
+    counts = imported(task(source, strict=True, max_rows=6), tokenizer, tmp_path / "six", PREFERENCE)
+    assert counts == {"rows": 6, "good": 6, "refused": {}}
+
+
+def test_responses_become_trajectories_and_unpaired_rows_count_two_to_a_pair(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text(json.dumps({"full_output": ["34", "5"], "step_map": [[1, 2], [1, 2, 3]], "prompt": "12"}) + "\n")
+    config = TrajectoriesTask.model_validate({"type": "trajectories", "files": [str(path)]})
+    counts = imported(config, tokenizer, tmp_path / "table", TRAJECTORY)
+    assert counts == {"rows": 2, "good": 1, "refused": {"lengths differ": 1}}
+    assert read_table(tmp_path / "table", TRAJECTORY)["steps"].to_pylist() == [[1, 2]]
+    path = tmp_path / "kto.jsonl"
+    rows = [{"prompt": "1", "completion": str(i), "label": i < 2} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = imported(task(path), tokenizer, tmp_path / "pairs", PREFERENCE)
+    assert counts == {"rows": 3, "good": 2, "refused": {"no partner": 1}}
+    counts = imported(task(path, max_rows=2), tokenizer, tmp_path / "two", PREFERENCE)  # both good: rows, not pairs
+    assert counts == {"rows": 2, "good": 0, "refused": {"no partner": 2}}
+
+
+def test_a_file_with_a_plus_in_its_name_is_counted_like_any_other(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a + b.jsonl"
+    pair = {"prompt": "1", "chosen": "2", "rejected": "3"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (pair, pair | {"prompt": "4"}, pair)))
+    counts = imported(task(path), tokenizer, tmp_path / "table", PREFERENCE)
+    assert counts == {"rows": 3, "good": 2, "refused": {"duplicate row": 1}}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet", "rows.arrow"])
+def test_max_rows_counts_rows_of_any_kind_of_file(tokenizer: Path, tmp_path: Path, name: str) -> None:
+    path, rows = tmp_path / name, [{"prompt": f"{i}", "chosen": "1", "rejected": "2"} for i in range(9)]
+    lines = "\n\n".join(json.dumps(row) for row in rows)  # blank lines are no rows
+    if name.endswith((".parquet", ".arrow")):
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, path) if name.endswith(".parquet") else feather.write_feather(table, path)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(json.dumps(rows) if name.endswith(".json") else lines)
+    config = PreferencesTask.model_validate({"type": "preferences", "files": [str(path)] * 2, "max_rows": 13})
+    counts = imported(config, tokenizer, tmp_path / "table", PREFERENCE)
+    assert counts == {"rows": 13, "good": 9, "refused": {"duplicate row": 4}}
+
+
+@pytest.mark.ray
+def test_ctrl_c_and_the_same_command_again_give_every_row_once(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i % 9 + 1), "rejected": "0"}) for i in range(40_000)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    job = tmp_path / "job.toml"
+    job.write_text(f"""
+        name = "cut"
+        storage = "{tmp_path / "runs"}"
+        task = {{type = "preferences", files = ["{tmp_path / "pairs.jsonl"}"]}}
+        model = {{tokenizer = "{tokenizer}", init = {{hidden_size = 16, num_layers = 1, num_heads = 1}}}}
+        train = {{objective = {{schedule = "random"}}}}
+        cluster = {{num_actors = 1}}
+    """)
+    command = [sys.executable, "-m", "dtrpo_ray", "prepare", str(job), "--json"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_take_ctrl_c)
+    while not (done := list(tmp_path.glob("runs/stages/pairs-*.partial/table/done/*.json"))) and first.poll() is None:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    assert "Traceback" not in first.communicate(timeout=60)[1]
+    assert first.returncode == 130
+    assert done
+    assert not list(tmp_path.glob("runs/stages/pairs-*/stage.json"))
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "part(s) were done before" in again.stderr
+    made = json.loads(again.stdout.splitlines()[-1])
+    assert made["summary"] == {"pairs": 40_000, "rows": 40_000, "good": 40_000, "refused": {}}
+    origins = read_table(Path(made["directory"]) / "table", PREFERENCE)["origin"].to_pylist()
+    assert sorted(int(origin.rsplit(":", 1)[1]) for origin in origins) == list(range(1, 40_001))
+
+
+def _take_ctrl_c() -> None:
+    """A shell that runs tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

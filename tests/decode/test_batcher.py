@@ -1,0 +1,117 @@
+"""batcher: one thread serves many, in order of arrival, and one failure ends nothing but what it met."""
+
+import threading
+import time
+from collections.abc import Callable
+from queue import Queue
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from dtrpo_ray.decode.batcher import Batcher
+from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.types import Event, Finished, SamplingParams
+from dtrpo_ray.models.sdar import SDAR
+
+MakeModel = Callable[..., SDAR]
+PARAMS = SamplingParams(14, 2, 0.8, ignore_eos=True)
+
+
+class Gated(SDAR):
+    """Each forward takes a permit; `fail` breaks the next one."""
+
+    permits: threading.Semaphore
+    fail: bool
+
+    def hidden(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.permits.acquire(timeout=30)
+        if self.fail:
+            self.fail = False
+            raise ValueError("broken")
+        return super().hidden(*args, **kwargs)
+
+
+@pytest.fixture
+def gated(tiny_config: dict[str, Any]) -> Gated:
+    model = Gated(dict(tiny_config)).eval().requires_grad_(False)
+    model.permits, model.fail = threading.Semaphore(0), False
+    return model
+
+
+class Inbox:
+    """What one request is told."""
+
+    def __init__(self) -> None:
+        self.queue: Queue[list[tuple[int, Event]] | Exception] = Queue()
+
+    def rest(self, rows: int) -> dict[int, list[int]]:
+        """Responses of all rows, once they have finished."""
+        done: dict[int, list[int]] = {}
+        while len(done) < rows:
+            events = self.queue.get(timeout=60)
+            assert not isinstance(events, Exception)
+            done |= {row: event.generation.ids for row, event in events if isinstance(event, Finished)}
+        return done
+
+
+def test_requests_of_many_threads_get_their_own_answers(tiny: SDAR) -> None:
+    batcher = Batcher(tiny, 3, 12)
+    inboxes = [Inbox() for _ in range(6)]
+    prompts = [[i, 2 * i, 3] for i in range(6)]
+
+    def submit(i: int) -> None:
+        batcher.submit([prompts[i]] * 2, PARAMS, [i, i + 50], inboxes[i].queue.put)
+
+    threads = [threading.Thread(target=submit, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for i, inbox in enumerate(inboxes):
+        expected = generate(tiny, [prompts[i]] * 2, PARAMS, [i, i + 50])
+        assert inbox.rest(2) == {row: g.ids for row, g in enumerate(expected)}
+    batcher.close()
+    batcher.thread.join(10)
+    assert not batcher.thread.is_alive()
+
+
+def test_a_cancelled_request_leaves_at_the_next_step(gated: Gated) -> None:
+    """One row decodes, another waits for its place; cancelled during a forward, the first gets no step after it."""
+    batcher = Batcher(gated, 1, 99)
+    first, second = Inbox(), Inbox()
+    ticket = batcher.submit([[1, 2]], PARAMS, [0], first.queue.put)
+    batcher.submit([[3]], SamplingParams(3, 1, ignore_eos=True), [0], second.queue.put)
+    gated.permits.release()
+    while not batcher.counters.denoising_steps:
+        time.sleep(0.01)
+    batcher.cancel(ticket)
+    for _ in range(2):  # the forward that may have begun, and the other's only one
+        gated.permits.release()
+    assert list(second.rest(1)) == [0]
+    assert batcher.counters.denoising_steps <= 3
+    batcher.close()
+
+
+def test_a_failure_is_told_and_the_thread_lives_on(gated: Gated) -> None:
+    batcher = Batcher(gated, 4, 99)
+    gated.fail = True
+    gated.permits.release(99)
+    inbox = Inbox()
+    batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+    assert isinstance(inbox.queue.get(timeout=30), ValueError)
+    batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+    assert list(inbox.rest(1)) == [0]
+    batcher.close()
+
+
+def test_a_request_on_its_way_to_a_closed_batcher_is_answered(tiny: SDAR) -> None:
+    """A swap closes the old model's batcher while a request for it may still be read."""
+    batcher = Batcher(tiny, 4, 99)
+    for _ in range(2):
+        batcher.close()
+        batcher.thread.join(10)
+        assert not batcher.thread.is_alive()
+        inbox = Inbox()
+        batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+        assert list(inbox.rest(1)) == [0]
+    batcher.thread.join(10)
+    assert not batcher.thread.is_alive()

@@ -1,0 +1,55 @@
+"""answers: pieces add up to the text, tokens go with their text, and nothing is taken back."""
+
+from typing import Any
+
+import pytest
+
+from dtrpo_ray.decode.engine import Engine
+from dtrpo_ray.decode.types import Committed, SamplingParams
+from dtrpo_ray.serve.answers import Choice, Piece
+from tests.serve.test_app import make_engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+def tell(engine: Engine, blocks: list[list[int]], stop: list[str], **params: Any) -> tuple[Choice, list[Piece]]:
+    """A choice that is given blocks of ids, a character each, until it ends; and its pieces."""
+    choice = Choice(engine, [], SamplingParams(params.pop("most", 12), 1, **params), 0, stop, 0)
+    pieces = []
+    for ids in blocks:
+        if not choice.finish_reason:
+            pieces.append(choice.add(Committed(ids, [0] * len(ids), [-float(token) for token in ids], {})))
+    return choice, [piece for piece in pieces if piece]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "stop", "texts", "reason"),
+    [
+        ([[0, 1, 2, 3], [4, 0, 1, 2]], ["34"], ["012", ""], "stop"),  # across the blocks
+        ([[0, 1, 2, 3], [3, 0, 1, 2], [0, 0, 0, 0]], ["34"], ["012", "33012", "0000"], "length"),  # it never came
+        (
+            [[0, 1, 2, 3], [4, 0, 1, 2], [0, 0, 0, 0]],
+            ["2341"],
+            ["01", "23401", "20000"],
+            "length",
+        ),  # let go, held again
+        ([[0, 1, 2, 3], [4, 0, 1, 2]], ["12", "0123"], [""], "stop"),  # the earliest of two
+        ([[0, 1, 5, 3]], [], ["01"], "stop"),  # the end of sequence
+        ([[0, 1, 2, 3], [4, 0, 1, 2], [0, 1, 2, 3]], [], ["0123", "4012", "0123"], "length"),
+    ],
+    ids=str,
+)
+def test_tokens_go_with_their_text(
+    engine: Engine, blocks: list[list[int]], stop: list[str], texts: list[str], reason: str
+) -> None:
+    choice, pieces = tell(engine, blocks, stop)
+    assert ["".join(token.text for token in piece.tokens) for piece in pieces] == [piece.text for piece in pieces]
+    assert [token for piece in pieces for token in piece.tokens] == choice.tokens
+    assert [token.offset for token in choice.tokens] == list(range(len(choice.text)))
+    assert [token.logp for token in choice.tokens] == [-float(token) for token in choice.text]
+    assert ([piece.finish_reason for piece in pieces][-1], choice.finish_reason) == (reason, reason)
+    assert [piece.text for piece in pieces] == texts
+    assert "".join(texts) == choice.text

@@ -1,0 +1,145 @@
+"""Request schemas: what clients send is taken, what would change an answer's meaning is refused by name."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dtrpo_ray.serve.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionRequest, TokenizeRequest
+
+TURN = [{"role": "user", "content": "hi"}]
+
+REFUSED: list[tuple[str, Any]] = [
+    ("echo", True),
+    ("best_of", 2),
+    ("logit_bias", {"5": 1}),
+    ("suffix", "end"),
+    ("min_p", 0.1),
+    ("frequency_penalty", 0.5),
+    ("presence_penalty", -1),
+    ("repetition_penalty", 1.2),
+    ("min_tokens", 3),
+    ("response_format", {"type": "json_object"}),
+    ("tools", [{"type": "function"}]),
+    ("functions", [{}]),
+]
+
+NEUTRAL: list[tuple[str, Any]] = [
+    ("stream", False),
+    ("echo", False),
+    ("logprobs", False),
+    ("top_logprobs", 0),
+    ("best_of", 1),
+    ("logit_bias", {}),
+    ("suffix", ""),
+    ("top_p", 1),
+    ("top_p", 1.0),
+    ("frequency_penalty", 0.0),
+    ("response_format", {"type": "text"}),
+    ("tools", []),
+    ("remasking", "low_confidence"),
+]
+
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    ("max_tokens", 0),
+    ("max_tokens", "16"),
+    ("max_tokens", 1.5),
+    ("temperature", -0.1),
+    ("temperature", 2.1),
+    ("temperature", float("nan")),
+    ("seed", 2**63),
+    ("seed", 0.5),
+    ("n", 0),
+    ("n", MAX_CHOICES + 1),
+    ("n", True),
+    ("stop", ""),
+    ("stop", ["a", 1]),
+    ("stop", ["x"] * 17),
+    ("steps", 0),
+    ("threshold", 0.0),
+    ("threshold", 1.0),
+    ("return_trajectory", "yes"),
+    ("prompt", []),
+    ("prompt", 3),
+    ("prompt", [[1, -2]]),
+    ("prompt", [[]]),
+    ("prompt", [1, True]),
+    ("prompt", [1, "a"]),
+    ("logprobs", 21),
+    ("logprobs", True),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("remasking", "random"),
+    ("tokens_per_step", 0),
+    ("entropy_bound", -1.0),
+    ("stop_token_ids", [-1]),
+    ("stream", 1),
+    ("prompt", ["a"] * (MAX_CHOICES + 1)),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED)
+@pytest.mark.parametrize("request_type", [CompletionRequest, ChatRequest])
+def test_refuses_by_name_what_it_cannot_honour(request_type: Any, field: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        request_type.model_validate({"prompt": "a", "messages": TURN, field: value})
+    (problem,) = caught.value.errors()
+    assert (problem["type"], problem["loc"]) == (UNSUPPORTED, (field,))
+
+
+@pytest.mark.parametrize(("field", "value"), NEUTRAL)
+def test_takes_values_that_ask_for_nothing(field: str, value: object) -> None:
+    assert CompletionRequest.model_validate({"prompt": "a", field: value}).prompt == ["a"]
+
+
+@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE)
+def test_refuses_values_out_of_range(field: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"prompt": "a", field: value})
+    assert caught.value.errors()[0]["loc"][0] == field
+
+
+def test_defaults_are_openais() -> None:
+    request = CompletionRequest.model_validate({"prompt": "a"})
+    assert (request.max_tokens, request.temperature, request.n, request.stop) == (16, 1.0, 1, [])
+
+
+def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
+    fields = ("model", "temperature", "seed", "n", "stop", "steps", "threshold", "max_tokens", "stream", "logprobs")
+    nulls = dict.fromkeys(fields)
+    with_nulls = CompletionRequest.model_validate({"prompt": "a", "user": "x", "store": True, **nulls})
+    assert with_nulls == CompletionRequest.model_validate({"prompt": "a"})
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    one = CompletionRequest.model_validate({"prompt": "a", "stop": "x"})
+    assert one == CompletionRequest.model_validate({"prompt": ["a"], "stop": ["x"]})
+
+
+@pytest.mark.parametrize("extra", [{"steps": 2, "threshold": 0.9}, {"prompt": ["a"] * 9, "n": 8}])
+def test_refuses_fields_that_do_not_fit_together(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"exclude|exceed"):
+        CompletionRequest.model_validate({"prompt": "a", **extra})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "hi", [{"role": "user"}], [{"role": "robot", "content": "a"}], [{"role": "user", "content": [1]}]],
+)
+def test_refuses_messages_of_another_shape(messages: object) -> None:
+    with pytest.raises(ValidationError, match="messages"):
+        ChatRequest.model_validate({"messages": messages})
+
+
+def test_the_specification_says_what_is_refused() -> None:
+    """A field that is not served has its neutral values and null, all of which are taken, and no other."""
+    for request_type in (CompletionRequest, ChatRequest):
+        fields = request_type.model_json_schema()["properties"]
+        for name, value in REFUSED:
+            assert value not in fields[name]["enum"]
+            assert None in fields[name]["enum"]
+            for neutral in fields[name]["enum"]:
+                request_type.model_validate({"prompt": "a", "messages": TURN, name: neutral})
+    (prompt, messages) = TokenizeRequest.model_json_schema()["oneOf"]
+    assert (prompt["required"], messages["required"]) == (["prompt"], ["messages"])
