@@ -13,11 +13,12 @@ JOB ?= jobs/demo.toml
 demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
 
-# one after the other: side by side on two cores they take longer than that
+# one group after the other: side by side on two cores they take longer than that
 test: test-core test-ray
 
+# a file is one worker's, so that what its tests share is made once; a thread of torch each
 test-core: $(DEV)
-	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray" --durations=10
+	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --durations=20
 
 # -v: a test that hangs is named by the last line; a timeout ends the run there, with the stacks of all threads
 test-ray: $(DEV)

@@ -28,15 +28,21 @@ settings.load_profile("suite")
 BLOCK, VOCAB, EOS, MASK = 4, 23, 21, 22
 
 MakeModel = Callable[..., SDAR]
-RAY = {"test_dataset", "test_parts", "test_recovery", "test_river", "test_server", "test_submit", "test_trainer"}
-RAY |= {"test_data", "test_vllm"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray, for `make test`: one cluster at a time, and the other tests beside it."""
+    """Mark the tests of the shared Ray session, and run them before those that start a Ray of their own.
+
+    A test that starts Ray otherwise, as a command or a cluster, has the marker `ray` in its file.
+    """
     for item in items:
-        if item.path.stem in RAY:
+        if uses_shared_ray(item):
             item.add_marker("ray")
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None and not uses_shared_ray(item))
+
+
+def uses_shared_ray(item: pytest.Item) -> bool:
+    return "local_ray" in getattr(item, "fixturenames", ())
 
 
 class ExactSDAR(SDAR):
@@ -164,11 +170,22 @@ def remote(request: pytest.FixtureRequest) -> str:
     return found
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One Ray session on loopback, as a command would start it; tests that start their own do not use it."""
+@pytest.fixture(scope="session")
+def local_ray(bucket: str) -> Iterator[None]:
+    """One Ray session on loopback, as a command would start it, for all tests that can share it.
+
+    Its processes inherit the environment of this moment, so the bucket must be there first.
+    """
     from dtrpo_ray.config.cluster import ClusterConfig
     from dtrpo_ray.session import ray_session
 
     with ray_session(ClusterConfig()):
         yield
+
+
+@pytest.fixture(scope="module")
+def no_shared_ray() -> None:
+    """End the shared Ray session, for modules that start a Ray of their own."""
+    import ray
+
+    ray.shutdown()

@@ -31,9 +31,6 @@ STACK = {"ray": "2.60.0", "deepspeed": "0.19.8", "torch": "2.13.0", "transformer
 
 Config = dict[str, Any]
 
-# Ray's own pydantic models, met where it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
-
 
 def launcher(name: str) -> Config:
     return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())

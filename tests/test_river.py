@@ -30,6 +30,8 @@ from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.metrics import read_metrics
 from dtrpo_ray.models.registry import load_model
 
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_shared_ray")]
+
 SMALL = [
     "rounds=1",
     "sft.num_examples=17920", "sft.global_batch=128", "sft.micro_batch=64",

@@ -24,6 +24,8 @@ from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from tests.test_river import SMALL
 
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_shared_ray")]
+
 START_SECONDS = 90
 
 

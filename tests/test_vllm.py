@@ -36,9 +36,13 @@ from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
 from dtrpo_ray.serve.app import create_app
 from dtrpo_ray.stages import Store
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; .ci/run makes an environment that has it"
-)
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed; .ci/run makes an environment that has it",
+    ),
+]
 
 ENGINE = {"enforce_eager": True, "dtype": "float32", "max_model_len": 1024}
 SAMPLES = 4

@@ -10,6 +10,7 @@ from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import read_table
 
 
+@pytest.mark.ray
 def test_memory_is_of_the_session_and_the_page_tells_all(tmp_path: Path) -> None:
     peaks = data.memory_in_a_process(80, 0.02)
     assert [row["pipeline"] for row in peaks] == ["prepare", "score", "pair"]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch._subclasses import FakeTensor
 
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.models.base import DiffusionLM
@@ -241,15 +242,24 @@ TAKEN: dict[str, dict[str, Any]] = {
 }
 
 
+def live_tensors() -> dict[int, torch.Tensor]:
+    """Map storage addresses to the tensors that live in this process.
+
+    The process is a fork of the test session, so the fake tensors of other tests' compilations live in it too.
+    """
+    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor)]
+    return {t.untyped_storage().data_ptr(): t for t in found}
+
+
 def taken(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
     """Bytes of all tensors that live after a step, and of the checkpoint, for a model of 0.7 M parameters."""
     seen: dict[str, Any] = {}
     for name, changes in TAKEN.items():
         gc.collect()
-        before = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+        before = live_tensors()
         run = Run({**settings, **BIG}, config(**changes), rank, world, dropout=0.0).go(0, end=1)
         gc.collect()
-        live = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+        live = live_tensors()
         run.backend.save(folder / f"taken-{name}", {"step": 1})
         torch.distributed.barrier()
         files = [f for f in (folder / f"taken-{name}").rglob("*") if f.is_file()]
@@ -260,7 +270,7 @@ def taken(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict
             "count": sum(size for size, _ in sizes),
             "trained": sum(size for size, trained in sizes if trained),
         }
-        del run, live
+        del run, live, before
     return seen
 
 

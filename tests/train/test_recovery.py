@@ -303,7 +303,7 @@ LONG = CONFIG.model_copy(update={"num_epochs": 6, "save_every": 1000, "lr": 1e-3
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def nodes(no_shared_ray: None) -> Iterator[Cluster]:
     """A head without CPUs and three nodes of one worker each."""
     env = {
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
@@ -406,6 +406,7 @@ def farthest(stage: trainer.TrainStage, theirs: dict[str, torch.Tensor]) -> floa
     return max(float((value - theirs[name]).abs().max()) for name, value in ours)
 
 
+@pytest.mark.ray
 def test_a_lost_node_with_a_fixed_number_of_workers_gives_way_to_a_spare_one(
     nodes: Cluster, tmp_path: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +432,7 @@ def test_a_lost_node_with_a_fixed_number_of_workers_gives_way_to_a_spare_one(
     assert farthest(stage, straight_weights(tmp_path / "base", tmp_path / "table", config)) < 1e-4
 
 
+@pytest.mark.ray
 def test_a_drained_node_and_a_lost_one(
     nodes: Cluster, tmp_path: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

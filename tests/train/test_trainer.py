@@ -53,12 +53,6 @@ def write_table(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def object_store(bucket: str) -> str:
-    """There before Ray is, whose processes find it in their environment."""
-    return bucket
-
-
 @pytest.fixture(scope="module")
 def make_stage(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Callable[..., trainer.TrainStage]:
     """A stage of a new folder, of the same model and table."""
@@ -289,13 +283,13 @@ def noting(folder: str, settings: dict[str, Any]) -> None:
 
 
 def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
-    local_ray: None, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object_store: str
+    local_ray: None, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
 ) -> None:
     """15 pairs, two epochs; killed with two workers, gone on with by one. The rows are those that reached the loss.
 
     The checkpoints lie in an object store.
     """
-    root = f"{object_store}/checkpoints"
+    root = f"{bucket}/checkpoints"
     stage, notes = make_stage("ledger"), tmp_path / "notes"
     notes.mkdir()
     pairs = pq.read_table(stage.table).slice(0, 15)

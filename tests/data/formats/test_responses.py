@@ -229,14 +229,13 @@ def test_what_no_check_foresaw_refuses_its_row_alone(tmp_path: Path) -> None:
 
 
 def test_the_page_on_data_lists_every_reason() -> None:
-    root = ROOT
-    table = (root / "docs" / "data.md").read_text().split("| reason |")[1].split("\n## ")[0]
+    table = (ROOT / "docs" / "data.md").read_text().split("| reason |")[1].split("\n## ")[0]
     first = "\n".join(line.split(" | ")[0] for line in table.splitlines() if line[:3] == "| `")
     listed = set(re.findall(r"`([\w\- ]+)`", first))
-    package = root / "dtrpo_ray"
+    package = ROOT / "dtrpo_ray"
     sources = [
-        *(package / "importers").glob("*.py"),
-        *(package / f"{name}.py" for name in ("prepare", "drafts", "rollout")),
+        *(package / "data" / "formats").glob("*.py"),
+        *(package / f"{name}.py" for name in ("data/prepare", "produce/drafts", "produce/rollout")),
     ]
     used = {
         r
