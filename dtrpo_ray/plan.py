@@ -102,7 +102,7 @@ def plan(job: Job) -> dict[str, Any]:
     rows = None
     if job.rollout and prompts:  # pairs are made within a setting
         rows = prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
-    bounds = (Shape.of(job), *row_bounds(job, job.train.objective.type != "sft"))
+    bounds = (Shape.of(job), *row_bounds(job, job.train.objective.is_preference))
     stages["train"] = {**training(job.train, workers, count, rows, bounds), "rounds": job.rounds}
     stages["train"] |= measured(job.storage, "train-1", job.train, stages["train"]["optimizer_steps"])
     if rows is not None:
@@ -200,7 +200,7 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int,
     """
     width = BYTES_BF16 if bf16 else BYTES_FP32
     stage = config.zero_stage
-    held = config.objective.type != "sft" and config.reference == "frozen" and config.lora is None
+    held = config.runs_reference and config.lora is None
     own_weights = stage > 0 or bf16
     return {
         "weights": count * width // (num_workers if stage == 3 else 1),
@@ -242,7 +242,8 @@ def training(
 
     Memory is of one worker, in bytes, with bf16 as on a GPU if the precision is "auto".
     """
-    frozen, bf16 = config.objective.type != "sft" and config.reference == "frozen", config.precision != "fp32"
+    bf16 = config.precision != "fp32"
+    forwards = 1 + config.runs_reference + config.objective.orders_by_reference
     micro = min(config.micro_batch, config.rows_per_rank(num_workers))
     if bounds and config.micro_tokens:  # of the longest pairs
         fits = [
@@ -251,7 +252,6 @@ def training(
             if math.prod(packed_rows(n, bounds[1], config.row_tokens)) <= config.micro_tokens
         ]
         micro = max(fits, default=1)
-    ordered = config.objective.type == "dtrpo" and config.objective.schedule == "confidence"  # by a forward of its own
     accumulation = -(-config.rows_per_rank(num_workers) // micro)
     steps = None if rows is None else -(-rows * config.num_epochs // config.global_batch)
     if config.max_steps:
@@ -273,7 +273,7 @@ def training(
         "micro_batch": micro,
         "accumulation": accumulation,
         "num_workers": num_workers,
-        "forwards_per_optimizer_step": accumulation * num_workers * (1 + frozen + ordered),
+        "forwards_per_optimizer_step": accumulation * num_workers * forwards,
         "optimizer_steps": steps,
         "zero_stage": config.zero_stage,
         "precision": "bf16" if bf16 else "fp32",

@@ -55,7 +55,7 @@ class Job(Section):
                 raise ValueError(f"task.type = {self.task.type!r} decodes its own prompts: remove [drafts]")
         else:
             self._fits_files()
-        if self.sft and self.sft.objective.type != "sft":
+        if self.sft and self.sft.objective.is_preference:
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:
             raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")
@@ -93,7 +93,7 @@ class Job(Section):
             return
         if self.score and self.task.type == "preferences":
             raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
-        if self.train.objective.type == "dtrpo" and self.train.objective.schedule == "recorded":
+        if self.train.objective.needs_recorded_steps:
             raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")
 
     def _fits_prompts(self, longest: int) -> None:

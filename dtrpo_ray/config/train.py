@@ -35,11 +35,31 @@ class Objective(Section):
     first_token: Literal["clean", "noisy"] = "clean"
     """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
 
+    @property
+    def is_preference(self) -> bool:
+        """Whether both sides of a pair are read and compared with a reference model."""
+        return self.type != "sft"
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether the states are those of denoising steps, recorded or made up by `schedule`."""
+        return self.type == "dtrpo"
+
+    @property
+    def needs_recorded_steps(self) -> bool:
+        """Whether each row must bring the denoising steps of its responses."""
+        return self.follows_steps and self.schedule == "recorded"
+
+    @property
+    def orders_by_reference(self) -> bool:
+        """Whether the reference's confidence orders the tokens, which takes a forward of its own."""
+        return self.follows_steps and self.schedule == "confidence"
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Objective":
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to loss_type = 'sigmoid' (cDPO); IPO has none")
-        if self.num_draws == "all" and self.type != "dtrpo":
+        if self.num_draws == "all" and not self.follows_steps:
             raise ValueError(f"num_draws = 'all' takes the steps of a trajectory, which {self.type} lacks")
         return self
 
@@ -118,7 +138,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _cache_of_a_reference(self) -> "TrainConfig":
-        if self.reference == "cache" and self.objective.type == "sft":
+        if self.reference == "cache" and not self.objective.is_preference:
             raise ValueError("reference = 'cache': the objective sft has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
             raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
@@ -129,6 +149,11 @@ class TrainConfig(Section):
         if self.keep_best == "accuracy" and self.validation is None:
             raise ValueError("keep_best = 'accuracy' is measured by validation: add that section")
         return self
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether each step runs a frozen reference beside the policy."""
+        return self.objective.is_preference and self.reference == "frozen"
 
     def rows_per_rank(self, num_workers: int) -> int:
         """Rows of one optimizer step on one rank; where it does not divide, the last ranks are filled with weight 0."""

@@ -144,7 +144,7 @@ def build_batch(
             'train.objective.first_token = "noisy" is about models that read a token from the one before it, block by '
             f"block; this one does not (shift = {shift}, attention = {attention!r}): leave it at 'clean'"
         )
-    sides = SIDES[: 1 if objective.type == "sft" else 2]
+    sides = SIDES[: 2 if objective.is_preference else 1]
     packed, scored = [], []
     for row in rows:
         drawn = [_draw(row, side, objective, layout, seed, whole=_reads_all(objective, side)) for side in sides]
@@ -158,7 +158,7 @@ def build_batch(
 
 def _reads_all(objective: Objective, side: str) -> bool:
     """Whether every hidden token of the side is scored, for a likelihood; else the newly unmasked ones only."""
-    return side == "chosen" and (objective.type != "dtrpo" or objective.rpo_alpha > 0)
+    return side == "chosen" and (not objective.follows_steps or objective.rpo_alpha > 0)
 
 
 def _draw(
@@ -203,8 +203,8 @@ def _states(
     whole = [slice(0, length)]  # one state shows the whole response to a full-attention model: its only block
     full = layout.attention == "full"
     # as its decoder does; sft must learn the first tokens too
-    given = first if layout.shift and not full and objective.type != "sft" else None
-    if objective.type != "dtrpo":
+    given = first if layout.shift and not full and objective.is_preference else None
+    if not objective.follows_steps:
         assert objective.num_draws != "all"
         states = sample_elbo_states(length, whole if full else blocks, rng, objective.num_draws, given)
         return states, np.zeros(length, dtype=bool) if given is None else given
@@ -277,7 +277,7 @@ def _distinct(tokens: _Scored) -> int:
 def packed_tokens(row: Mapping[str, Any], objective: Objective, attention: str) -> int:
     """Tokens that a pair takes of a packed row, at most (see `attention.pack_row` and `attention.pack_whole`)."""
     prompt, tokens = len(row["prompt_ids"]), 0
-    for side in SIDES[: 1 if objective.type == "sft" else 2]:
+    for side in SIDES[: 2 if objective.is_preference else 1]:
         response, draws = len(row[f"{side}_ids"]), objective.num_draws
         if draws == "all":  # a version for each step of the block that has most
             recorded = row.get(f"{side}_steps") if objective.schedule == "recorded" else None

@@ -76,7 +76,7 @@ def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Bat
     logp_N = scored_logps(policy, batch, inputs)
     nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
     common = {"scored_tokens": batch.scored.sum(1), "scored_fraction": batch.scored.sum(1) / batch.tokens.sum(1)}
-    if objective.type == "sft":
+    if not objective.is_preference:
         return LossOutput(nll_PS[:, 0], {"nll": nll_PS[:, 0].detach(), **common})
     ref_logp_N = batch.ref_logp
     if ref_logp_N is None:

@@ -37,7 +37,7 @@ def collate(
     layout, objective = asdict(Layout.of(model)), config.objective
 
     def to_batch(rows: Rows) -> Batch:
-        if objective.schedule == "confidence" and objective.type == "dtrpo":
+        if objective.orders_by_reference:
             if reference is None:
                 raise TrainError('train.objective.schedule = "confidence" orders by the reference: it must be at hand')
             rows = order_by_confidence(reference, rows, device or torch.device("cpu"), config.row_tokens)

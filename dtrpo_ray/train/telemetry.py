@@ -26,8 +26,7 @@ def step_flops(policy: DiffusionLM, config: TrainConfig) -> float:
     for name, weight in policy.lm.model.named_parameters():
         if weight.dim() > 1 and "embed" not in name:
             count += getattr(weight, "ds_numel", weight.numel()) * (share if ".experts." in name else 1)
-    referenced = config.objective.type != "sft" and config.reference == "frozen"
-    return count * (2 + 2 + 2 * (config.lora is None) + 2 * referenced)
+    return count * (2 + 2 + 2 * (config.lora is None) + 2 * config.runs_reference)
 
 
 def _num_experts(settings: Any) -> int:

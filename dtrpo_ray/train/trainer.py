@@ -354,7 +354,7 @@ def _attempt(settings: dict[str, Any], rank: int, alive: Callable[[], None]) -> 
         path, digest = settings["cache"]
         key = reference_key(digest, config.precision, device)
         fill = ReferenceCache.load(Path(path), settings["seed"], key).fill
-    elif config.objective.type != "sft":
+    elif config.runs_reference:
         lora = BaseReference(backend.policy, policy) if config.lora else None
         reference = lora or load_reference(base, config.precision, device)
     start = recovery.resume(backend, found, out, other_world)

@@ -238,7 +238,7 @@ def test_a_token_is_counted_once_whatever_draws_score_it() -> None:
         batch = build(ROWS, objective)
         sides = zip(batch.slot.tolist(), batch.position[batch.scored_row, batch.scored_col].tolist(), strict=True)
         assert batch.scored.sum() == len(set(sides))
-        assert objective.type == "dtrpo" or batch.scored.sum() < len(batch.target)
+        assert objective.follows_steps or batch.scored.sum() < len(batch.target)
         assert (batch.scored <= batch.tokens).all()
 
 
