@@ -138,7 +138,7 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("drafts.temperature=0", "num_samples = 4: at temperature = 0 they are all the same; set 1"),
+        ("drafts.temperature=0", "num_samples = 8: at temperature = 0 they are all the same; set 1"),
         ("drafts.engine.x=[1]", "drafts.engine.x"),
         ("drafts.modle=m", "did you mean drafts.model?"),
         ("task.type=trajectories", "task.type = 'trajectories' brings its responses: remove [rollout] and [drafts]"),
@@ -147,14 +147,15 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
         ("train.objective.schedule=recorded", "task.type = 'prompts' has no recorded steps"),
         ("score.scorer=gsm8k", "scorer = 'judge' and a section [score.judge] go together"),
         ("score.judge.template='{prompt} {first}'", "template lacks {second}: the judge must see what it compares"),
-        ("drafts.num_samples=2", "drafts.model: models/Qwen2.5-0.5B-Instruct does not exist"),
+        ("drafts.model=models/absent", "drafts.model: models/absent does not exist"),
     ],
 )
 def test_mistakes_about_drafts_and_judge(override: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").touch()
-    there = [f"task.files=['{tmp_path}/prompts.jsonl']", f"model.tokenizer={tmp_path}", f"score.judge.model={tmp_path}"]
+    there = [f"task.files=['{tmp_path}/prompts.jsonl']", f"model.tokenizer={tmp_path}", f"drafts.model={tmp_path}"]
+    there += ["score.scorer=judge", f"score.judge.model={tmp_path}"]
     with pytest.raises(ConfigError) as caught:
-        load_job(DEMO.with_name("drafts.toml"), [override, *there])
+        load_job(DEMO.with_name("drafts.toml"), [*there, override])
     assert words in str(caught.value), str(caught.value)
 
 
@@ -165,7 +166,7 @@ def test_mistakes_about_drafts_and_judge(override: str, words: str, tmp_path: Pa
         ("rollout.remasking=threshold", "rollout.remasking"),
         ("rollout.top_p=0", "rollout.top_p"),
         ("rollout.num_prompts=10", "rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read"),
-        ("rollout.max_new_tokens=4096", "rollout.max_new_tokens = 4096 exceeds task.max_response_tokens = 512"),
+        ("rollout.max_new_tokens=4096", "rollout.max_new_tokens = 4096 exceeds task.max_response_tokens = 64"),
         ("drafts.model=m", "give [rollout] or [drafts], one of which answers them"),
         ("task.type=preferences", "task.type = 'preferences' brings its responses: remove [rollout] and [drafts]"),
     ],

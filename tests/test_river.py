@@ -239,10 +239,11 @@ def test_parquet_files_name_their_table(run: dict[str, Any]) -> None:
 
 
 def test_real_text_with_the_real_tokenizer_trains_on_two_workers(shared_data: Path, tmp_path: Path) -> None:
-    """jobs/text.toml as it is shipped: real preference pairs, the Qwen2/SDAR tokenizer; the loss falls."""
+    """jobs/text.toml with real preference pairs and the Qwen2/SDAR tokenizer: the loss falls."""
     words = [sys.executable, "-m", "dtrpo_ray", "train", str(ROOT / "jobs" / "text.toml"), "--json"]
     words += ["--set", f"storage={tmp_path}", "--set", f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}"]
     words += ["--set", f'task.files=["{shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json"}"]']
+    words += ["--set", "task.max_rows=160", "--set", "train.num_epochs=4"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = Path(json.loads(done.stdout.splitlines()[-1])["directory"])

@@ -36,7 +36,8 @@ def test_the_command_that_installs_it_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["drafts", "score"])
 def test_the_verbs_say_so_before_they_start_ray(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrpo_ray.config.load._require_files", lambda path, job: None)
-    done = CliRunner().invoke(app, [verb, str(ROOT / "jobs" / "drafts.toml")])
+    judge = ["--set", "score.scorer=judge", "--set", "score.judge.model=models/judge"]
+    done = CliRunner().invoke(app, [verb, str(ROOT / "jobs" / "drafts.toml"), *judge])
     assert isinstance(done.exception, ConfigError)
     assert f"drafts.toml: {'drafts' if verb == 'drafts' else 'score.judge'}: needs vLLM" in str(done.exception)
 
