@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.config.load import load_job
-from dtrpo_ray.pipeline import River
+from dtrpo_ray.pipeline import Pipeline
 from dtrpo_ray.report.evaluation import compare, wilson_interval
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
@@ -42,7 +42,7 @@ def measure(job_file: Path, seed: int, storage: Path, variants: list[str]) -> li
     for variant in variants:
         job = load_job(job_file, [f"seed={seed}", f"storage={storage}", *settings_of(variant, job_file)])
         with ray_session(job.cluster):
-            value = River(job, Store(storage)).evaluate()
+            value = Pipeline(job, Store(storage)).evaluate()
         for row in value["table"]:
             if row["model"] == "base" and variant != variants[0]:
                 continue

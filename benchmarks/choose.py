@@ -9,16 +9,15 @@ Stages found finished are reused. Writes OUT.json and OUT.md.
 
 import argparse
 import json
-import pkgutil
 from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
-from dtrpo_ray.data import prepare
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import SamplingParams
-from dtrpo_ray.pipeline import River
+from dtrpo_ray.pipeline import Pipeline
 from dtrpo_ray.report.evaluation import wilson_interval
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
@@ -29,8 +28,9 @@ PUZZLES_SEED = 2**40  # of no stage of a job
 def solved(model: Path, job: Job, count: int) -> dict[int, int]:
     """Denoising steps per block -> how many of `count` training-split puzzles the model solves, greedily."""
     assert job.eval is not None
-    puzzles = prepare.generate_puzzles(job, count, "train", PUZZLES_SEED + job.seed)
-    score = pkgutil.resolve_name(f"{prepare.PUZZLES[job.task.type]}:score")
+    assert job.puzzle is not None
+    puzzles = generate_puzzles(job.puzzle, count, "train", PUZZLES_SEED + job.seed)
+    score = puzzle_module(job.puzzle).score
     engine, made = Engine.load(model), {}
     for steps in job.eval.budgets:
         params, correct = SamplingParams(job.eval.max_new_tokens, steps), 0
@@ -57,9 +57,9 @@ def main() -> None:
         overrides = [item for item in setting.split(",") if item]
         job = load_job(given.job, [f"seed={given.seed}", f"storage={given.storage}", *overrides])
         with ray_session(job.cluster):
-            river = River(job, Store(given.storage))
-            models = {setting or "as in the job": river.aligned.path}
-            models |= {"base": river.base.path} if not rows else {}
+            pipeline = Pipeline(job, Store(given.storage))
+            models = {setting or "as in the job": pipeline.aligned().path}
+            models |= {"base": pipeline.base().path} if not rows else {}
         for name, path in sorted(models.items(), key=lambda item: item[0] != "base"):
             rows += [
                 {"setting": name, "budget": budget, "correct": correct, "num_prompts": given.count}

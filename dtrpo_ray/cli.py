@@ -16,10 +16,11 @@ import typer
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job, load_serve
+from dtrpo_ray.data.tasks.puzzles import read_public_tests
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
 if TYPE_CHECKING:
-    from dtrpo_ray.pipeline import River
+    from dtrpo_ray.pipeline import Pipeline
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,38 +62,40 @@ def result(value: dict[str, Any], as_json: bool, human: str) -> None:
 
 
 @contextmanager
-def river(
+def open_pipeline(
     path: Path, overrides: list[str] | None, fresh: bool, needs: str | None = None, resume: Path | None = None
-) -> Iterator["River"]:
-    """Validate the job, then bring up Ray and the pipeline. `needs` names the section that the verb is about."""
+) -> Iterator["Pipeline"]:
+    """Validate the job, then start Ray and yield its pipeline. `needs` names the section that the verb is about."""
     job = load_job(path, overrides or ())
     if needs and getattr(job, needs) is None:
         raise ConfigError(f"{path}: there is no [{needs}] section, so there is nothing to do here")
-    if needs == "eval" and not job.is_puzzle:
+    if needs == "eval" and not job.puzzle:
         raise ConfigError(f"{path}: task.type = {job.task.type!r} has no verifier, so there is no accuracy to measure")
     if needs == "drafts" or (needs == "score" and job.score and job.score.judge):
         from dtrpo_ray.produce.llm import require_vllm
 
         require_vllm(f"{path}: {'drafts' if needs == 'drafts' else 'score.judge'}")
-    from dtrpo_ray.pipeline import River
-    from dtrpo_ray.plan import public_tests
-    from dtrpo_ray.session import fitted, ray_session
+    from dtrpo_ray.pipeline import Pipeline
+    from dtrpo_ray.session import fit_cluster, ray_session
     from dtrpo_ray.stages import Store
 
-    public_tests(job)  # rather a word now than after the training
+    if job.puzzle:  # report a broken file now, and not after the training
+        read_public_tests(job.puzzle)
     store = Store(job.storage, fresh, say)
     store.make_folders()
     with ray_session(job.cluster):
-        yield River(job.model_copy(update={"cluster": fitted(job.cluster, say)}), store, resume)
+        yield Pipeline(job.model_copy(update={"cluster": fit_cluster(job.cluster, say)}), store, resume)
 
 
-def _stage_verb(name: str, text: str, pick: Callable[["River"], Any]) -> None:
+def _stage_verb(name: str, text: str, pick: Callable[["Pipeline"], Any]) -> None:
     """Register a verb that runs the pipeline up to a stage."""
 
     def verb(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-        with river(job, overrides, fresh, name if name in ("sft", "rollout", "drafts", "score") else None) as stages:
-            pick(stages)
-            lineage = stages.lineage()
+        with open_pipeline(
+            job, overrides, fresh, name if name in ("sft", "rollout", "drafts", "score") else None
+        ) as pipeline:
+            pick(pipeline)
+            lineage = pipeline.lineage()
         last = lineage[-1]
         result({"verb": name, **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
 
@@ -112,14 +115,14 @@ def bench(context: typer.Context) -> None:
     benchmarks(context.args, prog_name="dtrpo bench", standalone_mode=False)
 
 
-_stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda r: r.base)
-_stage_verb("rollout", "Record and score trajectories of the last round.", lambda r: r.trajectories(r.job.rounds))
-_stage_verb("prepare", "Read, validate and tokenize the job's files into a table.", lambda r: r.prepared)
-_stage_verb("drafts", "Let an ordinary language model on vLLM answer the job's prompts.", lambda r: r.trajectories(1))
-_stage_verb("score", "Score the trajectories of the job's files.", lambda r: r.scored(r.job.rounds))
-_stage_verb("pair", "Make the preference pairs of the last round.", lambda r: r.pairs(r.job.rounds))
+_stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda p: p.base())
+_stage_verb("rollout", "Record and score trajectories of the last round.", lambda p: p.trajectories(p.job.rounds))
+_stage_verb("prepare", "Read, validate and tokenize the job's files into a table.", lambda p: p.prepared())
+_stage_verb("drafts", "Let an ordinary language model on vLLM answer the job's prompts.", lambda p: p.trajectories(1))
+_stage_verb("score", "Score the trajectories of the job's files.", lambda p: p.scored(p.job.rounds))
+_stage_verb("pair", "Make the preference pairs of the last round.", lambda p: p.pairs(p.job.rounds))
 _stage_verb(
-    "ref-logps", "Write the reference's log-probs of the last round's pairs.", lambda r: r.reference_logps(r.job.rounds)
+    "ref-logps", "Write the reference's log-probs of the last round's pairs.", lambda p: p.reference_logps(p.job.rounds)
 )
 
 
@@ -138,9 +141,9 @@ def train(
     trained = ("base-", *(f"train-{number + 1}-" for number in range(load_job(job, overrides or ()).rounds)))
     if resume and not resume.name.startswith(trained):
         raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
-    with river(job, overrides, fresh, resume=resume) as stages:
-        stages.aligned  # noqa: B018 - a cached stage
-        lineage = stages.lineage()
+    with open_pipeline(job, overrides, fresh, resume=resume) as pipeline:
+        pipeline.aligned()
+        lineage = pipeline.lineage()
     last = lineage[-1]
     result({"verb": "train", **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
 
@@ -182,12 +185,11 @@ def check(
 
             reports += check_data(file, max_tokens, kind=parsed.task.type)
         if not reports:
-            from dtrpo_ray.plan import public_tests
-
             counts: dict[str, Any] = {"job": parsed.name, "task": parsed.task.type}
-            if wanted := getattr(parsed.task, "public_tests", ()):
-                found = {name: len(rows) for name, rows in public_tests(parsed).items()}
-                counts["public_tests"] = {path.name: found.get(path.name, "not there") for path in wanted}
+            if parsed.puzzle and parsed.puzzle.public_tests:
+                found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
+                names = [path.name for path in parsed.puzzle.public_tests]
+                counts["public_tests"] = {name: found.get(name, "missing") for name in names}
             result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
             return
     refused = [row for report in reports for row in report.refused]
@@ -214,8 +216,8 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
 @app.command("eval")
 def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
     """Base against aligned on held-out prompts, at every decoding budget."""
-    with river(job, overrides, fresh, "eval") as stages:
-        value = stages.evaluate()
+    with open_pipeline(job, overrides, fresh, "eval") as pipeline:
+        value = pipeline.evaluate()
     result({"verb": "eval", **value}, as_json, evaluation_text(value))
 
 
@@ -272,18 +274,18 @@ def export(
         )
     from dtrpo_ray.train import export as exports
 
-    with river(job, overrides, False) as stages:
-        aligned = stages.aligned
+    with open_pipeline(job, overrides, False) as pipeline:
+        aligned = pipeline.aligned()
         if base_name is None and parsed.model.path:
             base_name = exports.base_name(parsed.model.path)
         elif base_name is None and adapter:
-            base_name = str(stages.base.path.resolve())  # [sft] trained it: it has no other name
-        card = exports.job_card(stages.job, stages.lineage(), stages.curves(), base_name, adapter)
+            base_name = str(pipeline.base().path.resolve())  # [sft] trained it: it has no other name
+        card = exports.job_card(pipeline.job, pipeline.lineage(), pipeline.curves(), base_name, adapter)
         if adapter:
             exports.export_adapter(aligned.path.parent / "adapter", out, card, dtype)
             _warn_of_a_local_base(out)
         else:
-            exports.export_model(aligned.path, out, card, dtype, stages.job.serve.denoising_steps)
+            exports.export_model(aligned.path, out, card, dtype, pipeline.job.serve.denoising_steps)
     result({"verb": "export", "directory": str(out), "model_hash": aligned.digest}, as_json, f"wrote {out}")
 
 
@@ -329,9 +331,9 @@ def serve(
         with ray_session(ClusterConfig()):
             _serve_until_interrupt(config, as_json)
         return
-    with river(source, overrides, False) as stages:
-        given = stages.job.serve
-        path = given.checkpoint or str(stages.aligned.path.resolve())
+    with open_pipeline(source, overrides, False) as pipeline:
+        given = pipeline.job.serve
+        path = given.checkpoint or str(pipeline.aligned().path.resolve())
         _serve_until_interrupt(given.model_copy(update={"checkpoint": path}), as_json)
 
 
@@ -353,8 +355,8 @@ def _serve_until_interrupt(config: Any, as_json: bool) -> None:
 @app.command()
 def report(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of a job: one HTML page and its plots."""
-    with river(job, overrides, False) as stages:
-        page = _write_report(stages, None)
+    with open_pipeline(job, overrides, False) as pipeline:
+        page = _write_report(pipeline, None)
     result({"verb": "report", "page": str(page)}, as_json, f"report: {page}")
 
 
@@ -366,37 +368,37 @@ def run(
     keep_serving: Annotated[bool, typer.Option("--keep-serving", help="Leave the endpoint up until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The whole river: base, rollout, pair, train, eval, one question to the served model, report."""
+    """Run every stage: base, rollout, pair, train, eval, one question to the served model, report."""
     given = load_job(job, overrides or ()).serve
     from dtrpo_ray import demo
 
     demo.require_port(given)  # now, and not after ten minutes
-    with river(job, overrides, fresh) as stages:
-        stages.aligned  # noqa: B018 - a cached stage
+    with open_pipeline(job, overrides, fresh) as pipeline:
+        pipeline.aligned()
         value: dict[str, Any] = {"verb": "run"}
-        if stages.job.eval and stages.job.is_puzzle:
-            value |= stages.evaluate()
+        if pipeline.job.eval and pipeline.job.puzzle:
+            value |= pipeline.evaluate()
             say(evaluation_text(value))
-        with demo.served(stages) as (url, answer):
+        with demo.served(pipeline) as (url, answer):
             verdict = {True: " (correct)", False: " (wrong)", None: ""}[answer["correct"]]
             say(f"asked {url}: {answer['prompt']} -> {answer['text']}{verdict}")
-            page = _write_report(stages, answer)
-            value |= {"page": str(page), "answer": answer, "lineage": stages.lineage()}
+            page = _write_report(pipeline, answer)
+            value |= {"page": str(page), "answer": answer, "lineage": pipeline.lineage()}
             if keep_serving:
                 say(f"serving at {url}; Ctrl-C stops it")
                 signal.sigwait({signal.SIGINT, signal.SIGTERM})
     result(value, as_json, f"report: {page}")
 
 
-def _write_report(stages: "River", answer: dict[str, Any] | None) -> Path:
+def _write_report(pipeline: "Pipeline", answer: dict[str, Any] | None) -> Path:
     from dtrpo_ray.report.page import write_report
 
-    parsed: Job = stages.job
-    stages.aligned  # noqa: B018 - a cached stage
-    evaluated = stages.evaluate() if parsed.eval and parsed.is_puzzle else None
+    parsed: Job = pipeline.job
+    pipeline.aligned()
+    evaluated = pipeline.evaluate() if parsed.eval and parsed.puzzle else None
     out = parsed.storage / parsed.name
     out.mkdir(parents=True, exist_ok=True)
-    return write_report(out, parsed.model_dump(mode="json"), stages.lineage(), stages.curves(), evaluated, answer)
+    return write_report(out, parsed.model_dump(mode="json"), pipeline.lineage(), pipeline.curves(), evaluated, answer)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.data import prepare
-from dtrpo_ray.pipeline import HELD_OUT_SEED, River
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
+from dtrpo_ray.pipeline import HELD_OUT_SEED, Pipeline
 from dtrpo_ray.progress import console
 from dtrpo_ray.serve.server import free_port, read_keys, start, stop
 
@@ -22,18 +22,18 @@ def require_port(config: ServeConfig) -> None:
 
 
 @contextmanager
-def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
+def served(pipeline: Pipeline) -> Iterator[tuple[str, dict[str, Any]]]:
     """Serve the aligned model, ask it one held-out prompt, and keep it up for the time of the block."""
-    job = stages.job
-    config = job.serve.model_copy(update={"checkpoint": str(stages.aligned.path.resolve())})
+    job = pipeline.job
+    config = job.serve.model_copy(update={"checkpoint": str(pipeline.aligned().path.resolve())})
     prompt, score = "Hello", None
-    if job.is_puzzle:
-        prompt = prepare.generate_puzzles(job, 1, "test", HELD_OUT_SEED)[0]["prompt"]
-        score = prepare.puzzle(job).score
+    if job.puzzle:
+        prompt = generate_puzzles(job.puzzle, 1, "test", HELD_OUT_SEED)[0]["prompt"]
+        score = puzzle_module(job.puzzle).score
     with console.status("serving the aligned model"):
         url = start(config)
     try:
-        body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(stages), "temperature": 0}
+        body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(pipeline), "temperature": 0}
         key = min(read_keys(config.api_key_file), default=None)
         text = _post(f"{url}/v1/completions", body, key)["choices"][0]["text"]
         yield (
@@ -44,8 +44,8 @@ def served(stages: River) -> Iterator[tuple[str, dict[str, Any]]]:
         stop()
 
 
-def _max_tokens(stages: River) -> int:
-    return stages.job.eval.max_new_tokens if stages.job.eval else 32
+def _max_tokens(pipeline: Pipeline) -> int:
+    return pipeline.job.eval.max_new_tokens if pipeline.job.eval else 32
 
 
 def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:

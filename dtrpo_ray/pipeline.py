@@ -1,23 +1,24 @@
-"""The river: a `Job` -> base, rollouts, pairs, aligned model, evaluation. Each stage is found finished or is made.
+"""A `Job` -> base, rollouts, pairs, aligned model, evaluation. Each stage is found finished or is made.
 
-`River` names what each stage depends on and calls the shell that makes it; nothing here computes.
+`Pipeline` names the inputs of each stage and calls the code that makes it; nothing here computes.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dtrpo_ray.config.cluster import NumWorkers
 from dtrpo_ray.config.decode import RolloutConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.produce import DraftsConfig
-from dtrpo_ray.config.task import CountdownTask, FilesTask, SudokuTask
+from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.data import prepare
 from dtrpo_ray.data.formats.files import data_files, sha256_uri
@@ -34,6 +35,7 @@ from dtrpo_ray.data.tables import (
     table_files,
     write_manifest,
 )
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles, read_public_tests, scorer_path
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.metrics import METRICS, read_metrics
@@ -41,7 +43,6 @@ from dtrpo_ray.models.lora import target_modules
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 from dtrpo_ray.parts import run_parts
-from dtrpo_ray.plan import public_tests
 from dtrpo_ray.produce.drafts import Drafter
 from dtrpo_ray.produce.llm import require_vllm
 from dtrpo_ray.produce.rollout import (
@@ -56,13 +57,31 @@ from dtrpo_ray.produce.rollout import (
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.progress import console
 from dtrpo_ray.report import evaluation
-from dtrpo_ray.stages import Stage, Store, sha256_file, sha256_json
+from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store, sha256_file, sha256_json
 from dtrpo_ray.train import trainer, validation
 from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
 
 TABLE, MODEL = "table", trainer.MODEL
 REF_LOGPS = "ref-logps"
 HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and variant
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def once(
+    method: Callable[Concatenate["Pipeline", P], R],
+) -> Callable[Concatenate["Pipeline", P], R]:
+    """Keep a method's results in its pipeline, so that files are hashed and stages looked up once in a command."""
+
+    @wraps(method)
+    def remember(self: "Pipeline", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        call = (method.__name__, args)
+        if call not in self.results:
+            self.results[call] = method(self, *args, **kwargs)
+        return self.results[call]
+
+    return remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,36 +92,39 @@ class ModelRef:
     digest: str
 
 
-class River:
-    """The stages of one job. `made` lists every stage in the order it was asked for, for the lineage.
+class Pipeline:
+    """The stages of one job, as methods: each returns its finished stage and makes what is missing, once.
 
-    `resume` is the folder of a training stage, of this name but other inputs, whose checkpoints to go on from.
+    `resume` is the folder of a training stage of this job, made with other settings, whose checkpoints to go on from.
     """
 
     def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
         self.job, self.store, self.resume = job, store, resume
-        self.made: list[Stage] = []
-        self.workers: dict[str, Any] = {}  # that name the training stages asked for
+        self.made: dict[Path, Stage] = {}  # in the order they were asked for
+        self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
+        self.results: dict[tuple[str, tuple[Any, ...]], Any] = {}
 
-    def _stage(self, *args: Any) -> Stage:
-        stage = self.store.stage(*args)
-        self.made.append(stage)
+    def _stage(
+        self, name: str, inputs: JsonObject, outputs: Sequence[str], make: Callable[[Path], JsonObject]
+    ) -> Stage:
+        stage = self.store.stage(name, inputs, outputs, make)
+        self.made[stage.path] = stage
         return stage
 
-    @cached_property
+    @once
     def initial(self) -> ModelRef:
-        """The given model directory, or a new one with random weights."""
+        """Return the given model directory, or a new one with random weights."""
         job = self.job
         if job.model.path:
-            if job.train.lora:
-                target_modules(skeleton_of(job.model.path), job.train.lora)  # refused now, and not after other stages
+            if job.train.lora:  # refuse targets that the model lacks before any stage runs
+                target_modules(skeleton_of(job.model.path), job.train.lora)
             return ModelRef(job.model.path, sha256_json(_hashes(job.model.path)))
         source = job.model.tokenizer
         tokenizer = _hashes(source) if source else job.task.type
-        inputs = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
+        inputs: dict[str, Json] = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
         return _model_of(self._stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
 
-    def _make_initial(self, out: Path) -> dict[str, Any]:
+    def _make_initial(self, out: Path) -> JsonObject:
         init = self.job.model.init
         assert init is not None
         tokenizer = prepare.job_tokenizer(self.job)
@@ -132,51 +154,60 @@ class River:
         save_model(model, out / MODEL)
         return {"parameters": sum(p.numel() for p in model.parameters())}
 
-    @cached_property
+    @once
     def base(self) -> ModelRef:
-        """The model to align: the initial one, trained on generated examples if the job has [sft]."""
+        """Return the model to align: the initial one, trained on generated examples if the job has [sft]."""
         job = self.job
         if job.sft is None:
-            return self.initial
-        inputs = {"task": job.task.model_dump(mode="json", exclude={"public_tests"}), "count": job.sft.num_examples}
-        inputs |= {"seed": job.seed, "block_size": job.model.init and job.model.init.block_size}
+            return self.initial()
+        inputs: dict[str, Json] = {
+            "task": job.task.model_dump(mode="json", exclude={"public_tests"}),
+            "count": job.sft.num_examples,
+            "seed": job.seed,
+            "block_size": job.model.init.block_size if job.model.init else None,
+        }
         examples = self._stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
-        return self._train("base", job.sft, self.initial, examples, job.seed)
+        return self._train("base", job.sft, self.initial(), examples, job.seed)
 
-    def _make_examples(self, out: Path) -> dict[str, Any]:
+    def _make_examples(self, out: Path) -> JsonObject:
         (out / TABLE).mkdir(exist_ok=True)
-        summary = prepare.write_examples(self.job, load_tokenizer(self.initial.path), out / TABLE)
+        summary = prepare.write_examples(self.job, load_tokenizer(self.initial().path), out / TABLE)
         read_table(out / TABLE, EXAMPLE)
         return summary
 
+    @once
     def trajectories(self, number: int) -> Stage:
-        """The recorded trajectories of a round, decoded by the policy that enters it, or those of the job's files.
+        """Return a round's trajectories: decoded by the policy that enters it, or read from the job's files.
 
-        Of a file of prompts they are this policy's, or drafts of an ordinary language model.
+        The prompts of files are answered by this policy, or with [drafts] by an ordinary language model.
         """
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
         if job.drafts:
-            return self._imported("drafts", "drafts", TRAJECTORY, self._drafts(job.drafts))
-        if job.task.type == "prompts" and config:
-            return self._imported(f"rollout-{number}", "trajectories", TRAJECTORY, self._rollout(config, number))
-        if job.task.type == "trajectories":
-            return self._imported("trajectories", "trajectories", TRAJECTORY)
+            return self._import("drafts", "drafts", TRAJECTORY, self._drafts(job.drafts))
+        if job.task.brings_prompts and config:
+            return self._import(f"rollout-{number}", "trajectories", TRAJECTORY, self._rollout(config, number))
+        if job.task.brings_responses:
+            return self._import("trajectories", "trajectories", TRAJECTORY)
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
-        inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": job.seed, "round": number}
-        inputs["task"] = job.task.model_dump(mode="json", exclude={"public_tests"})
+        task = job.task.model_dump(mode="json", exclude={"public_tests"})
+        inputs = {**self._rollout_inputs(config, number), "task": task}
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             require_fit(policy.path, config)
-            prompts, params = self._rollout_prompts(config, number), sampling_params(config)
-            done = self._record(prompts, policy, params, config.batch_size, out, f"rollout-{number}")
+            prompts = self._rollout_prompts(config, number)
+            decode = self._decode_job(policy, sampling_params(config), config.batch_size)
+            done = self._record(prompts, decode, out, label=f"rollout-{number}")
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
         return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
-    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[dict[str, Any]]:
-        seed = _seed_of(self.job.seed, number)
-        puzzles = prepare.generate_puzzles(self.job, config.num_prompts, "train", seed)
+    def _rollout_inputs(self, config: RolloutConfig, number: int) -> JsonObject:
+        policy = self.policy(number - 1).digest
+        return {"rollout": config.model_dump(mode="json"), "policy": policy, "seed": self.job.seed, "round": number}
+
+    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[Asked]:
+        puzzles = generate_puzzles(self._puzzle(), config.num_prompts, "train", _seed_of(self.job.seed, number))
         return [
             {
                 "row_id": f"r{number}-{i:06d}-{sample:02d}",
@@ -188,32 +219,38 @@ class River:
             for sample in range(config.num_samples)
         ]
 
-    def _record(
-        self, prompts: list[Asked], model: ModelRef, params: SamplingParams, batch_size: int, out: Path, label: str
-    ) -> list[dict[str, Any]]:
-        """Decode and score prompts of the puzzle into a table; returns what is said of its parts."""
-        scorer = f"{prepare.PUZZLES[self.job.task.type]}:score"
-        decode = DecodeJob(model.path.resolve(), model.digest, params, batch_size, self.job.seed, scorer)
+    def _puzzle(self) -> PuzzleTask:
+        assert self.job.puzzle is not None
+        return self.job.puzzle
+
+    def _decode_job(self, model: ModelRef, params: SamplingParams, batch_size: int) -> DecodeJob:
+        scorer = scorer_path(self._puzzle())
+        return DecodeJob(model.path.resolve(), model.digest, params, batch_size, seed=self.job.seed, scorer=scorer)
+
+    def _record(self, prompts: list[Asked], decode: DecodeJob, out: Path, label: str) -> list[dict[str, Any]]:
+        """Decode and score puzzles into a table; return the summaries of its parts."""
         data_hash = sha256_json([row["prompt"] for row in prompts])
         (out / TABLE).mkdir(exist_ok=True)
-        parts = prompts_parts([{**row, "data_hash": data_hash} for row in prompts], batch_size)
+        parts = prompts_parts([{**row, "data_hash": data_hash} for row in prompts], decode.batch_size)
         recorder = partial(Recorder, decode, self.job.cluster.num_actors)
         done = run_parts(parts, recorder, out / TABLE, self.job.cluster, label, gpu=True)
         write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
         return done
 
+    @once
     def scored(self, number: int) -> Stage:
-        """The trajectories of a round with their rewards: a puzzle's own, or those that [score] gives."""
+        """Return a round's trajectories with rewards: a puzzle scores its own, [score] those of files."""
         job, config, trajectories = self.job, self.job.score, self.trajectories(number)
         if config is None:
             return trajectories
         model = config.judge.model if config.judge else config.reward_model
-        inputs: dict[str, Any] = {"score": config.model_dump(mode="json"), "trajectories": trajectories.digest}
-        if config.judge is None:
-            del inputs["score"]["judge"]  # as before there was such a field
-        inputs |= {"model": model and _hashes(model)}
+        inputs: JsonObject = {
+            "score": config.model_dump(mode="json"),
+            "trajectories": trajectories.digest,
+            "model": _hashes(model) if model else None,
+        }
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             if config.judge:
                 require_vllm("score.judge")
             (out / TABLE).mkdir(exist_ok=True)
@@ -227,15 +264,16 @@ class River:
 
         return self._stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
+    @once
     def pairs(self, number: int) -> Stage:
-        """The preference pairs of a round: from its scored trajectories, or from the job's files."""
+        """Return a round's preference pairs: from its scored trajectories, or from the job's files."""
         job = self.job
-        if job.task.type == "preferences":
-            return self._imported("pairs", "pairs", PREFERENCE)
+        if job.task.brings_pairs:
+            return self._import("pairs", "pairs", PREFERENCE)
         trajectories = self.scored(number)
-        inputs = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
+        inputs: dict[str, Json] = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             (out / TABLE).mkdir(exist_ok=True)
             parts = prompt_parts([file.resolve() for file in table_files(trajectories.path / TABLE)], SHARD_ROWS)
             done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
@@ -247,41 +285,39 @@ class River:
 
         return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
-    @property
     def prepared(self) -> Stage:
-        """The table that the job's files become: pairs or trajectories."""
-        if self.job.is_puzzle:
+        """Return the table made of the job's files: pairs or trajectories."""
+        if self.job.puzzle:
             raise ConfigError(f"task.type = {self.job.task.type!r} has no files to prepare; its stages make their own")
-        return self.pairs(1) if self.job.task.type == "preferences" else self.trajectories(1)
+        return self.pairs(1) if self.job.task.brings_pairs else self.trajectories(1)
 
     def _drafts(self, config: DraftsConfig) -> "_Answers":
         digest = sha256_json(_hashes(config.model))
-        inputs = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
+        inputs: dict[str, Json] = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
         drafter = partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
         return _Answers(inputs, drafter, config.batch_size, partial(require_vllm, "drafts"))
 
     def _rollout(self, config: RolloutConfig, number: int) -> "_Answers":
-        policy, seed = self.policy(number - 1), self.job.seed
-        inputs = {"rollout": config.model_dump(mode="json"), "policy": policy.digest, "seed": seed, "round": number}
+        policy, seed, inputs = self.policy(number - 1), self.job.seed, self._rollout_inputs(config, number)
         decode = DecodeJob(policy.path.resolve(), policy.digest, sampling_params(config), config.batch_size, seed)
         recorder = partial(FileRecorder, job=decode, config=config, number=number, sharers=self.job.cluster.num_actors)
         rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
         return _Answers(inputs, recorder, max(1, rows), partial(require_fit, policy.path, config))
 
-    def _imported(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
+    def _import(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
         job, task = self.job, self.job.task
-        assert isinstance(task, FilesTask)
+        assert not isinstance(task, PuzzleTask)
         hashes = {file: sha256_uri(file) for where in task.files for file in data_files(where)}
-        inputs: dict[str, Any] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base.digest}
+        inputs: dict[str, Json] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base().digest}
         inputs |= answers.inputs if answers else {}
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             if answers:
                 answers.require()
             (out / TABLE).mkdir(exist_ok=True)
-            model = skeleton_of(self.base.path)
+            model = skeleton_of(self.base().path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
-            source = prepare.ImportJob(task, self.base.path.resolve(), grid, hashes)
+            source = prepare.ImportJob(task, self.base().path.resolve(), grid, hashes)
             importer = partial(answers.importer if answers else prepare.Importer, source)
             parts = prepare.import_parts(task, answers.part_rows if answers else None)
             label = name if answers else "prepare"
@@ -294,49 +330,55 @@ class River:
 
         return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
 
+    @once
     def policy(self, number: int) -> ModelRef:
-        """The policy after `number` rounds; 0 is the base. It is the reference of the next round."""
+        """Return the policy after `number` rounds, which is the reference of the next round; 0 is the base."""
         if number == 0:
-            return self.base
+            return self.base()
         reference, pairs = self.policy(number - 1), self.pairs(number)
         cache = self.reference_logps(number) if self.job.train.reference == "cache" else None
-        return self._train(f"train-{number}", self.job.train, reference, pairs, self.job.seed + number, cache)
+        seed = self.job.seed + number
+        return self._train(f"train-{number}", self.job.train, reference, pairs, seed, cache=cache)
 
+    @once
     def reference_logps(self, number: int) -> Stage:
-        """The reference's log-probs of a round's pairs, at the very states that its training will draw."""
+        """Return the reference's log-probs of a round's pairs, at the states that its training will draw."""
         config, reference, pairs = self.job.train, self.policy(number - 1), self.pairs(number)
         seed, draws = self.job.seed + number, {"objective", "num_epochs", "max_steps", "global_batch", "precision"}
-        inputs = {"config": config.model_dump(mode="json", include=draws), "reference": reference.digest, "seed": seed}
-        inputs |= {"table": pairs.digest}
+        inputs: dict[str, Json] = {
+            "config": config.model_dump(mode="json", include=draws),
+            "reference": reference.digest,
+            "seed": seed,
+            "table": pairs.digest,
+        }
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             cluster, files = self.job.cluster, [file.resolve() for file in table_files(pairs.path / TABLE)]
             (out / REF_LOGPS).mkdir(exist_ok=True)
             parts = drawn_parts(files, config, seed)
-            known = (reference.path.resolve(), config, seed, reference.digest, cluster.num_actors)
-            scorer = partial(ReferenceScorer, *known)
+            base = reference.path.resolve()
+            scorer = partial(ReferenceScorer, base, config, seed, reference.digest, cluster.num_actors)
             done = run_parts(parts, scorer, out / REF_LOGPS, cluster, f"ref-{number}", gpu=True)
             return {"values": sum(part["values"] for part in done)}
 
         return self._stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
-    @property
     def aligned(self) -> ModelRef:
-        """The policy after the last round."""
+        """Return the policy after the last round."""
         return self.policy(self.job.rounds)
 
     def _train(
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
-        inputs = {"config": weight_fields(config), "base": base.digest, "seed": seed}
+        inputs: dict[str, Json] = {"config": weight_fields(config), "base": base.digest, "seed": seed}
         workers = self.workers[name] = self._workers(name)
         inputs |= {"table": table.digest, "num_workers": workers}
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             if workers != self.job.cluster.num_workers:
                 raise ConfigError(
-                    f"--resume {self.resume}: it stands on a finished stage {name} of {workers} worker(s), which is "
-                    f"not in {self.store.root}; put that back, or start anew without --resume"
+                    f"--resume {self.resume}: it was built on a finished stage {name} of {workers} worker(s), which "
+                    f"is not in {self.store.root}; put that back, or start again without --resume"
                 )
             if config.validation:
                 self._write_questions(config.validation.num_prompts, base, table, out)
@@ -345,8 +387,17 @@ class River:
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
             written = (cache.path / REF_LOGPS, base.digest) if cache else None
-            whole = (name, base.path, table.path / TABLE, out, seed, identity, resume, written, dict(self.workers))
-            stage = trainer.TrainStage(*whole)
+            stage = trainer.TrainStage(
+                label=name,
+                base=base.path,
+                table=table.path / TABLE,
+                out=out,
+                seed=seed,
+                identity=identity,
+                resume_from=resume,
+                cache=written,
+                workers=dict(self.workers),
+            )
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
             last = trainer.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
@@ -354,10 +405,10 @@ class River:
         outputs = [f"{MODEL}/*", METRICS, *([f"{trainer.ADAPTER}/*"] if config.lora else [])]
         return _model_of(self._stage(name, inputs, outputs, make))
 
-    def _workers(self, name: str) -> Any:
-        """The number of workers that names a training stage: the job's, or that of the run which goes on from it.
+    def _workers(self, name: str) -> NumWorkers:
+        """Return the number of workers in a stage's name: the job's or, before the resumed stage, the old run's.
 
-        So a run that is resumed with other workers stands on the stages that it stood on.
+        A run resumed with other workers thus reuses the stages it was built on.
         """
         own = self.job.cluster.num_workers
         if self.resume is None or self.resume.name.startswith(f"{name}-"):
@@ -365,24 +416,25 @@ class River:
         return trainer.workers_of(self.resume).get(name, own)
 
     def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
-        """What checkpoints are asked: puzzles of the training split, drawn apart, or the table's first prompts."""
+        """Write the questions of validation: fresh puzzles of the training split, or the table's first prompts."""
         job, tokenizer = self.job, load_tokenizer(base.path)
-        if not job.is_puzzle:
+        if job.puzzle is None:
             files = table_files(table.path / TABLE)  # beside what an import leaves in the folder
             ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
             prompts = [{"prompt": str(tokenizer.decode(row)), "prompt_ids": row} for row in ids]
             validation.write_questions(prompts, None, out)
             return
-        puzzles = prepare.generate_puzzles(job, count, "train", _seed_of(job.seed, "validation"))
+        puzzles = generate_puzzles(job.puzzle, count, "train", _seed_of(job.seed, "validation"))
         texts = [row["prompt"] for row in puzzles]
         prompts = [{"prompt": text, "prompt_ids": encode_prompt(tokenizer, text)} for text in texts]
-        validation.write_questions(prompts, f"{prepare.PUZZLES[job.task.type]}:score", out)
+        validation.write_questions(prompts, scorer_path(job.puzzle), out)
 
+    @once
     def evaluate(self) -> dict[str, Any]:
-        """The evaluation of base and aligned: {"table", "examples", "comparison"}."""
+        """Evaluate base and aligned: {"table", "examples", "comparison"}."""
         table: list[dict[str, Any]] = []
         kept: list[dict[str, Any]] = []
-        for name, model in (("base", self.base), ("aligned", self.aligned)):
+        for name, model in (("base", self.base()), ("aligned", self.aligned())):
             stage = self._evaluate_model(name, model)
             record = json.loads((stage.path / "eval.json").read_text())
             table += [{"model": name, **row} for row in record["table"]]
@@ -391,13 +443,18 @@ class River:
 
     def _evaluate_model(self, name: str, model: ModelRef) -> Stage:
         job, config = self.job, self.job.eval
-        if config is None or not job.is_puzzle:
+        if config is None or job.puzzle is None:
             raise ConfigError("nothing to evaluate: the job has no [eval] section, or its task has no verifier")
         sets = self._test_sets()
         sizes = {title: sha256_json(rows) for title, rows in sets.items()}
-        inputs = {"eval": config.model_dump(mode="json"), "model": model.digest, "sets": sizes, "seed": job.seed}
+        inputs: dict[str, Json] = {
+            "eval": config.model_dump(mode="json"),
+            "model": model.digest,
+            "sets": sizes,
+            "seed": job.seed,
+        }
 
-        def make(out: Path) -> dict[str, Any]:
+        def make(out: Path) -> JsonObject:
             prompts = [
                 {
                     "row_id": f"{title}/{k}/{i:06d}",
@@ -410,7 +467,7 @@ class River:
                 for i, row in enumerate(rows)
             ]
             params = SamplingParams(config.max_new_tokens, 1, config.temperature)
-            self._record(prompts, model, params, config.batch_size, out, f"eval-{name}")
+            self._record(prompts, self._decode_job(model, params, config.batch_size), out, label=f"eval-{name}")
             done = read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
             record = evaluation.summarise(done, answers, config, load_tokenizer(model.path))
@@ -419,35 +476,35 @@ class River:
 
         return self._stage(f"eval-{name}", inputs, ["eval.json"], make)
 
+    @once
     def _test_sets(self) -> dict[str, list[dict[str, str]]]:
-        config, task = self.job.eval, self.job.task
+        config, task = self.job.eval, self._puzzle()
         assert config is not None
-        assert isinstance(task, SudokuTask | CountdownTask)
-        held_out = prepare.generate_puzzles(self.job, config.num_prompts, "test", HELD_OUT_SEED)
         for path in task.public_tests:
             if not path.exists():
-                message = f"task.public_tests: {path} is not there and is left out"
+                message = f"task.public_tests: {path} does not exist and is left out"
                 console.print(message, markup=False, highlight=False, soft_wrap=True)
-        return {evaluation.HELD_OUT: held_out, **public_tests(self.job)}
+        held_out = generate_puzzles(task, config.num_prompts, "test", HELD_OUT_SEED)
+        return {evaluation.HELD_OUT: held_out, **read_public_tests(task)}
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
-        """Stage name -> metrics rows of every training stage asked for so far."""
-        trained = (s for s in self.made if (s.path / METRICS).exists())
+        """Return stage name -> metrics rows of every training stage asked for so far."""
+        trained = (s for s in self.made.values() if (s.path / METRICS).exists())
         return {stage.name: read_metrics(stage.path / METRICS) for stage in trained}
 
-    def lineage(self) -> list[dict[str, Any]]:
-        """Every stage asked for so far, once, as rows for a report."""
-        return [stage.lineage() for stage in {stage.path: stage for stage in self.made}.values()]
+    def lineage(self) -> list[StageRow]:
+        """Return every stage asked for so far as rows for a report."""
+        return [stage.lineage() for stage in self.made.values()]
 
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Who answers a file's prompts: what more the stage depends on, the importer, and how many prompts a part has.
+    """The model that answers a file's prompts: its stage's further inputs, its importer, the prompts of a part.
 
-    `require` raises what should be said before any actor starts.
+    `require` raises errors that should come before any actor starts.
     """
 
-    inputs: dict[str, Any]
+    inputs: JsonObject
     importer: Callable[..., prepare.Importer]
     part_rows: int
     require: Callable[[], None]
@@ -458,7 +515,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _rewards(done: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """What a stage of scoring says of its parts. Raises DataError if no row got a reward."""
+    """Sum up the parts of a scored stage. Raises DataError if no row got a reward."""
     scored = sum(part["scored"] for part in done)
     unscored = sum(part["rows"] for part in done) - scored
     comparisons = sum((Counter(part.get("comparisons", {})) for part in done), Counter[str]())
@@ -473,14 +530,13 @@ def _rewards(done: list[dict[str, Any]], out: Path) -> dict[str, Any]:
 
 
 def _seed_of(*parts: int | str) -> int:
-    """A seed that belongs to these parts alone."""
+    """Derive a seed from these parts."""
     return int.from_bytes(bytes.fromhex(sha256_json(list(parts))[:12]))
 
 
 def weight_fields(config: TrainConfig) -> dict[str, Any]:
-    """The fields of a training section that change weights: what names its stage."""
-    absent = {name for name in ("offload", "micro_tokens") if not getattr(config, name)}  # as before they were there
-    return config.model_dump(mode="json", exclude={*trainer.NO_WEIGHTS, *absent})
+    """Return the fields of a training section that change weights and so name its stage."""
+    return config.model_dump(mode="json", exclude=set(trainer.NO_WEIGHTS))
 
 
 def _model_of(stage: Stage) -> ModelRef:

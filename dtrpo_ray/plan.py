@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.model import ModelInit
-from dtrpo_ray.config.task import CountdownTask, FilesTask, SudokuTask
+from dtrpo_ray.config.task import FilesTask
 from dtrpo_ray.config.train import LoraConfig, TrainConfig
-from dtrpo_ray.data.tasks import countdown, sudoku
+from dtrpo_ray.data.tasks.puzzles import puzzle_module
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
 
@@ -54,8 +54,8 @@ def vocabulary(job: Job) -> int | None:
                 extra = json.loads(added.read_text()) if added.exists() else {}
                 return -(-len({**base, **extra}) // 8) * 8
         raise ConfigError(f"{job.model.tokenizer}: no tokenizer.json or vocab.json, so its vocabulary is not known")
-    alphabet = (countdown if job.task.type == "countdown" else sudoku).ALPHABET
-    return 8 * -(-(len(alphabet) + 2) // 8)
+    assert job.puzzle is not None
+    return 8 * -(-(len(puzzle_module(job.puzzle).ALPHABET) + 2) // 8)
 
 
 def _sizes(folder: Path) -> dict[str, Any]:
@@ -70,14 +70,6 @@ def _sizes(folder: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or not isinstance(config.get(key), int):
             raise ModelError(f"{file}: {key} is missing or no whole number")
     return dict(config)
-
-
-def public_tests(job: Job) -> dict[str, list[dict[str, str]]]:
-    """File name -> rows {prompt, answer} of those public test files that are there. Raises DataError."""
-    if not isinstance(job.task, SudokuTask | CountdownTask):
-        return {}
-    module = sudoku if job.task.type == "sudoku" else countdown
-    return {path.name: module.read_public(path) for path in job.task.public_tests if path.exists()}
 
 
 def plan(job: Job) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -
         ray.shutdown()
 
 
-def fitted(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
+def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
     """The cluster as this machine can have it: with `local`, no more workers and actors than there are GPUs for.
 
     What is changed is said. Raises ConfigError where GPUs are demanded that are not there. A cluster that was joined

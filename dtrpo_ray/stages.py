@@ -9,18 +9,33 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 from filelock import FileLock, Timeout
 
 from dtrpo_ray.errors import ConfigError, DataError
 
 MANIFEST = "stage.json"
-CODE_CONTRACT = 10  # raise it when a stage's output for the same inputs changes
+CODE_CONTRACT = 11  # raise it when a stage's output for the same inputs changes
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+JsonObject: TypeAlias = Mapping[str, Json]
+
+
+class StageRow(TypedDict):
+    """A stage in a report's lineage."""
+
+    stage: str
+    key: str
+    directory: str
+    seconds: float
+    reused: bool
+    outputs: dict[str, str]
+    summary: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +48,24 @@ class Stage:
     seconds: float
     reused: bool
     outputs: dict[str, str]
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: JsonObject = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """SHA-256 over all output hashes: what later stages depend on."""
         return sha256_json(self.outputs)
 
-    def lineage(self) -> dict[str, Any]:
-        """The stage as one JSON-able row."""
-        facts = {"stage": self.name, "key": self.key, "directory": str(self.path), "seconds": self.seconds}
-        return {**facts, "reused": self.reused, "outputs": self.outputs, "summary": self.summary}
+    def lineage(self) -> StageRow:
+        """Return the stage as one row of a report."""
+        return {
+            "stage": self.name,
+            "key": self.key,
+            "directory": str(self.path),
+            "seconds": self.seconds,
+            "reused": self.reused,
+            "outputs": self.outputs,
+            "summary": self.summary,
+        }
 
 
 def joined(where: str, name: str) -> str:
@@ -78,9 +100,7 @@ class Store:
         except OSError as error:
             raise ConfigError(f"storage = {str(self.root.parent)!r}: no folder to write in ({error})") from None
 
-    def stage(
-        self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: Callable[[Path], dict[str, Any]]
-    ) -> Stage:
+    def stage(self, name: str, inputs: JsonObject, outputs: Iterable[str], make: Callable[[Path], JsonObject]) -> Stage:
         """Return the finished stage of these inputs, or make it: `make(folder)` writes and returns a summary.
 
         `outputs` are the globs of files that later stages read, hashed into the manifest; a finished stage is reused
@@ -111,9 +131,9 @@ class Store:
         self,
         name: str,
         key: str,
-        inputs: dict[str, Any],
+        inputs: JsonObject,
         outputs: Iterable[str],
-        make: Callable[[Path], dict[str, Any]],
+        make: Callable[[Path], JsonObject],
     ) -> Stage:
         path = self.root / f"{name}-{key[:12]}"
         if self.fresh:

@@ -113,7 +113,7 @@ def test_check_reports_a_valid_job() -> None:
     tests = told.pop("public_tests")
     assert told == {"job": "demo", "task": "sudoku"}
     assert len(tests) == 6
-    assert set(tests.values()) <= {108, "not there"}
+    assert set(tests.values()) <= {108, "missing"}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_mistake_names_its_field(override: str, words: list[str]) -> None:
 
 
 def test_a_field_of_another_variant_is_unknown_in_this_one() -> None:
-    with pytest.raises(ConfigError, match=r"unknown field task\.blanks; its section knows type, numbers, public_tests"):
+    with pytest.raises(ConfigError, match=r"unknown field task\.blanks; its section knows type, public_tests, numbers"):
         load_job(DEMO, ['task={type = "countdown", blanks = [1, 2]}'])
 
 
@@ -123,7 +123,7 @@ def test_serving_is_on_loopback_unless_asked() -> None:
 def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None:
     demo = ROOT / "jobs" / "demo.toml"
     for name in ("rollout", "eval"):
-        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: a grid has 16 digits"):
+        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: an answer has 16 tokens"):
             load_job(demo, [f"{name}.max_new_tokens=8"])
     text = ROOT / "jobs" / "text.toml"
     (tmp_path / "pairs.jsonl").touch()

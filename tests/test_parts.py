@@ -246,7 +246,7 @@ def test_files_of_a_table_are_scored_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Path) -> None:
     from dtrpo_ray.config.job import Job
-    from dtrpo_ray.pipeline import River
+    from dtrpo_ray.pipeline import Pipeline
     from dtrpo_ray.stages import Store
 
     rows = [{"prompt": row["prompt"], "answer": "1"} for row in sudoku_prompts(5)]
@@ -258,14 +258,14 @@ def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Pa
         "score": {"scorer": "gsm8k"},
     }
     job = Job.model_validate({"name": "prompts", "storage": tmp_path / "runs", "rounds": 2, **sections})
-    scored = River(job, Store(job.storage)).scored(1)
+    scored = Pipeline(job, Store(job.storage)).scored(1)
     table = read_table(scored.path / "table", TRAJECTORY)
     assert scored.summary["trajectories"] == len(table) == 10
     assert set(table["reward"].to_pylist()) <= {0.0, 1.0}
     assert {row_id[:3] for row_id in table["row_id"].to_pylist()} == {"r1-"}
     job = job.model_copy(update={"rollout": job.rollout and job.rollout.model_copy(update={"block_length": 8})})
     with pytest.raises(ConfigError, match=r"rollout\.block_length = 8, but this model was trained on blocks of 4"):
-        River(job, Store(job.storage)).scored(1)
+        Pipeline(job, Store(job.storage)).scored(1)
 
 
 def test_an_error_that_nobody_foresaw_names_its_part_too(tmp_path: Path) -> None:

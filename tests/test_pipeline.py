@@ -15,7 +15,7 @@ from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from dtrpo_ray.pipeline import ModelRef, River, weight_fields
+from dtrpo_ray.pipeline import ModelRef, Pipeline, weight_fields
 from dtrpo_ray.stages import Stage, Store, sha256_json
 
 
@@ -34,10 +34,6 @@ def test_knobs_that_change_weights_do(change: dict[str, object]) -> None:
     assert weight_fields(TrainConfig.model_validate(change)) != weight_fields(TrainConfig())
 
 
-def test_stages_made_before_there_was_offload_keep_their_names() -> None:
-    assert "offload" not in weight_fields(TrainConfig())
-
-
 class Dry:
     """A store that makes nothing and keeps what each stage depends on."""
 
@@ -53,9 +49,9 @@ class Dry:
 def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it() -> None:
     job = load_job(ROOT / "jobs" / "demo.toml", ["rounds=3", "train.reference=cache"])
     store = Dry()
-    river = River(job, store)  # type: ignore[arg-type]
-    policies = [river.policy(number) for number in range(4)]
-    assert river.aligned == policies[3]
+    pipeline = Pipeline(job, store)  # type: ignore[arg-type]
+    policies = [pipeline.policy(number) for number in range(4)]
+    assert pipeline.aligned() == policies[3]
     assert len({policy.digest for policy in policies}) == 4
     for number in (1, 2, 3):
         before = policies[number - 1].digest
@@ -63,28 +59,28 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
         assert store.inputs[f"train-{number}"]["base"] == before
         assert store.inputs[f"ref-{number}"]["reference"] == before
         assert store.inputs[f"ref-{number}"]["seed"] == store.inputs[f"train-{number}"]["seed"] == job.seed + number
-        assert store.inputs[f"pair-{number}"]["trajectories"] == river.trajectories(number).digest
-        assert store.inputs[f"train-{number}"]["table"] == river.pairs(number).digest
+        assert store.inputs[f"pair-{number}"]["trajectories"] == pipeline.trajectories(number).digest
+        assert store.inputs[f"train-{number}"]["table"] == pipeline.pairs(number).digest
     assert job.rollout
-    prompts = [river._rollout_prompts(job.rollout.model_copy(update={"num_prompts": 50}), n) for n in (1, 2)]
+    prompts = [pipeline._rollout_prompts(job.rollout.model_copy(update={"num_prompts": 50}), n) for n in (1, 2)]
     ids = [{row["row_id"] for row in rows} for rows in prompts]
     assert len(ids[0]) == len(prompts[0]) == 50 * job.rollout.num_samples
     assert not ids[0] & ids[1]
     assert {row["prompt"] for row in prompts[0]} != {row["prompt"] for row in prompts[1]}
 
 
-def test_a_run_resumed_with_other_workers_stands_on_the_stages_that_it_stood_on(tmp_path: Path) -> None:
+def test_a_run_resumed_with_other_workers_reuses_the_stages_it_was_built_on(tmp_path: Path) -> None:
     """All training before the stage is named by that run's workers; the stage itself and what follows by the job's."""
     demo = ROOT / "jobs" / "demo.toml"
     was, now = (load_job(demo, ["rounds=3", f"cluster.num_workers={n}"]) for n in ("[1, 4]", "1"))
     straight, resumed = Dry(), Dry()
-    River(was, straight).policy(3)  # type: ignore[arg-type]
+    Pipeline(was, straight).policy(3)  # type: ignore[arg-type]
     cut = tmp_path / "train-2-0123.partial"
     cut.mkdir()
-    recorded = River(was, Dry())  # type: ignore[arg-type]
+    recorded = Pipeline(was, Dry())  # type: ignore[arg-type]
     recorded.policy(2)
     (cut / "run.json").write_text(json.dumps({"workers": recorded.workers}))
-    River(now, resumed, cut).policy(3)  # type: ignore[arg-type]
+    Pipeline(now, resumed, cut).policy(3)  # type: ignore[arg-type]
     for name in ("base", "train-1"):
         assert sha256_json(resumed.inputs[name]) == sha256_json(straight.inputs[name])
     assert resumed.inputs["train-2"]["base"] == straight.inputs["train-2"]["base"]
@@ -92,14 +88,14 @@ def test_a_run_resumed_with_other_workers_stands_on_the_stages_that_it_stood_on(
     again, second = Dry(), tmp_path / "train-2-4567"  # the resumed run is cut off and resumed
     second.mkdir()
     (second / "run.json").write_text(json.dumps({"workers": {"base": [1, 4], "train-1": [1, 4], "train-2": 1}}))
-    River(now, again, second).policy(3)  # type: ignore[arg-type]
+    Pipeline(now, again, second).policy(3)  # type: ignore[arg-type]
     assert again.inputs["train-2"] == resumed.inputs["train-2"]
-    missing, examples = River(now, Store(tmp_path), cut), Stage("examples", "key", tmp_path, 0.0, False, {})
-    with pytest.raises(ConfigError, match=r"stands on a finished stage base of \(1, 4\) worker\(s\), which is not in"):
+    missing, examples = Pipeline(now, Store(tmp_path), cut), Stage("examples", "key", tmp_path, 0.0, False, {})
+    with pytest.raises(ConfigError, match=r"built on a finished stage base of \(1, 4\) worker\(s\), which is not in"):
         missing._train("base", was.train, ModelRef(tmp_path, "model"), examples, 0)
     (cut / "run.json").unlink()
     without = Dry()
-    River(now, without, cut).policy(3)  # type: ignore[arg-type]
+    Pipeline(now, without, cut).policy(3)  # type: ignore[arg-type]
     assert without.inputs["base"]["num_workers"] == 1
 
 
@@ -110,7 +106,7 @@ def test_adapters_that_a_model_does_not_take_are_refused_before_any_stage(tmp_pa
     train = {"objective": {"schedule": "random"}, "lora": {"targets": "attention+mlp"}}
     job = Job.model_validate({"name": "moe", "storage": tmp_path / "runs", "train": train, **sections})
     with pytest.raises(ConfigError, match=r"lora\.targets = 'attention\+mlp': the MLPs of sdar_moe"):
-        River(job, Store(job.storage)).policy(1)
+        Pipeline(job, Store(job.storage)).policy(1)
     assert not job.storage.exists()
 
 
@@ -128,6 +124,6 @@ def test_validation_asks_the_first_prompts_of_an_imported_table(tmp_path: Path) 
     train = {"objective": {"schedule": "random"}}
     job = Job.model_validate({"name": "text", "task": task, "model": {"path": tmp_path / "base"}, "train": train})
     stage = Stage("pairs", "key", tmp_path, 0.0, False, {})
-    River(job, Store(tmp_path))._write_questions(2, ModelRef(tmp_path / "base", "base"), stage, tmp_path)
+    Pipeline(job, Store(tmp_path))._write_questions(2, ModelRef(tmp_path / "base", "base"), stage, tmp_path)
     asked = json.loads((tmp_path / "questions.json").read_text())["prompts"]
     assert [(row["prompt"], row["prompt_ids"]) for row in asked] == [("01", [0, 1]), ("11", [1, 1])]

@@ -7,7 +7,7 @@ import ray
 
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.session import fitted, shortfall, uses_gpu
+from dtrpo_ray.session import fit_cluster, shortfall, uses_gpu
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_one_machine_has_a_gpu_for_each_worker_and_actor(
     with_gpus(gpus)
     said: list[str] = []
     cluster = ClusterConfig.model_validate(asked)
-    made = fitted(cluster, said.append)
+    made = fit_cluster(cluster, said.append)
     assert (made.num_workers, made.num_actors) == (workers, actors)
     assert len(said) == (made != cluster)
 
@@ -43,7 +43,7 @@ def test_one_machine_has_a_gpu_for_each_worker_and_actor(
 def test_gpus_that_are_demanded_and_not_there_are_named(with_gpus: Any) -> None:
     with_gpus(1)
     with pytest.raises(ConfigError, match=r"cluster\.num_workers = 4, but this machine has 1 GPU"):
-        fitted(ClusterConfig(num_workers=4, use_gpu="yes"), pytest.fail)
+        fit_cluster(ClusterConfig(num_workers=4, use_gpu="yes"), pytest.fail)
     with_gpus(0)
     with pytest.raises(ConfigError, match=r'cluster\.use_gpu = "yes", but this machine has no GPU'):
         uses_gpu(ClusterConfig(use_gpu="yes"))
@@ -53,10 +53,10 @@ def test_a_cluster_without_a_gpu_yet_is_waited_for_or_told(with_gpus: Any) -> No
     with_gpus(0)
     demanded = ClusterConfig(use_gpu="yes", address="auto", num_workers=8)
     assert uses_gpu(demanded)
-    assert fitted(demanded, pytest.fail) == demanded
+    assert fit_cluster(demanded, pytest.fail) == demanded
     assert shortfall(demanded, gpu=True).startswith("8 worker(s) need a GPU each and the cluster has 0: waiting")
     said: list[str] = []
-    assert fitted(ClusterConfig(address="auto"), said.append) == ClusterConfig(address="auto")
+    assert fit_cluster(ClusterConfig(address="auto"), said.append) == ClusterConfig(address="auto")
     assert len(said) == 1
     assert said[0].startswith("no GPU is up in this cluster: the work goes to CPUs")
 

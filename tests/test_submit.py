@@ -22,7 +22,7 @@ from paths import ROOT
 from dtrpo_ray.models.registry import save_model
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from tests.test_river import SMALL
+from tests.test_end_to_end import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_shared_ray")]
 

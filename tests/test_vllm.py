@@ -1,4 +1,4 @@
-"""Drafts and a judge on vLLM itself, with tiny random Qwen2 checkpoints: the river from prompts to pairs; and vLLM's
+"""Drafts and a judge on vLLM itself, with tiny random Qwen2 checkpoints: the pipeline from prompts to pairs; and vLLM's
 load generator against our endpoint.
 
 Where vLLM is absent this is skipped; .ci/run installs it in an environment of its own and runs this file there.
@@ -31,7 +31,7 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.models.tokenizer import load_tokenizer
-from dtrpo_ray.pipeline import River
+from dtrpo_ray.pipeline import Pipeline
 from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
 from dtrpo_ray.serve.app import create_app
 from dtrpo_ray.stages import Store
@@ -94,9 +94,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict[
 
 
 @pytest.fixture(scope="module")
-def river(
+def pipeline(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, shared_data: Path, local_ray: None
-) -> River:
+) -> Pipeline:
     root = tmp_path_factory.mktemp("job")
     questions = (shared_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:3]
     rows = [json.loads(line) for line in questions] + [{"question": [{"role": "user", "content": "Say yes."}]}]
@@ -116,11 +116,11 @@ def river(
         "train": {"objective": {"schedule": "random"}},
         "cluster": {"num_actors": 1},
     }
-    return River(Job.model_validate(job), Store(root / "runs"))
+    return Pipeline(Job.model_validate(job), Store(root / "runs"))
 
 
-def test_drafts_are_drawn_judged_and_paired(river: River) -> None:
-    drafts = river.trajectories(1)
+def test_drafts_are_drawn_judged_and_paired(pipeline: Pipeline) -> None:
+    drafts = pipeline.trajectories(1)
     table = read_table(drafts.path / "table", TRAJECTORY)
     rows = table.to_pylist()
     assert drafts.summary["drafts"] == len(rows)
@@ -132,7 +132,7 @@ def test_drafts_are_drawn_judged_and_paired(river: River) -> None:
     assert len({row["seed"] for row in rows}) == len(rows)
     assert len({row["response"] for row in rows}) > len(rows) // 2
 
-    scored = river.scored(1)
+    scored = pipeline.scored(1)
     judged = read_table(scored.path / "table", TRAJECTORY)
     assert sorted(judged["row_id"].to_pylist()) == sorted(table["row_id"].to_pylist())
     asked = sum(n * (n - 1) // 2 for n in Counter(row["prompt_id"] for row in rows).values())
@@ -141,13 +141,13 @@ def test_drafts_are_drawn_judged_and_paired(river: River) -> None:
     assert comparisons.get("decided", 0) > 0, comparisons
     assert set(judged["reward_source"].to_pylist()) <= {"judge judge", None}
 
-    pairs = read_table(river.pairs(1).path / "table", PREFERENCE)
+    pairs = read_table(pipeline.pairs(1).path / "table", PREFERENCE)
     assert len(pairs)
     assert all(row["chosen_reward"] > row["rejected_reward"] for row in pairs.to_pylist())
 
 
-def test_one_process_draws_what_the_pool_drew_whatever_the_batch(river: River, models: dict[str, Path]) -> None:
-    rows = read_table(river.trajectories(1).path / "table", TRAJECTORY).to_pylist()
+def test_one_process_draws_what_the_pool_drew_whatever_the_batch(pipeline: Pipeline, models: dict[str, Path]) -> None:
+    rows = read_table(pipeline.trajectories(1).path / "table", TRAJECTORY).to_pylist()
     texts = [row for row in rows if not row["prompt"].startswith("[{")]
     model = LanguageModel(models["drafter"], ENGINE)
     ids, seeds = [model.encode(row["prompt"]) for row in texts], [row["seed"] for row in texts]

@@ -1,4 +1,4 @@
-"""`[cluster]`: where the work runs."""
+"""`[cluster]`: the machines and processes that do the work."""
 
 from typing import Annotated, Literal
 
@@ -6,13 +6,16 @@ from pydantic import Field, model_validator
 
 from dtrpo_ray.config.section import Section
 
+Workers = Annotated[int, Field(ge=1)]
+NumWorkers = int | tuple[int, int]
+
 
 class ClusterConfig(Section):
-    """Where the work runs."""
+    """The machines and processes that do the work."""
 
     address: str = "local"
     """`local` starts Ray here; `auto` joins the cluster this job was submitted to."""
-    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
+    num_workers: Workers | tuple[Workers, Workers] = 2
     """Ray Train workers; [fewest, most]: as many as the cluster has, changing when nodes come and go."""
     num_actors: int = Field(2, ge=1)
     """Actors that do the parts of prepare, rollout, drafts, score, ref-logps and evaluation."""

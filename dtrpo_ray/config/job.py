@@ -10,7 +10,7 @@ from dtrpo_ray.config.model import ModelConfig
 from dtrpo_ray.config.produce import DraftsConfig, PairConfig, ScoreConfig
 from dtrpo_ray.config.section import Section
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.config.task import SUDOKU_TOKENS, FilesTaskBase, Task
+from dtrpo_ray.config.task import PromptsTask, PuzzleTask, Task
 from dtrpo_ray.config.train import SFTConfig, TrainConfig
 
 
@@ -40,13 +40,13 @@ class Job(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
-    def is_puzzle(self) -> bool:
-        """Whether the task makes its own prompts and verifies answers, or brings files."""
-        return not isinstance(self.task, FilesTaskBase)
+    def puzzle(self) -> PuzzleTask | None:
+        """The task if it generates prompts and verifies answers; None if it brings files."""
+        return self.task if isinstance(self.task, PuzzleTask) else None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Job":
-        if self.is_puzzle:
+        if self.puzzle:
             if self.rollout is None:
                 raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
             if self.score:
@@ -67,10 +67,10 @@ class Job(Section):
                 )
             if stage and stage.global_batch < self.cluster.most_workers:
                 raise ValueError(f"{name}.global_batch = {stage.global_batch} gives some of {workers} workers no row")
-        lengths = {"rollout": self.rollout, "eval": self.eval}
-        for name, section in lengths.items():
-            if self.task.type == "sudoku" and section and section.max_new_tokens < SUDOKU_TOKENS:
-                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: a grid has {SUDOKU_TOKENS} digits")
+        needed = self.task.answer_tokens
+        for name, section in (("rollout", self.rollout), ("eval", self.eval)):
+            if section and section.max_new_tokens < needed:
+                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: an answer has {needed} tokens")
         if self.rollout and self.model.init:
             worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
             if worst > self.model.init.block_size:
@@ -79,7 +79,7 @@ class Job(Section):
 
     def _fits_files(self) -> None:
         kind = f"task.type = {self.task.type!r}"
-        if self.task.type == "prompts":
+        if isinstance(self.task, PromptsTask):
             self._fits_prompts(self.task.max_response_tokens)
         elif self.rollout or self.drafts:
             raise ValueError(f"{kind} brings its responses: remove [rollout] and [drafts]")
@@ -89,9 +89,9 @@ class Job(Section):
             raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
         if self.model.init and self.model.tokenizer is None:
             raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
-        if self.task.type == "trajectories" or self.rollout:
+        if self.task.brings_responses or self.rollout:
             return
-        if self.score and self.task.type == "preferences":
+        if self.score and self.task.brings_pairs:
             raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
         if self.train.objective.needs_recorded_steps:
             raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")

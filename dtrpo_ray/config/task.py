@@ -1,23 +1,42 @@
-"""`[task]`: what is learnt from, a puzzle generator or files."""
+"""`[task]`: the source of the training data, a puzzle generator or files."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from dtrpo_ray.config.section import Section
 
-SUDOKU_TOKENS = 16  # of an answer
+
+class TaskBase(Section):
+    """The properties by which code tells tasks apart."""
+
+    type: str
+    brings_pairs: ClassVar[bool] = False
+    brings_responses: ClassVar[bool] = False
+    brings_prompts: ClassVar[bool] = False
+    answer_tokens: ClassVar[int] = 1
+    """Fewest tokens that hold an answer."""
 
 
-class SudokuTask(Section):
+class PuzzleTask(TaskBase):
+    """A task that generates its prompts and verifies answers."""
+
+    public_tests: tuple[Path, ...] = ()
+    """Test files from elsewhere (JSONL of input and output), evaluated where they exist."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the puzzle's generator."""
+        return self.model_dump(exclude={"type", "public_tests"})
+
+
+class SudokuTask(PuzzleTask):
     """4x4 Sudoku puzzles, generated; 30 % of the grids are held out by hash."""
 
+    answer_tokens: ClassVar[int] = 16
     type: Literal["sudoku"]
     blanks: tuple[int, int] = (4, 12)
     """Fewest and most blank cells of a generated puzzle."""
-    public_tests: tuple[Path, ...] = ()
-    """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
 
     @model_validator(mode="after")
     def _range(self) -> "SudokuTask":
@@ -26,17 +45,15 @@ class SudokuTask(Section):
         return self
 
 
-class CountdownTask(Section):
+class CountdownTask(PuzzleTask):
     """Countdown: reach a target from numbers, each used once; generated, with variable-length answers."""
 
     type: Literal["countdown"]
     numbers: int = Field(3, ge=2, le=4)
     """How many numbers a puzzle gives."""
-    public_tests: tuple[Path, ...] = ()
-    """Test files nobody here wrote (JSONL of input and output), evaluated where they exist."""
 
 
-class FilesTaskBase(Section):
+class FilesTaskBase(TaskBase):
     files: tuple[str, ...] = Field(min_length=1)
     """Paths or URIs (s3://, gs://) of files or folders; the format is recognised by the columns (docs/data.md)."""
     max_prompt_tokens: int = Field(512, ge=1)
@@ -52,18 +69,21 @@ class FilesTaskBase(Section):
 class PreferencesTask(FilesTaskBase):
     """Preference pairs from files: no generator and no verifier, so no rollout, pairing or accuracy."""
 
+    brings_pairs: ClassVar[bool] = True
     type: Literal["preferences"]
 
 
 class TrajectoriesTask(FilesTaskBase):
     """Responses from files, with or without step maps: scored and paired here, no rollout and no accuracy."""
 
+    brings_responses: ClassVar[bool] = True
     type: Literal["trajectories"]
 
 
 class PromptsTask(FilesTaskBase):
     """Prompts from files, answered by the model itself ([rollout]) or by an ordinary one ([drafts]): no accuracy."""
 
+    brings_prompts: ClassVar[bool] = True
     type: Literal["prompts"]
 
 

@@ -1,6 +1,5 @@
 """A job's task -> the tables and tokenizer its stages read: examples, prompts, or imported files."""
 
-import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,38 +33,29 @@ from dtrpo_ray.data.tables import (
     write_shards,
     write_whole,
 )
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
 from dtrpo_ray.stages import read_json, write_json
 
-PUZZLES = {"sudoku": "dtrpo_ray.data.tasks.sudoku", "countdown": "dtrpo_ray.data.tasks.countdown"}
 READERS: dict[str, ModuleType] = {"preferences": preferences, "trajectories": responses, "prompts": prompts}
-
-
-def puzzle(job: Job) -> ModuleType:
-    """The module of the job's puzzle: generate, score, read_public."""
-    return importlib.import_module(PUZZLES[job.task.type])
-
-
-def generate_puzzles(job: Job, count: int, split: str, seed: int) -> list[dict[str, str]]:
-    """`count` puzzles {prompt, answer} of "train" or "test" with the job's difficulty."""
-    options = job.task.model_dump(exclude={"type", "public_tests"})
-    rows: list[dict[str, str]] = puzzle(job).generate(count, split, seed=seed, **options)
-    return rows
 
 
 def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     """The tokenizer of the model directory, of `model.tokenizer`, or the puzzle's characters."""
-    source = job.model.path or job.model.tokenizer
-    return load_tokenizer(source) if source else character_tokenizer(puzzle(job).ALPHABET)
+    if source := job.model.path or job.model.tokenizer:
+        return load_tokenizer(source)
+    assert job.puzzle is not None
+    return character_tokenizer(puzzle_module(job.puzzle).ALPHABET)
 
 
 def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
     """Generated SFT examples as Parquet (the table example/v1)."""
     assert job.sft is not None
     assert job.model.init is not None
-    rows = generate_puzzles(job, job.sft.num_examples, "train", job.seed)
-    end = None if puzzle(job).FIXED_LENGTH else eos_token_id(tokenizer)
+    assert job.puzzle is not None
+    rows = generate_puzzles(job.puzzle, job.sft.num_examples, "train", job.seed)
+    end = None if puzzle_module(job.puzzle).FIXED_LENGTH else eos_token_id(tokenizer)
     size = job.model.init.block_size
     # puzzles share their answers: a few hundred texts of a hundred thousand
     prompt_ids = cache(lambda text: encode_prompt(tokenizer, text))
@@ -118,7 +108,7 @@ class Importer:
     def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
         form, data_hash = self.form(part.shard.file), self.hashes[part.shard.file]
-        rows_each = 2 if self.task.type == "preferences" and form.unpaired else 1  # of the file, for one of ours
+        rows_each = 2 if self.task.brings_pairs and form.unpaired else 1  # of the file, for one of ours
         summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
         refused: list[Rejected] = []
         for batch, (rows, bad) in enumerate(self._batches(part)):
@@ -140,7 +130,7 @@ class Importer:
         yield from self.reader.read_tables(self.form(part.shard.file), part.shard)
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
-        tokenize = tokenize_preferences if self.task.type == "preferences" else tokenize_responses
+        tokenize = tokenize_preferences if self.task.brings_pairs else tokenize_responses
         return tokenize(rows, self.target)
 
 
@@ -163,7 +153,7 @@ def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
     parts: list[ImportPart] = []
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
-        paired = task.type == "preferences"
+        paired = task.brings_pairs
         shards = preferences.shards_of(preferences.recognise(file), file, rows) if paired else plan_shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)

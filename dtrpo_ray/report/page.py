@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -21,6 +21,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dtrpo_ray.stages import StageRow
 
 Row = dict[str, Any]
 Theme = dict[str, str]
@@ -56,7 +58,12 @@ class Curve:
 
 
 def write_report(
-    out: Path, job: Row, lineage: list[Row], curves: dict[str, list[Row]], evaluation: Row | None, answer: Row | None
+    out: Path,
+    job: Row,
+    lineage: Sequence[StageRow],
+    curves: dict[str, list[Row]],
+    evaluation: Row | None,
+    answer: Row | None,
 ) -> Path:
     """Write the plots and report.html into the existing directory `out`; return the page's path.
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import load_tokenizer, turn_end_id
-from dtrpo_ray.stages import whole_folder
+from dtrpo_ray.stages import StageRow, whole_folder
 from dtrpo_ray.train import checkpoint
 
 CARD = """---
@@ -94,7 +94,7 @@ class Card:
 
 def job_card(
     job: Job,
-    lineage: list[dict[str, Any]],
+    lineage: Sequence[StageRow],
     curves: Mapping[str, list[dict[str, Any]]],
     base: str | None,
     adapter: bool = False,

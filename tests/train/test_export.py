@@ -274,15 +274,16 @@ def test_a_lora_jobs_adapter_names_its_base(
     file = tmp_path / "job.toml"
     sections = (ROOT / "jobs" / "demo.toml").read_text()
     file.write_text(sections if given is None else _without(sections, "model.init", "sft"))
-    stages = SimpleNamespace(aligned=ModelRef(folder / "model", "d" * 64), base=ModelRef(base, "b" * 64))
-    stages.lineage, stages.curves = lambda: LINEAGE, lambda: CURVES
+    pipeline = SimpleNamespace(lineage=lambda: LINEAGE, curves=lambda: CURVES)
+    pipeline.aligned = lambda: ModelRef(folder / "model", "d" * 64)
+    pipeline.base = lambda: ModelRef(base, "b" * 64)
 
     @contextmanager
-    def river(path: Path, overrides: list[str], *_: Any) -> Iterator[SimpleNamespace]:
-        stages.job = load_job(path, overrides)
-        yield stages
+    def open_pipeline(path: Path, overrides: list[str], *_: Any) -> Iterator[SimpleNamespace]:
+        pipeline.job = load_job(path, overrides)
+        yield pipeline
 
-    monkeypatch.setattr(cli, "river", river)
+    monkeypatch.setattr(cli, "open_pipeline", open_pipeline)
     sets = [word for override in words for word in ("--set", override)]
     done = CliRunner().invoke(cli.app, ["export", str(file), "out", *option, *sets], catch_exceptions=False)
     assert done.exit_code == 0

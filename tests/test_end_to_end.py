@@ -1,4 +1,4 @@
-"""The whole river on real parts, small: Ray Data, Ray Train with DeepSpeed, the cache of stages, resume, export.
+"""Every stage on real parts, small: Ray Data, Ray Train with DeepSpeed, the cache of stages, resume, export.
 
 Another `dtrpo` process for each command, as a user would run it.
 """
@@ -57,7 +57,7 @@ def dtrpo(verb: str, storage: Path, *more: str, code: int = 0) -> tuple[dict[str
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("river")
+    return tmp_path_factory.mktemp("pipeline")
 
 
 @pytest.fixture(scope="module")
