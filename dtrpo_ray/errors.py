@@ -1,4 +1,4 @@
-"""The errors a user can cause, and how any is told in a line.
+"""The errors a user can cause, and their messages on one line.
 
     DtrpoError
     +-- ConfigError      a job file, an override, a flag
@@ -7,14 +7,15 @@
     +-- CheckpointError  a training checkpoint
     +-- TrainError       a run that cannot go on
     +-- ServeError       a request or a deployment
+    +-- SessionError     a Ray session that does not start
 
-Each message names the place, the field, the value and the remedy. None has an `__init__` of its own: Ray ships
-exceptions between processes by pickle, which calls the class with `args`.
+Each message names the place, the field, the value and the remedy. No class defines `__init__`: Ray sends exceptions
+between processes by pickle, which calls the class with `args`.
 """
 
 
 class DtrpoError(Exception):
-    """Base of every error that is the user's to mend; the CLI prints it on one line and exits with 2."""
+    """Base of every error that the user can mend; the CLI prints its message and exits with 2."""
 
 
 class ConfigError(DtrpoError, ValueError):
@@ -41,8 +42,17 @@ class ServeError(DtrpoError, RuntimeError):
     """A request or deployment that cannot be served."""
 
 
+class SessionError(DtrpoError, RuntimeError):
+    """A Ray session that does not start on this machine."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def last_line(error: BaseException) -> str:
-    """The kind and the message of an error; of a traceback in text, its last line."""
+    """Return an error's kind and message; if the message is a traceback, its last line."""
     lines = str(error).strip().splitlines()
     if not lines:
         return repr(error)

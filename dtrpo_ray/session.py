@@ -4,74 +4,88 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
 from ray.data.context import ShuffleStrategy
 
 from dtrpo_ray.config.cluster import ClusterConfig
-from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.errors import ConfigError, SessionError, first_line
 from dtrpo_ray.progress import console
 
 # a fresh page for every tensor costs a fifth of a small step on CPU: let glibc keep its arenas
 CPU_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
+CONNECT_TRIES = 2
+
 
 @contextmanager
 def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -> Iterator[None]:
-    """Connect to Ray for the time of a command. Raises ConfigError if there is no cluster to join.
+    """Connect to Ray for the time of a command. Raises ConfigError or SessionError if that fails.
 
-    `object_store_bytes` is for a session that is started here; Ray chooses where it is absent.
+    `object_store_bytes` applies to a session that is started here; if absent, Ray chooses.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # ray.train.report waits for one such poll
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"address": cluster.address, "logging_level": logging.ERROR, "log_to_driver": False}
     if cluster.address == "local":
-        # room for the Ray Data tasks beside the workers: logical CPUs, the threads of each worker are bounded
-        num_cpus = max(os.cpu_count() or 1, cluster.most_workers + 2, cluster.num_actors + 2)
-        ray.init(
-            "local",
-            num_cpus=num_cpus,
-            object_store_memory=object_store_bytes,
-            include_dashboard=False,
-            runtime_env={"env_vars": CPU_WORKER_ENV},
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    else:
-        try:
-            ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"cluster.address = {cluster.address!r}: no Ray cluster answers ({str(error).splitlines()[0]}); "
-                'start one, or set cluster.address = "local"'
-            ) from None
+        # logical CPUs, with room for Ray Data's tasks beside the workers; each worker's threads are bounded
+        options["num_cpus"] = max(os.cpu_count() or 1, cluster.most_workers + 2, cluster.num_actors + 2)
+        options |= {"object_store_memory": object_store_bytes, "include_dashboard": False}
+        options["runtime_env"] = {"env_vars": CPU_WORKER_ENV}
+    _connect(cluster.address, options)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = console.is_terminal
     # the default shuffle starts 200 aggregators: 20 s on two cores for a table of a thousand rows
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    context.use_datasource_v2 = False  # the new reader lists the files of one small table for 2.5 s, at first for 6
+    context.use_datasource_v2 = False  # the new reader takes 2.5 s to list the files of one small table, 6 s at first
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it says that the bars we took are gone
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it reports that its bars are off
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
-    """The cluster as this machine can have it: with `local`, no more workers and actors than there are GPUs for.
+def _connect(address: str, options: dict[str, Any]) -> None:
+    """Call `ray.init`, a second time if it fails: on a busy machine Ray's processes may start too slowly for it."""
+    failures: list[str] = []
+    while True:
+        try:
+            ray.init(**options)
+            return
+        except ConnectionError as error:
+            raise ConfigError(
+                f"cluster.address = {address!r}: no Ray cluster answers ({first_line(error)}); "
+                'start one, or set cluster.address = "local"'
+            ) from None
+        except Exception as error:  # Ray raises RuntimeError, TimeoutError and plain Exception here
+            failures.append(first_line(error))
+            ray.shutdown()  # ends the processes that did start
+        if len(failures) == CONNECT_TRIES:
+            raise SessionError(
+                f"cluster.address = {address!r}: Ray did not start in {CONNECT_TRIES} tries ({failures[-1]}). The "
+                "machine may be busy or short of memory: end other programs, then run the same command again. "
+                "Ray's logs are in /tmp/ray/session_latest/logs"
+            )
+        console.print(f"Ray did not start ({failures[-1]}); trying once more", markup=False, highlight=False)
 
-    What is changed is said. Raises ConfigError where GPUs are demanded that are not there. A cluster that was joined
-    may grow, so there nothing is changed.
+
+def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
+    """Return the cluster that fits this machine: with "local" and GPUs, no more workers and actors than GPUs.
+
+    Announces each change. A cluster that was joined may grow, so it stays as configured. Raises ConfigError if the
+    job demands more GPUs than there are.
     """
     gpu = uses_gpu(cluster)
     if cluster.address != "local" and cluster.use_gpu == "auto" and not gpu:
-        say('no GPU is up in this cluster: the work goes to CPUs; cluster.use_gpu = "yes" waits for GPUs')
+        say('this cluster has no GPU now, so CPUs do the work; cluster.use_gpu = "yes" waits for GPUs')
     if cluster.address != "local" or not gpu:
         return cluster
     gpus, fewest = int(ray.cluster_resources()["GPU"]), cluster.fewest_workers
@@ -88,17 +102,17 @@ def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterCo
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:
-    """Whether workers and actors ask for a GPU. Raises ConfigError where one is demanded and this machine has none."""
+    """Return True if workers and actors ask for a GPU. Raises ConfigError if a required one is missing."""
     available = ray.cluster_resources().get("GPU", 0) > 0
     if cluster.use_gpu == "yes" and cluster.address != "local":
-        return True  # a cluster of none yet may grow
+        return True  # a cluster without GPUs may grow
     if cluster.use_gpu == "yes" and not available:
         raise ConfigError('cluster.use_gpu = "yes", but this machine has no GPU; set "auto" or "no"')
     return available and cluster.use_gpu != "no"
 
 
 def shortfall(cluster: ClusterConfig, gpu: bool) -> str:
-    """What a training stage will wait for, "" where its workers fit the cluster as it is."""
+    """Return a message about the GPUs or CPUs a training stage must wait for, "" if its workers fit the cluster."""
     kind = "GPU" if gpu else "CPU"
     have = int(ray.cluster_resources().get(kind, 0))
     if have >= cluster.fewest_workers:
@@ -110,5 +124,5 @@ def shortfall(cluster: ClusterConfig, gpu: bool) -> str:
 
 
 def cpu_threads(sharers: int) -> int:
-    """Torch threads for each of `sharers` processes that share this machine's cores."""
+    """Return the torch threads of each of `sharers` processes that share this machine's cores."""
     return max(1, (os.cpu_count() or 1) // sharers)

@@ -15,6 +15,7 @@ TREE = {
     "CheckpointError": ValueError,
     "TrainError": RuntimeError,
     "ServeError": RuntimeError,
+    "SessionError": RuntimeError,
 }
 CLASSES = {name: c for name, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__}
 

@@ -1,13 +1,16 @@
 """What a job asks of a machine, and what it is told where the machine has less."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from paths import ROOT
 
+from dtrpo_ray.cli import main
 from dtrpo_ray.config.cluster import ClusterConfig
-from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.session import fit_cluster, shortfall, uses_gpu
+from dtrpo_ray.errors import ConfigError, SessionError
+from dtrpo_ray.session import fit_cluster, ray_session, shortfall, uses_gpu
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_a_cluster_without_a_gpu_yet_is_waited_for_or_told(with_gpus: Any) -> No
     said: list[str] = []
     assert fit_cluster(ClusterConfig(address="auto"), said.append) == ClusterConfig(address="auto")
     assert len(said) == 1
-    assert said[0].startswith("no GPU is up in this cluster: the work goes to CPUs")
+    assert said[0].startswith("this cluster has no GPU now, so CPUs do the work")
 
 
 def test_a_cluster_that_is_too_small_says_what_it_waits_for(with_gpus: Any) -> None:
@@ -66,3 +69,72 @@ def test_a_cluster_that_is_too_small_says_what_it_waits_for(with_gpus: Any) -> N
     cluster = ClusterConfig(num_workers=(4, 8), address="auto")
     assert shortfall(cluster, gpu=True).startswith("4 worker(s) need a GPU each and the cluster has 2: waiting")
     assert shortfall(cluster, gpu=False) == ""
+
+
+def fake_ray(monkeypatch: pytest.MonkeyPatch, *failures: Exception) -> list[str]:
+    """Let `ray.init` fail so often before it succeeds; return the calls that a session makes."""
+    calls: list[str] = []
+    left = list(failures)
+
+    def init(**options: Any) -> None:
+        calls.append(f"init {options['address']}")
+        if left:
+            raise left.pop(0)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    return calls
+
+
+# what Ray 2.60 raises if its own processes do not come up in time
+SLOW = [
+    Exception("The current node timed out during startup. This could happen because some of the raylet failed"),
+    RuntimeError("Failed to start GCS.  Last 0 lines of error files:\n\n.Please check gcs_server.out for details."),
+    TimeoutError("Timed out after 30 seconds while waiting for node to startup."),
+]
+
+
+@pytest.mark.parametrize("failure", SLOW, ids=lambda error: type(error).__name__)
+def test_ray_that_starts_too_slowly_is_started_once_more(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    calls = fake_ray(monkeypatch, failure)
+    with ray_session(ClusterConfig()):
+        assert calls == ["init local", "shutdown", "init local"]  # what did start is ended before the second try
+    assert calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_ray_that_does_not_start_is_one_message_with_a_remedy(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    calls = fake_ray(monkeypatch, *SLOW)
+    with pytest.raises(SessionError) as caught, ray_session(ClusterConfig(address=address)):
+        pytest.fail("there is no session")
+    assert calls == [f"init {address}", "shutdown"] * 2
+    message = str(caught.value)
+    assert message.startswith(f"cluster.address = '{address}': Ray did not start in 2 tries (Failed to start GCS.")
+    assert "end other programs, then run the same command again" in message
+    assert "\n" not in message
+    assert caught.value.__cause__ is None
+
+
+def test_no_cluster_to_join_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_ray(monkeypatch, ConnectionError("Could not find any running Ray instance.\nPlease specify"))
+    refusal = r"no Ray cluster answers \(Could not find any running Ray instance\.\)"
+    with pytest.raises(ConfigError, match=refusal), ray_session(ClusterConfig(address="auto")):
+        pytest.fail("there is no session")
+    assert calls == ["init auto"]
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "serve"])
+def test_a_verb_whose_ray_does_not_start_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
+) -> None:
+    fake_ray(monkeypatch, *SLOW)
+    source = str(tmp_path if verb == "serve" else ROOT / "jobs" / "demo.toml")
+    setting = [] if verb == "serve" else ["--set", f"storage={tmp_path / 'runs'}"]
+    monkeypatch.setattr("sys.argv", ["dtrpo", verb, source, *setting])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: cluster.address = 'local': Ray did not start in 2 tries" in said
+    assert "Traceback" not in said
