@@ -1,4 +1,4 @@
-"""Write docs/jobs.md, the reference of a job file, from the types in config.py (`--print`: to stdout instead)."""
+"""Write docs/jobs.md, the reference of a job file, from the types in `dtrpo_ray/config` (`--print`: to stdout)."""
 
 import sys
 import types
@@ -13,9 +13,9 @@ from dtrpo_ray.config.job import Job
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# The job file, field by field
 
-Made by `python docs/jobs.py` from [config.py](../dtrpo_ray/config.py); a test compares. A job is TOML; every field can
-be overridden with `--set section.field=value`. An unknown field, a wrong type or an impossible combination is one
-message and exit code 2, before anything starts.
+`python docs/jobs.py` writes this page from the types in [dtrpo_ray/config](../dtrpo_ray/config), and a test compares
+them. A job is TOML. Every field can be overridden with `--set section.field=value`. An unknown field, a wrong type or
+an impossible combination gives one message and exit code 2, before anything starts.
 """
 
 
@@ -64,7 +64,7 @@ def _default(value: Any) -> str:
     if value is None or value in ("", ()):
         return "-"
     if isinstance(value, str) and "\n" in value:
-        return f"a text of {len(value.splitlines())} lines, in config.py"
+        return f"a text of {len(value.splitlines())} lines, in `dtrpo_ray/config`"
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
