@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from commands import dtrpo
 from paths import ROOT
 
 from dtrpo_ray.models.registry import save_model
@@ -16,10 +17,6 @@ from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
 
 DEMO = str(ROOT / "jobs" / "demo.toml")
-
-
-def dtrpo(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dtrpo_ray", *words], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["plan", DEMO], ["check", DEMO, "--json"]])

@@ -1,6 +1,6 @@
 """Every stage on real parts, small: Ray Data, Ray Train with DeepSpeed, the cache of stages, resume, export.
 
-Another `dtrpo` process for each command, as a user would run it.
+The two runs that are interrupted are processes, as a user would start them; the commands after them run in this one.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import dtrpo
 from paths import ROOT
 
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
@@ -30,7 +31,7 @@ from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.metrics import read_metrics
 from dtrpo_ray.models.registry import load_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("no_shared_ray")]
+pytestmark = pytest.mark.usefixtures("local_ray")  # which the commands in this process share
 
 SMALL = [
     "rounds=1",
@@ -43,14 +44,22 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(verb: str, storage: Path, *more: str) -> list[str]:
+def words(verb: str, storage: Path, *more: str) -> list[str]:
     settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
-    return [sys.executable, "-m", "dtrpo_ray", verb, str(ROOT / "jobs" / "demo.toml"), "--json", *settings, *more]
+    return [verb, str(ROOT / "jobs" / "demo.toml"), *more, "--json", *settings]
 
 
-def dtrpo(verb: str, storage: Path, *more: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    words = command(verb, storage, *more)
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CI": "1"}, timeout=600)
+def start(*words: str) -> subprocess.Popen[str]:
+    """A command in a process of its own that Ctrl-C ends: a shell's background jobs inherit that it is ignored."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dtrpo_ray", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def run_here(*words: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """What a command in this process printed, as JSON, and what it said."""
+    done = dtrpo(*words)
     assert done.returncode == code, done.stderr[-3000:]
     return {} if code else json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -63,14 +72,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
     """The run, stopped by Ctrl-C while its base model trains, when there is a checkpoint to go on from."""
-    process = subprocess.Popen(
-        command("run", storage),
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignore"
-    )
+    process = start(*words("run", storage))
     try:
         while not any(storage.glob("stages/base-*.partial/checkpoints/step-00000070/COMPLETE")):
             assert process.poll() is None, process.communicate()[1][-3000:]
@@ -86,11 +88,7 @@ def interrupted(storage: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def run(storage: Path, interrupted: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The same command again, its endpoint kept up: it goes on where the first one stopped, and Ctrl-C ends it."""
-    words, environment = command("run", storage, "--keep-serving"), {**os.environ, "CI": "1"}
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = start(*words("run", storage, "--keep-serving"))
     try:
         said, url = [], None
         assert process.stderr
@@ -184,7 +182,7 @@ def test_each_checkpoint_answers_and_is_scored(run: dict[str, Any]) -> None:
 
 
 def test_a_second_run_reuses_every_stage(run: dict[str, Any], storage: Path) -> None:
-    again, said = dtrpo("eval", storage)
+    again, said = run_here(*words("eval", storage))
     assert "made" not in said
     assert said.count("reused") >= 8
     assert again["table"] == run["table"]
@@ -192,7 +190,7 @@ def test_a_second_run_reuses_every_stage(run: dict[str, Any], storage: Path) -> 
 
 def test_training_from_a_cache_of_the_reference_is_training_beside_it(run: dict[str, Any], storage: Path) -> None:
     """`ref-logps` writes the values of this round's very draws; training from them has the same losses."""
-    cached, said = dtrpo("train", storage, "--set", "train.reference=cache")
+    cached, said = run_here(*words("train", storage, "--set", "train.reference=cache"))
     assert "ref-1" in said
     rows = [json.loads(line) for line in (Path(cached["directory"]) / "metrics.jsonl").read_text().splitlines()]
     frozen = [json.loads(line) for line in (stage(run, "train-1") / "metrics.jsonl").read_text().splitlines()]
@@ -210,12 +208,12 @@ def test_resume_goes_on_from_another_runs_checkpoint_or_says_field_by_field_why_
     shutil.copytree(whole, cut)
     for checkpoint in (cut / "checkpoints").glob("step-00000004*"):
         shutil.rmtree(checkpoint)
-    one = ("--set", "cluster.num_workers=1")
-    said = dtrpo("train", storage, "--resume", str(cut), *one, "--set", "train.lr=1e-9", code=2)[1]
+    resume = words("train", storage, "--resume", str(cut), "--set", "cluster.num_workers=1")
+    _, said = run_here(*resume, "--set", "train.lr=1e-9", code=2)
     assert "train.lr: " in said
     assert "1e-09 now" in said
     assert "Traceback" not in said
-    made, _ = dtrpo("train", storage, "--resume", str(cut), *one)
+    made, _ = run_here(*resume)
     folder = Path(made["directory"])
     [resumed] = [e for e in read_metrics(folder / "events.jsonl") if e["event"] == "resume"]
     assert "resumed at step 2 of 4 on 1 worker(s), written by 2" in resumed["message"]
@@ -225,9 +223,7 @@ def test_resume_goes_on_from_another_runs_checkpoint_or_says_field_by_field_why_
 
 
 def test_an_exported_model_is_the_aligned_one(run: dict[str, Any], storage: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "dtrpo_ray", "export", str(ROOT / "jobs" / "demo.toml"), str(tmp_path / "out")]
-    settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
-    subprocess.run([*words, *settings], check=True, cwd=ROOT, capture_output=True)
+    run_here(*words("export", storage, str(tmp_path / "out")))
     exported, aligned = load_model(tmp_path / "out"), load_model(stage(run, "train-1") / "model")
     assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), aligned.parameters(), strict=True))
     assert "dTRPO" in (tmp_path / "out" / "README.md").read_text()
@@ -240,18 +236,16 @@ def test_parquet_files_name_their_table(run: dict[str, Any]) -> None:
 
 def test_real_text_with_the_real_tokenizer_trains_on_two_workers(shared_data: Path, tmp_path: Path) -> None:
     """jobs/text.toml with real preference pairs and the Qwen2/SDAR tokenizer: the loss falls."""
-    words = [sys.executable, "-m", "dtrpo_ray", "train", str(ROOT / "jobs" / "text.toml"), "--json"]
-    words += ["--set", f"storage={tmp_path}", "--set", f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}"]
-    words += ["--set", f'task.files=["{shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json"}"]']
-    words += ["--set", "task.max_rows=160", "--set", "train.num_epochs=4"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = Path(json.loads(done.stdout.splitlines()[-1])["directory"])
+    files = f'task.files=["{shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json"}"]'
+    places = [f"storage={tmp_path}", f"model.tokenizer={shared_data / 'tokenizer_qwen2_sdar'}", files]
+    settings = [word for item in [*places, "task.max_rows=80", "train.num_epochs=4"] for word in ("--set", item)]
+    made, _ = run_here("train", str(ROOT / "jobs" / "text.toml"), "--json", *settings)
+    folder = Path(made["directory"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     pairs = sum(pq.read_metadata(file).num_rows for file in tmp_path.glob("stages/pairs-*/table/*.parquet"))
     refused = next(tmp_path.glob("stages/pairs-*/table/quarantine.jsonl")).read_text().splitlines()
-    assert pairs + len(refused) == 160
-    assert [row["step"] for row in rows] == list(range(1, pairs * 4 // 8 + 1))  # 4 epochs, 8 pairs a step
+    assert pairs + len(refused) == 80
+    assert [row["step"] for row in rows] == list(range(1, -(-pairs * 4 // 8) + 1))  # 4 epochs, 8 pairs a step
     first, last = ([row["loss"] for row in rows][part] for part in (slice(0, 4), slice(-4, None)))
     assert sum(last) < 0.9 * sum(first)
     assert json.loads((folder / "model" / "config.json").read_text())["mask_token_id"] == 151669

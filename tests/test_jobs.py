@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import dtrpo
 from paths import ROOT
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from dtrpo_ray.cli import app
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id, turn_end_id
 from dtrpo_ray.produce.verifiers import countdown, gsm8k, instructions
@@ -58,10 +57,9 @@ def lines(name: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_fresh_clone_passes_the_check(job: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(clone)
-    done = CliRunner().invoke(app, ["check", f"jobs/{job}.toml", "--strict"])
-    assert done.exit_code == 0, done.output
+def test_a_fresh_clone_passes_the_check(job: str, clone: Path) -> None:
+    done = dtrpo("check", f"jobs/{job}.toml", "--strict", cwd=clone)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_that_ships_names_a_folder_beside_the_repository() -> None:
@@ -71,14 +69,12 @@ def test_nothing_that_ships_names_a_folder_beside_the_repository() -> None:
             assert "../shared" not in (ROOT / name).read_text(), name
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("no_shared_ray")
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("job", sorted(SHRUNK))
 def test_a_fresh_clone_runs_it(job: str, clone: Path, tmp_path: Path) -> None:
     verb, small = SHRUNK[job]
-    words = [sys.executable, "-m", "dtrpo_ray", verb, f"jobs/{job}.toml", "--json"]
-    words += [word for item in [f"storage={tmp_path}", *ONE, *small] for word in ("--set", item)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=clone, timeout=400)
+    settings = [word for item in [f"storage={tmp_path}", *ONE, *small] for word in ("--set", item)]
+    done = dtrpo(verb, f"jobs/{job}.toml", "--json", *settings, cwd=clone)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = Path(json.loads(done.stdout.splitlines()[-1])["directory"])
     if verb == "train":

@@ -322,7 +322,7 @@ def nodes(no_shared_ray: None) -> Iterator[Cluster]:
 
 
 def slow(folder: str, settings: dict[str, Any]) -> None:
-    """`trainer._worker` at one step a second that says on which node it runs."""
+    """`trainer._worker` that says on which node it runs, at one step a second until `over` lies in the folder."""
     rank, real = ray.train.get_context().get_world_rank(), loop.seed_step
     (Path(folder) / f"{time.time():.3f}-{rank}.json").write_text(
         json.dumps({"rank": rank, "node": ray.get_runtime_context().get_node_id(), "time": time.time()})
@@ -330,7 +330,8 @@ def slow(folder: str, settings: dict[str, Any]) -> None:
 
     def seed_step(seed: int, step: int, rank: int) -> None:
         real(seed, step, rank)
-        time.sleep(STEP_SECONDS)
+        if not (Path(folder) / "over").exists():
+            time.sleep(STEP_SECONDS)
 
     loop.seed_step = seed_step  # type: ignore[assignment]
     trainer._worker(settings)
@@ -390,6 +391,11 @@ def wait_for_step(stage: trainer.TrainStage, step: int) -> None:
         time.sleep(0.2)
 
 
+def wait_for_resumes(stage: trainer.TrainStage, count: int) -> None:
+    while len(events(stage, "resume")) < count:
+        time.sleep(0.2)
+
+
 def train_beside(
     chaos: Callable[[], None], stage: trainer.TrainStage, config: TrainConfig, cluster: ClusterConfig
 ) -> None:
@@ -421,6 +427,8 @@ def test_a_lost_node_with_a_fixed_number_of_workers_gives_way_to_a_spare_one(
         wait_for_step(stage, 4)
         lost.append(latest_node(notes, 1))
         lose(nodes, lost[0])
+        wait_for_resumes(stage, 1)
+        (notes / "over").touch()
 
     train_beside(chaos, stage, config, cluster)
     [resumed] = events(stage, "resume")
@@ -442,10 +450,11 @@ def test_a_drained_node_and_a_lost_one(
     def chaos() -> None:
         wait_for_step(stage, 3)
         drain(nodes, latest_node(notes, 1))
-        while not events(stage, "resume"):
-            time.sleep(0.2)
+        wait_for_resumes(stage, 1)
         wait_for_step(stage, events(stage, "resume")[0]["step"] + 2)
         lose(nodes, latest_node(notes, 1))
+        wait_for_resumes(stage, 2)
+        (notes / "over").touch()
 
     train_beside(chaos, stage, LONG, cluster)
     drained, resumed = events(stage, "drain"), events(stage, "resume")

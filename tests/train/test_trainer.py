@@ -160,7 +160,7 @@ def survived(straight: trainer.TrainStage, make_stage: Any, tmp_path_factory: An
     with pytest.MonkeyPatch.context() as patch:
         faults = str(tmp_path_factory.mktemp("faults"))
         patch.setattr(trainer, "_train_function", lambda: functools.partial(faulty, faults))
-        trainer.train(stage, CONFIG, cluster(max_failures=9, hang_seconds=30))
+        trainer.train(stage, CONFIG, cluster(max_failures=9, hang_seconds=20))
     return stage
 
 
