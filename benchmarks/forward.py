@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, TrainError
-from dtrpo_ray.method.batch import SIDES, Batch, Layout, build_batch
+from dtrpo_ray.method.batch import SIDES, MicroBatch, ModelLayout, build_batch
 from dtrpo_ray.method.loss import preference_loss, sum_by_side
 from dtrpo_ray.method.step import training_step
 from dtrpo_ray.models.base import DiffusionLM
@@ -151,7 +151,7 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
     return (diagonal | offset | causal)[None, None]
 
 
-def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch, lean: bool) -> Tensor:
+def common_logps(model: DiffusionLM, rows: list[Json], batch: MicroBatch, lean: bool) -> Tensor:
     """log mu of the batch's scored tokens [N], one forward for each side and noisy stream.
 
     Needs blocks that begin with the prompt's end, and shift 0: then a noisy half is the prompt and a noisy stream.
@@ -180,7 +180,7 @@ def common_logps(model: DiffusionLM, rows: list[Json], batch: Batch, lean: bool)
 
 
 def common_step(
-    policy: DiffusionLM, reference: DiffusionLM, rows: list[Json], batch: Batch, beta: float, lean: bool
+    policy: DiffusionLM, reference: DiffusionLM, rows: list[Json], batch: MicroBatch, beta: float, lean: bool
 ) -> Tensor:
     """The loss of each pair: four kinds of forwards, chosen and rejected by policy and reference, each by itself."""
     logp = common_logps(policy, rows, batch, lean)
@@ -206,7 +206,7 @@ class _Setup:
 def _setup(name: str, shape: Shape) -> _Setup:
     way, objective = VARIANTS[name]
     policy, reference, rows = shape.model(0), shape.model(1).requires_grad_(False), shape.rows()
-    batch = build_batch(rows, objective, seed=0, **asdict(Layout.of(policy))).to(torch.device(shape.device))
+    batch = build_batch(rows, objective, ModelLayout.of(policy), seed=0).to(torch.device(shape.device))
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
 

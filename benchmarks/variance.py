@@ -12,7 +12,6 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from dtrpo_ray.data.schemas import PREFERENCE
 from dtrpo_ray.data.tables import read_table
 from dtrpo_ray.decode.sampler import generate
 from dtrpo_ray.decode.types import SamplingParams
-from dtrpo_ray.method.batch import SIDES, Layout, build_batch
+from dtrpo_ray.method.batch import SIDES, ModelLayout, build_batch
 from dtrpo_ray.method.step import order_by_confidence, scored_logps
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.base import DiffusionLM
@@ -43,7 +42,7 @@ def blocks(models: list[DiffusionLM], rows: list[Json], objective: Objective) ->
     """{draw: log-ratios of its scored tokens, by token} of each block of each side."""
     for first in range(0, len(rows), CHUNK):
         part = rows[first : first + CHUNK]
-        batch = build_batch(part, objective, seed=0, **asdict(Layout.of(models[0])))
+        batch = build_batch(part, objective, ModelLayout.of(models[0]), seed=0)
         with torch.no_grad():
             ratio = (scored_logps(models[0], batch) - scored_logps(models[1], batch)).tolist()
         found: dict[tuple[int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

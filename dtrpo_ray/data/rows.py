@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.data.schemas import DIFFUSION, FIRST
 from dtrpo_ray.decode.types import SamplingParams
-from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_ranks
+from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_steps
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.stages import sha256_json
 
@@ -18,7 +18,7 @@ def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, ste
     blocks = block_slices(prompt_len, len(steps), size, model.block_origin)
     cut = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0)
     return {
-        "ranks": dense_ranks(np.array(steps, dtype=np.int64), blocks).tolist(),
+        "ranks": dense_steps(np.array(steps, dtype=np.int64), blocks).tolist(),
         "types": [FIRST if step == GIVEN else DIFFUSION for step in steps],  # our decoder forces no token
         "block_size": size,
         "block_origin": model.block_origin,

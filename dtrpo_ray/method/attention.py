@@ -1,35 +1,40 @@
-"""One row of tokens for one forward pass, and the block attention mask over it.
+"""Pack a prompt and its responses into one row of tokens, and make the block attention mask over it.
 
-A row holds a prompt once and, for each side (chosen, rejected), a clean stream and the noisy streams of its draws:
+A row holds a prompt once and, for each side (chosen, rejected), a clean stream and one noisy stream per draw:
 
     [ whole prompt blocks | clean 0 | noisy 0 | clean 1 | noisy 1 ]
 
 Blocks are counted from position 0 (the global grid: the first response block may open with clean prompt tokens) or
-from the first response token. The clean stream of a side ends before its last block, which no block may see; a noisy
-stream may leave blocks out. Several pairs may share a row. Under full attention nothing is shared: each draw is the
-prompt and a noisy response, one block that sees itself.
+from the first response token. The clean stream of a side ends before its last block, which no other block sees; a
+noisy stream may leave blocks out. Several pairs may share a row. Under full attention nothing is shared: each draw is
+the prompt and a noisy response, one block that sees itself.
 Legend: R rows, T tokens of a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 PAD, PROMPT = -2, -1  # values of `side` beside 0 (chosen) and 1 (rejected)
 CLEAN = 0  # value of `stream`; noisy streams are numbered from 1
-LEFT_OUT = -1  # id, in a noisy version, of the tokens of a block that the stream does without
+LEFT_OUT = -1  # marks, in a noisy version, the tokens of a block that the stream leaves out
 FLEX_BUCKET = 256  # row lengths on a GPU are padded to a multiple, so that few shapes are compiled
+
+NoisySides = list[tuple[np.ndarray, list[np.ndarray]]]  # per side: response ids, and their noisy versions
+_Segment = tuple[np.ndarray, np.ndarray, int, int]  # ids, positions, side, stream
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One packed row as numpy vectors of length T; `noisy_at[side][draw]` is where that stream's first token lies.
+class PackedRow:
+    """One packed row as numpy vectors of length T.
 
-    `position` feeds the rotary embedding, `block` numbers the blocks of the grid. The tokens of position below
+    `position` feeds the rotary embedding, `block` numbers the blocks of the grid. Tokens at positions below
     `first_position` belong to every stream.
     """
 
@@ -39,10 +44,9 @@ class Row:
     side: np.ndarray
     stream: np.ndarray
     first_position: int
-    noisy_at: tuple[tuple[int, ...], ...]
 
     def columns(self, side: int, stream: int, position: np.ndarray) -> np.ndarray:
-        """Where the tokens of a stream at these positions lie; all must be in the stream or in the shared prompt."""
+        """Find the columns of a stream's tokens at these positions; each lies in the stream or the shared prompt."""
         mine = np.flatnonzero((self.side == side) & (self.stream == stream))
         shared = position < self.first_position
         at = np.searchsorted(self.position[mine], position)
@@ -51,18 +55,15 @@ class Row:
         return np.where(shared, position, found)
 
 
-Sides = list[tuple[np.ndarray, list[np.ndarray]]]
-
-
 def grid_offset(prompt_len: int, block_size: int, origin: Literal["global", "response"]) -> int:
-    """What to add to a position so that blocks begin at multiples of `block_size`."""
+    """Return what to add to a position so that blocks begin at multiples of `block_size`."""
     return -prompt_len % block_size if origin == "response" else 0
 
 
 def pack_row(
-    prompt: np.ndarray, sides: Sides, block_size: int, origin: Literal["global", "response"] = "global"
-) -> Row:
-    """Pack a prompt and its sides, each (response ids, noisy versions of them), into one row.
+    prompt: np.ndarray, sides: NoisySides, block_size: int, origin: Literal["global", "response"] = "global"
+) -> PackedRow:
+    """Pack a prompt and its sides into one row.
 
     A noisy version has the response's length, with the mask id at the positions hidden in that state and LEFT_OUT
     at the tokens of whole blocks that are not needed.
@@ -70,55 +71,46 @@ def pack_row(
     offset = grid_offset(len(prompt), block_size, origin)
     shared = (len(prompt) + offset) // block_size * block_size - offset
     tail = prompt[shared:]
-    parts = [(prompt[:shared], np.arange(shared), PROMPT, CLEAN)]
-    cursor, noisy_at = shared, []
-    for index, (response, noisy_versions) in enumerate(sides):
+    segments: list[_Segment] = [(prompt[:shared], np.arange(shared), PROMPT, CLEAN)]
+    for side, (response, noisy_versions) in enumerate(sides):
         end = len(prompt) + len(response)
         last_block = (end - 1 + offset) // block_size * block_size - offset
         clean = np.concatenate([tail, response])[: max(last_block - shared, 0)]
-        starts = []
-        for number, tokens in enumerate([clean, *(_with_tail(tail, noisy) for noisy in noisy_versions)]):
+        for stream, tokens in enumerate([clean, *(_add_tail(tail, noisy) for noisy in noisy_versions)]):
             kept = np.flatnonzero(tokens != LEFT_OUT)
-            if number:
-                starts.append(cursor)
-            parts.append((tokens[kept], shared + kept, index, number))
-            cursor += len(kept)
-        noisy_at.append(tuple(starts))
-    return _row(parts, lambda position: (position + offset) // block_size, shared, tuple(noisy_at))
+            segments.append((tokens[kept], shared + kept, side, stream))
+    return _join(segments, lambda position: (position + offset) // block_size, shared)
 
 
-def _with_tail(tail: np.ndarray, noisy: np.ndarray) -> np.ndarray:
-    """The tail of the prompt opens the first block, and goes with it."""
+def _add_tail(tail: np.ndarray, noisy: np.ndarray) -> np.ndarray:
+    """Put the prompt's tail before the first block, which it opens: it is left out with that block."""
     left_out = len(noisy) and noisy[0] == LEFT_OUT
     return np.concatenate([np.full_like(tail, LEFT_OUT) if left_out else tail, noisy])
 
 
-def pack_whole(prompt: np.ndarray, sides: Sides) -> Row:
-    """The row of a full-attention model: for each side and draw the whole prompt and the noisy response, as one block.
+def pack_whole(prompt: np.ndarray, sides: NoisySides) -> PackedRow:
+    """Pack for full attention: for each side and draw the whole prompt and the noisy response, as one block.
 
-    A draw so costs a forward of its own length; the prompt sees the response and cannot be shared.
+    The prompt sees the response and cannot be shared, so each draw costs a forward of its own length.
     """
-    parts, cursor, noisy_at = [], 0, []
-    for index, (_, noisy_versions) in enumerate(sides):
-        starts = []
-        for number, noisy in enumerate(noisy_versions, start=1):
+    segments: list[_Segment] = []
+    for side, (_, noisy_versions) in enumerate(sides):
+        for stream, noisy in enumerate(noisy_versions, start=1):
             tokens = np.concatenate([prompt, noisy])
-            starts.append(cursor + len(prompt))
-            parts.append((tokens, np.arange(len(tokens)), index, number))
-            cursor += len(tokens)
-        noisy_at.append(tuple(starts))
-    return _row(parts, np.zeros_like, 0, tuple(noisy_at))
+            segments.append((tokens, np.arange(len(tokens)), side, stream))
+    return _join(segments, np.zeros_like, 0)
 
 
-def _row(parts: list[tuple[np.ndarray, np.ndarray, int, int]], block_of: Any, first: int, noisy_at: Any) -> Row:
-    ids, position = (np.concatenate([part[i] for part in parts]).astype(np.int64) for i in (0, 1))
-    side, stream = (np.concatenate([np.full(len(p[0]), p[i], dtype=np.int64) for p in parts]) for i in (2, 3))
-    return Row(ids, position, block_of(position), side, stream, first, noisy_at)
+def _join(segments: list[_Segment], block_of: Callable[[np.ndarray], np.ndarray], first_position: int) -> PackedRow:
+    ids, position = (np.concatenate([segment[i] for segment in segments]).astype(np.int64) for i in (0, 1))
+    side, stream = (np.concatenate([np.full(len(s[0]), s[i], dtype=np.int64) for s in segments]) for i in (2, 3))
+    block = block_of(position)
+    return PackedRow(ids, position, block, side=side, stream=stream, first_position=first_position)
 
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """What the mask depends on, int64 [R, T]: block of the grid, side (PAD: padding), stream, pair within the row."""
+    """The inputs of the mask, int64 [R, T]: block of the grid, side (PAD: padding), stream, pair within the row."""
 
     block: Tensor
     side: Tensor
@@ -126,23 +118,21 @@ class Planes:
     pair: Tensor
 
     def at(self, *index: Any) -> tuple[Tensor, ...]:
-        """The planes at an index, one tensor each."""
+        """Index every plane."""
         return tuple(getattr(self, f.name)[index] for f in fields(self))
 
-    def padded(self, length: int) -> "Planes":
-        """Padding appended up to `length` tokens."""
+    def pad(self, length: int) -> "Planes":
+        """Append padding up to `length` tokens."""
         extra = (0, length - self.side.shape[1])
-        values = {f.name: PAD if f.name == "side" else 0 for f in fields(self)}
-        return Planes(
-            **{name: torch.nn.functional.pad(getattr(self, name), extra, value=v) for name, v in values.items()}
-        )
+        fills = {f.name: PAD if f.name == "side" else 0 for f in fields(self)}
+        return Planes(*(F.pad(getattr(self, name), extra, value=fill) for name, fill in fills.items()))
 
 
 def _sees(query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
-    """The rule, for padding nobody: a token sees the prompt and its own side of its own pair only.
+    """Apply the rule: a token sees the prompt and its own side of its own pair; nobody sees padding.
 
-    Clean keys are seen from later blocks, and from their own block by clean queries (clean blocks are bidirectional);
-    noisy keys from their own block of their own stream only.
+    Clean keys are seen from later blocks, and from their own block by clean queries (clean blocks are bidirectional).
+    Noisy keys are seen from their own block of their own stream only.
     """
     block_q, side_q, stream_q, pair_q = query
     block_k, side_k, stream_k, pair_k = key
@@ -154,9 +144,9 @@ def _sees(query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
 
 
 def dense_mask(planes: Planes) -> Tensor:
-    """Who may attend to whom: boolean [R, 1, T, T], True where query (axis 2) sees key (axis 3).
+    """Return a boolean mask [R, 1, T, T], True where query (axis 2) sees key (axis 3).
 
-    Padding sees itself, lest a softmax over nothing give NaN.
+    Padding sees itself: a softmax over nothing would give NaN.
     """
     allowed = _sees(planes.at(slice(None), slice(None), None), planes.at(slice(None), None))
     diagonal = torch.eye(planes.side.shape[1], dtype=torch.bool, device=planes.side.device)
@@ -164,7 +154,7 @@ def dense_mask(planes: Planes) -> Tensor:
 
 
 def sparse_mask(planes: Planes) -> BlockMask:
-    """The same mask for FlexAttention, which computes the tiles that hold anything and skips the others."""
+    """Return the same mask for FlexAttention, which skips tiles where no query sees a key."""
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         padding = (query == key) & (planes.side[row, query] == PAD)
@@ -173,8 +163,3 @@ def sparse_mask(planes: Planes) -> BlockMask:
     rows, length = planes.side.shape
     device = planes.side.device
     return create_block_mask(rule, rows, None, length, length, device=device, _compile=device.type == "cuda")
-
-
-def block_mask(position_BT: Tensor, side_BT: Tensor, stream_BT: Tensor, block_size: int) -> Tensor:
-    """`dense_mask` of rows that hold one pair each on the global grid."""
-    return dense_mask(Planes(position_BT // block_size, side_BT, stream_BT, torch.zeros_like(side_BT)))

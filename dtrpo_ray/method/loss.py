@@ -1,4 +1,4 @@
-"""Log-ratios in, loss and metrics out. No model, no config, no cluster.
+"""Compute the preference loss and its metrics from log-ratios, without model, config or cluster.
 
 Legend: B pairs (or single examples), S = 2 sides: 0 chosen, 1 rejected. Every loss is per row, [B]; the caller
 weighs rows over the GLOBAL batch, so that the number does not depend on how a batch is split.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss_B` carries the gradient; `metrics` are detached per-row values [B] to be averaged like the loss."""
+    """The loss with its gradient, and detached per-row metrics [B] to be averaged like the loss."""
 
     loss_B: Tensor
     metrics: dict[str, Tensor]
@@ -22,7 +22,7 @@ class LossOutput:
 def preference_loss(
     log_ratio_BS: Tensor, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
 ) -> LossOutput:
-    """The DPO family on estimated trajectory log-ratios (arXiv 2305.18290 eq. 7; IPO arXiv 2310.12036 eq. 17).
+    """Return the DPO-family loss of estimated trajectory log-ratios (arXiv 2305.18290 eq. 7; IPO 2310.12036 eq. 17).
 
     log_ratio_BS holds Delta(x, y), the estimate of log pi_theta(tau|x) / pi_ref(tau|x) for each side, in nats and
     summed over the response (not averaged). sigmoid: -log sigma(beta (Delta_w - Delta_l)), cDPO-smoothed;

@@ -1,10 +1,9 @@
-"""Policy + reference + `Batch` -> `LossOutput`: one policy forward over both sides, one reference forward, no more.
+"""Compute the loss of a `MicroBatch`: one policy forward over both sides, one reference forward, no more.
 
 Legend: P pairs, S sides, N scored tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.method.attention import FLEX_BUCKET, Planes, dense_mask, sparse_mask
-from dtrpo_ray.method.batch import SIDES, Batch, Layout, build_batch, opens_block
+from dtrpo_ray.method.batch import SIDES, MicroBatch, ModelLayout, build_batch
 from dtrpo_ray.method.loss import LossOutput, preference_loss, sum_by_side
 from dtrpo_ray.method.trajectory import GIVEN
 from dtrpo_ray.models.base import DiffusionLM
@@ -23,8 +22,8 @@ from dtrpo_ray.models.base import DiffusionLM
 Inputs = tuple[Tensor, Tensor, Tensor | BlockMask]
 
 
-def packed_inputs(batch: Batch) -> Inputs:
-    """ids and positions [R, T] and the attention mask of the packed rows; policy and reference read the same.
+def packed_inputs(batch: MicroBatch) -> Inputs:
+    """Return ids and positions [R, T] and the attention mask of the packed rows, for policy and reference alike.
 
     On a GPU the mask is block-sparse and rows are padded to a multiple of `FLEX_BUCKET`; on a CPU it is dense.
     """
@@ -34,38 +33,39 @@ def packed_inputs(batch: Batch) -> Inputs:
     return ids, position, sparse_mask(planes)
 
 
-def padded_inputs(batch: Batch) -> tuple[Tensor, Tensor, Planes]:
-    """ids, positions and mask planes, padded on the right so that few lengths of a row are compiled."""
+def padded_inputs(batch: MicroBatch) -> tuple[Tensor, Tensor, Planes]:
+    """Pad ids, positions and mask planes on the right, so that few row lengths are compiled."""
     length = -(-batch.ids.shape[1] // FLEX_BUCKET) * FLEX_BUCKET
     extra = (0, length - batch.ids.shape[1])
-    return F.pad(batch.ids, extra), F.pad(batch.position, extra), batch.planes.padded(length)
+    return F.pad(batch.ids, extra), F.pad(batch.position, extra), batch.planes.pad(length)
 
 
-def scored_logps(model: DiffusionLM, batch: Batch, inputs: Inputs | None = None) -> Tensor:
-    """log mu of the scored tokens [N] from one forward pass over the packed rows, `packed_inputs` of the batch.
+def scored_logps(model: DiffusionLM, batch: MicroBatch, inputs: Inputs | None = None) -> Tensor:
+    """Return log mu of the scored tokens [N] from one forward pass over the packed rows.
 
     Raises ValueError for a batch built for another block grid, kind of attention or shift than the model's.
     """
-    if Layout.of(model) != batch.layout:
-        raise ValueError(f"the batch was built for {batch.layout}, and the model is {Layout.of(model)}")
-    ids, position, mask = inputs or packed_inputs(batch)
-    if isinstance(mask, BlockMask):
+    if ModelLayout.of(model) != batch.layout:
+        raise ValueError(f"the batch was built for {batch.layout}, and the model is {ModelLayout.of(model)}")
+    inputs = inputs or packed_inputs(batch)
+    if isinstance(inputs[2], BlockMask):
         trunk: Any = model.lm  # a transformers model, in every family
         if trunk.config._attn_implementation != "flex_attention":
             trunk.set_attn_implementation("flex_attention")
-    logps: Tensor = model(ids, position, mask, batch.scored_row, batch.scored_col, batch.target)
+    logps: Tensor = model(*inputs, batch.scored_row, batch.scored_col, batch.target)
     return logps
 
 
-def training_step(policy: DiffusionLM, reference: DiffusionLM | None, batch: Batch, objective: Objective) -> LossOutput:
-    """The loss of each pair [P] and its metrics.
+def training_step(
+    policy: DiffusionLM, reference: DiffusionLM | None, batch: MicroBatch, objective: Objective
+) -> LossOutput:
+    """Return the loss of each pair [P] and its metrics.
 
-    `sft`: the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo`: the preference loss
-    on sum_N weight (log mu_theta - log mu_ref), at the same sampled states for both, plus `rpo_alpha` times the
-    chosen side's masked-diffusion negative log-likelihood per token: all tokens hidden in the very same states, so
-    no forward is added (an SFT term as in RPO, arXiv 2404.19733). The reference's log-probs are the batch's own
-    (`ref_logp`) where it carries them; else `reference` computes them: a frozen model, or anything that answers
-    like one, such as the policy with its adapters off.
+    `sft` is the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo` are the preference
+    loss on sum_N weight (log mu_theta - log mu_ref), both models at the same sampled states, plus `rpo_alpha` times the
+    chosen side's masked-diffusion negative log-likelihood per token (an SFT term as in RPO, arXiv 2404.19733). That
+    term reads all tokens hidden in the same states, so it adds no forward. The reference's log-probabilities are
+    `batch.ref_logp`, or else come from `reference`: a frozen model, or the policy with its adapters off.
     """
     num_pairs, num_sides = batch.tokens.shape
 
@@ -100,12 +100,12 @@ def checkpoint_layers(policy: DiffusionLM) -> None:
     trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _spread(ratio_N: Tensor, batch: Batch, num_draws: int) -> Tensor:
-    """Standard error [P] of Delta(y_w) - Delta(y_l) in nats, estimated from how the m draws differ.
+def _spread(ratio_N: Tensor, batch: MicroBatch, num_draws: int) -> Tensor:
+    """Estimate the standard error [P] of Delta(y_w) - Delta(y_l) in nats from how the m draws differ.
 
     Each draw adds up to c_j, and the estimate is their sum: sqrt(m / (m - 1) sum_j (c_j - mean c)^2). For independent
     draws its square is unbiased; strata that differ among themselves make it too large, never too small on average.
-    What is the same whatever is drawn (`exact`) does not enter.
+    Tokens that every draw scores alike (`exact`) are left out.
     """
     num_pairs, num_sides = batch.tokens.shape
     drawn = ~batch.exact
@@ -120,24 +120,24 @@ def _spread(ratio_N: Tensor, batch: Batch, num_draws: int) -> Tensor:
 def order_by_confidence(
     reference: DiffusionLM, rows: Sequence[Mapping[str, Any]], device: torch.device, row_tokens: int | None = None
 ) -> list[dict[str, Any]]:
-    """Rows with `chosen_confidence` and `rejected_confidence` [n], which the schedule "confidence" sorts by.
+    """Add `chosen_confidence` and `rejected_confidence` [n], by which the schedule "confidence" sorts, to rows.
 
-    One extra forward of the reference over both sides: each block wholly hidden (but for tokens that its decoder
-    takes autoregressively), earlier blocks clean; a token's confidence is its log mu there. It stands for the
-    decoder's order, which would be recomputed after each step.
+    This costs one forward of the reference over both sides: each block wholly hidden (except tokens that its decoder
+    takes autoregressively), earlier blocks clean; a token's confidence is its log mu there. It approximates the
+    decoder's own order, which is recomputed after each step.
     """
-    layout = Layout.of(reference)
-    blank = []
+    layout = ModelLayout.of(reference)
+    hidden_rows = []
     for row in rows:
         steps = {}
         for side in SIDES:
-            first = opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]), layout)
-            steps[f"{side}_steps"] = np.where(first & bool(layout.shift) & (layout.attention == "block"), GIVEN, 0)
-        blank.append({**row, **steps})
-    batch = build_batch(blank, Objective(), seed=0, row_tokens=row_tokens, **asdict(layout))
+            first = layout.opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]))
+            steps[f"{side}_steps"] = np.where(first & layout.reads_back, GIVEN, 0)
+        hidden_rows.append({**row, **steps})
+    batch = build_batch(hidden_rows, Objective(), layout, seed=0, row_tokens=row_tokens)
     logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
     slots, out = batch.slot.numpy(), []
-    for b, row in enumerate(blank):
+    for b, row in enumerate(hidden_rows):
         confidence = {}
         for s, side in enumerate(SIDES):
             values = np.zeros(len(row[f"{side}_steps"]))

@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import TrainError
-from dtrpo_ray.method.batch import Batch, Layout, build_batch, packed_tokens, padded_tokens
+from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch, packed_tokens, padded_tokens
 from dtrpo_ray.method.step import order_by_confidence, training_step
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.base import DiffusionLM
@@ -19,7 +19,7 @@ from dtrpo_ray.train.backend import Backend
 MAX_DROPPED = 10  # dropped steps in a row that end the run whatever the policy
 
 Rows = Sequence[Mapping[str, Any]]
-Collate = Callable[[Rows], Batch]
+Collate = Callable[[Rows], MicroBatch]
 
 
 def collate(
@@ -27,21 +27,21 @@ def collate(
     model: DiffusionLM,
     seed: int,
     reference: DiffusionLM | None = None,
-    fill: Callable[[Batch, Rows], Batch] | None = None,
+    fill: Callable[[MicroBatch, Rows], MicroBatch] | None = None,
     device: torch.device | None = None,
 ) -> Collate:
-    """The function that turns rows into the `Batch` of this objective and model.
+    """The function that turns rows into the `MicroBatch` of this objective and model.
 
     `reference` orders rows for the schedule "confidence" and lies on `device`; `fill` adds its log-probs from a cache.
     """
-    layout, objective = asdict(Layout.of(model)), config.objective
+    layout, objective = ModelLayout.of(model), config.objective
 
-    def to_batch(rows: Rows) -> Batch:
+    def to_batch(rows: Rows) -> MicroBatch:
         if objective.orders_by_reference:
             if reference is None:
                 raise TrainError('train.objective.schedule = "confidence" orders by the reference: it must be at hand')
             rows = order_by_confidence(reference, rows, device or torch.device("cpu"), config.row_tokens)
-        batch = build_batch(rows, objective, seed=seed, row_tokens=config.row_tokens, **layout)
+        batch = build_batch(rows, objective, layout, seed, config.row_tokens)
         return fill(batch, rows) if fill else batch
 
     return to_batch

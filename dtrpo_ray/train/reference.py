@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.method.batch import SIDES, Batch
+from dtrpo_ray.method.batch import SIDES, MicroBatch
 from dtrpo_ray.method.step import scored_logps
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
@@ -60,7 +60,7 @@ def reference_key(reference_hash: str, precision: str, device: torch.device) -> 
 def reference_values(
     reference: DiffusionLM,
     rows: Rows,
-    to_batch: Callable[[Rows], Batch],
+    to_batch: Callable[[Rows], MicroBatch],
     seed: int,
     key: str,
     device: torch.device,
@@ -112,7 +112,7 @@ class ReferenceCache:
         values = [flat[a:b] for a, b in itertools.pairwise(ends)]
         return cls(path, dict(zip(keys, zip(table["draws"].to_pylist(), values, strict=True), strict=True)))
 
-    def fill(self, batch: Batch, rows: Rows) -> Batch:
+    def fill(self, batch: MicroBatch, rows: Rows) -> MicroBatch:
         """The batch with its `ref_logp`. Raises DataError for a row that is missing or was scored at other states."""
         ref_logp = torch.empty(len(batch.target))
         for key, where, draws in _sides(batch, rows):
@@ -130,7 +130,7 @@ class ReferenceCache:
         return replace(batch, ref_logp=ref_logp)
 
 
-def _sides(batch: Batch, rows: Rows) -> Iterable[tuple[Key, np.ndarray, str]]:
+def _sides(batch: MicroBatch, rows: Rows) -> Iterable[tuple[Key, np.ndarray, str]]:
     """(key, places in the scored tokens, digest of the draws) of each side of each row; packing does not enter."""
     planes = {name: getattr(batch, name).numpy() for name in ("ids", "side", "stream", "pair")}
     scored = {n: getattr(batch, n).numpy() for n in ("scored_row", "scored_col", "target", "weight", "nll_weight")}

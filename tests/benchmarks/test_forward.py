@@ -1,6 +1,5 @@
 """bench forward: the ways that are compared compute the same numbers, and the counts are those of what runs."""
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import forward
 from benchmarks.forward import VARIANTS, Shape, common_logps, two_stream_mask
 from dtrpo_ray.errors import ConfigError, TrainError
-from dtrpo_ray.method.batch import Layout, build_batch
+from dtrpo_ray.method.batch import ModelLayout, build_batch
 from dtrpo_ray.method.step import scored_logps
 
 SMALL = Shape(prompt=8, response=12, block=4, steps=2, width=64, layers=2, vocab=64, pairs=2)
@@ -26,7 +25,7 @@ def test_the_common_mask_is_the_published_one() -> None:
 def test_both_ways_read_the_same_log_probabilities(name: str) -> None:
     way, objective = VARIANTS[name]
     model, rows = SMALL.model(0), SMALL.rows()
-    batch = build_batch(rows, objective, seed=0, **asdict(Layout.of(model)))
+    batch = build_batch(rows, objective, ModelLayout.of(model), seed=0)
     common = common_logps(model, rows, batch, way == "lean")
     assert torch.allclose(common, scored_logps(model, batch), rtol=0, atol=1e-4)
 

@@ -15,7 +15,7 @@ from dtrpo_ray.data.rules import GOOD, Expected, block_ranks, check_table, rules
 from dtrpo_ray.data.schemas import MAY_BE_NULL, PREFERENCE, table_name
 from dtrpo_ray.data.tables import DUPLICATE
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.method.trajectory import block_slices, dense_ranks
+from dtrpo_ray.method.trajectory import block_slices, dense_steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -211,7 +211,7 @@ def test_ranks_of_a_column_are_those_of_its_rows(rows: list[tuple[int, list[int]
     steps = [np.array(s, dtype=np.int64) for _, s in rows]
     starts, lengths = np.array([start for start, _ in rows]), np.array([len(s) for s in steps])
     ranks, owner = block_ranks(np.concatenate(steps), lengths, starts, np.full(len(rows), size))
-    expected = [dense_ranks(s, block_slices(start, len(s), size)) for (start, _), s in zip(rows, steps, strict=True)]
+    expected = [dense_steps(s, block_slices(start, len(s), size)) for (start, _), s in zip(rows, steps, strict=True)]
     assert ranks.tolist() == [r for row in expected for r in row.tolist()]
     assert owner.tolist() == [i for i, s in enumerate(steps) for _ in s]
 

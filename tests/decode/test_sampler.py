@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from packed import block_mask, noisy_starts
 from torch import Tensor
 
 from dtrpo_ray.decode.sampler import Generation, SamplingParams, generate
-from dtrpo_ray.method.attention import block_mask, pack_row
-from dtrpo_ray.method.trajectory import NEVER, block_slices, dense_ranks
+from dtrpo_ray.method.attention import pack_row
+from dtrpo_ray.method.trajectory import NEVER, block_slices, dense_steps
 from dtrpo_ray.models.sdar import SDAR
 
 B, VOCAB, EOS, MASK = 4, 23, 21, 22
@@ -117,14 +118,14 @@ def test_recorded_logps_are_the_packed_training_forwards(model: SDAR, schedule: 
     """For every recorded state: hide what came later, forward the packed row, read the newly unmasked tokens."""
     for prompt, generation in zip(PROMPTS, sampled(model, SCHEDULES[schedule]), strict=True):
         ids = np.array(generation.ids)
-        ranks = dense_ranks(np.array(generation.steps), blocks_of(prompt, generation))
-        states = range(int(ranks.max()) + 1)
-        noisy = [np.where(ranks >= t, MASK, ids) for t in states]
+        steps = dense_steps(np.array(generation.steps), blocks_of(prompt, generation))
+        states = range(int(steps.max()) + 1)
+        noisy = [np.where(steps >= t, MASK, ids) for t in states]
         row = pack_row(np.array(prompt, dtype=np.int64), [(ids, noisy)], B)
         planes = [torch.from_numpy(v)[None] for v in (row.ids, row.position, row.side, row.stream)]
         log_mu = model.log_mu(model.hidden(planes[0], planes[1], block_mask(*planes[1:], B))[0])
-        for t, start in zip(states, row.noisy_at[0], strict=True):
-            new = np.flatnonzero(ranks == t)
+        for t, start in zip(states, noisy_starts(row)[0], strict=True):
+            new = np.flatnonzero(steps == t)
             at = torch.from_numpy(start + len(prompt) - row.first_position + new)
             read = log_mu[at, torch.from_numpy(ids[new])]
             assert read.tolist() == pytest.approx([generation.logps[i] for i in new], abs=1e-5)

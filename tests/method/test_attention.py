@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed import block_mask, noisy_starts
 from torch import Tensor
 
 from dtrpo_ray.method.attention import (
     LEFT_OUT,
     PAD,
     PROMPT,
+    PackedRow,
     Planes,
-    Row,
-    block_mask,
     dense_mask,
     pack_row,
     pack_whole,
@@ -66,12 +66,12 @@ def defined_row(prompt: np.ndarray, sides: list[tuple[np.ndarray, list[np.ndarra
     return row
 
 
-def tokens(row: Row) -> list[Token]:
+def tokens(row: PackedRow) -> list[Token]:
     planes = (row.ids, row.position, row.side, row.stream)
     return [Token(*(int(v) for v in values)) for values in zip(*planes, strict=True)]
 
 
-def mask_of(row: Row, padding: int = 0) -> np.ndarray:
+def mask_of(row: PackedRow, padding: int = 0) -> np.ndarray:
     planes = [
         torch.tensor([*plane.tolist(), *[fill] * padding])[None]
         for plane, fill in ((row.position, 0), (row.side, PAD), (row.stream, 0))
@@ -102,9 +102,10 @@ def test_row_is_the_defined_row(prompt_len: int, lens: tuple[int, ...], draws: i
     expected = defined_row(prompt, sides)
     assert tokens(row) == expected
     assert row.first_position == prompt_len // B * B
+    starts = noisy_starts(row)
     for side in range(len(lens)):
         first = [next(i for i, t in enumerate(expected) if (t.side, t.stream) == (side, d + 1)) for d in range(draws)]
-        assert list(row.noisy_at[side]) == first
+        assert starts[side] == first
 
 
 def test_row_of_an_unaligned_pair_number_by_number() -> None:
@@ -117,7 +118,7 @@ def test_row_of_an_unaligned_pair_number_by_number() -> None:
     assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11, 4, 5, 6, 7]
     assert row.side.tolist() == [PROMPT] * 4 + [0] * 12 + [1] * 4
     assert row.stream.tolist() == [0] * 8 + [1] * 8 + [1] * 4
-    assert row.noisy_at == ((8,), (16,))
+    assert noisy_starts(row) == [[8], [16]]
     assert row.first_position == 4
 
 
@@ -188,7 +189,7 @@ def exact(make_model: MakeModel) -> SDAR:
     return make_model(seed=3, exact=True)
 
 
-def packed_hidden(model: SDAR, row: Row, padding: int = 0) -> Tensor:
+def packed_hidden(model: SDAR, row: PackedRow, padding: int = 0) -> Tensor:
     fills = ((row.ids, 0), (row.position, 0), (row.side, PAD), (row.stream, 0))
     ids, position, side, stream = (torch.tensor([*p.tolist(), *[fill] * padding])[None] for p, fill in fills)
     return model.hidden(ids, position, block_mask(position, side, stream, B))[0]
@@ -212,7 +213,7 @@ def test_one_packed_forward_is_one_forward_per_block(exact: SDAR, prompt_len: in
     packed_grads = torch.autograd.grad((packed * probe)[noisy].sum(), list(exact.lm.model.parameters()))
     total = torch.zeros((), dtype=torch.float64)
     covered = 0
-    for (response, versions), starts in zip(sides, row.noisy_at, strict=True):
+    for (response, versions), starts in zip(sides, noisy_starts(row), strict=True):
         end = prompt_len + len(response)
         for version, start in zip(versions, starts, strict=True):
             for first in range(row.first_position, end, B):
@@ -288,7 +289,7 @@ def test_padding_a_row_changes_nothing(exact: SDAR) -> None:
 # --- other rows: blocks left out, blocks counted from the response, full attention, several pairs ---
 
 
-def planes_of(rows: list[Row]) -> Planes:
+def planes_of(rows: list[PackedRow]) -> Planes:
     """Rows one after the other in one, each a pair of its own, and two tokens of padding."""
     names = ("block", "side", "stream")
     joined = [np.concatenate([*(getattr(r, n) for r in rows), [PAD if n == "side" else 0] * 2]) for n in names]
@@ -312,7 +313,7 @@ def test_pairs_of_a_row_do_not_see_each_other() -> None:
 def test_the_sparse_mask_is_the_dense_mask(origin: str) -> None:
     """FlexAttention's tiles and its rule within them, over rows of unequal length with padding, entry by entry."""
     rows = [pack_row(text(p), sides_of(lens, 2), B, origin) for p, lens in ((61, (70, 33)), (3, (40, 90)))]  # type: ignore[arg-type]
-    first, second = planes_of(rows), planes_of(rows[:1]).padded(planes_of(rows).side.shape[1])
+    first, second = planes_of(rows), planes_of(rows[:1]).pad(planes_of(rows).side.shape[1])
     planes = Planes(*(torch.cat(pair) for pair in zip(first.at(), second.at(), strict=True)))
     sparse, dense = sparse_mask(planes), dense_mask(planes)
     length = planes.side.shape[1]
@@ -337,7 +338,7 @@ def test_blocks_counted_from_the_response_number_by_number() -> None:
     assert row.ids.tolist() == [1, 2, 3, 4, 5, 11, 12, 13, 14, m, 12, 13, m, m, 16]
     assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10]
     assert row.block.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3]
-    assert (row.first_position, row.noisy_at) == (5, ((9,),))
+    assert (row.first_position, noisy_starts(row)) == (5, [[9]])
 
 
 def test_a_noisy_stream_may_leave_blocks_out() -> None:
@@ -358,7 +359,7 @@ def test_full_attention_rows_hold_whole_sequences_that_see_themselves() -> None:
     sides = sides_of((4, 3), draws=2)
     row = pack_whole(text(3), sides)
     assert row.ids.tolist() == [v for _, draws in sides for d in draws for v in [1, 2, 3, *d]]
-    assert row.noisy_at == ((3, 10), (17, 23))
+    assert noisy_starts(row) == [[0, 7], [14, 20]]
     segment = np.repeat([0, 1, 2, 3], [7, 7, 6, 6])
     planes = planes_of([row])
     assert (dense_mask(planes)[0, 0].numpy()[:26, :26] == (segment[:, None] == segment[None, :])).all()

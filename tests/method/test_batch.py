@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.method.attention import PAD
-from dtrpo_ray.method.batch import PLANES, Batch, Layout, build_batch
+from dtrpo_ray.method.batch import PLANES, MicroBatch, ModelLayout, build_batch
 
 B, MASK, SEED = 4, 22, 5
 
@@ -47,11 +47,11 @@ OBJECTIVES = {
 }
 
 
-def build(rows: list[Json], objective: Objective, seed: int = SEED) -> Batch:
-    return build_batch(rows, objective, B, MASK, seed)
+def build(rows: list[Json], objective: Objective, seed: int = SEED) -> MicroBatch:
+    return build_batch(rows, objective, ModelLayout(B, MASK), seed)
 
 
-def of_row(batch: Batch, b: int) -> Json:
+def of_row(batch: MicroBatch, b: int) -> Json:
     """Everything the batch says of one row, free of where it stands and how wide the batch is."""
     mine, width, sides = batch.scored_row == b, int((batch.side[b] != PAD).sum()), batch.tokens.shape[1]
     planes = {name: getattr(batch, name)[b, :width].tolist() for name in ("ids", "position", "side", "stream")}
@@ -201,8 +201,8 @@ def test_types_and_shapes_are_as_documented() -> None:
     moved = batch.to(torch.device("cpu"))
     floats = {"weight", "nll_weight", "tokens", "scored", "row_weight"}
     assert batch.ref_logp is None
-    assert batch.layout == moved.layout == Layout(B, MASK)
-    for field in fields(Batch)[:-2]:
+    assert batch.layout == moved.layout == ModelLayout(B, MASK)
+    for field in fields(MicroBatch)[:-2]:
         value = getattr(batch, field.name)
         assert value.dtype == {"exact": torch.bool}.get(
             field.name, torch.float32 if field.name in floats else torch.int64
@@ -226,7 +226,7 @@ def test_weights_of_a_side_add_up_to_its_tokens(prompt: int, chosen: int, reject
 def test_no_row_is_longer_than_the_budget_but_for_a_pair_that_is(lens: list[tuple[int, int]], room: int) -> None:
     rows = [row(i, prompt, response, 10 - response) for i, (prompt, response) in enumerate(lens)]
     alone = [build([one], OBJECTIVES["steps"]).ids.shape[1] for one in rows]
-    batch = build_batch(rows, OBJECTIVES["steps"], B, MASK, 0, row_tokens=room)
+    batch = build_batch(rows, OBJECTIVES["steps"], ModelLayout(B, MASK), 0, row_tokens=room)
     used = (batch.side != PAD).sum(1).tolist()
     assert sum(used) == sum(alone)
     assert sorted(u for u in used if u > room) == sorted(a for a in alone if a > room)
@@ -248,7 +248,7 @@ def test_of_a_shifted_model_the_control_estimates_what_dtrpo_does(given_tokens: 
     with_prompts = [one for one in ROWS if one["prompt_ids"]]
     for objective in (Objective(schedule="random"), Objective(type="elbo_dpo")):
         asked = objective.model_copy(update={"given_tokens": given_tokens})
-        batch = build_batch(with_prompts, asked, B, MASK, 0, shift=1)
+        batch = build_batch(with_prompts, asked, ModelLayout(B, MASK, shift=1), 0)
         first = (batch.position % B == 0) & (batch.position > 0)
         assert not ((batch.ids == MASK) & first).any()
         at = batch.position[batch.scored_row, batch.scored_col] + 1
@@ -256,10 +256,10 @@ def test_of_a_shifted_model_the_control_estimates_what_dtrpo_does(given_tokens: 
         assert opens.any() == (given_tokens == "clean")
         assert (batch.weight[opens] == 1).all()
         assert (batch.stream[batch.scored_row, batch.scored_col][opens] == 0).all()
-    batch = build_batch(with_prompts, Objective(type="sft"), B, MASK, 0, shift=1)
+    batch = build_batch(with_prompts, Objective(type="sft"), ModelLayout(B, MASK, shift=1), 0)
     assert ((batch.ids == MASK) & (batch.position % B == 0)).any()  # sft learns them
 
 
 def test_a_noisy_first_token_is_for_shifted_block_models() -> None:
-    with pytest.raises(ConfigError, match=r"first_token = \"noisy\" is about models that read a token from"):
+    with pytest.raises(ConfigError, match=r"first_token = \"noisy\" is for models that predict a token from"):
         build(ROWS, Objective(first_token="noisy"))

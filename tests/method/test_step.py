@@ -5,7 +5,6 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.method import step
 from dtrpo_ray.method.attention import dense_mask, sparse_mask
-from dtrpo_ray.method.batch import Batch, Layout, build_batch
+from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch
 from dtrpo_ray.method.step import checkpoint_layers, order_by_confidence, padded_inputs, scored_logps, training_step
 from dtrpo_ray.models.sdar import SDAR
 
@@ -47,8 +46,8 @@ PAIR_OBJECTIVES = {
 SFT = Objective(type="sft")
 
 
-def build(rows: list[Json], objective: Objective, seed: int = 0) -> Batch:
-    return build_batch(rows, objective, B, MASK, seed)
+def build(rows: list[Json], objective: Objective, seed: int = 0) -> MicroBatch:
+    return build_batch(rows, objective, ModelLayout(B, MASK), seed)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def reference(make_model: MakeModel) -> SDAR:
     return make_model(seed=2, exact=True).requires_grad_(False)
 
 
-def logps_alone(model: SDAR, rows: list[Json], batch: Batch) -> Tensor:
+def logps_alone(model: SDAR, rows: list[Json], batch: MicroBatch) -> Tensor:
     """log mu of each scored token from a forward of its own: [clean text before its block | its block, masked]."""
     sides = ("chosen", "rejected")
     out = []
@@ -356,7 +355,7 @@ def test_the_default_loss_is_what_it_was(tiny_config: Json) -> None:
 TEXTS = [row(10, 5, 7, 11), row(11, 1, 3, 4), row(12, 8, 8, 1), row(13, 3, 13, 2), row(14, 4, 9, 12)]
 
 
-def alone(model: SDAR, rows: list[Json], batch: Batch, first_token: str = "clean") -> Tensor:
+def alone(model: SDAR, rows: list[Json], batch: MicroBatch, first_token: str = "clean") -> Tensor:
     """log mu of each scored token from a plain forward of [clean text before its block | its block in its draw].
 
     With a shift, the state at the token before it; before a block's first token that is the end of the clean text, or
@@ -395,8 +394,8 @@ def like(make_model: MakeModel, seed: int = 1, **facts: Any) -> SDAR:
     return model
 
 
-def build_for(model: SDAR, rows: list[Json], objective: Objective, seed: int = 0, **more: Any) -> Batch:
-    return build_batch(rows, objective, seed=seed, **asdict(Layout.of(model)), **more)
+def build_for(model: SDAR, rows: list[Json], objective: Objective, seed: int = 0, **more: Any) -> MicroBatch:
+    return build_batch(rows, objective, ModelLayout.of(model), seed=seed, **more)
 
 
 @pytest.mark.parametrize("row_tokens", [None, 400])
@@ -721,7 +720,7 @@ def test_compiled_flex_attention_is_exact_and_compiled_for_few_lengths() -> None
     kernels = []
     for response, training in ((48, False), (32, True), (48, False), (160, False), (320, True), (420, False)):
         rows = Shape(prompt=32, response=response, block=16, vocab=64).rows()
-        batch = build_batch(rows, Objective(), seed=0, **asdict(Layout.of(model)))
+        batch = build_batch(rows, Objective(), ModelLayout.of(model), seed=0)
         ids, position, planes = padded_inputs(batch)
         model.lm.set_attn_implementation("sdpa")
         dense = scored_logps(model, batch, (batch.ids, batch.position, dense_mask(batch.planes)))

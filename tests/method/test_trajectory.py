@@ -24,16 +24,15 @@ from dtrpo_ray.method.trajectory import (
     Weighting,
     block_generators,
     block_slices,
-    confidence_ranks,
-    dense_ranks,
-    left_to_right_ranks,
-    random_ranks,
+    confidence_steps,
+    dense_steps,
+    left_to_right_steps,
+    random_steps,
     row_generator,
     sample_elbo_state,
     sample_elbo_states,
-    sample_step_state,
     sample_step_states,
-    sequential_ranks,
+    sequential_steps,
 )
 
 T = TypeVar("T")
@@ -101,14 +100,14 @@ def mean(sample: Sampler, blocks: list[slice], kind: str = "weight") -> Formal:
     return dict(total)  # type: ignore[arg-type]
 
 
-def full_sum(ranks: np.ndarray, blocks: list[slice]) -> Formal:
+def full_sum(step_of: np.ndarray, blocks: list[slice]) -> Formal:
     """The whole trajectory: every step of every block once, its newly unmasked tokens with coefficient 1."""
     out: Formal = {}
     for block in blocks:
         positions = range(block.start, block.stop)
         for i in positions:
-            if ranks[i] != NEVER:
-                hidden = frozenset(j for j in positions if ranks[j] >= ranks[i] or ranks[j] == NEVER)
+            if step_of[i] != NEVER:
+                hidden = frozenset(j for j in positions if step_of[j] >= step_of[i] or step_of[j] == NEVER)
                 out[hidden, i] = Fraction(1)
     return out
 
@@ -125,11 +124,11 @@ def moments(sample: Sampler, blocks: list[slice], values: Values) -> tuple[float
     return first, sum(p * (x - first) ** 2 for p, x in draws)
 
 
-def step_sampler(ranks: Sequence[int], blocks: list[slice], weighting: Weighting) -> Sampler:
-    return lambda rng: sample_step_state(np.array(ranks), blocks, weighting, rng)
+def step_sampler(step_of: Sequence[int], blocks: list[slice], weighting: Weighting) -> Sampler:
+    return lambda rng: sample_step_states(np.array(step_of), blocks, weighting, rng)[0]
 
 
-# --- blocks, ranks, generators ---
+# --- blocks, step_of, generators ---
 
 
 @pytest.mark.parametrize(
@@ -157,22 +156,22 @@ def test_blocks_partition_the_response_by_global_position(prompt_len: int, respo
 
 
 @given(steps=st.lists(st.integers(-1, 5), min_size=1, max_size=12), base=st.integers(0, 90), gap=st.integers(1, 7))
-def test_dense_ranks_ignore_base_and_gaps(steps: list[int], base: int, gap: int) -> None:
+def test_dense_steps_ignore_base_and_gaps(steps: list[int], base: int, gap: int) -> None:
     raw = np.array(steps)
     blocks = block_slices(3, len(raw), 4)
-    ranks = dense_ranks(raw, blocks)
-    assert (dense_ranks(np.where(raw == NEVER, NEVER, base + gap * raw), blocks) == ranks).all()
-    assert ((ranks == NEVER) == (raw == NEVER)).all()
+    step_of = dense_steps(raw, blocks)
+    assert (dense_steps(np.where(raw == NEVER, NEVER, base + gap * raw), blocks) == step_of).all()
+    assert ((step_of == NEVER) == (raw == NEVER)).all()
     for block in blocks:
         done = raw[block] != NEVER
-        assert sorted(set(ranks[block][done].tolist())) == list(range(len(set(raw[block][done].tolist()))))
+        assert sorted(set(step_of[block][done].tolist())) == list(range(len(set(raw[block][done].tolist()))))
         order = np.sign(raw[block][done][:, None] - raw[block][done])
-        assert (np.sign(ranks[block][done][:, None] - ranks[block][done]) == order).all()
+        assert (np.sign(step_of[block][done][:, None] - step_of[block][done]) == order).all()
 
 
-def test_dense_ranks_number_by_number() -> None:
+def test_dense_steps_number_by_number() -> None:
     raw = np.array([7, 3, 3, 9, NEVER, 12, 5, 12])
-    assert dense_ranks(raw, [slice(0, 4), slice(4, 8)]).tolist() == [1, 0, 0, 2, NEVER, 1, 0, 1]
+    assert dense_steps(raw, [slice(0, 4), slice(4, 8)]).tolist() == [1, 0, 0, 2, NEVER, 1, 0, 1]
 
 
 def test_row_generator_depends_on_its_four_arguments_alone() -> None:
@@ -189,14 +188,14 @@ def test_row_generator_depends_on_its_four_arguments_alone() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_random_ranks_are_uniform_groups(k: int) -> None:
+def test_random_steps_are_uniform_groups(k: int) -> None:
     """Each block's last group may be short; every assignment of positions to groups is equally likely."""
     blocks = block_slices(1, 7, 4)
     expected = [sorted(j // k for j in range(s.stop - s.start)) for s in blocks]
     seen: Counter[tuple[int, ...]] = Counter()
-    for _, ranks in every_draw(lambda rng: random_ranks(blocks, k, rng)):
-        assert [sorted(ranks[s].tolist()) for s in blocks] == expected
-        seen[tuple(ranks.tolist())] += 1
+    for _, step_of in every_draw(lambda rng: random_steps(blocks, k, rng)):
+        assert [sorted(step_of[s].tolist()) for s in blocks] == expected
+        seen[tuple(step_of.tolist())] += 1
     ways = [
         math.factorial(len(group)) // math.prod(math.factorial(n) for n in Counter(group).values())
         for group in expected
@@ -214,50 +213,50 @@ BLOCKS = [slice(0, 4), slice(4, 8)]
 
 
 @pytest.mark.parametrize("weighting", ["steps", "tokens", "unit"])
-@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
-def test_state_hides_the_rest_and_scores_the_step(ranks: list[int], weighting: Weighting) -> None:
-    for _, state in every_draw(step_sampler(ranks, BLOCKS, weighting)):
+@pytest.mark.parametrize("step_of", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
+def test_state_hides_the_rest_and_scores_the_step(step_of: list[int], weighting: Weighting) -> None:
+    for _, state in every_draw(step_sampler(step_of, BLOCKS, weighting)):
         for block in BLOCKS:
-            rank, hidden, scored, weight = (
-                v[block] for v in (np.array(ranks), state.hidden, state.scored, state.weight)
+            own, hidden, scored, weight = (
+                v[block] for v in (np.array(step_of), state.hidden, state.scored, state.weight)
             )
-            steps = set(rank[rank != NEVER].tolist())
+            steps = set(own[own != NEVER].tolist())
             if not steps:
                 assert hidden.all()
                 assert not scored.any()
                 assert not weight.any()
                 continue
-            (t,) = set(rank[scored].tolist())
-            assert (scored == (rank == t)).all()
-            assert (hidden == ((rank >= t) | (rank == NEVER))).all()
-            unmasked, newly = int((rank != NEVER).sum()), int(scored.sum())
+            (t,) = set(own[scored].tolist())
+            assert (scored == (own == t)).all()
+            assert (hidden == ((own >= t) | (own == NEVER))).all()
+            unmasked, newly = int((own != NEVER).sum()), int(scored.sum())
             expected = {"steps": len(steps), "tokens": unmasked / newly, "unit": 1}[weighting]
             assert weight.tolist() == [expected if s else 0 for s in scored]
 
 
 @pytest.mark.parametrize("weighting", ["steps", "tokens"])
-@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
-def test_step_and_token_weights_are_unbiased_exactly(ranks: list[int], weighting: Weighting) -> None:
-    assert mean(step_sampler(ranks, BLOCKS, weighting), BLOCKS) == full_sum(np.array(ranks), BLOCKS)
+@pytest.mark.parametrize("step_of", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
+def test_step_and_token_weights_are_unbiased_exactly(step_of: list[int], weighting: Weighting) -> None:
+    assert mean(step_sampler(step_of, BLOCKS, weighting), BLOCKS) == full_sum(np.array(step_of), BLOCKS)
 
 
 @given(raw=st.lists(st.integers(0, 3), min_size=1, max_size=7), prompt_len=st.integers(0, 3))
 def test_unbiased_for_any_recorded_order(raw: list[int], prompt_len: int) -> None:
     blocks = block_slices(prompt_len, len(raw), 4)
-    ranks = dense_ranks(np.array(raw), blocks)
+    step_of = dense_steps(np.array(raw), blocks)
     for weighting in ("steps", "tokens"):
-        assert mean(step_sampler(ranks.tolist(), blocks, weighting), blocks) == full_sum(ranks, blocks)
+        assert mean(step_sampler(step_of.tolist(), blocks, weighting), blocks) == full_sum(step_of, blocks)
 
 
 def test_unit_weight_divides_each_block_by_its_own_steps() -> None:
     """Weight 1 is the full sum with each block over K_b: one rescaling of beta if K is constant, a bias if not."""
-    for ranks, num_steps in ((EQUAL, (2, 2)), (UNEQUAL, (1, 3))):
-        biased = {(hidden, i): Fraction(1, num_steps[i // 4]) for hidden, i in full_sum(np.array(ranks), BLOCKS)}
-        assert mean(step_sampler(ranks, BLOCKS, "unit"), BLOCKS) == biased
+    for step_of, num_steps in ((EQUAL, (2, 2)), (UNEQUAL, (1, 3))):
+        biased = {(hidden, i): Fraction(1, num_steps[i // 4]) for hidden, i in full_sum(np.array(step_of), BLOCKS)}
+        assert mean(step_sampler(step_of, BLOCKS, "unit"), BLOCKS) == biased
 
 
-@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
-def test_variance_is_the_formula(ranks: list[int]) -> None:
+@pytest.mark.parametrize("step_of", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
+def test_variance_is_the_formula(step_of: list[int]) -> None:
     """steps: sum_b K_b sum_t l_t^2 - (sum_t l_t)^2; tokens: sum_b B_b sum_t l_t^2 / |I_t| - (sum_t l_t)^2."""
 
     def value(hidden: frozenset[int], i: int) -> float:
@@ -266,44 +265,48 @@ def test_variance_is_the_formula(ranks: list[int]) -> None:
     steps_formula = tokens_formula = 0.0
     for block in BLOCKS:
         per_step: dict[int, list[float]] = {}
-        for (hidden, i), _ in full_sum(np.array(ranks), [block]).items():
-            per_step.setdefault(ranks[i], []).append(value(hidden, i))
+        for (hidden, i), _ in full_sum(np.array(step_of), [block]).items():
+            per_step.setdefault(step_of[i], []).append(value(hidden, i))
         ell = [sum(v) for v in per_step.values()]
         tokens = sum(len(v) for v in per_step.values())
         steps_formula += len(ell) * sum(x * x for x in ell) - sum(ell) ** 2
         tokens_formula += tokens * sum(sum(v) ** 2 / len(v) for v in per_step.values()) - sum(ell) ** 2
-    assert moments(step_sampler(ranks, BLOCKS, "steps"), BLOCKS, value)[1] == pytest.approx(steps_formula, abs=1e-12)
-    assert moments(step_sampler(ranks, BLOCKS, "tokens"), BLOCKS, value)[1] == pytest.approx(tokens_formula, abs=1e-12)
+    assert moments(step_sampler(step_of, BLOCKS, "steps"), BLOCKS, value)[1] == pytest.approx(steps_formula, abs=1e-12)
+    assert moments(step_sampler(step_of, BLOCKS, "tokens"), BLOCKS, value)[1] == pytest.approx(
+        tokens_formula, abs=1e-12
+    )
 
 
 TV1_MU = {0: (0.5, 0.25), 1: (0.9, 0.6), 2: (0.2, 0.4), 3: (0.8, 0.8)}  # token -> (mu_theta, mu_ref); 2 blocks of 2
 
 
 def test_two_blocks_of_two_steps_number_by_number() -> None:
-    blocks, ranks = [slice(0, 2), slice(2, 4)], [0, 1, 0, 1]
+    blocks, step_of = [slice(0, 2), slice(2, 4)], [0, 1, 0, 1]
 
     def value(hidden: frozenset[int], i: int) -> float:
         return math.log(TV1_MU[i][0] / TV1_MU[i][1])
 
     def estimates(weighting: Weighting) -> list[float]:
-        draws = every_draw(step_sampler(ranks, blocks, weighting))
+        draws = every_draw(step_sampler(step_of, blocks, weighting))
         return [evaluate(coefficients(state, blocks), value) for _, state in draws]
 
-    assert evaluate(full_sum(np.array(ranks), blocks), value) == pytest.approx(math.log(1.5))
+    assert evaluate(full_sum(np.array(step_of), blocks), value) == pytest.approx(math.log(1.5))
     assert estimates("steps") == pytest.approx([0, 1.386294, -0.575364, 0.810930], abs=1e-6)
     assert estimates("unit") == pytest.approx([0, 0.693147, -0.287682, 0.405465], abs=1e-6)
-    assert moments(step_sampler(ranks, blocks, "steps"), blocks, value) == pytest.approx((0.405465, 0.563214), abs=1e-6)
+    assert moments(step_sampler(step_of, blocks, "steps"), blocks, value) == pytest.approx(
+        (0.405465, 0.563214), abs=1e-6
+    )
 
 
 def test_unequal_steps_number_by_number() -> None:
     """Block 1 in one step (ln 3), block 2 in two (-ln 2, 0): K_b is unbiased; weight 1, or a constant 2, is not."""
-    blocks, ranks = [slice(0, 2), slice(2, 4)], [0, 0, 0, 1]
+    blocks, step_of = [slice(0, 2), slice(2, 4)], [0, 0, 0, 1]
     ell = {0: math.log(3), 1: 0.0, 2: -math.log(2), 3: 0.0}
     value: Values = lambda hidden, i: ell[i]  # noqa: E731
-    draws = [evaluate(coefficients(s, blocks), value) for _, s in every_draw(step_sampler(ranks, blocks, "steps"))]
+    draws = [evaluate(coefficients(s, blocks), value) for _, s in every_draw(step_sampler(step_of, blocks, "steps"))]
     assert sorted(draws) == pytest.approx([-0.287682, 1.098612], abs=1e-6)
     assert np.mean(draws) == pytest.approx(0.405465, abs=1e-6)
-    unit = moments(step_sampler(ranks, blocks, "unit"), blocks, value)[0]
+    unit = moments(step_sampler(step_of, blocks, "unit"), blocks, value)[0]
     assert unit == pytest.approx(0.752039, abs=1e-6)
     assert 2 * unit == pytest.approx(1.504077, abs=1e-6)
 
@@ -360,7 +363,7 @@ def test_elbo_state_scores_what_it_hides_in_every_block() -> None:
 
 def random_schedule(size: int, k: int, weighting: Weighting) -> Sampler:
     block = [slice(0, size)]
-    return lambda rng: sample_step_state(random_ranks(block, k, rng), block, weighting, rng)
+    return lambda rng: sample_step_states(random_steps(block, k, rng), block, weighting, rng)[0]
 
 
 @pytest.mark.parametrize("weighting", ["steps", "tokens"])
@@ -370,13 +373,13 @@ def test_random_order_dtrpo_is_the_block_elbo_in_expectation(k: int, weighting: 
     assert mean(random_schedule(4, k, weighting), [slice(0, 4)]) == elbo(4, range(k, 5, k))
 
 
-@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
-def test_coverage_weighs_every_hidden_token_of_the_state(ranks: list[int]) -> None:
+@pytest.mark.parametrize("step_of", [UNEQUAL, EQUAL, PARTIAL], ids=["unequal", "equal", "partial"])
+def test_coverage_weighs_every_hidden_token_of_the_state(step_of: list[int]) -> None:
     """B_b / |hidden in b| at each token still to come, so that a block's coverage adds up to its tokens."""
-    for _, state in every_draw(step_sampler(ranks, BLOCKS, "steps")):
+    for _, state in every_draw(step_sampler(step_of, BLOCKS, "steps")):
         for block in BLOCKS:
-            to_come = state.hidden[block] & (np.array(ranks)[block] != NEVER)
-            size = sum(r != NEVER for r in ranks[block])
+            to_come = state.hidden[block] & (np.array(step_of)[block] != NEVER)
+            size = sum(r != NEVER for r in step_of[block])
             expected = [size / to_come.sum() if h else 0 for h in to_come]
             assert state.coverage[block].tolist() == pytest.approx(expected)
             assert state.coverage[block].sum() == pytest.approx(size)
@@ -465,9 +468,9 @@ SCHEDULES = {
 def newly_unmasked_ratio(final: tuple[int, ...], steps: tuple[int, ...]) -> Fraction:
     """The product of mu_theta / mu_ref over every token in the state in which our sampler would score it."""
     block = [slice(0, len(final))]
-    ranks = dense_ranks(np.array(steps), block)
+    step_of = dense_steps(np.array(steps), block)
     ratios = []
-    for hidden, i in mean(step_sampler(ranks.tolist(), block, "steps"), block):
+    for hidden, i in mean(step_sampler(step_of.tolist(), block, "steps"), block):
         seen = [0 if j in hidden else v for j, v in enumerate(final)]
         ratios.append(mu(THETA, seen, i, final[i]) / mu(REF, seen, i, final[i]))
     return math.prod(ratios, start=Fraction(1))
@@ -537,9 +540,9 @@ def total(states: list[State], blocks: list[slice], kind: str = "weight") -> For
     return dict(out)  # type: ignore[arg-type]
 
 
-def mean_of_draws(ranks: list[int], weighting: Weighting, num_draws: NumDraws, kind: str = "weight") -> Formal:
+def mean_of_draws(step_of: list[int], weighting: Weighting, num_draws: NumDraws, kind: str = "weight") -> Formal:
     out: Counter[tuple[frozenset[int], int]] = Counter()
-    sample = lambda rng: sample_step_states(np.array(ranks), BLOCKS, weighting, rng, num_draws)  # noqa: E731
+    sample = lambda rng: sample_step_states(np.array(step_of), BLOCKS, weighting, rng, num_draws)  # noqa: E731
     for probability, states in every_draw(sample):
         for key, weight in total(states, BLOCKS, kind).items():
             out[key] += probability * weight  # type: ignore[assignment]
@@ -548,9 +551,9 @@ def mean_of_draws(ranks: list[int], weighting: Weighting, num_draws: NumDraws, k
 
 @pytest.mark.parametrize("num_draws", [1, 2, 3, 4, "all"])
 @pytest.mark.parametrize("weighting", ["steps", "tokens"])
-@pytest.mark.parametrize("ranks", [UNEQUAL, EQUAL, PARTIAL, [0, 1, 2, 3, 1, 0, 1, 2]], ids=str)
-def test_m_strata_are_unbiased_exactly(ranks: list[int], weighting: Weighting, num_draws: NumDraws) -> None:
-    assert mean_of_draws(ranks, weighting, num_draws) == full_sum(np.array(ranks), BLOCKS)
+@pytest.mark.parametrize("step_of", [UNEQUAL, EQUAL, PARTIAL, [0, 1, 2, 3, 1, 0, 1, 2]], ids=str)
+def test_m_strata_are_unbiased_exactly(step_of: list[int], weighting: Weighting, num_draws: NumDraws) -> None:
+    assert mean_of_draws(step_of, weighting, num_draws) == full_sum(np.array(step_of), BLOCKS)
 
 
 @pytest.mark.parametrize("weighting", ["steps", "tokens", "unit"])
@@ -568,13 +571,13 @@ def test_all_steps_are_the_exact_sum_in_one_outcome(weighting: Weighting) -> Non
 
 def test_draws_of_a_block_are_different_steps_and_spread_over_it() -> None:
     """Four steps, two draws: one of the first two and one of the last two, each with weight 2."""
-    ranks = np.array([0, 1, 2, 3])
+    step_of = np.array([0, 1, 2, 3])
     seen = set()
     for probability, (first, second) in every_draw(
-        lambda rng: sample_step_states(ranks, [slice(0, 4)], "steps", rng, 2)
+        lambda rng: sample_step_states(step_of, [slice(0, 4)], "steps", rng, 2)
     ):
         assert probability == Fraction(1, 4)
-        seen.add((int(ranks[first.scored][0]), int(ranks[second.scored][0])))
+        seen.add((int(step_of[first.scored][0]), int(step_of[second.scored][0])))
         assert first.weight.max() == second.weight.max() == 2
     assert seen == {(a, b) for a in (0, 1) for b in (2, 3)}
 
@@ -582,12 +585,12 @@ def test_draws_of_a_block_are_different_steps_and_spread_over_it() -> None:
 def test_variance_of_m_draws_is_the_sum_over_strata() -> None:
     """steps: sum over strata of n_s sum l_t^2 - (sum l_t)^2; it falls with m and is 0 at m = K."""
     ell = [0.3, -1.1, 0.7, 2.0, -0.4, 0.9]
-    ranks, block = np.arange(6), [slice(0, 6)]
+    step_of, block = np.arange(6), [slice(0, 6)]
     found = []
     for m in (1, 2, 3, 6):
         draws = [
             (float(p), sum(float((s.weight * np.array(ell)).sum()) for s in states))
-            for p, states in every_draw(lambda rng, m=m: sample_step_states(ranks, block, "steps", rng, m))
+            for p, states in every_draw(lambda rng, m=m: sample_step_states(step_of, block, "steps", rng, m))
         ]
         center = sum(p * x for p, x in draws)
         assert center == pytest.approx(sum(ell))
@@ -603,12 +606,12 @@ def test_variance_of_m_draws_is_the_sum_over_strata() -> None:
 @pytest.mark.parametrize("num_draws", [1, 2, "all"])
 def test_shares_of_a_block_add_up_to_its_tokens(num_draws: NumDraws, weighting: Weighting) -> None:
     """The likelihood's weights too: whatever m is, a block's coverage adds up to its unmasked tokens."""
-    for ranks in (UNEQUAL, EQUAL, PARTIAL):
+    for step_of in (UNEQUAL, EQUAL, PARTIAL):
         for _, states in every_draw(
-            lambda rng, r=ranks: sample_step_states(np.array(r), BLOCKS, weighting, rng, num_draws)
+            lambda rng, r=step_of: sample_step_states(np.array(r), BLOCKS, weighting, rng, num_draws)
         ):
             for block in BLOCKS:
-                unmasked = sum(r != NEVER for r in ranks[block])
+                unmasked = sum(r != NEVER for r in step_of[block])
                 assert sum(s.coverage[block].sum() for s in states) == pytest.approx(unmasked)
 
 
@@ -646,38 +649,38 @@ def test_elbo_draws_are_independent_and_share_the_weight() -> None:
 @pytest.mark.parametrize("num_draws", [1, 2, "all"])
 @pytest.mark.parametrize("weighting", ["steps", "tokens"])
 def test_given_tokens_are_shown_and_never_scored(weighting: Weighting, num_draws: NumDraws) -> None:
-    ranks = np.array([GIVEN, 0, 1, 1, GIVEN, GIVEN, NEVER, 0])
-    for _, states in every_draw(lambda rng: sample_step_states(ranks, BLOCKS, weighting, rng, num_draws)):
+    step_of = np.array([GIVEN, 0, 1, 1, GIVEN, GIVEN, NEVER, 0])
+    for _, states in every_draw(lambda rng: sample_step_states(step_of, BLOCKS, weighting, rng, num_draws)):
         for state in states:
-            given = ranks == GIVEN
+            given = step_of == GIVEN
             assert not (state.hidden | state.scored)[given].any()
             assert not (state.weight + state.coverage)[given].any()
             assert state.hidden[6]
     expected = {(frozenset({1, 2, 3}), 1), (frozenset({2, 3}), 2), (frozenset({2, 3}), 3), (frozenset({6, 7}), 7)}
-    found = mean_of_draws(ranks.tolist(), weighting, num_draws)
+    found = mean_of_draws(step_of.tolist(), weighting, num_draws)
     assert found == dict.fromkeys(expected, Fraction(1))
 
 
 def test_made_up_orders_number_by_number() -> None:
     blocks, given = [slice(0, 3), slice(3, 8)], np.array([0, 0, 0, 1, 0, 0, 0, 0], dtype=bool)
-    assert left_to_right_ranks(blocks, 2).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
-    assert left_to_right_ranks(blocks, 2, given).tolist() == [0, 0, 1, GIVEN, 0, 0, 1, 1]
+    assert left_to_right_steps(blocks, 2).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
+    assert left_to_right_steps(blocks, 2, given).tolist() == [0, 0, 1, GIVEN, 0, 0, 1, 1]
     confidence = np.array([-3.0, -1, -2, -9, -4, -1, -1, -0.5])
-    assert confidence_ranks(confidence, blocks, 1).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
-    assert confidence_ranks(confidence, blocks, 2, given).tolist() == [1, 0, 0, GIVEN, 1, 0, 1, 0]
-    ranks = random_ranks(blocks, 2, block_generators(0, "r", 0, "order"), given)
-    assert (ranks == GIVEN).tolist() == given.tolist()
-    assert sorted(ranks[4:].tolist()) == [0, 0, 1, 1]
+    assert confidence_steps(confidence, blocks, 1).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
+    assert confidence_steps(confidence, blocks, 2, given).tolist() == [1, 0, 0, GIVEN, 1, 0, 1, 0]
+    step_of = random_steps(blocks, 2, block_generators(0, "r", 0, "order"), given)
+    assert (step_of == GIVEN).tolist() == given.tolist()
+    assert sorted(step_of[4:].tolist()) == [0, 0, 1, 1]
 
 
-def test_sequential_ranks_finish_one_block_before_the_next() -> None:
-    ranks = np.array([1, 0, NEVER, GIVEN, NEVER, NEVER, 0, 0, 1])
+def test_sequential_steps_finish_one_block_before_the_next() -> None:
+    step_of = np.array([1, 0, NEVER, GIVEN, NEVER, NEVER, 0, 0, 1])
     blocks = [slice(0, 3), slice(3, 6), slice(6, 9)]
-    assert sequential_ranks(ranks, blocks).tolist() == [1, 0, NEVER, GIVEN, NEVER, NEVER, 2, 2, 3]
+    assert sequential_steps(step_of, blocks).tolist() == [1, 0, NEVER, GIVEN, NEVER, NEVER, 2, 2, 3]
 
 
-def test_dense_ranks_keep_given() -> None:
-    assert dense_ranks(np.array([GIVEN, 7, 3, NEVER]), [slice(0, 4)]).tolist() == [GIVEN, 1, 0, NEVER]
+def test_dense_steps_keep_given() -> None:
+    assert dense_steps(np.array([GIVEN, 7, 3, NEVER]), [slice(0, 4)]).tolist() == [GIVEN, 1, 0, NEVER]
 
 
 def test_blocks_of_the_response_grid() -> None:
@@ -698,9 +701,9 @@ def test_unit_divides_by_k_for_any_number_of_draws(num_draws: NumDraws) -> None:
 
 
 def test_strata_of_tokens_follow_the_order_of_unmasking() -> None:
-    ranks = np.array([2, 0, 3, 1])
-    draws = every_draw(lambda rng: sample_step_states(ranks, [slice(0, 4)], "tokens", rng, 2))
-    seen = {tuple(int(ranks[s.scored][0]) for s in states) for _, states in draws}
+    step_of = np.array([2, 0, 3, 1])
+    draws = every_draw(lambda rng: sample_step_states(step_of, [slice(0, 4)], "tokens", rng, 2))
+    seen = {tuple(int(step_of[s.scored][0]) for s in states) for _, states in draws}
     assert seen == {(a, b) for a in (0, 1) for b in (2, 3)}
 
 
@@ -725,9 +728,9 @@ def test_like_blocks_take_like_draws_whatever_came_before(
 def test_a_longer_side_changes_no_order_and_no_draw_of_the_blocks_before() -> None:
     def drawn(num_blocks: int) -> tuple[list[int], list[bool]]:
         blocks = [slice(4 * b, 4 * b + 4) for b in range(num_blocks)]
-        ranks = random_ranks(blocks, 1, block_generators(0, "r", 0, "order"))
-        state = sample_step_state(ranks, blocks, "steps", block_generators(0, "r", 0, "state"))
-        return ranks[:8].tolist(), state.scored[:8].tolist()
+        step_of = random_steps(blocks, 1, block_generators(0, "r", 0, "order"))
+        state = sample_step_states(step_of, blocks, "steps", block_generators(0, "r", 0, "state"))[0]
+        return step_of[:8].tolist(), state.scored[:8].tolist()
 
     assert drawn(2) == drawn(3) == drawn(5)
 

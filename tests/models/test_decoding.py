@@ -1,7 +1,6 @@
 """Every family decodes, and the training forward reads the very states that its decoder saw."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from dtrpo_ray.config.train import Objective
 from dtrpo_ray.decode.decoder import Decoder
 from dtrpo_ray.decode.sampler import generate
 from dtrpo_ray.decode.types import SamplingParams
-from dtrpo_ray.method.batch import Layout, build_batch
+from dtrpo_ray.method.batch import ModelLayout, build_batch
 from dtrpo_ray.method.step import packed_inputs, scored_logps
 from dtrpo_ray.method.trajectory import GIVEN
 from dtrpo_ray.models.registry import FAMILIES, load_model
@@ -46,7 +45,7 @@ def test_the_training_forward_reads_what_the_decoder_saw(
     row = {"row_id": "r", "epoch": 0, "prompt_ids": prompt}
     row |= {f"{side}_{name}": values for side in ("chosen", "rejected") for name, values in
             (("ids", made.ids), ("steps", made.steps))}  # fmt: skip
-    batch = build_batch([row], Objective(num_draws="all"), seed=0, **asdict(Layout.of(model)))
+    batch = build_batch([row], Objective(num_draws="all"), ModelLayout.of(model), seed=0)
     chosen = batch.slot == 0
     positions = batch.position[batch.scored_row, batch.scored_col][chosen] + model.shift - prompt_len
     read = dict(zip(positions.tolist(), scored_logps(model, batch)[chosen].tolist(), strict=True))

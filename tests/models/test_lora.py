@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dtrpo_ray.config.train import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, ModelError
-from dtrpo_ray.method.batch import build_batch
+from dtrpo_ray.method.batch import ModelLayout, build_batch
 from dtrpo_ray.method.step import training_step
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import (
@@ -196,7 +196,7 @@ def test_a_lora_step_is_ln_2_at_the_start_and_leaves_the_base(tmp_path: Path) ->
     add_adapters(model, LORA, seed=2)
     config = TrainConfig(objective=objective, lora=LORA, lr=1e-2, lr_schedule="constant", warmup_ratio=0)
     backend = PlainBackend(model, config, 5, CPU)
-    batch = build_batch(rows, objective, model.block_size, model.mask_id, seed=0)
+    batch = build_batch(rows, objective, ModelLayout(model.block_size, model.mask_id), seed=0)
     losses = []
     for _ in range(5):
         loss = training_step(backend.policy, BaseReference(backend.policy, model), batch, objective).loss_B.sum()

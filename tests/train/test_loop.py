@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
-from dtrpo_ray.method.batch import build_batch, packed_tokens, padded_tokens
+from dtrpo_ray.method.batch import ModelLayout, build_batch, packed_tokens, padded_tokens
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train import loop
 from dtrpo_ray.train.backend import PlainBackend, deepspeed_config
@@ -192,7 +192,7 @@ def test_the_last_micro_batch_alone_is_the_last(make_model: Any) -> None:
 def test_no_pair_takes_more_tokens_than_it_is_counted_with(attention: Any, objective: dict[str, Any]) -> None:
     asked = Objective.model_validate(objective)
     for row in uneven(4):
-        batch = build_batch([row], asked, 4, 22, seed=0, attention=attention)
+        batch = build_batch([row], asked, ModelLayout(4, 22, attention), seed=0)
         assert batch.ids.numel() <= packed_tokens(row, asked, attention)
 
 

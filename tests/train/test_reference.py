@@ -1,7 +1,7 @@
 """reference: what is read back is what a frozen reference computes in the step, and a mismatch is an error."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, DataError, TrainError
-from dtrpo_ray.method.batch import Layout, build_batch
+from dtrpo_ray.method.batch import ModelLayout, build_batch
 from dtrpo_ray.method.step import training_step
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.train import loop
@@ -58,7 +58,7 @@ def test_the_loss_from_a_cache_is_the_loss_from_the_frozen_model(make_model: Mak
     for row_tokens in (None, 100):
         to_batch = loop.collate(config(row_tokens=row_tokens), policy, SEED, fill=cache.fill)
         read = training_step(policy, None, to_batch(rows), OBJECTIVE)
-        plain = build_batch(rows, OBJECTIVE, seed=SEED, **asdict(Layout.of(policy)))
+        plain = build_batch(rows, OBJECTIVE, ModelLayout.of(policy), seed=SEED)
         computed = training_step(policy, reference, plain, OBJECTIVE)
         assert torch.allclose(read.loss_B, computed.loss_B, rtol=0, atol=1e-5)
         assert torch.allclose(read.metrics["margin"], computed.metrics["margin"], rtol=0, atol=1e-5)

@@ -24,7 +24,7 @@ from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected, read_table
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.method.trajectory import block_slices, dense_ranks
+from dtrpo_ray.method.trajectory import block_slices, dense_steps
 from dtrpo_ray.models.tokenizer import character_tokenizer, encode_response, load_tokenizer
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -306,7 +306,7 @@ def test_a_response_becomes_the_same_row_alone_and_among_others(rows: list[Respo
         assert (prompt_len * (origin == "global") + response_len) % 4 == 0
         if row["steps"] is not None:
             blocks = block_slices(prompt_len, response_len, 4, origin)
-            assert row["ranks"] == dense_ranks(np.array(row["steps"]), blocks).tolist()
+            assert row["ranks"] == dense_steps(np.array(row["steps"]), blocks).tolist()
 
 
 @given(st.lists(st.tuples(DIGIT_TEXTS, DIGIT_TEXTS, DIGIT_TEXTS), max_size=6, unique=True))
