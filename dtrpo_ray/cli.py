@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,11 +16,14 @@ import typer
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job, load_serve
+from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.data.tasks.puzzles import read_public_tests
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
 if TYPE_CHECKING:
     from dtrpo_ray.pipeline import Pipeline
+    from dtrpo_ray.report.evaluation import Evaluation
+    from dtrpo_ray.report.page import Answer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +59,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def result(value: dict[str, Any], as_json: bool, human: str) -> None:
+def result(value: Mapping[str, Any], as_json: bool, human: str) -> None:
     """Print a verb's result: for people, or as one JSON line."""
     print(json.dumps(value, default=str) if as_json else human, flush=True)
 
@@ -221,8 +224,8 @@ def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as
     result({"verb": "eval", **value}, as_json, evaluation_text(value))
 
 
-def evaluation_text(value: dict[str, Any]) -> str:
-    """The evaluation as a table of text, with the difference of each row."""
+def evaluation_text(value: "Evaluation") -> str:
+    """Format an evaluation as a table, with each row's gain over the base."""
     verdicts = {(c["set"], c["budget"]): c for c in value["comparison"]}
     lines = [f"{'set':<22}{'budget':>7}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward"]
     for row in sorted(
@@ -337,7 +340,7 @@ def serve(
         _serve_until_interrupt(given.model_copy(update={"checkpoint": path}), as_json)
 
 
-def _serve_until_interrupt(config: Any, as_json: bool) -> None:
+def _serve_until_interrupt(config: ServeConfig, as_json: bool) -> None:
     from dtrpo_ray.serve.server import start, stop
 
     url = start(config)
@@ -368,37 +371,48 @@ def run(
     keep_serving: Annotated[bool, typer.Option("--keep-serving", help="Leave the endpoint up until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run every stage: base, rollout, pair, train, eval, one question to the served model, report."""
+    """Run every stage: base, rollout, pair, train, eval, questions to the served models, report."""
     given = load_job(job, overrides or ()).serve
     from dtrpo_ray import demo
 
     demo.require_port(given)  # now, and not after ten minutes
     with open_pipeline(job, overrides, fresh) as pipeline:
         pipeline.aligned()
-        value: dict[str, Any] = {"verb": "run"}
-        if pipeline.job.eval and pipeline.job.puzzle:
-            value |= pipeline.evaluate()
-            say(evaluation_text(value))
-        with demo.served(pipeline) as (url, answer):
-            verdict = {True: " (correct)", False: " (wrong)", None: ""}[answer["correct"]]
-            say(f"asked {url}: {answer['prompt']} -> {answer['text']}{verdict}")
-            page = _write_report(pipeline, answer)
-            value |= {"page": str(page), "answer": answer, "lineage": pipeline.lineage()}
+        evaluation = _evaluation(pipeline)
+        if evaluation:
+            say(evaluation_text(evaluation))
+        budget = demo.choose_budget(pipeline.job, evaluation["comparison"] if evaluation else ())
+        with demo.ask_served(pipeline, budget) as asked:
+            say("\n".join(asked.lines()))
+            page = _write_report(pipeline, asked.example())
+            value = {"verb": "run", **(evaluation or {}), "page": str(page), "answer": asked.example()}
+            value |= {"asked": {"budget": budget, "correct": asked.scores()}, "lineage": pipeline.lineage()}
+            result(value, as_json, "\n".join(demo.closing_lines(page, job, overrides or ())))
             if keep_serving:
-                say(f"serving at {url}; Ctrl-C stops it")
+                say(f"serving at {asked.url}; Ctrl-C stops it")
                 signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    result(value, as_json, f"report: {page}")
 
 
-def _write_report(pipeline: "Pipeline", answer: dict[str, Any] | None) -> Path:
+def _evaluation(pipeline: "Pipeline") -> "Evaluation | None":
+    return pipeline.evaluate() if pipeline.job.eval and pipeline.job.puzzle else None
+
+
+def _write_report(pipeline: "Pipeline", answer: "Answer | None") -> Path:
     from dtrpo_ray.report.page import write_report
 
-    parsed: Job = pipeline.job
+    job: Job = pipeline.job
     pipeline.aligned()
-    evaluated = pipeline.evaluate() if parsed.eval and parsed.puzzle else None
-    out = parsed.storage / parsed.name
+    evaluation = _evaluation(pipeline)
+    out = job.storage / job.name
     out.mkdir(parents=True, exist_ok=True)
-    return write_report(out, parsed.model_dump(mode="json"), pipeline.lineage(), pipeline.curves(), evaluated, answer)
+    return write_report(
+        out,
+        job=job.model_dump(mode="json"),
+        lineage=pipeline.lineage(),
+        curves=pipeline.curves(),
+        evaluation=evaluation,
+        answer=answer,
+    )
 
 
 def main() -> None:

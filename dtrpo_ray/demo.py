@@ -1,51 +1,114 @@
-"""One real question to the served, aligned model over HTTP: the last step of `dtrpo run`."""
+"""The end of `dtrpo run`: serve the aligned model beside its base and ask both the same held-out puzzles over HTTP."""
 
 import json
+import shlex
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.pipeline import HELD_OUT_SEED, Pipeline
 from dtrpo_ray.progress import console
+from dtrpo_ray.report.evaluation import HELD_OUT, Comparison
+from dtrpo_ray.report.page import Answer
 from dtrpo_ray.serve.server import free_port, read_keys, start, stop
 
+NUM_PUZZLES = 10
 TIMEOUT_SECONDS = 120
 
 
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """The answers of the served models, model -> one answer per prompt, at `budget` denoising steps per block."""
+
+    url: str
+    budget: int
+    answers: dict[str, list[Answer]]
+
+    def example(self) -> Answer:
+        """Return an answer of the aligned model: the first that it alone has right, or else its first."""
+        aligned = self.answers["aligned"]
+        pairs = zip(aligned, self.answers.get("base", ()), strict=False)
+        return next((ours for ours, theirs in pairs if ours["correct"] and not theirs["correct"]), aligned[0])
+
+    def scores(self) -> dict[str, int]:
+        """Return how many prompts each model answers correctly; {} without a verifier."""
+        if self.example()["correct"] is None:
+            return {}
+        return {model: sum(bool(answer["correct"]) for answer in answers) for model, answers in self.answers.items()}
+
+    def lines(self) -> list[str]:
+        """Describe scores and example for a terminal."""
+        example = self.example()
+        if example["correct"] is None:
+            return [f"asked {self.url}: {example['prompt']} -> {example['text']}"]
+        count = len(self.answers["aligned"])
+        scores = ", ".join(f"{model} {correct}/{count}" for model, correct in self.scores().items())
+        shown = self.answers["aligned"].index(example)
+        return [
+            f"asked the served models {count} held-out puzzles: {scores} at {self.budget} steps per block",
+            f"example: {example['prompt']}",
+            *(f"  {model:<8} {_verdict(answers[shown])}" for model, answers in self.answers.items()),
+        ]
+
+
 def require_port(config: ServeConfig) -> None:
-    """Raise ServeError if the endpoint could not listen, or has no readable keys: before the work, not after it."""
+    """Raise ServeError if the port is taken or the API keys cannot be read, before any work starts."""
     free_port(config.host, config.port)
     read_keys(config.api_key_file)
 
 
+def choose_budget(job: Job, comparison: Sequence[Comparison]) -> int:
+    """Return the denoising steps per block at which aligned and base differ most on held-out puzzles."""
+    gains = {row["budget"]: row["gain"] for row in comparison if row["set"] == HELD_OUT}
+    return max(gains, key=lambda budget: (abs(gains[budget]), -budget), default=job.serve.denoising_steps)
+
+
 @contextmanager
-def served(pipeline: Pipeline) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Serve the aligned model, ask it one held-out prompt, and keep it up for the time of the block."""
-    job = pipeline.job
+def ask_served(pipeline: Pipeline, budget: int) -> Iterator[Questions]:
+    """Serve the aligned model, ask it, and keep it up for the time of the block.
+
+    A puzzle's base is served beside it and asked the same; any other job's model gets one prompt.
+    """
+    job, prompts = pipeline.job, ["Hello"]
     config = job.serve.model_copy(update={"checkpoint": str(pipeline.aligned().path.resolve())})
-    prompt, score = "Hello", None
+    models = {"aligned": config.model_name}
     if job.puzzle:
-        prompt = generate_puzzles(job.puzzle, 1, "test", HELD_OUT_SEED)[0]["prompt"]
-        score = puzzle_module(job.puzzle).score
+        prompts = [row["prompt"] for row in generate_puzzles(job.puzzle, NUM_PUZZLES, "test", HELD_OUT_SEED)]
+        base = "base"
+        while base in (config.model_name, *config.other_models):
+            base += "_"
+        models = {"base": base, "aligned": config.model_name}
+        others = {**config.other_models, base: str(pipeline.base().path.resolve())}
+        config = config.model_copy(update={"other_models": others})
     with console.status("serving the aligned model"):
         url = start(config)
     try:
-        body = {"model": config.model_name, "prompt": prompt, "max_tokens": _max_tokens(pipeline), "temperature": 0}
-        key = min(read_keys(config.api_key_file), default=None)
-        text = _post(f"{url}/v1/completions", body, key)["choices"][0]["text"]
-        yield (
-            url,
-            {"url": url, "prompt": prompt, "text": text, "correct": bool(score(prompt, text) >= 1) if score else None},
-        )
+        answers = {name: _ask(url, config, model, prompts, budget, job) for name, model in models.items()}
+        yield Questions(url, budget, answers)
     finally:
         stop()
 
 
-def _max_tokens(pipeline: Pipeline) -> int:
-    return pipeline.job.eval.max_new_tokens if pipeline.job.eval else 32
+def _verdict(answer: Answer) -> str:
+    return f"{answer['text']} ({'correct' if answer['correct'] else 'wrong'})"
+
+
+def _ask(url: str, config: ServeConfig, model: str, prompts: list[str], budget: int, job: Job) -> list[Answer]:
+    most = job.eval.max_new_tokens if job.eval else 32
+    body = {"model": model, "prompt": prompts, "max_tokens": most, "temperature": 0, "steps": budget}
+    choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]
+    texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+    score = puzzle_module(job.puzzle).score if job.puzzle else None
+    return [
+        Answer(url=url, prompt=prompt, text=text, correct=bool(score(prompt, text) >= 1) if score else None)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
@@ -55,3 +118,16 @@ def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
     with direct.open(request, timeout=TIMEOUT_SECONDS) as response:
         value: dict[str, Any] = json.load(response)
     return value
+
+
+def closing_lines(page: Path, job_file: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the last lines of a run: the report, and three commands to go on with."""
+    settings = "".join(f" --set {shlex.quote(override)}" for override in overrides)
+    job = shlex.quote(str(job_file))
+    return [
+        f"report: {page}",
+        "try next:",
+        f"  dtrpo serve {job}{settings}    # watch the aligned model write in a browser",
+        f"  dtrpo export {job} aligned/{settings}    # write it as a model directory",
+        "  dtrpo check PAIRS.jsonl    # validate preference pairs of your own",
+    ]

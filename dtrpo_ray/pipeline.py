@@ -56,8 +56,16 @@ from dtrpo_ray.produce.rollout import (
 )
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.progress import console
-from dtrpo_ray.report import evaluation
-from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store, sha256_file, sha256_json
+from dtrpo_ray.report.evaluation import (
+    HELD_OUT,
+    Evaluation,
+    ModelEvaluation,
+    ModelExample,
+    ModelScore,
+    compare,
+    summarise,
+)
+from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store, read_json, sha256_file, sha256_json
 from dtrpo_ray.train import trainer, validation
 from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
 
@@ -430,16 +438,15 @@ class Pipeline:
         validation.write_questions(prompts, scorer_path(job.puzzle), out)
 
     @once
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate base and aligned: {"table", "examples", "comparison"}."""
-        table: list[dict[str, Any]] = []
-        kept: list[dict[str, Any]] = []
+    def evaluate(self) -> Evaluation:
+        """Evaluate base and aligned on held-out prompts and public test sets."""
+        table: list[ModelScore] = []
+        examples: list[ModelExample] = []
         for name, model in (("base", self.base()), ("aligned", self.aligned())):
-            stage = self._evaluate_model(name, model)
-            record = json.loads((stage.path / "eval.json").read_text())
+            record: ModelEvaluation = read_json(self._evaluate_model(name, model).path / "eval.json")
             table += [{"model": name, **row} for row in record["table"]]
-            kept += [{"model": name, **row} for row in record["examples"]]
-        return {"table": table, "examples": kept, "comparison": evaluation.compare(table)}
+            examples += [{"model": name, **row} for row in record["examples"]]
+        return {"table": table, "examples": examples, "comparison": compare(table)}
 
     def _evaluate_model(self, name: str, model: ModelRef) -> Stage:
         job, config = self.job, self.job.eval
@@ -470,7 +477,7 @@ class Pipeline:
             self._record(prompts, self._decode_job(model, params, config.batch_size), out, label=f"eval-{name}")
             done = read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
-            record = evaluation.summarise(done, answers, config, load_tokenizer(model.path))
+            record = summarise(done, answers, config, load_tokenizer(model.path))
             (out / "eval.json").write_text(json.dumps(record))
             return {f"{r['set']}@{r['budget']}": r["accuracy"] for r in record["table"]}
 
@@ -485,7 +492,7 @@ class Pipeline:
                 message = f"task.public_tests: {path} does not exist and is left out"
                 console.print(message, markup=False, highlight=False, soft_wrap=True)
         held_out = generate_puzzles(task, config.num_prompts, "test", HELD_OUT_SEED)
-        return {evaluation.HELD_OUT: held_out, **read_public_tests(task)}
+        return {HELD_OUT: held_out, **read_public_tests(task)}
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
         """Return stage name -> metrics rows of every training stage asked for so far."""

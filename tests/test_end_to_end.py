@@ -130,6 +130,9 @@ def test_the_run_goes_from_nothing_to_an_answer_and_a_report(run: dict[str, Any]
     names = [s["stage"] for s in run["lineage"]]
     assert set(names) >= {"init", "examples", "base", "rollout-1", "pair-1", "train-1", "eval-base", "eval-aligned"}
     assert len(run["answer"]["text"]) == 16
+    assert run["asked"]["budget"] in (1, 8)
+    assert run["asked"]["correct"].keys() == {"base", "aligned"}
+    assert all(0 <= correct <= 10 for correct in run["asked"]["correct"].values())
     page = Path(run["page"])
     assert page.exists()
     assert (page.parent / "accuracy.png").exists()

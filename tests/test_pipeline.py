@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from paths import ROOT
+from rich.console import Console
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
@@ -127,3 +128,14 @@ def test_validation_asks_the_first_prompts_of_an_imported_table(tmp_path: Path) 
     Pipeline(job, Store(tmp_path))._write_questions(2, ModelRef(tmp_path / "base", "base"), stage, tmp_path)
     asked = json.loads((tmp_path / "questions.json").read_text())["prompts"]
     assert [(row["prompt"], row["prompt_ids"]) for row in asked] == [("01", [0, 1]), ("11", [1, 1])]
+
+
+def test_a_public_test_file_that_does_not_exist_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base, aligned and the report all ask for the test sets."""
+    monkeypatch.setattr("dtrpo_ray.pipeline.console", Console(stderr=True))
+    missing = f"task.public_tests=['{tmp_path}/nowhere.jsonl']"
+    pipeline = Pipeline(load_job(ROOT / "jobs" / "demo.toml", [missing, "eval.num_prompts=2"]), Store(tmp_path))
+    assert list(pipeline._test_sets()) == list(pipeline._test_sets()) == ["held-out"]
+    assert capsys.readouterr().err.count("nowhere.jsonl does not exist and is left out") == 1

@@ -2,15 +2,77 @@
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.decode import EvalConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Z95 = 1.959964
 HELD_OUT = "held-out"
+
+
+class Score(TypedDict):
+    """The accuracy of a model on a test set at a budget, the number of denoising steps per block."""
+
+    set: str
+    budget: int
+    temperature: float
+    num_prompts: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    tokens_per_forward: float
+
+
+class ModelScore(Score):
+    model: str
+
+
+class Example(TypedDict):
+    """One denoising, for the report: `steps` has the step that unmasked each token."""
+
+    prompt: str
+    answer: str
+    response: str
+    correct: bool
+    block_size: int
+    budget: int
+    steps: list[int]
+    tokens: list[str]
+
+
+class ModelExample(Example):
+    model: str
+
+
+class Comparison(TypedDict):
+    """The accuracy of a model minus the base's on a set at a budget; "same" if the 95 % intervals overlap."""
+
+    model: str
+    set: str
+    budget: int
+    gain: float
+    verdict: Literal["better", "worse", "same"]
+
+
+class ModelEvaluation(TypedDict):
+    """The file `eval.json` of one model."""
+
+    table: list[Score]
+    examples: list[Example]
+
+
+class Evaluation(TypedDict):
+    """Base against aligned."""
+
+    table: list[ModelScore]
+    examples: list[ModelExample]
+    comparison: list[Comparison]
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -22,9 +84,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def summarise(
-    trajectories: pa.Table, answers: dict[str, str], config: EvalConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """{"table", "examples"} of one model's trajectories, whose row ids read "set/budget/number"."""
+    trajectories: pa.Table, answers: dict[str, str], config: EvalConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> ModelEvaluation:
+    """Evaluate one model's trajectories, whose row ids read "set/budget/number"."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in trajectories.sort_by("row_id").to_pylist():
         test_set, budget, _ = row["row_id"].rsplit("/", 2)
@@ -35,7 +97,7 @@ def summarise(
     return {"table": sorted(table, key=lambda r: (r["set"] != HELD_OUT, r["set"], r["budget"])), "examples": kept}
 
 
-def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperature: float) -> dict[str, Any]:
+def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperature: float) -> Score:
     correct, total = sum(row["reward"] >= 1 for row in rows), len(rows)
     low, high = wilson_interval(correct, total)
     return {
@@ -52,8 +114,8 @@ def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperatu
 
 
 def _examples(
-    rows: list[dict[str, Any]], answers: dict[str, str], count: int, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[dict[str, Any]]:
+    rows: list[dict[str, Any]], answers: dict[str, str], count: int, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Example]:
     failed = [r for r in rows if r["reward"] < 1][: count // 2]
     solved = [r for r in rows if r["reward"] >= 1][: count - len(failed)]
     for row in failed + solved:
@@ -65,21 +127,23 @@ def _examples(
             "block_size": row["block_size"],
             "budget": row["denoising_steps"],
             "steps": row["steps"],
-            "tokens": [tokenizer.decode([i]) for i in row["response_ids"]],
+            "tokens": [str(tokenizer.decode([i])) for i in row["response_ids"]],
         }
 
 
-def compare(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Aligned minus base for each (set, budget), and whether the 95 % intervals are apart."""
+def compare(table: Sequence[ModelScore]) -> list[Comparison]:
+    """Compare each model with the base on every (set, budget)."""
     base = {(r["set"], r["budget"]): r for r in table if r["model"] == "base"}
-    rows = []
+    rows: list[Comparison] = []
     for row in table:
         other = base.get((row["set"], row["budget"]))
         if row["model"] == "base" or other is None:
             continue
-        verdict = "better" if row["low"] > other["high"] else "worse" if row["high"] < other["low"] else "same"
-        gain = row["accuracy"] - other["accuracy"]
-        rows.append(
-            {"model": row["model"], "set": row["set"], "budget": row["budget"], "gain": gain, "verdict": verdict}
-        )
+        rows.append({
+            "model": row["model"],
+            "set": row["set"],
+            "budget": row["budget"],
+            "gain": row["accuracy"] - other["accuracy"],
+            "verdict": "better" if row["low"] > other["high"] else "worse" if row["high"] < other["low"] else "same",
+        })  # fmt: skip
     return rows

@@ -1,7 +1,7 @@
 """The numbers of a finished run -> PNG plots and one self-contained report.html. Called when a pipeline ends.
 
-Plain dicts in, files out; imports neither torch nor ray. The page needs no script, no network and no other file: plots
-are data URIs, one for light and one for dark. What cannot be drawn is said in a sentence, never dropped in silence.
+It imports neither torch nor ray. The page needs no script, no network and no other file: plots are data URIs, one for
+light and one for dark. A sentence takes the place of a plot that cannot be drawn.
 """
 
 import base64
@@ -10,11 +10,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,12 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, ModelExample, ModelScore
 from dtrpo_ray.stages import StageRow
 
-Row = dict[str, Any]
 Theme = dict[str, str]
-
-HELD_OUT = "held-out"
+Metrics = Mapping[str, float]  # one line of metrics.jsonl
 
 # every colour but the grid stands out from the paper by 4.5:1 or more
 LIGHT: Theme = {"paper": "#ffffff", "ink": "#1c2430", "grid": "#dde3ea", "base": "#b4500f", "aligned": "#1d5fbf",
@@ -38,7 +37,7 @@ DARK: Theme = {"paper": "#171c24", "ink": "#e3e8ef", "grid": "#333d4b", "base": 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One figure of the page: its light and dark PNG as data URIs, none where `note` says why it was not drawn."""
+    """One figure of the page: a light and a dark PNG as data URIs, or none and in `note` the reason."""
 
     title: str
     note: str
@@ -57,26 +56,77 @@ class Curve:
     level: tuple[float, str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Base beside aligned on one test set at one budget."""
+
+    set: str
+    budget: int
+    base: ModelScore | None = None
+    aligned: ModelScore | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """Aligned minus base in percentage points; None if either is missing."""
+        if self.base is None or self.aligned is None:
+            return None
+        return 100 * (self.aligned["accuracy"] - self.base["accuracy"])
+
+    @property
+    def apart(self) -> bool:
+        """True if the 95 % intervals do not overlap."""
+        if self.base is None or self.aligned is None:
+            return False
+        return self.aligned["low"] > self.base["high"] or self.aligned["high"] < self.base["low"]
+
+
+class Answer(TypedDict):
+    """A served model's answer; `correct` is None if the task has no verifier."""
+
+    url: str
+    prompt: str
+    text: str
+    correct: bool | None
+
+
+class Cell(TypedDict):
+    """One token of a denoising: `step` counts from 1; `rank` is its order within the block, None if never unmasked."""
+
+    token: str
+    given: bool
+    step: int
+    wanted: str
+    rank: int | None
+
+
+class DrawnExample(ModelExample):
+    """An example with its tokens as blocks of cells."""
+
+    sudoku: bool
+    blocks: list[list[Cell]]
+
+
 def write_report(
     out: Path,
-    job: Row,
+    job: dict[str, Any],
     lineage: Sequence[StageRow],
-    curves: dict[str, list[Row]],
-    evaluation: Row | None,
-    answer: Row | None,
+    curves: Mapping[str, Sequence[Metrics]],
+    evaluation: Evaluation | None,
+    answer: Answer | None,
 ) -> Path:
     """Write the plots and report.html into the existing directory `out`; return the page's path.
 
-    Every file appears whole or not at all. A plot this run cannot have is removed, so `out` never mixes two runs.
+    `job` is the job as JSON. Every file appears whole or not at all. A plot that this run lacks is removed, so `out`
+    never mixes two runs.
     """
     first, *others = _curves(job)
     training = [_curve_plot(out, first, [curves.get("base", [])])]
     training += [_curve_plot(out, curve, _rounds(curves)) for curve in others]
     pairs = pair_up(evaluation)
-    held_out, public = [p for p in pairs if p["set"] == HELD_OUT], [p for p in pairs if p["set"] != HELD_OUT]
+    held_out, public = [p for p in pairs if p.set == HELD_OUT], [p for p in pairs if p.set != HELD_OUT]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(solved=_solved, points=points, visible=_visible, unbroken=_unbroken)
+    environment.filters.update(solved=_accuracy_text, points=points, visible=_visible, unbroken=_unbroken)
     page = environment.get_template("page.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
@@ -85,8 +135,8 @@ def write_report(
             _accuracy_plot(out, "accuracy", "Accuracy on held-out prompts", held_out),
             _accuracy_plot(out, "accuracy_public", "Accuracy on public test sets", public),
         ],
-        sets={name: [p for p in pairs if p["set"] == name] for name in dict.fromkeys(p["set"] for p in pairs)},
-        examples=[_example(job, example) for example in (evaluation or {}).get("examples", [])],
+        sets=_by_set(pairs),
+        examples=[_example(job, example) for example in (evaluation["examples"] if evaluation else ())],
         training=training,
         answer=answer,
         lineage=lineage,
@@ -104,8 +154,8 @@ def points(difference: float) -> str:
     return "0.0" if text[1:] == "0.0" else text
 
 
-def _solved(row: Row) -> str:
-    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * row[key] for key in ("accuracy", "low", "high")))
+def _accuracy_text(row: ModelScore) -> str:
+    return f"{100 * row['accuracy']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def _unbroken(text: str) -> str:
@@ -117,43 +167,43 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def pair_up(evaluation: Row | None) -> list[Row]:
-    """Rows of an evaluation (one temperature) -> base beside aligned per set and budget; the held-out set first.
-
-    `gain` is aligned minus base in points (None if either is missing); `apart`: their intervals do not overlap.
-    """
-    cells: dict[tuple[Any, ...], Row] = {}
-    for row in (evaluation or {}).get("table", []):
+def pair_up(evaluation: Evaluation | None) -> list[Pair]:
+    """Put base beside aligned for each set and budget of an evaluation at one temperature; the held-out set first."""
+    pairs: dict[tuple[Any, ...], Pair] = {}
+    for row in evaluation["table"] if evaluation else ():
         natural = tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row["set"]))
         key = (row["set"] != HELD_OUT, natural, row["budget"])
-        cell = {"set": row["set"], "budget": row["budget"], "base": None, "aligned": None}
-        cells.setdefault(key, cell)[row["model"]] = row
-    for cell in cells.values():
-        base, aligned = cell["base"], cell["aligned"]
-        cell["gain"] = 100 * (aligned["accuracy"] - base["accuracy"]) if base and aligned else None
-        cell["apart"] = bool(base and aligned) and (aligned["low"] > base["high"] or aligned["high"] < base["low"])
-    return [cells[key] for key in sorted(cells)]
+        pair = pairs.get(key, Pair(row["set"], row["budget"]))
+        pairs[key] = replace(pair, base=row) if row["model"] == "base" else replace(pair, aligned=row)
+    return [pairs[key] for key in sorted(pairs)]
 
 
-def headline(job: Row, curves: dict[str, list[Row]], evaluation: Row | None) -> str:
-    """The result in one sentence, at the held-out budget with the largest gain; a loss is called a loss."""
-    pairs = [p for p in pair_up(evaluation) if p["set"] == HELD_OUT and p["gain"] is not None]
-    if not pairs:
-        return _unevaluated(curves, evaluation)
-    best = max(pairs, key=lambda p: p["gain"])
-    base, aligned, overlap = best["base"], best["aligned"], "" if best["apart"] else "; the intervals overlap"
-    steps = _count(best["budget"], "denoising step") + " per block"
+def _by_set(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    return {name: [p for p in pairs if p.set == name] for name in dict.fromkeys(p.set for p in pairs)}
+
+
+def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evaluation: Evaluation | None) -> str:
+    """Say the result in one sentence, at the held-out budget with the largest gain; call a loss a loss."""
+    gains = [(p.gain, p) for p in pair_up(evaluation) if p.set == HELD_OUT and p.gain is not None]
+    if not gains:
+        return _training_headline(curves, evaluation)
+    gain, best = max(gains, key=lambda gain: gain[0])
+    assert best.base is not None
+    assert best.aligned is not None
+    overlap = "" if best.apart else "; the intervals overlap"
+    steps = _count(best.budget, "denoising step") + " per block"
     noun = "prompt" if "files" in (job.get("task") or {}) else "puzzle"
-    prompts = _count(aligned["num_prompts"], f"held-out {noun}")
-    result = f"at {steps} the aligned model solves {_solved(aligned)} of {prompts}, the base {_solved(base)}"
-    if points(best["gain"]) == "0.0":
-        return f"No gain from alignment: {'at its best, ' if len(pairs) > 1 else ''}{result}."
-    if best["gain"] < 0:
-        return f"{'A loss at every budget; the smallest' if len(pairs) > 1 else 'A loss'}: {result}{overlap}."
+    prompts = _count(best.aligned["num_prompts"], f"held-out {noun}")
+    base, aligned = _accuracy_text(best.base), _accuracy_text(best.aligned)
+    result = f"at {steps} the aligned model solves {aligned} of {prompts}, the base {base}"
+    if points(gain) == "0.0":
+        return f"No gain from alignment: {'at its best, ' if len(gains) > 1 else ''}{result}."
+    if gain < 0:
+        return f"{'A loss at every budget; the smallest' if len(gains) > 1 else 'A loss'}: {result}{overlap}."
     return f"A{result[1:]}{overlap and overlap + ', so this may be chance'}."
 
 
-def _unevaluated(curves: dict[str, list[Row]], evaluation: Row | None) -> str:
+def _training_headline(curves: Mapping[str, Sequence[Metrics]], evaluation: Evaluation | None) -> str:
     why = "No held-out set was evaluated for both models" if evaluation else "No evaluation was run"
     segments = _segments(_rounds(curves), "loss")
     if not segments:
@@ -165,7 +215,7 @@ def _unevaluated(curves: dict[str, list[Row]], evaluation: Row | None) -> str:
 # ---- training curves
 
 
-def _curves(job: Row) -> list[Curve]:
+def _curves(job: dict[str, Any]) -> list[Curve]:
     objective = (job.get("train") or {}).get("objective") or {}
     plain = objective.get("type") != "sft" and objective.get("loss_type", "sigmoid") == "sigmoid"
     start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("rpo_alpha") else None
@@ -181,19 +231,19 @@ def _curves(job: Row) -> list[Curve]:
     ]  # fmt: skip
 
 
-def _rounds(curves: dict[str, list[Row]]) -> list[list[Row]]:
+def _rounds(curves: Mapping[str, Sequence[Metrics]]) -> list[Sequence[Metrics]]:
     names = [name for name in curves if name.startswith("train")]
     return [curves[name] for name in sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))]
 
 
-def _bounds(rounds: list[list[Row]]) -> list[float]:
-    """Where each round begins on the common step axis; the last entry is where the last one ends."""
+def _bounds(rounds: Sequence[Sequence[Metrics]]) -> list[float]:
+    """Return the steps on a common axis at which rounds begin, and the step at which the last one ends."""
     lasts = [max((row["step"] for row in rows if _finite(row.get("step"))), default=0) for rows in rounds]
     return [0, *accumulate(lasts)]
 
 
-def _segments(rounds: list[list[Row]], key: str) -> list[np.ndarray]:
-    """Arrays [n, 2] of (step on the common axis, value), one per round that has any usable row."""
+def _segments(rounds: Sequence[Sequence[Metrics]], key: str) -> list[np.ndarray]:
+    """Return an array [n, 2] of (step on the common axis, value) for each round with a usable row."""
     found = [
         [(start + row["step"], row[key]) for row in rows if _finite(row.get("step")) and _finite(row.get(key))]
         for start, rows in zip(_bounds(rounds), rounds, strict=False)
@@ -206,13 +256,13 @@ def _finite(value: object) -> bool:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over an odd `window`; at the ends, over the part of the window that exists."""
+    """Return the centred running mean over an odd `window`, cut off at the ends."""
     total, index = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
     low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
     return (total[high] - total[low]) / (high - low)
 
 
-def _curve_plot(out: Path, curve: Curve, rounds: list[list[Row]]) -> Plot:
+def _curve_plot(out: Path, curve: Curve, rounds: Sequence[Sequence[Metrics]]) -> Plot:
     data = {key: _segments(rounds, key) for key in curve.colors}
     num_rows, bounds = sum(map(len, rounds)), _bounds(rounds)
     if not all(data.values()):
@@ -265,8 +315,8 @@ def _mark_rounds(axes: Axes, bounds: list[float], theme: Theme) -> None:
 # ---- accuracy plots
 
 
-def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Row]) -> Plot:
-    sets = {test_set: [p for p in pairs if p["set"] == test_set] for test_set in dict.fromkeys(p["set"] for p in pairs)}
+def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Pair]) -> Plot:
+    sets = _by_set(pairs)
     if not sets:
         return _skip(out, name, title, "no such set was evaluated")
     columns = 2 if len(sets) == 4 else min(len(sets), 3)
@@ -289,19 +339,21 @@ def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Row]) -> Plot:
     return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
 
 
-def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[Row], labelled: bool) -> None:
+def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[Pair], labelled: bool) -> None:
     for model, marker, side in (("base", "s", -1), ("aligned", "o", 1)):
-        measured = [(place, pair, pair[model]) for place, pair in enumerate(pairs) if pair[model]]
+        scores = [pair.base if model == "base" else pair.aligned for pair in pairs]
+        measured = [(place, pairs[place], score) for place, score in enumerate(scores) if score]
         x = [place + 0.05 * side for place, _, _ in measured]
-        mean, low, high = (np.array([100 * row[key] for *_, row in measured]) for key in ("accuracy", "low", "high"))
+        rows = np.array([(row["accuracy"], row["low"], row["high"]) for *_, row in measured]).reshape(-1, 3)
+        mean, low, high = 100 * rows.T
         reach = np.maximum([mean - low, high - mean], 0)
         axes.errorbar(x, mean, reach, color=theme[model], marker=marker, ms=5, lw=1.4, capsize=3, label=model)
         for index, (_, pair, _) in enumerate(measured if labelled else ()):
-            above = side * (pair["gain"] or 0) >= 0  # the better model's number above its bar, the other's below
+            above = side * (pair.gain or 0) >= 0  # the better model's number above its bar, the other's below
             axes.annotate(f"{mean[index]:.1f}", (x[index], (high if above else low)[index]), color=theme[model],
                           xytext=(0, 4 if above else -4), textcoords="offset points", ha="center",
                           va="bottom" if above else "top", fontsize=8.5)  # fmt: skip
-    axes.set_xticks(range(len(pairs)), [str(pair["budget"]) for pair in pairs])
+    axes.set_xticks(range(len(pairs)), [str(pair.budget) for pair in pairs])
     axes.set_xlim(-0.5, len(pairs) - 0.5)
     axes.margins(y=0.15 if labelled else 0.05)
 
@@ -364,19 +416,18 @@ def _visible(token: str) -> str:
     return token.replace("\n", "⏎").replace(" ", "␣") or "∅"
 
 
-def _example(job: Row, example: Row) -> Row:
-    """One denoising with its tokens as blocks of cells; `rank` is a cell's order within its block.
+def _example(job: dict[str, Any], example: ModelExample) -> DrawnExample:
+    """Cut a denoising's tokens into the blocks that were decoded.
 
-    `steps` count denoising forwards over the response from 0, negative where none unmasked; `tokens` end on the
-    block grid, as the sampler's do, so blocks are counted back from the end and only the first may be short.
+    `steps` count denoising forwards over the response from 0, negative if none unmasked the token. The response ends
+    on the block grid, so blocks are counted back from the end and only the first may be short.
     """
-    size, tokens, steps, prompt, answer = (
-        example[key] for key in ("block_size", "tokens", "steps", "prompt", "answer")
-    )
+    size, tokens, steps = example["block_size"], example["tokens"], example["steps"]
+    prompt, answer = example["prompt"], example["answer"]
     sudoku = (job.get("task") or {}).get("type") == "sudoku" and len(tokens) == len(prompt) == len(answer) == 16
     wanted = answer if sudoku and not example["correct"] else tokens
     edges = [0, *range(len(tokens) % size or size, len(tokens) + 1, size)]
-    blocks = []
+    blocks: list[list[Cell]] = []
     for start, end in pairwise(edges):
         order = sorted({step for step in steps[start:end] if step >= 0})
         blocks.append([

@@ -239,14 +239,14 @@ def test_swapping_the_models_negates_the_gain_and_keeps_the_verdict() -> None:
     swap = {"base": "aligned", "aligned": "base"}
     swapped = pair_up({"table": [row | {"model": swap[row["model"]]} for row in GAIN]})
     pairs = pair_up({"table": GAIN})
-    assert [p["gain"] for p in pairs] == pytest.approx([7.9, -1.0])
-    assert [p["gain"] for p in swapped] == pytest.approx([-7.9, 1.0])
-    assert [p["apart"] for p in pairs] == [p["apart"] for p in swapped] == [True, False]
+    assert [p.gain for p in pairs] == pytest.approx([7.9, -1.0])
+    assert [p.gain for p in swapped] == pytest.approx([-7.9, 1.0])
+    assert [p.apart for p in pairs] == [p.apart for p in swapped] == [True, False]
 
 
 def test_sets_come_held_out_first_then_by_number() -> None:
     pairs = pair_up({"table": PUBLIC + GAIN})
-    names = list(dict.fromkeys(p["set"] for p in pairs))
+    names = list(dict.fromkeys(p.set for p in pairs))
     assert names == ["held-out", "sudoku_4x4_6.jsonl", "sudoku_4x4_10.jsonl"]
 
 
