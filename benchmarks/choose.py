@@ -33,7 +33,7 @@ def solved(model: Path, job: Job, count: int) -> dict[int, int]:
     score = puzzle_module(job.puzzle).score
     engine, made = Engine.load(model), {}
     for steps in job.eval.budgets:
-        params, correct = SamplingParams(job.eval.max_new_tokens, steps), 0
+        params, correct = SamplingParams(max_new_tokens=job.eval.max_new_tokens, denoising_steps=steps), 0
         for first in range(0, count, job.eval.batch_size):
             texts = [row["prompt"] for row in puzzles[first : first + job.eval.batch_size]]
             done = engine.generate([engine.encode(text) for text in texts], params, [0] * len(texts))

@@ -160,7 +160,9 @@ def pipelines(folder: Path, rows: int, model_rows: int) -> Iterator[Pipeline]:
         for i in range(model_rows)
     ]
     batch = max(1, model_rows // PARTS)
-    job = DecodeJob(base.resolve(), "bench", SamplingParams(TOKENS, 4, 1.0), batch, SEED)
+    job = DecodeJob(
+        base.resolve(), "bench", SamplingParams(max_new_tokens=TOKENS, denoising_steps=4, temperature=1.0), batch, SEED
+    )
     yield Pipeline("rollout", prompts_parts(prompts, batch), partial(Recorder, job, sharers))
     config = TrainConfig(
         objective=Objective(schedule="random"), global_batch=8, micro_batch=8, max_steps=model_rows // 8

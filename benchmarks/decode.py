@@ -5,7 +5,6 @@ import platform
 import random
 import time
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,8 +141,8 @@ def decode_benchmark(
     def prompt() -> list[int]:
         return [rng.randrange(VOCABULARY - 2) for _ in range(prompt_tokens)]
 
-    params = SamplingParams(new_tokens, steps, ignore_eos=True)
-    serve_load(model, [prompt()], replace(params, max_new_tokens=block), 1)  # warm up
+    params = SamplingParams(max_new_tokens=new_tokens, denoising_steps=steps, ignore_eos=True)
+    serve_load(model, [prompt()], params.model_copy(update={"max_new_tokens": block}), 1)  # warm up
     single = against_naive(model, prompt(), params, repeats)
     loads = [
         serve_load(model, [prompt() for _ in range(max(4, c))], params, c)[0] for c in (1, 4, 16, 64) if c <= widest

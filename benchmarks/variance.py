@@ -22,7 +22,7 @@ import torch
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.data.schemas import PREFERENCE
 from dtrpo_ray.data.tables import read_table
-from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.decoder import decode_all
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.method.batch import SIDES, ModelLayout, build_batch
 from dtrpo_ray.method.step import order_by_confidence, scored_logps
@@ -62,11 +62,17 @@ def variance(steps: list[list[float]], weighting: str, num_draws: int) -> float:
 
 def redecoded(model: DiffusionLM, rows: list[Json], threshold: float) -> list[Json]:
     """The rows with both sides sampled by `model` at temperature 1, every token above `threshold` taken in a step."""
-    params = SamplingParams(max(len(r["chosen_ids"]) for r in rows), 1, 1.0, threshold=threshold, ignore_eos=True)
+    params = SamplingParams(
+        max_new_tokens=max(len(r["chosen_ids"]) for r in rows),
+        denoising_steps=1,
+        temperature=1.0,
+        threshold=threshold,
+        ignore_eos=True,
+    )
     made = [dict(row) for row in rows]
     for number, side in enumerate(SIDES):
         seeds = [int(row_generator(number, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
-        for row, response in zip(made, generate(model, [r["prompt_ids"] for r in rows], params, seeds), strict=True):
+        for row, response in zip(made, decode_all(model, [r["prompt_ids"] for r in rows], params, seeds), strict=True):
             row |= {f"{side}_ids": response.ids, f"{side}_steps": response.steps}
     return made
 

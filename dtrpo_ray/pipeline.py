@@ -473,7 +473,9 @@ class Pipeline:
                 for title, rows in sets.items()
                 for i, row in enumerate(rows)
             ]
-            params = SamplingParams(config.max_new_tokens, 1, config.temperature)
+            params = SamplingParams(
+                max_new_tokens=config.max_new_tokens, denoising_steps=1, temperature=config.temperature
+            )
             self._record(prompts, self._decode_job(model, params, config.batch_size), out, label=f"eval-{name}")
             done = read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}

@@ -37,7 +37,7 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("train.max_steps=true", ["max_steps = True must be a number"]),
         ("train.offload=yes", ["offload = 'yes' must be true or false"]),
         ("train.lr=1\nx = 2", ["expected dotted.key=value"]),
-        ("eval.budgets=[1, 1]", ["budgets = [1, 1] names one twice"]),
+        ("eval.budgets=[1, 1]", ["budgets = [1, 1] lists a budget twice"]),
         ("model.init.num_kv_heads=3", ["num_kv_heads = 3 does not divide num_heads = 4"]),
         ("model.init.num_heads=3", ["hidden_size = 128 gives 3 heads"]),
         ("model.init.hidden_size=12", ["hidden_size = 12 gives 4 heads 3 units each"]),
@@ -180,7 +180,7 @@ def test_mistakes_about_a_rollout_of_prompts(override: str, words: str, monkeypa
 
 def test_a_schedule_stands_alone() -> None:
     for given in ({"threshold": 0.5, "tokens_per_step": 2}, {"entropy_bound": 0.1, "remasking": "sequential"}):
-        with pytest.raises(ValueError, match=r"exclude each other|goes with denoising_steps"):
+        with pytest.raises(ValueError, match="exclude each other"):
             RolloutConfig.model_validate(given)
     assert RolloutConfig(remasking="sequential", denoising_steps=(2,)).threshold is None
 

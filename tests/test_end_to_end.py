@@ -177,7 +177,7 @@ def test_each_checkpoint_answers_and_is_scored(run: dict[str, Any]) -> None:
     questions, engine = json.loads((folder / "questions.json").read_text()), Engine.load(folder / "model")
     assert len(questions["prompts"]) == 24
     prompts = [row["prompt_ids"] for row in questions["prompts"]]
-    done = engine.generate(prompts, SamplingParams(16, 4), [0] * 24)
+    done = engine.generate(prompts, SamplingParams(max_new_tokens=16, denoising_steps=4), [0] * 24)
     answers = [engine.decode(generation.text_ids) for generation in done]
     assert [sample["answer"] for sample in rows[-1]["samples"]] == answers[:4]
     scores = [sudoku.score(row["prompt"], answer) for row, answer in zip(questions["prompts"], answers, strict=True)]

@@ -186,7 +186,14 @@ def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, poli
     from dtrpo_ray.produce.rollout import DecodeJob, Recorder, prompts_parts
 
     prompts = sudoku_prompts(21)
-    job = DecodeJob(policy, "model", SamplingParams(16, 1, 1.0), 2, 0, "dtrpo_ray.data.tasks.sudoku:score")
+    job = DecodeJob(
+        policy,
+        "model",
+        SamplingParams(max_new_tokens=16, denoising_steps=1, temperature=1.0),
+        2,
+        0,
+        "dtrpo_ray.data.tasks.sudoku:score",
+    )
     parts = prompts_parts(prompts, 2)
     assert len(parts) == 6
     pool, alone = pool_and_alone(parts, partial(Recorder, job, 2), tmp_path)

@@ -1,56 +1,96 @@
 """`[rollout]` and `[eval]`: how prompts are decoded."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dtrpo_ray.config.section import Section
 
+STEPS = "denoising_steps"
+POLICIES = {  # unmasking policy, a function of decode/policies.py -> the field that sets how much a step unmasks
+    "low_confidence_static": STEPS,
+    "low_confidence_dynamic": "threshold",
+    "low_confidence_top_k": "tokens_per_step",
+    "entropy_bounded": "entropy_bound",
+    "sequential": STEPS,
+}
+AMOUNTS = {field: policy for policy, field in POLICIES.items() if field != STEPS}
 
-class RolloutConfig(Section):
-    """Decoding of training prompts into recorded trajectories."""
+if TYPE_CHECKING:  # a type checker cannot read the names from the table; pydantic does
+    Remasking = str
+    StepRemasking = str
+else:
+    Remasking = Literal[tuple(POLICIES)]
+    StepRemasking = Literal[tuple(policy for policy, field in POLICIES.items() if field == STEPS)]
 
-    num_prompts: int = Field(2500, ge=1)
-    """Fresh puzzles per round; of a task of type "prompts" every prompt is decoded, up to `task.max_rows`."""
-    num_samples: int = Field(8, ge=2)
-    """Samples per prompt."""
-    temperature: float = Field(1.0, gt=0)
-    denoising_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((2,), min_length=1)
-    """Denoising steps per block; samples of a prompt go through the list in turn."""
+
+class Sampling(BaseModel):
+    """The sampling parameters that [rollout], the HTTP API and the decoder share."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    steps_field: ClassVar[str] = ""  # the field of a subclass that no other amount may accompany
+
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
     threshold: float | None = Field(None, gt=0, lt=1)
-    """Instead of `denoising_steps`: each step unmasks every token more probable than this."""
+    """Instead of a number of steps: each step unmasks every token more probable than this."""
     tokens_per_step: int | None = Field(None, ge=1)
-    """Instead of `denoising_steps`: each step unmasks this many tokens, the most probable."""
+    """Instead of a number of steps: each step unmasks this many tokens, the most probable."""
     entropy_bound: float | None = Field(None, ge=0)
-    """Instead of `denoising_steps`: nats of entropy within which tokens are unmasked together (EB-Sampler)."""
-    remasking: Literal["low_confidence_static", "sequential"] = "low_confidence_static"
-    """With `denoising_steps`: which tokens a step unmasks, the most probable or the leftmost."""
+    """Instead of a number of steps: nats of entropy within which tokens are unmasked together (EB-Sampler)."""
+    remasking: Remasking | None = None
+    """The unmasking policy, where no field above implies it."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this probability."""
     top_k: int = Field(0, ge=0)
     """Sample from this many tokens; 0 is all."""
     block_length: int | None = Field(None, ge=1)
-    """Tokens of a block, for a full-attention model; others have their own."""
+    """Tokens of a block: a full-attention model takes any number, a block-trained model only its own."""
     small_block_size: int | None = Field(None, ge=1)
-    """Tokens of a sub-block; those of a block are unmasked in turn. Absent: as the model's release does."""
-    batch_size: int = Field(256, ge=1)
-    """Sequences decoded side by side by one actor."""
-    max_new_tokens: int = Field(16, ge=1)
+    """Tokens of a sub-block; the sub-blocks of a block are unmasked in turn. Absent: as the model's release does."""
+
+    @property
+    def policy(self) -> str:
+        """The unmasking policy: the one whose amount is given, else `remasking`."""
+        implied = (policy for field, policy in AMOUNTS.items() if getattr(self, field) is not None)
+        return next(implied, self.remasking or "low_confidence_static")
 
     @model_validator(mode="after")
-    def _one_schedule(self) -> "RolloutConfig":
-        ways = [name for name in ("threshold", "tokens_per_step", "entropy_bound") if getattr(self, name) is not None]
-        ways += ["denoising_steps"] if "denoising_steps" in self.model_fields_set else []
-        if len(ways) > 1:
-            listed = " and ".join(f"{name} = {getattr(self, name)}" for name in ways)
+    def _one_schedule(self) -> Self:
+        given = {name: getattr(self, name) for name in AMOUNTS if getattr(self, name) is not None}
+        if self.steps_field in self.model_fields_set:
+            given[self.steps_field] = getattr(self, self.steps_field)
+        if self.remasking not in (type(self).model_fields["remasking"].default, self.policy):
+            given["remasking"] = self.remasking
+        if len(given) > 1:
+            listed = " and ".join(f"{name} = {value}" for name, value in given.items())
             raise ValueError(f"{listed} exclude each other; give one")
-        if self.remasking == "sequential" and ways and ways != ["denoising_steps"]:
-            raise ValueError(f"remasking = 'sequential' goes with denoising_steps; {ways[0]} has a policy of its own")
+        if (amount := POLICIES[self.policy]) in AMOUNTS and amount not in given:
+            raise ValueError(f"remasking = {self.policy} needs {amount}; give it")
         return self
 
 
+class RolloutConfig(Section, Sampling):
+    """Decoding of training prompts into recorded trajectories."""
+
+    steps_field = STEPS
+
+    num_prompts: int = Field(2500, ge=1)
+    """Fresh puzzles per round; with task.type = "prompts" every prompt is decoded, up to `task.max_rows`."""
+    num_samples: int = Field(8, ge=2)
+    """Samples per prompt."""
+    temperature: float = Field(1.0, gt=0)
+    denoising_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((2,), min_length=1)
+    """Denoising steps per block; the samples of a prompt cycle through the list."""
+    remasking: StepRemasking = "low_confidence_static"
+    """Which tokens a step unmasks with `denoising_steps`: the most probable, or the leftmost."""
+    batch_size: int = Field(256, ge=1)
+    """Sequences that one actor decodes side by side."""
+    max_new_tokens: int = Field(16, ge=1)
+
+
 class EvalConfig(Section):
-    """Base against aligned on held-out prompts."""
+    """Comparison of the base and the aligned model on held-out prompts."""
 
     num_prompts: int = Field(2000, ge=1)
     budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4), min_length=1)
@@ -65,5 +105,5 @@ class EvalConfig(Section):
     @model_validator(mode="after")
     def _each_budget_once(self) -> "EvalConfig":
         if len(set(self.budgets)) < len(self.budgets):
-            raise ValueError(f"budgets = {list(self.budgets)} names one twice")
+            raise ValueError(f"budgets = {list(self.budgets)} lists a budget twice")
         return self

@@ -29,9 +29,9 @@ def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, ste
         "sampler": {
             "remasking": params.policy,
             "threshold": params.threshold,
-            "tokens_per_step": params.tokens_per_step,
+            "tokens_per_step": params.tokens_per_step or 1,
             "small_block_size": params.small_block_size,
-            "entropy_bound": params.entropy_bound,
+            "entropy_bound": params.entropy_bound or 0.0,
             "top_p": params.top_p,
             "top_k": params.top_k,
             "max_new_tokens": params.max_new_tokens,

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrpo_ray.config.decode import POLICIES as AMOUNT_FIELDS
+from dtrpo_ray.config.decode import STEPS
 from dtrpo_ray.decode.cache import SCRATCH, PagedKeys, PagePool, block_digests
 from dtrpo_ray.decode.policies import POLICIES, Candidates, apply_policy
 from dtrpo_ray.decode.proposal import Draw, Proposal, propose
@@ -24,7 +26,6 @@ from dtrpo_ray.decode.types import (
     Event,
     Finished,
     Generation,
-    Remasking,
     SamplingParams,
     Unmasked,
 )
@@ -62,17 +63,9 @@ class _Row:
     response: list[Committed] = field(default_factory=list)
 
     def amount(self) -> float:
-        """What the row's unmasking policy is measured by."""
-        params = self.params
-        match params.policy:
-            case "low_confidence_dynamic":
-                assert params.threshold is not None
-                return params.threshold
-            case "low_confidence_top_k":
-                return params.tokens_per_step
-            case "entropy_bounded":
-                return params.entropy_bound
-        return params.denoising_steps - self.block_steps
+        """Return how much the next step unmasks, in the measure of the request's policy."""
+        field = AMOUNT_FIELDS[self.params.policy]
+        return self.params.denoising_steps - self.block_steps if field == STEPS else getattr(self.params, field)
 
     def generation(self) -> Generation:
         ids = [token for block in self.response for token in block.ids]
@@ -329,7 +322,7 @@ class Decoder:
         sub_block = offsets // torch.tensor([row.small for row in rows], device=self.device)[:, None]
         masked = open_ & (sub_block == sub_block.gather(1, open_.int().argmax(1, keepdim=True)))
         alternatives = max(row.params.top_logprobs for row in rows)
-        entropy = any(row.params.policy == "entropy_bounded" for row in rows)
+        entropy = any(row.params.entropy_bound is not None for row in rows)
         found = propose(self.model, states[masked], self._draw(rows, masked), self.num_tokens, alternatives, entropy)
         found = found.spread(masked)
         take = self._select(rows, Candidates(masked, found.logps, found.entropy, open_.sum(-1)))
@@ -365,7 +358,7 @@ class Decoder:
 
     def _select(self, rows: list[_Row], candidates: Candidates) -> Tensor:
         """Which positions [R, B] this step unmasks, each row by its own policy."""
-        by_policy: dict[Remasking, list[int]] = {}
+        by_policy: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
             by_policy.setdefault(row.params.policy, []).append(place)
         take = torch.zeros_like(candidates.masked)
@@ -429,3 +422,22 @@ def _widened(plane: Tensor, width: int, fill: int) -> Tensor:
     if width <= old:
         return plane
     return torch.cat([plane, plane.new_full((len(plane), max(width, 2 * old) - old), fill)], 1)
+
+
+def decode_all(
+    model: DiffusionLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seeds: Sequence[int],
+    num_tokens: int | None = None,
+) -> list[Generation]:
+    """Decode prompts [ids] side by side, with one seed each; a prefix that prompts share is computed once."""
+    pages = sum(pages_needed(model, len(prompt), params.max_new_tokens) for prompt in prompts)
+    decoder = Decoder(model, len(prompts), pages, num_tokens)
+    for key, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        admitted = decoder.admit(key, prompt, params, seed)
+        assert admitted
+    generations: dict[Hashable, Generation] = {}
+    while decoder.num_running:
+        generations |= {key: event.generation for key, event in decoder.step() if isinstance(event, Finished)}
+    return [generations[key] for key in range(len(prompts))]

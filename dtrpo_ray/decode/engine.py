@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dtrpo_ray.config.decode import Sampling
 from dtrpo_ray.decode.batcher import Batcher
-from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.decoder import decode_all
 from dtrpo_ray.decode.types import Generation, SamplingParams
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
@@ -19,18 +20,16 @@ from dtrpo_ray.models.tokenizer import encode_prompt, eos_token_id, load_tokeniz
 DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
 
 
-def misfit(
-    model: DiffusionLM, block_length: int | None, small_block_size: int | None, **counts: int | None
-) -> tuple[str, str] | None:
-    """(field, message) of a setting that the model's blocks do not allow; `counts` are tokens or steps of a block."""
-    size = block_length or model.block_size
+def block_size_error(model: DiffusionLM, sampling: Sampling, steps: int | None) -> tuple[str, str] | None:
+    """Return (field, message) of a setting that the model's blocks do not allow; `steps` are denoising steps."""
+    size, small = sampling.block_length or model.block_size, sampling.small_block_size
     if model.attention == "block" and size != model.block_size:
-        only = f"this model was trained on blocks of {model.block_size}; leave it out"
-        return "block_length", f"block_length = {size}, but {only}"
-    if small_block_size is not None and size % small_block_size:
-        refused = f"small_block_size = {small_block_size} does not divide the block of {size} tokens"
-        return "small_block_size", f"{refused}; give one that does"
-    for name, value in counts.items():
+        remedy = f"this model was trained on blocks of {model.block_size}; leave it out"
+        return "block_length", f"block_length = {size}, but {remedy}"
+    if small is not None and size % small:
+        message = f"small_block_size = {small} does not divide the block of {size} tokens; give one that does"
+        return "small_block_size", message
+    for name, value in ((sampling.steps_field, steps), ("tokens_per_step", sampling.tokens_per_step)):
         if value is not None and value > size:
             return name, f"{name} = {value} exceeds the model's block of {size} tokens; ask for fewer"
     return None
@@ -78,8 +77,8 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Generation]:
-        """Decode prompts [ids] in one batch; see `sampler.generate`."""
-        return generate(self.model, prompts, params, seeds, self.num_tokens)
+        """Decode prompts [ids] in one batch; see `decode_all`."""
+        return decode_all(self.model, prompts, params, seeds, self.num_tokens)
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """Unmasking policies: which proposed tokens a denoising step keeps.
 
-A new policy is one function here and one line in `POLICIES`.
+A new policy is one function here and one line in `POLICIES` of config/decode.py.
 Legend: R rows, B tokens of a block.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrpo_ray.decode.types import Remasking
+from dtrpo_ray.config import decode as config
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,4 @@ def _share(candidates: Candidates, steps_left: Tensor) -> Tensor:
     return -(-candidates.left // steps_left.long().clamp(min=1))
 
 
-POLICIES: dict[Remasking, Policy] = {
-    "low_confidence_static": low_confidence_static,
-    "low_confidence_dynamic": low_confidence_dynamic,
-    "low_confidence_top_k": low_confidence_top_k,
-    "entropy_bounded": entropy_bounded,
-    "sequential": sequential,
-}
+POLICIES: dict[str, Policy] = {name: globals()[name] for name in config.POLICIES}

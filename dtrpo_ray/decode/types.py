@@ -1,53 +1,38 @@
-"""What is asked of a decoder and what it says: how to decode, a response, and the events on the way. Data only."""
+"""The decoder's inputs and outputs: sampling parameters, responses, and the events on the way. Data only."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any
 
-Remasking = Literal[
-    "low_confidence_static", "low_confidence_dynamic", "low_confidence_top_k", "entropy_bounded", "sequential"
-]
-SCHEDULES: dict[str, Remasking] = {  # the field that says how much -> the policy it is for
-    "threshold": "low_confidence_dynamic",
-    "tokens_per_step": "low_confidence_top_k",
-    "entropy_bound": "entropy_bounded",
-}
-ENGINE_NAME = "dtrpo_ray.sampler/2"  # raise the number when decoding changes what a seed gives
+from pydantic import ConfigDict, Field
+
+from dtrpo_ray.config.decode import Sampling
+
+DECODER_NAME = "dtrpo_ray.sampler/2"  # raise the number when decoding changes what a seed gives
 
 Alternatives = list[tuple[int, float]]  # (id, log mu), most probable first
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to decode. `denoising_steps` per block (fixed schedule, most confident first) or, if `threshold` is set,
-    every token whose probability exceeds it and always the most confident one. `temperature` 0 is greedy.
+class SamplingParams(Sampling):
+    """Decoding parameters of one request."""
 
-    `remasking` names another policy of `unmasking/`; `tokens_per_step` goes with low_confidence_top_k, `entropy_bound`
-    (nats) with entropy_bounded. `stop_token_ids` end a response as the model's own `stop_ids` do; `ignore_eos` lets it
-    decode on past those. `block_length` is for full-attention models, which were trained on none; the model's own if
-    absent. `small_block_size` divides the block into sub-blocks that are unmasked one after the other, each in at least
-    one step; the model's own if absent, the block's size for none. `top_logprobs` asks for the most probable
-    alternatives of each token, `max_new_tokens` counts tokens of text.
-    """
+    model_config = ConfigDict(extra="forbid")
 
     max_new_tokens: int
+    """Most tokens of text."""
     denoising_steps: int
-    temperature: float = 0.0
-    threshold: float | None = None
-    remasking: Remasking = "low_confidence_static"
-    tokens_per_step: int = 1
-    entropy_bound: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    """Denoising steps per block, for the policies that are measured in steps."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, beside the model's own `stop_ids`."""
     ignore_eos: bool = False
-    block_length: int | None = None
-    top_logprobs: int = 0
-    small_block_size: int | None = None
+    """Decode on past the model's own `stop_ids`."""
+    top_logprobs: int = Field(0, ge=0)
+    """Most probable alternatives to report for each token."""
 
-    @property
-    def policy(self) -> Remasking:
-        """The unmasking policy; a threshold alone means the dynamic one."""
-        return "low_confidence_dynamic" if self.threshold is not None else self.remasking
+
+def to_params(sampling: Sampling, *, max_new_tokens: int, denoising_steps: int, **more: Any) -> SamplingParams:
+    """Return the decoder's parameters for a section of a job or an HTTP request."""
+    shared = {name: getattr(sampling, name) for name in Sampling.model_fields} | {"remasking": sampling.policy}
+    return SamplingParams(**shared, max_new_tokens=max_new_tokens, denoising_steps=denoising_steps, **more)
 
 
 @dataclass(frozen=True, slots=True)

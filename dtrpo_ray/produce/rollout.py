@@ -5,7 +5,7 @@ A response's seed comes from (seed, row id), so parts, batches and actors change
 
 import pkgutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dtrpo_ray.config.decode import RolloutConfig
+from dtrpo_ray.config.decode import POLICIES, STEPS, RolloutConfig
 from dtrpo_ray.data.formats.batches import BATCH_ROWS
 from dtrpo_ray.data.formats.parsing import parted_batches
 from dtrpo_ray.data.formats.prompts import PromptRow, as_table
@@ -24,8 +24,8 @@ from dtrpo_ray.data.rows import how_decoded, tokenizer_hash
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected, write_whole
-from dtrpo_ray.decode.engine import Engine, misfit
-from dtrpo_ray.decode.types import ENGINE_NAME, SCHEDULES, Generation, SamplingParams
+from dtrpo_ray.decode.engine import Engine, block_size_error
+from dtrpo_ray.decode.types import DECODER_NAME, Generation, SamplingParams, to_params
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.registry import skeleton_of
@@ -52,20 +52,14 @@ class DecodeJob:
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
-    """How a rollout decodes, but for the denoising steps."""
-    ways = {name: getattr(config, name) for name in SCHEDULES if getattr(config, name) is not None}
-    policy = next((SCHEDULES[name] for name in ways), config.remasking)
-    same = ("temperature", "top_p", "top_k", "block_length", "small_block_size")
-    given = {name: getattr(config, name) for name in same}
-    return SamplingParams(config.max_new_tokens, config.denoising_steps[0], remasking=policy, **ways, **given)
+    """Return the decoder's parameters for a rollout, with the first of its numbers of denoising steps."""
+    return to_params(config, max_new_tokens=config.max_new_tokens, denoising_steps=config.denoising_steps[0])
 
 
 def require_fit(model: Path, config: RolloutConfig) -> None:
     """Raise ConfigError for a setting of [rollout] that the blocks of this model do not allow."""
-    scheduled = any(getattr(config, name) is not None for name in SCHEDULES)
-    counts = {"tokens_per_step": config.tokens_per_step}
-    counts["denoising_steps"] = None if scheduled else max(config.denoising_steps)
-    if problem := misfit(skeleton_of(model), config.block_length, config.small_block_size, **counts):
+    steps = max(config.denoising_steps) if POLICIES[config.policy] == STEPS else None
+    if problem := block_size_error(skeleton_of(model), config, steps):
         raise ConfigError(f"rollout.{problem[1]}")
 
 
@@ -90,7 +84,7 @@ class Recorder:
         made: list[dict[str, Any]] = []
         for steps in sorted({row["denoising_steps"] for row in asked}):
             rows = [row for row in asked if row["denoising_steps"] == steps]
-            params = replace(self.job.params, denoising_steps=steps)
+            params = self.job.params.model_copy(update={STEPS: steps})
             for start in range(0, len(rows), self.job.batch_size):
                 made += self._decode(rows[start : start + self.job.batch_size], params)
         return pa.Table.from_pylist(made, schema=TRAJECTORY)
@@ -120,7 +114,7 @@ class Recorder:
             "reward_source": self.job.scorer,
             **how_decoded(self.engine.model, params, len(prompt), generation.steps),
             "seed": seed,
-            "engine": ENGINE_NAME,
+            "engine": DECODER_NAME,
             **self.hashes,
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.schemas import CONTRACT_VERSION
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.types import ENGINE_NAME, Alternatives, Committed, SamplingParams
+from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, SamplingParams
 from dtrpo_ray.serve import api
 
 HALF_CHARACTER = "\ufffd"
@@ -116,7 +116,7 @@ class Choice:
             num_forwards=1 + max(steps, default=-1),
             **how_decoded(self.engine.model, self.params, len(self.prompt), steps),
             seed=self.seed,
-            engine=ENGINE_NAME,
+            engine=DECODER_NAME,
             tokens=[self.engine.decode([token]) for token in self.ids],
         )
 

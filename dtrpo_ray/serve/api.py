@@ -7,6 +7,7 @@ ignored, since clients send many. `null` means absent.
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from dtrpo_ray.decode.types import SCHEDULES, Remasking
+from dtrpo_ray.config.decode import Remasking, Sampling
 
 MAX_CHOICES = 64  # sequences one request may decode: prompts times n
 MAX_ALTERNATIVES = 20  # log-probabilities of other tokens, for each place
@@ -72,17 +73,22 @@ class StreamOptions(_Body):
     """A chunk without choices for every denoising step: which tokens it unmasked, and how sure the model was."""
 
 
-class _Request(_Body):
-    """What both endpoints share; from `steps` on the fields are this server's own."""
+class _Request(_Body, Sampling):
+    """The fields of both endpoints; from `steps` on, and those of `Sampling` beyond OpenAI's, are this server's own."""
+
+    steps_field = "steps"
 
     model: str | None = None
     """A served model's name; absent: the first one."""
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=2)
     """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    """Sample from the smallest set of tokens with this probability."""
-    top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(lambda count: max(count, 0))] = 0
     """Sample from this many tokens; 0 and -1 are all."""
+    remasking: Annotated[
+        Remasking | Literal["low_confidence"] | None,
+        AfterValidator(lambda policy: "low_confidence_static" if policy == "low_confidence" else policy),
+    ] = None
+    """The unmasking policy, where the fields above do not imply it; `low_confidence` is low_confidence_static."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """The same seed and request give the same text; absent: a random one."""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
@@ -98,18 +104,6 @@ class _Request(_Body):
     stream_options: StreamOptions = StreamOptions()
     steps: int | None = Field(None, ge=1)
     """Denoising steps per block; fewer are faster. Absent: the server's default."""
-    threshold: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
-    """Instead of `steps`: each step unmasks every token more probable than this."""
-    tokens_per_step: int | None = Field(None, ge=1)
-    """Instead of `steps`: each step unmasks this many tokens, the most probable."""
-    entropy_bound: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Instead of `steps`: nats of entropy within which tokens are unmasked together (EB-Sampler)."""
-    remasking: Remasking | Literal["low_confidence"] | None = None
-    """The unmasking policy, where the fields above do not say it; `low_confidence` is low_confidence_static."""
-    block_length: int | None = Field(None, ge=1)
-    """Tokens of a block: a full-attention model takes any, a block-trained model its own only."""
-    small_block_size: int | None = Field(None, ge=1)
-    """Tokens of a sub-block; those of a block are unmasked in turn. Absent: as the model's release does."""
     return_trajectory: bool = False
     """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
 
@@ -125,27 +119,6 @@ class _Request(_Body):
     response_format: Annotated[Any, _Only({"type": "text"})] = None
     tools: Annotated[Any, _Only([])] = None
     functions: Annotated[Any, _Only([])] = None
-
-    @model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        given = {name: getattr(self, name) for name in ("steps", *SCHEDULES) if getattr(self, name) is not None}
-        if len(given) > 1:
-            listed = " and ".join(f"{name} = {value}" for name, value in given.items())
-            raise ValueError(f"{listed} exclude each other; give one")
-        for name, policy in SCHEDULES.items():
-            if self.remasking == policy and name not in given:
-                raise ValueError(f"remasking = {policy} needs {name}; give it")
-            if name in given and self.remasking not in (None, policy):
-                raise ValueError(f"{name} = {given[name]} goes with remasking = {policy}, not {self.remasking}")
-        return self
-
-    @property
-    def policy(self) -> Remasking:
-        """The unmasking policy asked for."""
-        for name, policy in SCHEDULES.items():
-            if getattr(self, name) is not None:
-                return policy
-        return "sequential" if self.remasking == "sequential" else "low_confidence_static"
 
     @property
     def num_alternatives(self) -> int | None:

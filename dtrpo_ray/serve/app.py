@@ -23,8 +23,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.decode.engine import Engine, misfit
-from dtrpo_ray.decode.types import Event, SamplingParams
+from dtrpo_ray.decode.engine import Engine, block_size_error
+from dtrpo_ray.decode.types import Event, SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.serve import api
 from dtrpo_ray.serve.answers import Choice
@@ -261,29 +261,20 @@ class Service:
 
     def _check(self, body: api.CompletionRequest | api.ChatRequest, hosted: Hosted) -> None:
         model = hosted.engine.model
-        counts = {"steps": body.steps, "tokens_per_step": body.tokens_per_step}
-        if problem := misfit(model, body.block_length, body.small_block_size, **counts):
+        if problem := block_size_error(model, body, body.steps):
             field, message = problem
             raise refusal(400, message, field)
         if (size := body.block_length or model.block_size) > hosted.engine.context_tokens:
             raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
 
     def _params(self, body: api.CompletionRequest | api.ChatRequest, limit: int) -> SamplingParams:
-        return SamplingParams(
-            limit,
-            body.steps or self.config.denoising_steps,
-            body.temperature,
-            body.threshold,
-            body.policy,
-            body.tokens_per_step or 1,
-            body.entropy_bound or 0.0,
-            body.top_p,
-            max(body.top_k, 0),
-            tuple(body.stop_token_ids),
-            body.ignore_eos,
-            body.block_length,
-            body.num_alternatives or 0,
-            body.small_block_size,
+        return to_params(
+            body,
+            max_new_tokens=limit,
+            denoising_steps=body.steps or self.config.denoising_steps,
+            stop_token_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            top_logprobs=body.num_alternatives or 0,
         )
 
     def _encode(self, engine: Engine, prompt: str | list[int] | list[dict[str, str]], field: str) -> list[int]:

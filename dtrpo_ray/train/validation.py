@@ -92,7 +92,7 @@ def measure(folder: Path, out: Path, train: TrainConfig) -> dict[str, Any]:
         engine = Engine.load(Path(made) / "model")
     questions = json.loads((out / QUESTIONS).read_text())
     prompts = questions["prompts"]
-    params = SamplingParams(asked.max_new_tokens, asked.denoising_steps)
+    params = SamplingParams(max_new_tokens=asked.max_new_tokens, denoising_steps=asked.denoising_steps)
     done = engine.generate([row["prompt_ids"] for row in prompts], params, [0] * len(prompts))
     answers = [engine.decode(generation.text_ids) for generation in done]
     metrics = {"answer_tokens": sum(len(generation.text_ids) for generation in done) / len(done)}

@@ -10,7 +10,7 @@ from dtrpo_ray.decode.types import SamplingParams
 def test_both_decoders_give_the_same_tokens(steps: int) -> None:
     model = bench_model(64, 2, 8)
     prompts = [[5, 3, 8, 13, 2], list(range(24))]
-    params = SamplingParams(20, steps, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=20, denoising_steps=steps, ignore_eos=True)
     expected = [naive(model, prompt, params) for prompt in prompts]
     row, answers = serve_load(model, prompts, params, 2)
     assert answers == [ids for ids, _ in expected]

@@ -10,12 +10,12 @@ import pytest
 from torch import Tensor
 
 from dtrpo_ray.decode.batcher import Batcher
-from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.decoder import decode_all
 from dtrpo_ray.decode.types import Event, Finished, SamplingParams
 from dtrpo_ray.models.sdar import SDAR
 
 MakeModel = Callable[..., SDAR]
-PARAMS = SamplingParams(14, 2, 0.8, ignore_eos=True)
+PARAMS = SamplingParams(max_new_tokens=14, denoising_steps=2, temperature=0.8, ignore_eos=True)
 
 
 class Gated(SDAR):
@@ -67,7 +67,7 @@ def test_requests_of_many_threads_get_their_own_answers(tiny: SDAR) -> None:
     for thread in threads:
         thread.start()
     for i, inbox in enumerate(inboxes):
-        expected = generate(tiny, [prompts[i]] * 2, PARAMS, [i, i + 50])
+        expected = decode_all(tiny, [prompts[i]] * 2, PARAMS, [i, i + 50])
         assert inbox.rest(2) == {row: g.ids for row, g in enumerate(expected)}
     batcher.close()
     batcher.thread.join(10)
@@ -79,7 +79,7 @@ def test_a_cancelled_request_leaves_at_the_next_step(gated: Gated) -> None:
     batcher = Batcher(gated, 1, 99)
     first, second = Inbox(), Inbox()
     ticket = batcher.submit([[1, 2]], PARAMS, [0], first.queue.put)
-    batcher.submit([[3]], SamplingParams(3, 1, ignore_eos=True), [0], second.queue.put)
+    batcher.submit([[3]], SamplingParams(max_new_tokens=3, denoising_steps=1, ignore_eos=True), [0], second.queue.put)
     gated.permits.release()
     while not batcher.counters.denoising_steps:
         time.sleep(0.01)

@@ -1,15 +1,15 @@
-"""engine: a directory decodes as the sampler does, and a tokenizer of another model is refused."""
+"""engine: a directory decodes as the decoder does, and a tokenizer of another model is refused."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dtrpo_ray.config.train import LoraConfig
+from dtrpo_ray.decode.decoder import decode_all
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.sampler import SamplingParams, generate
+from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.lora import add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import load_model, save_model
@@ -30,8 +30,8 @@ def folder(tmp_path: Path, tiny: SDAR) -> Path:
 def test_a_loaded_directory_decodes_as_the_sampler_does(folder: Path, tiny: SDAR) -> None:
     engine = Engine.load(folder)
     prompts = [engine.encode("abc"), engine.encode("hello")]
-    params = SamplingParams(9, 2, temperature=0.7)
-    got, expected = engine.generate(prompts, params, [1, 2]), generate(tiny, prompts, params, [1, 2])
+    params = SamplingParams(max_new_tokens=9, denoising_steps=2, temperature=0.7)
+    got, expected = engine.generate(prompts, params, [1, 2]), decode_all(tiny, prompts, params, [1, 2])
     if torch.cuda.is_available():  # bfloat16 there
         got, expected = ([len(g.ids) for g in gs] for gs in (got, expected))  # type: ignore[misc]
     assert got == expected
@@ -50,10 +50,13 @@ def test_an_adapter_decodes_as_the_merged_model_and_the_base_as_before(
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
     save_adapter(trained, config, "a/base", adapter)
     merge_adapters(trained)
-    prompts, params = [engine.encode("abc"), engine.encode("hello")], SamplingParams(9, 2)
+    prompts, params = (
+        [engine.encode("abc"), engine.encode("hello")],
+        SamplingParams(max_new_tokens=9, denoising_steps=2),
+    )
     base = engine.generate(prompts, params, [0, 0])
     adapted = engine.adapted(adapter).generate(prompts, params, [0, 0])
-    assert [g.ids for g in adapted] == [g.ids for g in generate(trained.eval(), prompts, params, [0, 0])]
+    assert [g.ids for g in adapted] == [g.ids for g in decode_all(trained.eval(), prompts, params, [0, 0])]
     assert [g.ids for g in adapted] != [g.ids for g in base]
     assert engine.generate(prompts, params, [0, 0]) == base
 
@@ -85,8 +88,8 @@ def test_a_response_ends_at_any_end_that_the_model_its_defaults_or_its_template_
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}e{% endfor %}"
     engine = Engine(load_model(folder), tokenizer)
     assert engine.model.stop_ids == {3, 4, 21}
-    params = SamplingParams(40, 1, temperature=3.0)
-    free = replace(params, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=40, denoising_steps=1, temperature=3.0)
+    free = params.model_copy(update={"ignore_eos": True})
     prompt = engine.encode("abc")
     for seed in range(8):
         (whole,), (cut,) = engine.generate([prompt], free, [seed]), engine.generate([prompt], params, [seed])

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from dtrpo_ray.config.train import Objective
-from dtrpo_ray.decode.decoder import Decoder
-from dtrpo_ray.decode.sampler import generate
+from dtrpo_ray.decode.decoder import Decoder, decode_all
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.method.batch import ModelLayout, build_batch
 from dtrpo_ray.method.step import packed_inputs, scored_logps
@@ -40,8 +39,14 @@ def test_the_training_forward_reads_what_the_decoder_saw(
     monkeypatch.setattr(Decoder, "_denoise", watched)
     model = load_model(write_upstream(model_type)).eval()
     prompt = [5 + 3 * i % 60 for i in range(prompt_len)]
-    params = SamplingParams(2 * model.block_size, 3, 1.0, ignore_eos=True, small_block_size=small_block_size)
-    made = generate(model, [prompt], params, [7])[0]
+    params = SamplingParams(
+        max_new_tokens=2 * model.block_size,
+        denoising_steps=3,
+        temperature=1.0,
+        ignore_eos=True,
+        small_block_size=small_block_size,
+    )
+    made = decode_all(model, [prompt], params, [7])[0]
     row = {"row_id": "r", "epoch": 0, "prompt_ids": prompt}
     row |= {f"{side}_{name}": values for side in ("chosen", "rejected") for name, values in
             (("ids", made.ids), ("steps", made.steps))}  # fmt: skip

@@ -71,10 +71,19 @@ def test_parts_change_nothing_and_the_round_does(policy: Path, tmp_path: Path) -
 def test_the_settings_reach_the_decoder_and_its_record(policy: Path, tmp_path: Path) -> None:
     settings = {"threshold": 0.9, "top_k": 5, "top_p": 0.5, "small_block_size": 2}
     assert sampling_params(RolloutConfig.model_validate(settings)) == SamplingParams(
-        16, 2, 1.0, 0.9, "low_confidence_dynamic", top_p=0.5, top_k=5, small_block_size=2
+        max_new_tokens=16,
+        denoising_steps=2,
+        temperature=1.0,
+        threshold=0.9,
+        remasking="low_confidence_dynamic",
+        top_p=0.5,
+        top_k=5,
+        small_block_size=2,
     )
     config = RolloutConfig(remasking="sequential", denoising_steps=(3,))
-    assert sampling_params(config) == SamplingParams(16, 3, 1.0, remasking="sequential")
+    assert sampling_params(config) == SamplingParams(
+        max_new_tokens=16, denoising_steps=3, temperature=1.0, remasking="sequential"
+    )
     assert sampling_params(RolloutConfig(tokens_per_step=2)).policy == "low_confidence_top_k"
     row = rollout(policy, tmp_path / "out", **settings)[1].to_pylist()[0]
     assert {name: row["sampler"][name] for name in settings} == settings

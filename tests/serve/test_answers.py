@@ -17,7 +17,9 @@ def engine() -> Engine:
 
 def tell(engine: Engine, blocks: list[list[int]], stop: list[str], **params: Any) -> tuple[Choice, list[Piece]]:
     """A choice that is given blocks of ids, a character each, until it ends; and its pieces."""
-    choice = Choice(engine, [], SamplingParams(params.pop("most", 12), 1, **params), 0, stop, 0)
+    choice = Choice(
+        engine, [], SamplingParams(max_new_tokens=params.pop("most", 12), denoising_steps=1, **params), 0, stop, 0
+    )
     pieces = []
     for ids in blocks:
         if not choice.finish_reason:

@@ -18,7 +18,7 @@ from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.sampler import SamplingParams
+from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import app as app_module
@@ -126,7 +126,7 @@ def ask(client: TestClient, **body: Any) -> Json:
 
 
 def test_greedy_is_what_the_engine_generates(client: TestClient, engine: Engine) -> None:
-    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(10, 2), [0])
+    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(max_new_tokens=10, denoising_steps=2), [0])
     answer = complete(client, temperature=0, max_tokens=10)
     assert texts(answer) == [engine.decode(expected.text_ids)]
     assert answer["usage"]["completion_tokens"] == len(expected.text_ids)
@@ -135,14 +135,23 @@ def test_greedy_is_what_the_engine_generates(client: TestClient, engine: Engine)
 def test_steps_and_threshold_reach_the_sampler(client: TestClient, engine: Engine) -> None:
     ids = [engine.encode("01")]
     for extra, params in [
-        ({"steps": 1}, SamplingParams(24, 1)),
-        ({"steps": 4}, SamplingParams(24, 4)),
-        ({"threshold": 0.5}, SamplingParams(24, 2, threshold=0.5)),
-        ({"tokens_per_step": 3}, SamplingParams(24, 2, remasking="low_confidence_top_k", tokens_per_step=3)),
-        ({"entropy_bound": 0.7}, SamplingParams(24, 2, remasking="entropy_bounded", entropy_bound=0.7)),
-        ({"remasking": "sequential", "steps": 3}, SamplingParams(24, 3, remasking="sequential")),
-        ({"stop_token_ids": [1]}, SamplingParams(24, 2, stop_token_ids=(1,))),
-        ({"ignore_eos": True}, SamplingParams(24, 2, ignore_eos=True)),
+        ({"steps": 1}, SamplingParams(max_new_tokens=24, denoising_steps=1)),
+        ({"steps": 4}, SamplingParams(max_new_tokens=24, denoising_steps=4)),
+        ({"threshold": 0.5}, SamplingParams(max_new_tokens=24, denoising_steps=2, threshold=0.5)),
+        (
+            {"tokens_per_step": 3},
+            SamplingParams(max_new_tokens=24, denoising_steps=2, remasking="low_confidence_top_k", tokens_per_step=3),
+        ),
+        (
+            {"entropy_bound": 0.7},
+            SamplingParams(max_new_tokens=24, denoising_steps=2, remasking="entropy_bounded", entropy_bound=0.7),
+        ),
+        (
+            {"remasking": "sequential", "steps": 3},
+            SamplingParams(max_new_tokens=24, denoising_steps=3, remasking="sequential"),
+        ),
+        ({"stop_token_ids": [1]}, SamplingParams(max_new_tokens=24, denoising_steps=2, stop_token_ids=(1,))),
+        ({"ignore_eos": True}, SamplingParams(max_new_tokens=24, denoising_steps=2, ignore_eos=True)),
     ]:
         (expected,) = engine.generate(ids, params, [0])
         answer = complete(client, prompt="01", temperature=0, max_tokens=24, return_trajectory=True, **extra)
@@ -203,7 +212,7 @@ def test_stop_cuts_before_its_earliest_match(client: TestClient) -> None:
 
 def test_a_trajectory_is_a_row_of_the_store(client: TestClient, engine: Engine) -> None:
     """What the endpoint decodes can train: the rows pass the table's rules, and are what rollout would have written."""
-    (expected,) = engine.generate([engine.encode("01")], SamplingParams(10, 4), [0])
+    (expected,) = engine.generate([engine.encode("01")], SamplingParams(max_new_tokens=10, denoising_steps=4), [0])
     answer = complete(client, prompt="01", temperature=0, max_tokens=10, steps=4, return_trajectory=True, n=2)
     rows = [choice["trajectory"] for choice in answer["choices"]]
     table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "tokens"} for row in rows], TRAJECTORY)

@@ -24,7 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.config.train import LoraConfig
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.sampler import SamplingParams
+from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ModelError, ServeError
 from dtrpo_ray.models.lora import add_adapters, save_adapter
 from dtrpo_ray.models.registry import build_model, load_model, save_model
@@ -114,7 +114,7 @@ def post(url: str, key: str = "first-key", **body: Any) -> httpx.Response:
 
 def test_answers_over_http_what_the_engine_generates(url: str, checkpoint: Path) -> None:
     engine = Engine.load(checkpoint)
-    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(12, 2), [0])
+    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(max_new_tokens=12, denoising_steps=2), [0])
     response = post(url, model="tiny", prompt="0123", temperature=0, max_tokens=12, steps=2)
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["text"] == engine.decode(expected.text_ids)
@@ -206,7 +206,9 @@ def test_a_new_checkpoint_is_swapped_in_under_load(url: str, config: ServeConfig
     assert len(statuses) >= 4
     assert set(statuses) == {200}
     engine = Engine.load(another)
-    (expected,) = engine.generate([engine.encode("0123")], SamplingParams(20, 4, ignore_eos=True), [0])
+    (expected,) = engine.generate(
+        [engine.encode("0123")], SamplingParams(max_new_tokens=20, denoising_steps=4, ignore_eos=True), [0]
+    )
     assert text_of(url) == engine.decode(expected.text_ids) != before
 
 
@@ -397,7 +399,7 @@ def test_adapters_stand_on_the_base_that_serves(
 
     def expected(base: Path) -> list[str]:
         engine = Engine.load(base)
-        params = SamplingParams(20, 2, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=20, denoising_steps=2, ignore_eos=True)
         made = [e.generate([e.encode("0123")], params, [0])[0] for e in (engine, engine.adapted(adapter))]
         return [engine.decode(each.text_ids) for each in made]
 

@@ -1,4 +1,4 @@
-"""sampler: what the cached decoder does is what the definition says without a cache, and what training will see."""
+"""decode_all: what the cached decoder does is what the definition says without a cache, and what training will see."""
 
 import itertools
 import math
@@ -11,7 +11,8 @@ import torch
 from packed import block_mask, noisy_starts
 from torch import Tensor
 
-from dtrpo_ray.decode.sampler import Generation, SamplingParams, generate
+from dtrpo_ray.decode.decoder import decode_all
+from dtrpo_ray.decode.types import Generation, SamplingParams
 from dtrpo_ray.method.attention import pack_row
 from dtrpo_ray.method.trajectory import NEVER, block_slices, dense_steps
 from dtrpo_ray.models.sdar import SDAR
@@ -29,12 +30,12 @@ PROMPTS = [
 ]
 SEEDS = list(range(100, 100 + len(PROMPTS)))
 SCHEDULES = {
-    "one step": SamplingParams(14, 1),
-    "two steps": SamplingParams(14, 2),
-    "three steps": SamplingParams(14, 3),
-    "one token a step": SamplingParams(14, 4),
-    "more steps than tokens": SamplingParams(14, 9),
-    "threshold": SamplingParams(14, 1, threshold=0.2),
+    "one step": SamplingParams(max_new_tokens=14, denoising_steps=1),
+    "two steps": SamplingParams(max_new_tokens=14, denoising_steps=2),
+    "three steps": SamplingParams(max_new_tokens=14, denoising_steps=3),
+    "one token a step": SamplingParams(max_new_tokens=14, denoising_steps=4),
+    "more steps than tokens": SamplingParams(max_new_tokens=14, denoising_steps=9),
+    "threshold": SamplingParams(max_new_tokens=14, denoising_steps=1, threshold=0.2),
 }
 
 
@@ -47,7 +48,7 @@ def model(make_model: MakeModel) -> SDAR:
 
 
 def sampled(model: SDAR, params: SamplingParams, temperature: float = 0.8) -> list[Generation]:
-    return generate(model, PROMPTS, replace(params, temperature=temperature), SEEDS)
+    return decode_all(model, PROMPTS, params.model_copy(update={"temperature": temperature}), SEEDS)
 
 
 def blocks_of(prompt: Sequence[int], generation: Generation) -> list[slice]:
@@ -99,7 +100,7 @@ def test_greedy_is_the_naive_decoder(make_model: MakeModel, model: SDAR, schedul
         model = make_model(seed=4).requires_grad_(False)
         model.eos_id = 9
     params = SCHEDULES[schedule]
-    together = generate(model, PROMPTS, params, SEEDS)
+    together = decode_all(model, PROMPTS, params, SEEDS)
     for prompt, got in zip(PROMPTS, together, strict=True):
         expected = naive_greedy(model, prompt, params)
         assert replace(got, logps=[]) == replace(expected, logps=[])
@@ -109,7 +110,7 @@ def test_greedy_is_the_naive_decoder(make_model: MakeModel, model: SDAR, schedul
     assert not all(stopped)
 
 
-# --- the trainer sees what the sampler saw ---
+# --- the trainer sees what the decoder saw ---
 
 
 @torch.no_grad()
@@ -136,19 +137,19 @@ def test_recorded_logps_are_the_packed_training_forwards(model: SDAR, schedule: 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_row_alone_is_the_row_in_a_crowd(model: SDAR, schedule: str) -> None:
-    params = replace(SCHEDULES[schedule], temperature=0.8)
-    crowd = generate(model, PROMPTS, params, SEEDS)
-    backwards = generate(model, PROMPTS[::-1], params, SEEDS[::-1])[::-1]
+    params = SCHEDULES[schedule].model_copy(update={"temperature": 0.8})
+    crowd = decode_all(model, PROMPTS, params, SEEDS)
+    backwards = decode_all(model, PROMPTS[::-1], params, SEEDS[::-1])[::-1]
     for prompt, seed, one, other in zip(PROMPTS, SEEDS, crowd, backwards, strict=True):
-        (alone,) = generate(model, [prompt], params, [seed])
+        (alone,) = decode_all(model, [prompt], params, [seed])
         for got in (one, other):
             assert replace(got, logps=[]) == replace(alone, logps=[])
             assert got.logps == pytest.approx(alone.logps, abs=1e-5)
 
 
 def test_the_seed_decides(model: SDAR) -> None:
-    params = SamplingParams(12, 2, temperature=1.0)
-    once, again, other = (generate(model, [[5, 3]], params, [seed])[0].ids for seed in (7, 7, 8))
+    params = SamplingParams(max_new_tokens=12, denoising_steps=2, temperature=1.0)
+    once, again, other = (decode_all(model, [[5, 3]], params, [seed])[0].ids for seed in (7, 7, 8))
     assert once == again
     assert once != other
 
@@ -182,7 +183,9 @@ def test_fixed_steps_share_a_block_evenly(
     model: SDAR, steps: int, full: list[int], three: list[int], one: list[int]
 ) -> None:
     """Each step takes ceil(masked / steps left), so a whole block of 4 takes min(K, 4) steps."""
-    for prompt, generation in zip(PROMPTS, sampled(model, SamplingParams(14, steps)), strict=True):
+    for prompt, generation in zip(
+        PROMPTS, sampled(model, SamplingParams(max_new_tokens=14, denoising_steps=steps)), strict=True
+    ):
         expected = {4: full, 3: three, 1: one}
         counts = [sizes(generation, block) for block in blocks_of(prompt, generation)]
         assert counts == [expected[block.stop - block.start] for block in blocks_of(prompt, generation)]
@@ -190,9 +193,9 @@ def test_fixed_steps_share_a_block_evenly(
 
 
 def test_threshold_extremes(model: SDAR) -> None:
-    """0: one step a block. 1: one token a step, as no probability exceeds it."""
-    for threshold, per_step in ((0.0, lambda n: [n]), (1.0, lambda n: [1] * n)):
-        params = SamplingParams(14, 3, threshold=threshold)
+    """Near 0: one step a block. Near 1: one token a step, as no probability exceeds it."""
+    for threshold, per_step in ((1e-12, lambda n: [n]), (1 - 1e-12, lambda n: [1] * n)):
+        params = SamplingParams(max_new_tokens=14, denoising_steps=3, threshold=threshold)
         for prompt, generation in zip(PROMPTS, sampled(model, params), strict=True):
             for block in blocks_of(prompt, generation):
                 assert sizes(generation, block) == per_step(block.stop - block.start)
@@ -237,7 +240,7 @@ def biased(tiny_config: dict[str, object], **bias: float) -> Biased:
 def test_the_mask_token_is_never_sampled(tiny_config: dict[str, object], temperature: float) -> None:
     model = biased(tiny_config, t22=1000.0)
     model.eos_id = VOCAB
-    for generation in sampled(model, SamplingParams(14, 2), temperature):
+    for generation in sampled(model, SamplingParams(max_new_tokens=14, denoising_steps=2), temperature):
         assert MASK not in generation.ids
         assert NEVER not in generation.steps
         assert all(math.isfinite(logp) for logp in generation.logps)
@@ -247,7 +250,11 @@ def test_an_eos_stops_the_row_at_the_end_of_its_block(tiny_config: dict[str, obj
     model = biased(tiny_config, t21=1.0)
     prompts = [[EOS] * (i % 6) for i in range(60)]  # an EOS in the prompt ends nothing
     early = 0
-    for prompt, g in zip(prompts, generate(model, prompts, SamplingParams(14, 2, 1.0), range(60)), strict=True):
+    for prompt, g in zip(
+        prompts,
+        decode_all(model, prompts, SamplingParams(max_new_tokens=14, denoising_steps=2, temperature=1.0), range(60)),
+        strict=True,
+    ):
         blocks = blocks_of(prompt, g)
         assert EOS not in g.ids[: blocks[-1].start]
         whole = (len(prompt) + 14 + B - 1) // B * B - len(prompt)
@@ -259,7 +266,9 @@ def test_an_eos_stops_the_row_at_the_end_of_its_block(tiny_config: dict[str, obj
 
 
 def test_all_eos_is_an_empty_text(tiny_config: dict[str, object]) -> None:
-    (g,) = generate(biased(tiny_config, t21=100.0), [[1, 2, 3]], SamplingParams(9, 2), [0])
+    (g,) = decode_all(
+        biased(tiny_config, t21=100.0), [[1, 2, 3]], SamplingParams(max_new_tokens=9, denoising_steps=2), [0]
+    )
     assert (g.ids, g.text_ids, g.steps, g.num_forwards) == ([EOS], [], [0], 1)
 
 
@@ -270,7 +279,17 @@ def test_samples_follow_mu_at_the_temperature(model: SDAR, temperature: float) -
     with torch.no_grad():
         log_mu = log_mu_of_block(model, [*prompt, *[MASK] * B], len(prompt))
     expected = torch.softmax(log_mu / temperature, -1).numpy()
-    drawn = np.array([g.ids for g in generate(model, [prompt] * n, SamplingParams(B, 1, temperature), range(n))])
+    drawn = np.array(
+        [
+            g.ids
+            for g in decode_all(
+                model,
+                [prompt] * n,
+                SamplingParams(max_new_tokens=B, denoising_steps=1, temperature=temperature),
+                range(n),
+            )
+        ]
+    )
     for i in range(B):
         frequency = np.bincount(drawn[:, i], minlength=VOCAB) / n
         error = np.sqrt(expected[i] * (1 - expected[i]) / n) + 1e-9
@@ -280,6 +299,8 @@ def test_samples_follow_mu_at_the_temperature(model: SDAR, temperature: float) -
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [[5, 3, 5, 8, MASK, 9], [MASK, 5], [5, MASK, 5, 8, 1, MASK]], ids=str)
 def test_a_mask_token_in_the_prompt_is_read_not_filled(model: SDAR, prompt: list[int]) -> None:
-    (g,) = generate(model, [prompt], SamplingParams(6, 2), [0])
-    assert replace(g, logps=[]) == replace(naive_greedy(model, prompt, SamplingParams(6, 2)), logps=[])
+    (g,) = decode_all(model, [prompt], SamplingParams(max_new_tokens=6, denoising_steps=2), [0])
+    assert replace(g, logps=[]) == replace(
+        naive_greedy(model, prompt, SamplingParams(max_new_tokens=6, denoising_steps=2)), logps=[]
+    )
     assert sorted(set(g.steps)) == list(range(g.num_forwards))

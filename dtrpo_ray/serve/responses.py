@@ -1,0 +1,297 @@
+"""Decoder events of a request -> OpenAI's response bodies, whole or as the chunks of a stream.
+
+Text goes out only once it can no longer change: half a character waits, and so does a possible beginning of a stop
+text. All of this runs on the tokenizing thread, since tokenizers are not safe to share.
+"""
+
+import asyncio
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from pydantic import BaseModel
+
+from dtrpo_ray.data.rows import how_decoded
+from dtrpo_ray.data.schemas import CONTRACT_VERSION
+from dtrpo_ray.decode.batcher import Batcher, Ticket
+from dtrpo_ray.decode.engine import Engine
+from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
+from dtrpo_ray.serve import api
+
+HALF_CHARACTER = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model and its decoding thread."""
+
+    engine: Engine
+    batcher: Batcher
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of the text: the offset of its text, its log mu when unmasked, and the alternatives."""
+
+    id: int
+    text: str
+    offset: int
+    logp: float
+    top: Alternatives
+
+
+@dataclass(frozen=True, slots=True)
+class NewText:
+    """The text that a block adds to a choice; `finish_reason` is set in the last one."""
+
+    text: str
+    tokens: list[Token]
+    finish_reason: api.FinishReason | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as it grows: `ids` are the tokens of its text, `blocks` every committed block."""
+
+    engine: Engine
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stop: list[str]
+    alternatives: int | None
+    ids: list[int] = field(default_factory=list)
+    blocks: list[Committed] = field(default_factory=list)
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    chars_sent: int = 0
+    tokens_sent: int = 0
+    role_sent: bool = False
+    finish_reason: api.FinishReason | None = None
+
+    def add(self, block: Committed) -> NewText | None:
+        """Take the next block; return the text that is ready to be sent, if there is any."""
+        self.blocks.append(block)
+        before, params = len(self.ids), self.params
+        stops = {*params.stop_token_ids} | (frozenset() if params.ignore_eos else self.engine.model.stop_ids)
+        room = params.max_new_tokens - before
+        cut = next((i for i, token in enumerate(block.ids[:room]) if token in stops), None)
+        self.ids += block.ids[: room if cut is None else cut]
+        self.text = self.engine.decode(self.ids)
+        found = min((at for at in map(self.text.find, self.stop) if at >= 0), default=None)
+        if found is not None:
+            self.text = self.text[:found]
+        if found is not None or cut is not None:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= params.max_new_tokens:
+            self.finish_reason = "length"
+        self.tokens += self._new_tokens(before, block)
+        if found is not None:
+            self.tokens = [token for token in self.tokens if token.offset < found]
+        return self._send()
+
+    def _send(self) -> NewText | None:
+        end, count = len(self.text), len(self.tokens)
+        if not self.finish_reason:
+            end = self._safe_end()
+            count = next((i for i, token in enumerate(self.tokens) if token.offset >= end), count)
+        new = NewText(self.text[self.chars_sent : end], self.tokens[self.tokens_sent : count], self.finish_reason)
+        self.chars_sent, self.tokens_sent = max(end, self.chars_sent), count
+        return new if new.text or new.tokens or new.finish_reason else None
+
+    def _safe_end(self) -> int:
+        """Return the length of the text that no later block can change."""
+        end = len(self.text.rstrip(HALF_CHARACTER))
+        longest = max(map(len, self.stop), default=0)
+        for at in range(max(self.chars_sent, end - longest + 1), end):
+            if any(stop.startswith(self.text[at:end]) for stop in self.stop):
+                return at
+        return max(end, self.chars_sent)
+
+    def _new_tokens(self, before: int, block: Committed) -> list[Token]:
+        if self.alternatives is None:
+            return []
+        tokens, block_start = [], sum(len(b.ids) for b in self.blocks[:-1])
+        for i in range(before, len(self.ids)):
+            offset = len(self.engine.decode(self.ids[:i]))
+            text, logp = self.engine.decode([self.ids[i]]), block.logps[i - block_start]
+            tokens.append(Token(self.ids[i], text, offset, logp, block.top.get(i, [])))
+        return tokens
+
+    def trajectory(self, row_id: str) -> api.Trajectory:
+        """Return the choice as a row of the trajectory table."""
+        steps = [step for b in self.blocks for step in b.steps]
+        return api.Trajectory(
+            contract_version=CONTRACT_VERSION,
+            row_id=row_id,
+            prompt_id=row_id,
+            prompt=self.engine.decode(self.prompt),
+            response=self.text,
+            prompt_ids=self.prompt,
+            response_ids=[token for b in self.blocks for token in b.ids],
+            steps=steps,
+            logps=[logp for b in self.blocks for logp in b.logps],
+            num_forwards=1 + max(steps, default=-1),
+            **how_decoded(self.engine.model, self.params, len(self.prompt), steps),
+            seed=self.seed,
+            engine=DECODER_NAME,
+            tokens=[self.engine.decode([token]) for token in self.ids],
+        )
+
+
+@dataclass(slots=True)
+class ActiveRequest:
+    """A request under way: its choices, and the queue that its events arrive in."""
+
+    id: str
+    model_name: str
+    body: api.CompletionRequest | api.ChatRequest
+    served: ServedModel
+    choices: list[Choice]
+    prompt_tokens: int
+    begun: float
+    events: asyncio.Queue[list[tuple[int, DecoderEvent]] | Exception] = field(default_factory=asyncio.Queue)
+    ticket: Ticket | None = None
+
+    @property
+    def done(self) -> bool:
+        return all(choice.finish_reason for choice in self.choices)
+
+    def usage(self) -> api.Usage:
+        count = sum(len(choice.ids) for choice in self.choices)
+        total = self.prompt_tokens + count
+        return api.Usage(prompt_tokens=self.prompt_tokens, completion_tokens=count, total_tokens=total)
+
+
+def read_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]], stream: bool) -> list[bytes]:
+    """Add events to their choices; return what a stream sends of them, nothing without `stream`."""
+    sent: list[bytes] = []
+    for index, event in events:
+        choice = request.choices[index]
+        if choice.finish_reason:  # it ended at a stop text, which the decoder does not know
+            continue
+        if isinstance(event, Committed):
+            new = choice.add(event)
+            if new and stream:
+                sent.append(sse(_chunk(request, index, new)))
+        elif isinstance(event, Unmasked) and stream:
+            sent.append(sse(_denoising_chunk(request, index, event)))
+    return sent
+
+
+class _Heading(TypedDict):
+    id: str
+    created: int
+    model: str
+
+
+def _heading(request: ActiveRequest) -> _Heading:
+    return {"id": request.id, "created": int(time.time()), "model": request.model_name}
+
+
+def whole_response(request: ActiveRequest) -> api.Completion | api.ChatCompletion:
+    """Return the answer to a request whose choices have all finished."""
+    if isinstance(request.body, api.CompletionRequest):
+        texts = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
+        parts = [_completion_choice(request, i, text) for i, text in enumerate(texts)]
+        return api.Completion(**_heading(request), choices=parts, usage=request.usage())
+    choices = [
+        api.ChatChoice(
+            index=i,
+            message=api.Message(role="assistant", content=choice.text),
+            logprobs=_chat_logprobs(choice, choice.tokens),
+            finish_reason=choice.finish_reason or "length",
+            trajectory=_trajectory(request, i),
+        )
+        for i, choice in enumerate(request.choices)
+    ]
+    return api.ChatCompletion(**_heading(request), choices=choices, usage=request.usage())
+
+
+def empty_chunk(request: ActiveRequest) -> api.Completion | api.ChatChunk:
+    """Return a chunk without choices, the form in which OpenAI sends usage."""
+    kind = api.Completion if isinstance(request.body, api.CompletionRequest) else api.ChatChunk
+    return kind(**_heading(request), choices=[])
+
+
+def _chunk(request: ActiveRequest, index: int, new: NewText) -> api.Completion | api.ChatChunk:
+    if isinstance(request.body, api.CompletionRequest):
+        return api.Completion(**_heading(request), choices=[_completion_choice(request, index, new)])
+    choice = request.choices[index]
+    role_sent, choice.role_sent = choice.role_sent, True
+    part = api.ChatChunkChoice(
+        index=index,
+        delta=api.Delta(role=None if role_sent else "assistant", content=new.text),
+        logprobs=_chat_logprobs(choice, new.tokens),
+        finish_reason=new.finish_reason,
+        trajectory=_trajectory(request, index) if new.finish_reason else None,
+    )
+    return api.ChatChunk(**_heading(request), choices=[part])
+
+
+def _completion_choice(request: ActiveRequest, index: int, new: NewText) -> api.CompletionChoice:
+    return api.CompletionChoice(
+        index=index,
+        text=new.text,
+        logprobs=_completion_logprobs(request.choices[index], new.tokens),
+        finish_reason=new.finish_reason,
+        trajectory=_trajectory(request, index) if new.finish_reason else None,
+    )
+
+
+def _trajectory(request: ActiveRequest, index: int) -> api.Trajectory | None:
+    return request.choices[index].trajectory(f"{request.id}-{index}") if request.body.return_trajectory else None
+
+
+def _completion_logprobs(choice: Choice, tokens: list[Token]) -> api.CompletionLogprobs | None:
+    if choice.alternatives is None:
+        return None
+    top = [{choice.engine.decode([i]): logp for i, logp in token.top} for token in tokens]
+    return api.CompletionLogprobs(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[token.logp for token in tokens],
+        top_logprobs=top if choice.alternatives else None,
+        text_offset=[token.offset for token in tokens],
+    )
+
+
+def _chat_logprobs(choice: Choice, tokens: list[Token]) -> api.ChatLogprobs | None:
+    if choice.alternatives is None:
+        return None
+
+    def alternative(text: str, logp: float) -> api.Alternative:
+        return api.Alternative(token=text, logprob=logp, bytes=list(text.encode()))
+
+    content = [
+        api.TokenLogprob(
+            **alternative(token.text, token.logp).model_dump(),
+            top_logprobs=[alternative(choice.engine.decode([i]), logp) for i, logp in token.top],
+        )
+        for token in tokens
+    ]
+    return api.ChatLogprobs(content=content)
+
+
+def _denoising_chunk(request: ActiveRequest, index: int, event: Unmasked) -> BaseModel:
+    engine, choice = request.served.engine, request.choices[index]
+    size = choice.params.block_length or engine.model.block_size
+    # tokens of the prompt in the choice's first block
+    head = len(choice.prompt) % size if engine.model.block_origin == "global" else 0
+    step = api.Denoising(
+        index=index,
+        step=event.step,
+        places=event.places,
+        token_ids=event.ids,
+        tokens=[engine.decode([token]) for token in event.ids],
+        probabilities=[math.exp(logp) for logp in event.logps],
+        block_start=(event.places[0] + head) // size * size - head,
+        block_size=size,
+    )
+    return empty_chunk(request).model_copy(update={"denoising": step})
+
+
+def sse(value: BaseModel) -> bytes:
+    """Return a server-sent event; `usage` and `denoising`, which most chunks lack, are left out where absent."""
+    fields = {k: v for k, v in value.model_dump().items() if v is not None or k not in ("usage", "denoising")}
+    return b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n"
