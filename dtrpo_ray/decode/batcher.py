@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from dtrpo_ray.decode.decoder import Decoder
-from dtrpo_ray.decode.types import Counters, Event, Finished, SamplingParams
+from dtrpo_ray.decode.types import Counters, DecoderEvent, Finished, SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 
 logger = logging.getLogger(__name__)
 
-Emit = Callable[[list[tuple[int, Event]] | Exception], None]
+Emit = Callable[[list[tuple[int, DecoderEvent]] | Exception], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -133,8 +133,8 @@ class Batcher:
                 ticket.keys.add(key)
             self.waiting.popleft()
 
-    def _tell(self, happened: Sequence[tuple[Hashable, Event]]) -> None:
-        by_ticket: dict[int, tuple[Ticket, list[tuple[int, Event]]]] = {}
+    def _tell(self, happened: Sequence[tuple[Hashable, DecoderEvent]]) -> None:
+        by_ticket: dict[int, tuple[Ticket, list[tuple[int, DecoderEvent]]]] = {}
         for key, event in happened:
             ticket, row = self.owner[key]
             if isinstance(event, Finished):
@@ -167,7 +167,7 @@ class Batcher:
                 _emit(ticket, error)
 
 
-def _emit(ticket: Ticket, what: list[tuple[int, Event]] | Exception) -> None:
+def _emit(ticket: Ticket, what: list[tuple[int, DecoderEvent]] | Exception) -> None:
     try:
         ticket.emit(what)
     except RuntimeError:  # the event loop that listened has gone

@@ -23,7 +23,7 @@ from dtrpo_ray.decode.types import (
     Alternatives,
     Committed,
     Counters,
-    Event,
+    DecoderEvent,
     Finished,
     Generation,
     SamplingParams,
@@ -36,7 +36,7 @@ from dtrpo_ray.models.base import DiffusionLM
 MAX_PASS_TOKENS = 8192  # of one forward, all rows together
 PREFILL_TOKENS = 1024  # of one prompt in one forward: its neighbours wait no longer than for these
 
-Reports = list[tuple[Hashable, Event]]
+Reports = list[tuple[Hashable, DecoderEvent]]
 
 
 @dataclass(slots=True)

@@ -77,7 +77,7 @@ class Finished:
     generation: Generation
 
 
-Event = Unmasked | Committed | Finished
+DecoderEvent = Unmasked | Committed | Finished
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Engines -> an ASGI app that speaks OpenAI's HTTP. Knows nothing of Ray; `server.py` puts it into replicas.
 
-A request passes the gate (`gate.py`), the schema (`api.py`) and the limits; then its choices join the decoding thread
-of their model (`batcher.py`), and blocks come back as they finish. Nothing here blocks the event loop.
+A request passes the gate (`middleware.py`), the schema (`api.py`) and the limits; then its choices join the decoding
+thread of their model (`batcher.py`), and blocks come back as they finish. Nothing here blocks the event loop.
 """
 
 import asyncio
@@ -14,43 +14,43 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import metadata, resources
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.decode.engine import Engine, block_size_error
-from dtrpo_ray.decode.types import Event, SamplingParams, to_params
+from dtrpo_ray.decode.types import DecoderEvent, SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.serve import api
-from dtrpo_ray.serve.answers import Choice
-from dtrpo_ray.serve.middleware import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, short
+from dtrpo_ray.serve.middleware import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, shorten
 from dtrpo_ray.serve.monitor import Monitor
-from dtrpo_ray.serve.replies import (
-    Chunk,
-    Hosted,
-    Work,
-    chat,
-    chat_chunk,
-    completion,
-    completion_chunk,
+from dtrpo_ray.serve.responses import (
+    ActiveRequest,
+    Choice,
+    ServedModel,
     empty_chunk,
-    read,
+    read_events,
     sse,
+    whole_response,
 )  # fmt: skip
 from dtrpo_ray.serve.streams import EventStream, unless_disconnected
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_SECONDS = 120.0  # of a request, its wait included; no header of a client lifts it
-MAX_PENDING = 128  # requests decoding or waiting for it; the next is told to come back
+DEADLINE_SECONDS = 120.0  # of a request, queueing included; clients cannot raise it
+MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
+P = ParamSpec("P")
+T = TypeVar("T")
+OpenAPI = dict[int | str, dict[str, Any]]
+Prompt = str | list[int] | list[dict[str, str]]
+
+REFUSALS: OpenAPI = {
     code: {"model": api.ErrorBody, "description": text}
     for code, text in {
         400: "The request cannot be honoured; `param` names the field.",
@@ -68,7 +68,7 @@ STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 def create_app(
     engine: Engine, config: ServeConfig, keys: frozenset[str], others: Mapping[str, Engine] | None = None
 ) -> FastAPI:
-    """The app of one engine, and of `others` by name. With `keys`, clients send one of them as a Bearer token."""
+    """Return the app of one engine, and of `others` by name. With `keys`, clients send one as a Bearer token."""
     service = Service({config.model_name: engine, **(others or {})}, config)
     app = FastAPI(title="dtrpo", version=_version(), lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
@@ -76,11 +76,11 @@ def create_app(
     app.add_exception_handler(StarletteHTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     post = partial(app.add_api_route, methods=["POST"])
-    refusals: dict[int | str, dict[str, Any]] = {**REFUSALS, 200: {"content": STREAM}}
+    refusals: OpenAPI = {**REFUSALS, 200: {"content": STREAM}}
     post("/v1/completions", service.complete, response_model=api.Completion, responses=refusals)
     post("/v1/chat/completions", service.chat, response_model=api.ChatCompletion, responses=refusals)
-    post("/tokenize", service.tokenize, responses=_refused(400, 401, 404, 413, 500))
-    small = _refused(401, 500)
+    post("/tokenize", service.tokenize, responses=_refusals(400, 401, 404, 413, 500))
+    small = _refusals(401, 500)
     app.add_api_route("/v1/models", service.models, responses=small)
     app.add_api_route("/metrics", service.metrics, responses={**small, 200: {"content": {"text/plain": {}}}})
     app.add_api_route("/health", service.health)
@@ -91,12 +91,12 @@ def create_app(
     return app
 
 
-def _refused(*codes: int) -> dict[int | str, dict[str, Any]]:
+def _refusals(*codes: int) -> OpenAPI:
     return {code: REFUSALS[code] for code in codes}
 
 
 def _describe(app: FastAPI, keys: bool) -> None:
-    """Make the specification say what FastAPI cannot know: keys, and 400 where it would answer 422."""
+    """Add to the specification what FastAPI cannot know: keys, and 400 in place of its own 422."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -114,32 +114,32 @@ def _describe(app: FastAPI, keys: bool) -> None:
 
 
 class Service:
-    """The endpoints, and the queue before the engines."""
+    """The endpoints, and the count of requests under way."""
 
     def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
         self.config, self.started = config, int(time.time())
-        self.hosted = {name: self._host(engine) for name, engine in engines.items()}
-        self.batchers = {name: hosted.batcher for name, hosted in self.hosted.items()}
+        self.served = {name: self._serve(engine) for name, engine in engines.items()}
+        self.batchers = {name: served.batcher for name, served in self.served.items()}
         self.monitor = Monitor(self.batchers)
         # tokenizers are not safe to share between threads, and must not hold up the event loop
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self.pending = 0
+        self.num_active = 0
 
-    def _host(self, engine: Engine) -> Hosted:
-        return Hosted(engine, engine.batcher(self.config.max_batch, self.config.cache_tokens))
+    def _serve(self, engine: Engine) -> ServedModel:
+        return ServedModel(engine, engine.batcher(self.config.max_batch, self.config.cache_tokens))
 
     def swap(self, name: str, engine: Engine) -> None:
         """Serve new requests for a name with another engine; those under way end with the one they began with."""
-        old = self.hosted.get(name)
-        self.hosted[name] = self._host(engine)
-        self.batchers[name] = self.hosted[name].batcher
+        old = self.served.get(name)
+        self.served[name] = self._serve(engine)
+        self.batchers[name] = self.served[name].batcher
         if old:
             old.batcher.close()
 
     def close(self) -> None:
-        """Let what decodes finish, and end the threads."""
-        for hosted in self.hosted.values():
-            hosted.batcher.close()
+        """Let running requests finish, and end the threads."""
+        for served in self.served.values():
+            served.batcher.close()
         self.tokenizing.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
@@ -151,58 +151,55 @@ class Service:
 
     async def complete(self, body: api.CompletionRequest, request: Request) -> Any:
         """Complete prompts; `stream` sends each block as it is finished."""
-        work = await self._begin(body, list(body.prompt), body.max_tokens, "prompt", "cmpl")
-        return await self._respond(work, request, completion, completion_chunk)
+        return await self._respond(await self._begin(body, list(body.prompt), body.max_tokens), request)
 
     async def chat(self, body: api.ChatRequest, request: Request) -> Any:
         """Answer a conversation; `stream` sends each block as it is finished."""
         messages = [message.model_dump() for message in body.messages]
         wanted = body.max_completion_tokens or body.max_tokens
-        work = await self._begin(body, [messages], wanted, "messages", "chatcmpl")
-        return await self._respond(work, request, chat, chat_chunk)
+        return await self._respond(await self._begin(body, [messages], wanted), request)
 
     async def tokenize(self, body: api.TokenizeRequest) -> api.Tokenized:
-        """Ids of a text, or of messages through the chat template."""
+        """Return the ids of a text, or of messages through the chat template."""
         engine = self._find(body.model).engine
         messages = [message.model_dump() for message in body.messages or ()]
-        prompt: Any = messages if body.prompt is None else body.prompt
-        field = "messages" if body.prompt is None else "prompt"
-        ids = await self._tokenizing(self._encode, engine, prompt, field)
+        prompt, field = (messages, "messages") if body.prompt is None else (body.prompt, "prompt")
+        ids = await self._tokenize(_encode, engine, prompt, field)
         return api.Tokenized(tokens=ids, count=len(ids), max_model_len=engine.context_tokens)
 
     async def models(self) -> api.ModelList:
-        """What is served here."""
+        """List the served models."""
         cards = [
             api.ModelCard(
                 id=name,
                 created=self.started,
-                max_model_len=hosted.engine.context_tokens,
-                block_size=hosted.engine.model.block_size,
-                attention=hosted.engine.model.attention,
+                max_model_len=served.engine.context_tokens,
+                block_size=served.engine.model.block_size,
+                attention=served.engine.model.attention,
             )
-            for name, hosted in self.hosted.items()
+            for name, served in self.served.items()
         ]
         return api.ModelList(data=cards)
 
     async def metrics(self) -> Response:
-        """Counters of this process, for Prometheus."""
+        """Return the counters of this process, for Prometheus."""
         return Response(self.monitor.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     async def health(self) -> dict[str, str]:
-        """The process answers."""
+        """Answer, to show that the process is alive."""
         return {"status": "ok"}
 
     async def ready(self) -> JSONResponse:
-        """A request sent now would be taken."""
-        busy = self.pending >= MAX_PENDING
+        """Answer 200 if a request sent now would be accepted, else 503."""
+        busy = self.num_active >= MAX_ACTIVE_REQUESTS
         return JSONResponse({"status": "busy" if busy else "ready"}, 503 if busy else 200)
 
     async def version(self) -> dict[str, str]:
-        """The version of this package."""
+        """Return the version of this package."""
         return {"version": _version()}
 
     async def page(self) -> HTMLResponse:
-        """The playground: one page, nothing from elsewhere."""
+        """Return the playground: one page that loads nothing else."""
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         text = resources.files("dtrpo_ray.serve").joinpath("playground.html").read_text()
         return HTMLResponse(text, headers={"Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'"})
@@ -210,62 +207,51 @@ class Service:
     # --- before decoding ---
 
     async def _begin(
-        self,
-        body: api.CompletionRequest | api.ChatRequest,
-        prompts: Sequence[Any],
-        wanted: int | None,
-        field: str,
-        prefix: str,
-    ) -> Work:
+        self, body: api.CompletionRequest | api.ChatRequest, prompts: Sequence[Prompt], max_tokens: int | None
+    ) -> ActiveRequest:
         """Check a request, tokenize it and send its choices to the decoding thread."""
         begun = time.monotonic()
-        hosted = self._find(body.model)
-        model, name = hosted.engine.model, body.model or self.config.model_name
-        self._check(body, hosted)
-        ids = [await self._tokenizing(self._encode, hosted.engine, prompt, field) for prompt in prompts]
-        params = self._params(body, self._limit(hosted.engine, ids, body.n, wanted, field))
-        if model.shift and not all(ids):
+        is_chat = isinstance(body, api.ChatRequest)
+        field, prefix = ("messages", "chatcmpl") if is_chat else ("prompt", "cmpl")
+        served = self._find(body.model)
+        engine = served.engine
+        _check_blocks(body, engine)
+        ids = [await self._tokenize(_encode, engine, prompt, field) for prompt in prompts]
+        params = self._params(body, self._limit(engine, ids, body.n, max_tokens, field))
+        if engine.model.shift and not all(ids):
             raise refusal(400, f"{field} has no token, and this model needs one to predict the next from", field)
-        if self.pending >= MAX_PENDING:
-            message = f"{MAX_PENDING} requests are waiting already; try again"
+        if self.num_active >= MAX_ACTIVE_REQUESTS:
+            message = f"{MAX_ACTIVE_REQUESTS} requests are waiting already; try again"
             raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
-        seed = secrets.randbits(63) if body.seed is None else body.seed
-        rows = [prompt for prompt in ids for _ in range(body.n)]
-        seeds = _row_seeds(seed, len(ids), body.n)
-        wants = body.num_alternatives
-        choices = [
-            Choice(hosted.engine, prompt, params, each, body.stop, wants)
-            for prompt, each in zip(rows, seeds, strict=True)
-        ]
-        work = Work(
-            name, body, hosted, choices, sum(map(len, ids)), asyncio.Queue(), begun, f"{prefix}-{uuid.uuid4().hex}"
+        request = ActiveRequest(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            model_name=body.model or self.config.model_name,
+            body=body,
+            served=served,
+            choices=_choices(body, engine, ids, params),
+            prompt_tokens=sum(map(len, ids)),
+            begun=begun,
         )
-        loop = asyncio.get_running_loop()
+        self._submit(request, params)
+        return request
+
+    def _submit(self, request: ActiveRequest, params: SamplingParams) -> None:
+        loop, body = asyncio.get_running_loop(), request.body
+
+        def emit(events: list[tuple[int, DecoderEvent]] | Exception) -> None:
+            loop.call_soon_threadsafe(request.events.put_nowait, events)
+
+        self.num_active += 1
+        prompts, seeds = [c.prompt for c in request.choices], [c.seed for c in request.choices]
         watch = body.stream and body.stream_options.include_denoising
-        self.pending += 1
+        request.ticket = request.served.batcher.submit(prompts, params, seeds, emit, watch)
 
-        def emit(what: list[tuple[int, Event]] | Exception) -> None:
-            loop.call_soon_threadsafe(work.events.put_nowait, what)
-
-        work.ticket = hosted.batcher.submit(rows, params, seeds, emit, watch)
-        return work
-
-    def _find(self, name: str | None) -> Hosted:
-        hosted = self.hosted.get(name or self.config.model_name)
-        if hosted is None:
-            served = ", ".join(map(repr, self.hosted))
-            raise refusal(
-                404, f"model = {short(name)} is not served here; ask for {served}", "model", "model_not_found"
-            )
-        return hosted
-
-    def _check(self, body: api.CompletionRequest | api.ChatRequest, hosted: Hosted) -> None:
-        model = hosted.engine.model
-        if problem := block_size_error(model, body, body.steps):
-            field, message = problem
-            raise refusal(400, message, field)
-        if (size := body.block_length or model.block_size) > hosted.engine.context_tokens:
-            raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
+    def _find(self, name: str | None) -> ServedModel:
+        served = self.served.get(name or self.config.model_name)
+        if served is None:
+            message = f"model = {shorten(name)} is not served here; ask for {', '.join(map(repr, self.served))}"
+            raise refusal(404, message, "model", "model_not_found")
+        return served
 
     def _params(self, body: api.CompletionRequest | api.ChatRequest, limit: int) -> SamplingParams:
         return to_params(
@@ -277,23 +263,8 @@ class Service:
             top_logprobs=body.num_alternatives or 0,
         )
 
-    def _encode(self, engine: Engine, prompt: str | list[int] | list[dict[str, str]], field: str) -> list[int]:
-        if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
-            ids = [int(part) for part in prompt]  # type: ignore[arg-type]
-            if max(ids) >= engine.num_tokens and max(ids) != engine.model.mask_id:
-                raise refusal(400, f"{field} holds the id {max(ids)}; the model has {engine.num_tokens} tokens", field)
-        else:
-            try:
-                ids = engine.encode(prompt)  # type: ignore[arg-type]
-            except Exception as error:  # tokenizers and chat templates raise bare exceptions at text they cannot take
-                cause = (str(error).splitlines() or [type(error).__name__])[0]
-                raise refusal(400, f"{field} cannot be tokenized ({cause[:200]}); change the text", field) from None
-        if engine.model.mask_id in ids:
-            raise refusal(400, f"{field} holds the mask token, which marks what to decode; remove it", field)
-        return ids
-
     def _limit(self, engine: Engine, prompts: list[list[int]], n: int, wanted: int | None, field: str) -> int:
-        """The most tokens of each choice; `wanted` None is as many as there is room for."""
+        """Return the most tokens of each choice; `wanted` None asks for as many as there is room for."""
         longest = max(map(len, prompts))
         most, room = self.config.max_new_tokens, engine.context_tokens - longest
         if wanted is not None and wanted > most:
@@ -308,85 +279,121 @@ class Service:
             raise refusal(400, f"{asked} exceed {MAX_BATCH_TOKENS} in all; ask for fewer choices or tokens", "n")
         return limit
 
-    async def _tokenizing(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *args)
+    async def _tokenize(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on the tokenizing thread."""
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, call)
 
     # --- while it decodes ---
 
-    async def _respond(
-        self, work: Work, request: Request, whole: Callable[[Work], BaseModel], chunk: Chunk
-    ) -> Response:
-        if work.body.stream:
-            return EventStream(self._stream(work, chunk), partial(self._end, work))
+    async def _respond(self, request: ActiveRequest, connection: Request) -> Response:
+        if request.body.stream:
+            return EventStream(self._stream(request), partial(self._end, request))
         try:
-            answered = await unless_disconnected(request, self._drain(work))
-            if answered is None:
+            finished = await unless_disconnected(connection, self._drain(request))
+            if finished is None:
                 return Response(status_code=499)  # nobody is there to read it
-            answer = await self._tokenizing(whole, work)
+            answer = await self._tokenize(whole_response, request)
         finally:
-            self._end(work)
+            self._end(request)
         return JSONResponse(answer.model_dump(exclude={"denoising"}))
 
-    async def _drain(self, work: Work) -> bool:
+    async def _drain(self, request: ActiveRequest) -> bool:
         try:
-            async with asyncio.timeout_at(_deadline(work)):
-                async for _ in self._happenings(work, None):
+            async with asyncio.timeout_at(_deadline(request)):
+                async for _ in self._events(request, stream=False):
                     pass
         except TimeoutError:
-            raise refusal(504, _late(), code="deadline") from None
+            raise refusal(504, _deadline_message(), code="deadline") from None
         return True
 
-    async def _stream(self, work: Work, chunk: Chunk) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; a failure after the first byte is an event too, since the status has been sent."""
+    async def _stream(self, request: ActiveRequest) -> AsyncGenerator[bytes, None]:
+        """Yield server-sent events; a failure after the first byte is an event too, since the status has been sent."""
         try:
-            async with asyncio.timeout_at(_deadline(work)):
-                async for events in self._happenings(work, chunk):
+            async with asyncio.timeout_at(_deadline(request)):
+                async for events in self._events(request, stream=True):
                     for event in events:
                         yield event
-            if work.body.stream_options.include_usage:
-                yield sse(empty_chunk(work).model_copy(update={"usage": work.usage()}))
+            if request.body.stream_options.include_usage:
+                yield sse(empty_chunk(request).model_copy(update={"usage": request.usage()}))
         except TimeoutError:
-            yield sse(error_body(504, _late(), code="deadline"))
+            yield sse(error_body(504, _deadline_message(), code="deadline"))
         except Exception:
             logger.exception("a stream failed")
             yield sse(error_body(500, "internal error; the server's log names the cause"))
         finally:
-            self._end(work)
+            self._end(request)
         yield b"data: [DONE]\n\n"
 
-    async def _happenings(self, work: Work, chunk: Chunk | None) -> AsyncGenerator[list[bytes], None]:
-        """What happens to the choices, in order, until all have ended."""
+    async def _events(self, request: ActiveRequest, *, stream: bool) -> AsyncGenerator[list[bytes], None]:
+        """Apply the decoder's events to the choices until all have ended; yield what a stream sends of them."""
         first = True
-        while not work.done:
-            events = await work.events.get()
+        while not request.done:
+            events = await request.events.get()
             if isinstance(events, Exception):
                 raise events
-            yield await self._tokenizing(read, work, events, chunk)
-            if first and any(choice.whole for choice in work.choices):
-                self.monitor.first.labels(work.name).observe(time.monotonic() - work.begun)
+            yield await self._tokenize(read_events, request, events, stream)
+            if first and any(choice.blocks for choice in request.choices):
+                self.monitor.first.labels(request.model_name).observe(time.monotonic() - request.begun)
                 first = False
-        self.monitor.latency.labels(work.name).observe(time.monotonic() - work.begun)
+        self.monitor.latency.labels(request.model_name).observe(time.monotonic() - request.begun)
 
-    def _end(self, work: Work) -> None:
-        """The request is over, however it ended: what it holds is free before the next denoising step. Idempotent."""
-        if work.ticket is None:
+    def _end(self, request: ActiveRequest) -> None:
+        """Free all that a request holds before the next denoising step. Idempotent."""
+        if request.ticket is None:
             return
-        work.hosted.batcher.cancel(work.ticket)
-        work.ticket = None
-        self.pending -= 1
-        self.monitor.requests.labels(work.name, "complete" if work.done else "abandoned").inc()
+        request.served.batcher.cancel(request.ticket)
+        request.ticket = None
+        self.num_active -= 1
+        self.monitor.requests.labels(request.model_name, "complete" if request.done else "abandoned").inc()
 
 
-def _deadline(work: Work) -> float:
-    return asyncio.get_running_loop().time() + DEADLINE_SECONDS - (time.monotonic() - work.begun)
+def _check_blocks(body: api.CompletionRequest | api.ChatRequest, engine: Engine) -> None:
+    if problem := block_size_error(engine.model, body, body.steps):
+        field, message = problem
+        raise refusal(400, message, field)
+    if (size := body.block_length or engine.model.block_size) > engine.context_tokens:
+        raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
 
 
-def _late() -> str:
+def _encode(engine: Engine, prompt: Prompt, field: str) -> list[int]:
+    if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
+        ids = [int(part) for part in prompt]  # type: ignore[arg-type]
+        if max(ids) >= engine.num_tokens and max(ids) != engine.model.mask_id:
+            raise refusal(400, f"{field} holds the id {max(ids)}; the model has {engine.num_tokens} tokens", field)
+    else:
+        try:
+            ids = engine.encode(prompt)  # type: ignore[arg-type]
+        except Exception as error:  # tokenizers and chat templates raise bare exceptions at text they cannot take
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise refusal(400, f"{field} cannot be tokenized ({cause[:200]}); change the text", field) from None
+    if engine.model.mask_id in ids:
+        raise refusal(400, f"{field} holds the mask token, which marks what to decode; remove it", field)
+    return ids
+
+
+def _choices(
+    body: api.CompletionRequest | api.ChatRequest, engine: Engine, prompts: list[list[int]], params: SamplingParams
+) -> list[Choice]:
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    rows = [prompt for prompt in prompts for _ in range(body.n)]
+    seeds = _row_seeds(seed, len(prompts), body.n)
+    return [
+        Choice(engine=engine, prompt=row, params=params, seed=each, stop=body.stop, alternatives=body.num_alternatives)
+        for row, each in zip(rows, seeds, strict=True)
+    ]
+
+
+def _deadline(request: ActiveRequest) -> float:
+    return asyncio.get_running_loop().time() + DEADLINE_SECONDS - (time.monotonic() - request.begun)
+
+
+def _deadline_message() -> str:
     return f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
 
 
 def _row_seeds(seed: int, num_prompts: int, n: int) -> list[int]:
-    """A seed for each choice of each prompt; a choice keeps its seed whatever `n` is."""
+    """Return a seed for each choice of each prompt; it does not depend on `n`."""
     places = [f"{prompt}|{choice}" for prompt in range(num_prompts) for choice in range(n)]
     return [int(row_generator(seed, place, 0, "serve").integers(2**63)) for place in places]
 

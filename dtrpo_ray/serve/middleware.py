@@ -1,8 +1,7 @@
-"""What stands before the endpoints and beside them: keys, sizes, and every refusal in OpenAI's words."""
+"""The checks before the endpoints (API keys, body size), and every refusal in OpenAI's shape."""
 
 import hmac
 import logging
-from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dtrpo_ray.serve import api
 
 MAX_BODY_BYTES = 2**20
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})  # any other path wants a key, where there are keys
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})  # no key is asked for here
 
 _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
 
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """Before the app: no body without a key, none above its limit; and no failure without an answer."""
+    """Refuses requests without a key and bodies that are too large, and answers every failure inside with a 500."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
         self.app, self.keys = app, [key.encode() for key in sorted(keys)]
@@ -36,15 +35,15 @@ class Gate:
             return await error(401, message, code="invalid_api_key", headers=headers)(scope, receive, send)
         begun = False
 
-        async def watched(message: Message) -> None:
+        async def send_once_begun(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)
 
         try:
-            await self.app(scope, _bounded(receive), watched)
+            await self.app(scope, _limit_body(receive), send_once_begun)
         except Exception:
-            if begun:
+            if begun:  # the status has been sent
                 raise
             logger.exception("%s %s failed", scope["method"], path)
             await error(500, "internal error; the server's log names the cause")(scope, receive, send)
@@ -52,16 +51,16 @@ class Gate:
     def _has_key(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, given = header.partition(b" ")
-        # every key is compared, in constant time each: the time taken tells nothing of them
+        # every key is compared, in constant time each: the time taken says nothing about them
         matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]
         return scheme.lower() == b"bearer" and any(matches)
 
 
-def _bounded(receive: Receive) -> Receive:
-    """The same messages, until the body grows too large."""
+def _limit_body(receive: Receive) -> Receive:
+    """Pass messages on until the body grows too large."""
     total = 0
 
-    async def counted() -> Message:
+    async def count() -> Message:
         nonlocal total
         message = await receive()
         total += len(message.get("body", b""))
@@ -69,11 +68,11 @@ def _bounded(receive: Receive) -> Receive:
             raise refusal(413, f"the body exceeds {MAX_BODY_BYTES} bytes; split the request", code="body_too_large")
         return message
 
-    return counted
+    return count
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> api.ErrorBody:
-    """What an error says, in OpenAI's shape."""
+    """Return a message in OpenAI's shape; `param` is the field to change."""
     kind = _ERROR_TYPES.get(status, "invalid_request_error")
     return api.ErrorBody(error=api.ErrorDetail(message=message, type=kind, param=param, code=code))
 
@@ -81,25 +80,27 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 def error(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    """An answer that is an error."""
+    """Return an error as a response."""
     return JSONResponse(error_body(status, message, param, code).model_dump(), status, headers)
 
 
 def refusal(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> HTTPException:
-    """The same, to be raised."""
-    return HTTPException(status, {"message": message, "param": param, "code": code}, headers)
+    """Return an error as an exception to raise."""
+    return HTTPException(status, error_body(status, message, param, code).model_dump(), headers)
 
 
 async def on_http_error(_: Request, problem: Exception) -> JSONResponse:
+    """Answer a `refusal`, or an error of the framework's own such as 404 and 405."""
     assert isinstance(problem, StarletteHTTPException)
-    detail: Any = problem.detail if isinstance(problem.detail, dict) else {"message": str(problem.detail)}
-    return error(problem.status_code, **detail, headers=dict(problem.headers or {}))
+    if isinstance(problem.detail, dict):
+        return JSONResponse(problem.detail, problem.status_code, problem.headers)
+    return error(problem.status_code, str(problem.detail), headers=dict(problem.headers or {}))
 
 
 async def on_invalid_request(_: Request, problem: Exception) -> JSONResponse:
-    """The first problem, as OpenAI words it: 400, never 422, with the field as `param`."""
+    """Answer with the first problem as OpenAI does: 400, never 422, with the field as `param`."""
     assert isinstance(problem, RequestValidationError)
     first = problem.errors()[0]
     if first["type"] == "json_invalid":
@@ -109,12 +110,12 @@ async def on_invalid_request(_: Request, problem: Exception) -> JSONResponse:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return error(400, message, param)
-    given = "" if first["type"] == "missing" else f" = {short(first['input'])}"
+    given = "" if first["type"] == "missing" else f" = {shorten(first['input'])}"
     code = api.UNSUPPORTED if first["type"] == api.UNSUPPORTED else None
     return error(400, f"{where}{given}: {message}", param, code)
 
 
-def short(value: object) -> str:
-    """A value for a message, cut where it is long."""
+def shorten(value: object) -> str:
+    """Return the repr of a value for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -31,7 +31,7 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.lora import is_adapter
 from dtrpo_ray.models.registry import read_config
-from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_PENDING, create_app
+from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS, create_app
 
 APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free
@@ -67,7 +67,7 @@ class Model:
         service, base = self.asgi.state.service, self.config.model_name
         wanted = {**self.checkpoints, **user_config.get("checkpoints", {})}
         changed = {name for name, path in wanted.items() if self.checkpoints.get(name) != path}
-        engines = {base: service.hosted[base].engine}
+        engines = {base: service.served[base].engine}
         if base in changed:
             engines[base] = await asyncio.to_thread(Engine.load, Path(wanted[base]))
             changed |= {name for name, path in wanted.items() if is_adapter(Path(path))}
@@ -92,9 +92,9 @@ def build(args: ServeConfig) -> serve.Application:
         name="Model",
         **_replicas(args),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
-        # the app refuses by itself what waits beyond MAX_PENDING; the rest is room for health and model queries
-        max_ongoing_requests=2 * MAX_PENDING,
-        max_queued_requests=2 * MAX_PENDING,
+        # the app refuses by itself what waits beyond MAX_ACTIVE_REQUESTS; the rest is room for health and model queries
+        max_ongoing_requests=2 * MAX_ACTIVE_REQUESTS,
+        max_queued_requests=2 * MAX_ACTIVE_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=GRACE_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtrpo_ray.decode.batcher import Batcher
 from dtrpo_ray.decode.decoder import decode_all
-from dtrpo_ray.decode.types import Event, Finished, SamplingParams
+from dtrpo_ray.decode.types import DecoderEvent, Finished, SamplingParams
 from dtrpo_ray.models.sdar import SDAR
 
 MakeModel = Callable[..., SDAR]
@@ -43,7 +43,7 @@ class Inbox:
     """What one request is told."""
 
     def __init__(self) -> None:
-        self.queue: Queue[list[tuple[int, Event]] | Exception] = Queue()
+        self.queue: Queue[list[tuple[int, DecoderEvent]] | Exception] = Queue()
 
     def rest(self, rows: int) -> dict[int, list[int]]:
         """Responses of all rows, once they have finished."""

@@ -13,7 +13,7 @@ from dtrpo_ray.config.decode import Remasking
 from dtrpo_ray.decode import decoder as module
 from dtrpo_ray.decode.decoder import Decoder, decode_all, pages_needed
 from dtrpo_ray.decode.policies import POLICIES
-from dtrpo_ray.decode.types import Committed, Event, Finished, Generation, SamplingParams, Unmasked
+from dtrpo_ray.decode.types import Committed, DecoderEvent, Finished, Generation, SamplingParams, Unmasked
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import GIVEN
 from dtrpo_ray.models.sdar import SDAR
@@ -201,7 +201,7 @@ def test_events_tell_the_response(model: SDAR) -> None:
         watch=True,
     )
     decoder.admit("unseen", [3, 1], SamplingParams(max_new_tokens=14, denoising_steps=3, temperature=0.8), 5)
-    events: list[tuple[Hashable, Event]] = []
+    events: list[tuple[Hashable, DecoderEvent]] = []
     while decoder.num_running:
         events += decoder.step()
     (done,) = [e.generation for key, e in events if key == "seen" and isinstance(e, Finished)]

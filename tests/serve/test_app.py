@@ -22,7 +22,7 @@ from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import app as app_module
-from dtrpo_ray.serve.app import MAX_PENDING, create_app
+from dtrpo_ray.serve.app import MAX_ACTIVE_REQUESTS, create_app
 from dtrpo_ray.serve.middleware import MAX_BODY_BYTES
 
 torch.set_num_threads(1)
@@ -498,10 +498,10 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
             if service.batchers["tiny"].num_running:
                 break
             await asyncio.sleep(0.01)
-        assert service.pending == 1
+        assert service.num_active == 1
         gone.set()
         await asyncio.wait_for(call, 10)
-        assert service.pending == 0
+        assert service.num_active == 0
 
     for stream in (True, False):
         blocked.model.release.clear()
@@ -604,8 +604,8 @@ def test_a_slow_generation_blocks_neither_health_nor_the_deadline(
 
 
 def test_a_full_queue_asks_clients_to_come_back(blocked: Engine) -> None:
-    with client_of(blocked) as client, ThreadPoolExecutor(MAX_PENDING) as pool:
-        waiting = [pool.submit(client.post, COMPLETIONS, json={"prompt": "0"}) for _ in range(MAX_PENDING)]
+    with client_of(blocked) as client, ThreadPoolExecutor(MAX_ACTIVE_REQUESTS) as pool:
+        waiting = [pool.submit(client.post, COMPLETIONS, json={"prompt": "0"}) for _ in range(MAX_ACTIVE_REQUESTS)]
         assert blocked.model.begun.wait(10)
         for _ in range(200):
             if client.get("/ready").status_code == 503:

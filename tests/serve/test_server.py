@@ -30,7 +30,7 @@ from dtrpo_ray.models.lora import add_adapters, save_adapter
 from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import server
-from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_PENDING
+from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS
 
 torch.set_num_threads(1)
 
@@ -381,13 +381,13 @@ def test_a_replica_swaps_what_user_config_changes(
 ) -> None:
     """Another directory for a name is loaded, the same one is not, and one that is no model leaves all as it was."""
     model = replica(base=config.checkpoint)
-    before, kept = said(model, "tiny", "base"), model.asgi.state.service.hosted["base"]
+    before, kept = said(model, "tiny", "base"), model.asgi.state.service.served["base"]
     assert before[0] == before[1]
     with pytest.raises(ModelError):
         asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": "nowhere"}}))
     assert said(model, "tiny", "base") == before
     asyncio.run(model.reconfigure({"checkpoints": {"tiny": str(another), "base": config.checkpoint}}))
-    assert model.asgi.state.service.hosted["base"] is kept
+    assert model.asgi.state.service.served["base"] is kept
     after = said(model, "tiny", "base")
     assert after[1] == before[1] != after[0]
 
@@ -405,7 +405,7 @@ def test_adapters_stand_on_the_base_that_serves(
 
     model = replica(aligned=str(adapter))
     assert said(model, "tiny", "aligned") == expected(checkpoint)
-    hosted = model.asgi.state.service.hosted
+    hosted = model.asgi.state.service.served
     embeddings = [hosted[name].engine.model.lm.model.embed_tokens.weight for name in ("tiny", "aligned")]
     assert embeddings[0].data_ptr() == embeddings[1].data_ptr()
     asyncio.run(model.reconfigure({"checkpoints": {"new": str(adapter), "tiny": str(another)}}))
@@ -433,7 +433,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_the_deployment_is_bounded_and_drains() -> None:
     deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=3))._bound_deployment
     assert deployment.num_replicas == 3
-    assert MAX_PENDING < deployment.max_ongoing_requests < 1000
+    assert MAX_ACTIVE_REQUESTS < deployment.max_ongoing_requests < 1000
     assert 0 < deployment.max_queued_requests < 1000
     assert deployment._deployment_config.graceful_shutdown_timeout_s > DEADLINE_SECONDS
 

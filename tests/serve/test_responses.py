@@ -1,4 +1,4 @@
-"""answers: pieces add up to the text, tokens go with their text, and nothing is taken back."""
+"""responses: pieces add up to the text, tokens go with their text, and nothing is taken back."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import Committed, SamplingParams
-from dtrpo_ray.serve.answers import Choice, Piece
+from dtrpo_ray.serve.responses import Choice, NewText
 from tests.serve.test_app import make_engine
 
 
@@ -15,11 +15,10 @@ def engine() -> Engine:
     return make_engine()
 
 
-def tell(engine: Engine, blocks: list[list[int]], stop: list[str], **params: Any) -> tuple[Choice, list[Piece]]:
+def tell(engine: Engine, blocks: list[list[int]], stop: list[str], **params: Any) -> tuple[Choice, list[NewText]]:
     """A choice that is given blocks of ids, a character each, until it ends; and its pieces."""
-    choice = Choice(
-        engine, [], SamplingParams(max_new_tokens=params.pop("most", 12), denoising_steps=1, **params), 0, stop, 0
-    )
+    sampling = SamplingParams(max_new_tokens=params.pop("most", 12), denoising_steps=1, **params)
+    choice = Choice(engine=engine, prompt=[], params=sampling, seed=0, stop=stop, alternatives=0)
     pieces = []
     for ids in blocks:
         if not choice.finish_reason:
