@@ -1,6 +1,6 @@
-"""What the rest of the package knows of a model: its facts, four numbers and two functions.
+"""The interface of a model: the rest of the package uses these facts, numbers and functions, and nothing else.
 
-A family (one file in this folder) wraps a transformers trunk and ends every quirk of its checkpoints here.
+A family (one file in this folder) wraps a transformers trunk, and every quirk of its checkpoints stays in that file.
 Shapes: B rows, T tokens of a row, H hidden size, V vocabulary.
 """
 
@@ -12,16 +12,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dtrpo_ray.models.config_json import ConfigJson
 from dtrpo_ray.models.likelihood import token_logps
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is published of a family: `dtrpo models` prints it. `sources` say where each fact was read.
+    """The published facts of a family, printed by `dtrpo models`; `sources` say where each was read.
 
-    `model_type` and `architectures` are what its `config.json` says of itself. `mask_id`, `eos_id` and `block_size`
-    count where the config names none; None: the config must. `block_key` is the config's name of the block size.
-    `small_block_size` are the tokens of a sub-block, which the release decodes one after the other; None: the block.
+    `model_type` and `architectures` are those of its `config.json`. `mask_id`, `eos_id` and `block_size` apply if the
+    config names none; None means that the config must. `block_key` is the config's name of the block size.
+    `small_block_size` counts the tokens of a sub-block (the release decodes sub-blocks in turn); None: the whole block.
     """
 
     model_type: str
@@ -40,10 +41,10 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows [start, stop) of the tensor `upstream` of a checkpoint are our tensor `ours` at the index `at`.
+class TensorPiece:
+    """Rows [start, stop) of the checkpoint's tensor `upstream` are our tensor `ours` at the index `at`.
 
-    `stop` None is the last row; `at` () is all of ours. Most tensors are one piece: the same tensor by another name.
+    `stop` None means up to the last row; `at` () means all of ours. Most tensors are one piece under another name.
     """
 
     upstream: str
@@ -55,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class LoraTargets:
-    """Names of the linear modules that adapters go to, by part of the model."""
+    """The linear modules that take adapters, by part of the model."""
 
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
@@ -65,19 +66,18 @@ class LoraTargets:
 class DiffusionLM(nn.Module, ABC):
     """A masked-diffusion language model.
 
-    `config` holds the keys of its `config.json`. `mask_id` is the [MASK] token, `eos_id` ends a response, as do
-    `other_ends` (those of generation_config.json and the chat template), `vocab_size` bounds every id. `block_size` is
-    the tokens of a block, on the grid that starts where `block_origin` says: at position 0 ("global") or at the first
-    response token ("response"); its sub-blocks of `small_block_size` are decoded in turn. `attention` is "block" (a
-    block sees itself and earlier blocks) or "full" (everything sees everything, later blocks as [MASK]). `shift` is 1
-    where the hidden state at position p - 1 predicts the token at p, else 0: callers read hidden states at
-    `position - shift`.
+    `mask_id` is the [MASK] token; `eos_id` ends a response, as do `other_ends` (from generation_config.json and the
+    chat template); `vocab_size` is the exclusive upper bound of ids. `block_size` counts the tokens of a block, on the
+    grid that starts at position 0 (`block_origin` "global") or at the first response token ("response"); its sub-blocks
+    of `small_block_size` are decoded in turn. `attention` is "block" (a block sees itself and earlier blocks) or "full"
+    (everything sees everything, later blocks as [MASK]). `shift` is 1 if the hidden state at position p - 1 predicts
+    the token at p, else 0: callers read hidden states at `position - shift`.
     """
 
     facts: ClassVar[Facts]
     lm: Any  # the trunk: a causal language model of transformers
     lora: ClassVar[LoraTargets]
-    config: dict[str, Any]
+    config: ConfigJson
     mask_id: int
     eos_id: int
     other_ends: frozenset[int] = frozenset()
@@ -91,7 +91,7 @@ class DiffusionLM(nn.Module, ABC):
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, row_N: Tensor, col_N: Tensor, target_N: Tensor
     ) -> Tensor:
-        """log mu of the targets [N] whose states end at (row, col): the one forward that training runs.
+        """Return log mu of the targets [N] whose hidden states lie at (row, col): training runs this one forward.
 
         It is `forward`, and not a function outside, because DeepSpeed hooks module calls.
         """
@@ -100,42 +100,45 @@ class DiffusionLM(nn.Module, ABC):
 
     @abstractmethod
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: object | None = None) -> Tensor:
-        """Last hidden states [B, T, H]; `mask` is boolean [B or 1, 1, T, keys], True where attention is allowed."""
+        """Return the last hidden states [B, T, H].
+
+        `mask` is boolean [B or 1, 1, T, keys], True where attention is allowed.
+        """
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H], for the token that each hidden state predicts (see `shift`)."""
+        """Return logits [..., V] of hidden states [..., H], for the token that each predicts (see `shift`)."""
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """Where each tensor of a checkpoint goes, both ways: every element of every tensor of ours exactly once."""
+    def pieces(self) -> Iterator[TensorPiece]:
+        """Map the checkpoint's tensors to ours, for loading and saving: each element of ours exactly once."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Every token that ends a response."""
+        """The tokens that end a response."""
         return self.other_ends | {self.eos_id}
 
     def tied_tensors(self) -> tuple[str, str] | None:
-        """(head, embedding) in upstream names where the head is the embedding: a checkpoint may hold the head too."""
+        """Return (head, embedding) in upstream names if they are tied; a checkpoint may hold the head all the same."""
         return None
 
     def finish(self, device: torch.device | str) -> None:
-        """Called once the weights are in place: make what no checkpoint holds."""
+        """Make the tensors that no checkpoint holds, once the weights are in place."""
         del device
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] in float32, that of the mask token -inf.
+        """Return logits [..., V] in float32, that of the mask token -inf.
 
         A finished token is never [MASK], so the token predictor mu gives it no probability (the
         zero-masking-probability parameterisation of MDLM, arXiv 2406.07524, section 3.2.3). Training and decoding
         both read this.
         """
         logits = self.head(hidden).float()
-        # past autograd, which would copy: where the probability is nought, so is the gradient of a log-softmax
+        # detached, so that autograd makes no copy: a log-softmax has no gradient where the probability is 0
         logits.detach()[..., self.mask_id] = float("-inf")
         return logits
 
     def log_mu(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log of the token predictor mu [..., V] in float32."""
+        """Return the log of the token predictor mu [..., V] in float32."""
         logits = self.logits(hidden)
         return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

@@ -1,16 +1,14 @@
 """Dream and DiffuCoder: a Qwen2.5 trunk with full attention and the autoregressive shift.
 
-Neither trains on blocks: `block_size` here is the tokens decoded before the next ones, on a grid that starts at the
-response. config.json may set it; 32 is ours, and any divisor of the canvas gives the same logits.
+Neither trains on blocks. `block_size` only says how many tokens are decoded before the next ones, on a grid that starts
+at the response: config.json may set it, the default 32 is ours, and it does not change the logits.
 """
 
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedConfig, Qwen2ForCausalLM
 
 from dtrpo_ray.models.base import Facts
-from dtrpo_ray.models.trunk import TrunkLM, refuse
+from dtrpo_ray.models.config_json import ConfigJson
+from dtrpo_ray.models.trunk import TrunkLM
 
 
 class Dream(TrunkLM):
@@ -35,10 +33,8 @@ class Dream(TrunkLM):
         ),
     )
     trunk = Qwen2ForCausalLM
+    mask_by_layer_type = True
 
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
-        refuse(keys, self.facts, use_mrope=(False,))
-        return Qwen2Config(**keys)
-
-    def trunk_mask(self, mask: Tensor) -> Any:
-        return {"full_attention": mask}
+    def trunk_config(self, keys: ConfigJson) -> PreTrainedConfig:
+        keys.refuse(use_mrope=(False,))
+        return super().trunk_config(keys)

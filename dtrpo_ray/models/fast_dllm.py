@@ -1,13 +1,10 @@
 """Fast-dLLM v2: a Qwen2.5 trunk with block attention and the autoregressive shift.
 
-Three traps of the release: the mask token is `|<MASK>|` (the pipes outside) and config.json does not name its id; the
-block size is called `bd_size`; padding is the end-of-turn token in config.json and another in generation_config.json.
+Quirks of the release: the mask token is spelled `|<MASK>|` and config.json does not name its id; the block size is
+called `bd_size`; config.json and generation_config.json name different padding tokens.
 """
 
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from dtrpo_ray.models.base import Facts
 from dtrpo_ray.models.trunk import TrunkLM
@@ -32,12 +29,7 @@ class FastDLLM(TrunkLM):
             "Satgoy152/DualDiffusion: config.json, modeling.py, tokenizer and tensor index of Fast_dLLM_v2_7B",
             "arXiv 2509.26328",
         ),
-        small_block_size=8,  # of its `generate`; config.json may name another
+        small_block_size=8,  # the default of its `generate`; config.json may name another
     )
     trunk = Qwen2ForCausalLM
-
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
-        return Qwen2Config(**keys)
-
-    def trunk_mask(self, mask: Tensor) -> Any:
-        return {"full_attention": mask}
+    mask_by_layer_type = True

@@ -1,4 +1,4 @@
-"""Hidden states at the scored positions -> their log-probabilities, without a [tokens, vocabulary] tensor.
+"""Compute log-probabilities from the hidden states at scored positions, without a [tokens, vocabulary] tensor.
 
 Legend: B rows, T tokens of a row, N scored tokens, H hidden size, V vocabulary.
 """
@@ -14,7 +14,7 @@ CHUNK_LOGITS = 2**26  # 256 MiB of float32
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """`log_softmax(logits)[target]` [N], which holds one [N, V] tensor between its passes and makes none backward.
+    """`log_softmax(logits)[target]` [N] that keeps one [N, V] tensor for the backward pass, and makes no other there.
 
     For the logits z of a token: d log p(target) / d z_v = [v = target] - p_v.
     """
@@ -29,13 +29,16 @@ class _LogSoftmaxAt(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         log_p_NV, target_N1 = ctx.saved_tensors
         grad_N1 = grads[0][:, None]
-        # in place, since nobody else holds it: autograd refuses a second backward pass
+        # in place: nobody else holds the tensor, and autograd refuses a second backward pass
         grad_NV = log_p_NV.exp_().mul_(-grad_N1).scatter_add_(-1, target_N1, grad_N1)
         return grad_NV, None
 
 
 def token_logps(logits: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor, vocab_size: int) -> Tensor:
-    """log mu(target) [N], `logits` being a model's. Above CHUNK_LOGITS the head runs in chunks, again in backward."""
+    """Return log mu(target) [N] of a model's `logits`.
+
+    Above CHUNK_LOGITS the head runs in chunks, which are computed again in the backward pass.
+    """
 
     def logps(hidden: Tensor, target: Tensor) -> Tensor:
         values: Tensor = _LogSoftmaxAt.apply(logits(hidden), target)  # type: ignore[no-untyped-call]

@@ -1,18 +1,18 @@
-"""LLaDA: full attention, no shift, in a layout of its own (OLMo's) that is a Llama trunk by other names.
+"""LLaDA: full attention, no shift; a Llama trunk under the names of OLMo's layout.
 
-`ff_proj` is the gate (its activation multiplies `up_proj`), a block's `ff_out` the down projection, and the `ff_out`
-beside the blocks the output head. `embedding_size`, not `vocab_size`, counts the rows of the embedding.
+Quirks of the release: `ff_proj` is the gate (its activation multiplies `up_proj`); `ff_out` is the down projection
+within a block and the output head beside the blocks; `embedding_size`, not `vocab_size`, counts the embedding's rows.
 """
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import Facts, Piece
-from dtrpo_ray.models.trunk import TrunkLM, refuse, rope_parameters
+from dtrpo_ray.models.base import Facts, TensorPiece
+from dtrpo_ray.models.config_json import ConfigJson
+from dtrpo_ray.models.trunk import TrunkLM
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -52,18 +52,19 @@ class LLaDA(TrunkLM):
     trunk = LlamaForCausalLM
     sizes = ("vocab_size", "d_model", "n_heads", "n_layers")
 
-    def vocabulary(self, config: dict[str, Any]) -> int:
+    def vocabulary(self, config: ConfigJson) -> int:
         return int(config.get("embedding_size") or config["vocab_size"])
 
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
+    def trunk_config(self, keys: ConfigJson) -> PreTrainedConfig:
         no, yes = (False,), (True,)
-        refuse(keys, self.facts, block_type=("llama",), layer_norm_type=("rms",), activation_type=("silu",))
-        refuse(keys, self.facts, alibi=no, attention_layer_norm=no, bias_for_layer_norm=no, include_bias=no)
-        refuse(keys, self.facts, include_qkv_bias=no, input_emb_norm=no, scale_logits=no, block_group_size=(1,))
-        refuse(keys, self.facts, layer_norm_with_affine=yes, clip_qkv=("null",))
-        refuse({"rope": bool(keys.get("rope"))}, self.facts, rope=yes)  # absent, upstream has no rotary positions
-        rope = rope_parameters(keys, self.facts)
-        refuse(rope, self.facts, rope_type=("default",), type=("default",))  # upstream reads no scaling, and has none
+        keys.refuse(block_type=("llama",), layer_norm_type=("rms",), activation_type=("silu",))
+        keys.refuse(alibi=no, attention_layer_norm=no, bias_for_layer_norm=no, include_bias=no)
+        keys.refuse(include_qkv_bias=no, input_emb_norm=no, scale_logits=no, block_group_size=(1,))
+        keys.refuse(layer_norm_with_affine=yes, clip_qkv=("null",))
+        if not keys.get("rope"):  # absent means no rotary positions upstream
+            raise ModelError("config.json: rope = False is not supported for llada; only True is")
+        rope = keys.rope_parameters()
+        ConfigJson(rope, "llada").refuse(rope_type=("default",), type=("default",))  # upstream has no scaling
         heads = keys["n_heads"]
         renamed = {
             "vocab_size": self.vocabulary(keys),
@@ -82,21 +83,21 @@ class LLaDA(TrunkLM):
         }
         return LlamaConfig(**renamed)
 
-    def _tying(self, keys: dict[str, Any]) -> bool:
-        """Whether the head is the embedding, which upstream and transformers call by two names."""
+    def _tying(self, keys: ConfigJson) -> bool:
+        """Read whether the head is the embedding; upstream and transformers have a key each for it."""
         tied, other = keys.get("weight_tying"), keys.get("tie_word_embeddings")
         if not isinstance(tied, bool):
-            raise ModelError(f"config.json: weight_tying = {tied!r}; a config of llada needs true or false here")
+            raise keys.error("weight_tying", "true or false", tied)
         if other not in (None, tied):
             raise ModelError(
-                f"config.json: weight_tying = {tied} and tie_word_embeddings = {other} disagree; the first is LLaDA's "
-                "key: set the second to it, or remove it"
+                f"config.json: weight_tying = {tied} and tie_word_embeddings = {other} disagree; LLaDA reads the "
+                "first: set the second to the same value, or remove it"
             )
         return tied
 
-    def upstream(self, name: str) -> Iterator[Piece]:
+    def upstream(self, name: str) -> Iterator[TensorPiece]:
         module, _, kind = name.rpartition(".")
         if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
-            yield Piece(f"model.transformer.blocks.{layer[1]}.{LAYER_NAMES[layer[2]]}.{kind}", f"lm.{name}")
+            yield TensorPiece(f"model.transformer.blocks.{layer[1]}.{LAYER_NAMES[layer[2]]}.{kind}", f"lm.{name}")
         else:
-            yield Piece(f"model.transformer.{TOP_NAMES[module]}.{kind}", f"lm.{name}")
+            yield TensorPiece(f"model.transformer.{TOP_NAMES[module]}.{kind}", f"lm.{name}")

@@ -1,25 +1,22 @@
 """LLaDA2.x: block attention, no shift, a mixture of experts with a sigmoid router limited to groups of experts.
 
 The architecture is that of transformers' GLM-4-MoE (partial rotary positions, q/k norms, shared experts, first layers
-dense, a bias that steers the choice of experts and not their weights); the published layout fuses q, k and v and stores
-each expert by itself. The router's bias stays in float32 whatever the weights are, as in LLaDA2.1-mini's own file.
+dense, a bias that changes the choice of experts and not their weights). Quirks of the published layout: q, k and v are
+one tensor, each expert has tensors of its own, and the router's bias is float32 whatever dtype the weights have (as in
+LLaDA2.1-mini's file).
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import Facts, LoraTargets, Piece
+from dtrpo_ray.models.base import Facts, LoraTargets, TensorPiece
+from dtrpo_ray.models.config_json import ConfigJson
 from dtrpo_ray.models.trunk import (
     QWEN_LORA,
     QWEN_SIZES,
     TrunkLM,
-    integers,
-    number,
-    refuse,
-    rope_parameters,
     split_experts,
 )
 
@@ -32,8 +29,8 @@ RENAMED = {
 }
 
 
-def _require_groups(keys: dict[str, Any]) -> None:
-    """Raise ModelError for experts that do not fall into groups as the router chooses them."""
+def _require_groups(keys: ConfigJson) -> None:
+    """Raise ModelError if the router cannot choose its experts from groups of equal size."""
     experts, groups, kept, chosen = (keys[k] for k in ("num_experts", "n_group", "topk_group", "num_experts_per_tok"))
     if experts % groups:
         raise ModelError(f"config.json: n_group = {groups} does not divide num_experts = {experts}")
@@ -45,7 +42,7 @@ def _require_groups(keys: dict[str, Any]) -> None:
 
 
 class LLaDA2(TrunkLM):
-    """Block-diffusion mixture of experts. Adapters reach attention, dense and shared MLPs, not the routed experts."""
+    """Block-diffusion mixture of experts. Adapters go on attention, dense and shared MLPs, not on routed experts."""
 
     facts = Facts(
         model_type="llada2_moe",
@@ -72,16 +69,16 @@ class LLaDA2(TrunkLM):
     )
     lora = LoraTargets(QWEN_LORA.attention, QWEN_LORA.mlp)
 
-    def end_tokens(self, config: dict[str, Any]) -> list[int]:
-        # the published config names its end-of-text token as padding alone
-        return integers(config, "eos_token_id", config.get("pad_token_id") or self.facts.eos_id, self.facts)
+    def end_tokens(self, config: ConfigJson) -> list[int]:
+        # the published config names its end-of-text token only as padding
+        return config.integers("eos_token_id", config.get("pad_token_id") or self.facts.eos_id)
 
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
+    def trunk_config(self, keys: ConfigJson) -> PreTrainedConfig:
         no, yes = (False,), (True,)
-        refuse(keys, self.facts, use_bias=no, use_rmsnorm=yes, use_qk_norm=yes, norm_topk_prob=yes, norm_head=no)
-        refuse(keys, self.facts, score_function=("sigmoid",), moe_router_enable_expert_bias=yes, router_dtype=("fp32",))
+        keys.refuse(use_bias=no, use_rmsnorm=yes, use_qk_norm=yes, norm_topk_prob=yes, norm_head=no)
+        keys.refuse(score_function=("sigmoid",), moe_router_enable_expert_bias=yes, router_dtype=("fp32",))
         if keys["num_experts_per_tok"] == 1:  # upstream leaves a single expert's weight as it is; the trunk does not
-            refuse(keys, self.facts, num_experts_per_tok=("2 and more",))
+            keys.refuse(num_experts_per_tok=("2 and more",))
         _require_groups(keys)
         copied = [*self.sizes, "intermediate_size", "first_k_dense_replace", "rms_norm_eps"]
         copied += ["hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings"]
@@ -89,8 +86,8 @@ class LLaDA2(TrunkLM):
         renamed = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
         return Glm4MoeConfig(
             **{renamed.get(key, key): keys[key] for key in copied if keys.get(key) is not None},
-            rope_parameters={**rope_parameters(keys, self.facts), "partial_rotary_factor": self._rotary_factor(keys)},
-            routed_scaling_factor=number(keys, "routed_scaling_factor", self.facts),
+            rope_parameters={**keys.rope_parameters(), "partial_rotary_factor": self._rotary_factor(keys)},
+            routed_scaling_factor=keys.number("routed_scaling_factor"),
             attention_bias=bool(keys.get("use_qkv_bias", False)),
             use_qk_norm=True,
             norm_topk_prob=True,
@@ -98,18 +95,16 @@ class LLaDA2(TrunkLM):
             pad_token_id=None,
         )
 
-    def _rotary_factor(self, keys: dict[str, Any]) -> float:
-        """The share of a head's dimensions that positions turn, which the published config says twice.
+    def _rotary_factor(self, keys: ConfigJson) -> float:
+        """Return the share of a head's dimensions that are rotated.
 
-        transformers 5 saves it within rope_parameters instead.
+        The published config says it twice, as a share and as a count; transformers 5 saves it within rope_parameters.
         """
-        nested = keys.get("rope_parameters") or {}
-        keys = {
-            "partial_rotary_factor": nested.get("partial_rotary_factor"),
-            **{k: v for k, v in keys.items() if v is not None},
-        }
+        if keys.get("partial_rotary_factor") is None:
+            nested = keys.get("rope_parameters") or {}
+            keys = ConfigJson({**keys, "partial_rotary_factor": nested.get("partial_rotary_factor")}, keys.family)
         given = [key for key in ("partial_rotary_factor", "rotary_dim") if keys.get(key) is not None]
-        shares = [number(keys, key, self.facts) for key in given or ["partial_rotary_factor"]]
+        shares = [keys.number(key) for key in given or ["partial_rotary_factor"]]
         shares = [
             share / keys["head_dim"] if key == "rotary_dim" else share for key, share in zip(given, shares, strict=True)
         ]
@@ -118,23 +113,23 @@ class LLaDA2(TrunkLM):
             raise ModelError(f"config.json: {said} with head_dim = {keys['head_dim']}; give one share, of at most 1")
         return shares[0]
 
-    def upstream(self, name: str) -> Iterator[Piece]:
+    def upstream(self, name: str) -> Iterator[TensorPiece]:
         if ".experts." in name:
             yield from split_experts(name, self.config["moe_intermediate_size"], self.config["num_experts"])
         elif any(f".{part}_proj." in name for part in "qkv") and "self_attn" in name:
-            yield self._fused(name)
+            yield self._qkv_piece(name)
         else:
             theirs = name
             for ours, published in RENAMED.items():
                 theirs = theirs.replace(ours, published)
-            yield Piece(theirs, f"lm.{name}")
+            yield TensorPiece(theirs, f"lm.{name}")
 
-    def _fused(self, name: str) -> Piece:
-        """q, k and v are rows of one tensor, all heads of q first."""
+    def _qkv_piece(self, name: str) -> TensorPiece:
+        """Locate q, k or v in the fused tensor: rows in this order, all heads of each together."""
         size, kv_heads = self.config["head_dim"], self.config["num_key_value_heads"]
         stops = [heads * size for heads in (self.config["num_attention_heads"], kv_heads, kv_heads)]
         stem, _, leaf = name.rpartition("self_attn.")
         which = "qkv".index(leaf[0])
         start = sum(stops[:which])
         kind = leaf.rpartition(".")[2]
-        return Piece(f"{stem}attention.query_key_value.{kind}", f"lm.{name}", start, start + stops[which])
+        return TensorPiece(f"{stem}attention.query_key_value.{kind}", f"lm.{name}", start, start + stops[which])

@@ -1,12 +1,12 @@
-"""LoRA through peft on any family: adapters in, the reference as the same policy without them, PEFT files out.
+"""Train LoRA adapters through peft on any family; the same policy without them is the reference.
 
-The adapters sit on the trunk's linear modules; what is written names the modules of the published layout, so that
-peft finds them in the release's own code.
+The adapters sit on the trunk's linear modules. Saved files name the modules of the published layout, so that peft
+finds them in the release's own code.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dtrpo_ray.config.train import LoraConfig
 from dtrpo_ray.errors import ConfigError, ModelError
-from dtrpo_ray.models.base import DiffusionLM, Piece
+from dtrpo_ray.models.base import DiffusionLM, TensorPiece
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
@@ -26,16 +26,16 @@ CAUSAL = {"AutoModelForCausalLM": ""}  # how a release without remote code loads
 
 
 def _peft() -> Any:
-    """The library, where it is needed: a second of import in every process that trains or decodes without adapters."""
+    """Import the library on demand: it takes a second that processes without adapters need not spend."""
     import peft
 
     return peft
 
 
 def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
-    """The names of linear modules that `config.targets` means in this family.
+    """Return the names of the linear modules that `config.targets` means in this family.
 
-    Raises ConfigError where a part of them takes no adapters: what is asked for is never narrowed in silence.
+    Raises ConfigError if some of them take no adapters, rather than train fewer than were asked for.
     """
     parts = {
         "attention": model.lora.attention,
@@ -59,7 +59,7 @@ def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
 
 
 def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
-    """Freeze the model and put trainable adapters on it, which change nothing until they are trained (B is zero).
+    """Freeze the model and add trainable adapters, which change nothing before training (B is zero).
 
     The same seed gives the same adapters on every rank.
     """
@@ -68,20 +68,20 @@ def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
     model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # into our model, not into the trunk: peft rewrites the targets of a mixture of experts that it recognises
+        # not into the trunk itself: peft rewrites the targets of a mixture of experts that it recognises
         peft.inject_adapter_in_model(adapters, model, NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
 
 
 def _layers(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
-    """peft's layers: a linear module with its adapters."""
+    """Iterate over peft's layers: linear modules with their adapters."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 @contextmanager
 def adapters_off(model: DiffusionLM) -> Iterator[None]:
-    """Inside, the model is the base it was."""
+    """Run the model as the base that it was."""
     # peft's own switch also turns requires_grad off and on, which DeepSpeed's hooks read
     layers = [layer for _, layer in _layers(model)]
     for layer in layers:
@@ -119,18 +119,19 @@ def merge_adapters(model: DiffusionLM) -> None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds a PEFT adapter instead of a model."""
+    """Return True if a directory holds a PEFT adapter instead of a model."""
     return (path / ADAPTER_CONFIG).is_file()
 
 
 def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
-    """Make `copy`, a skeleton of the same model, the base with a PEFT adapter of `path` on it. The base stays as it is,
-    and its weights are in both: an adapted model costs its adapter alone.
+    """Make `copy`, a skeleton of the base, the base with the PEFT adapter of `path` on it.
 
-    Raises ModelError for a file that is missing, another method than LoRA, and tensors that do not fit the base.
+    The two share the base's weights, so an adapted model costs only its adapter; the base is not changed.
+
+    Raises ModelError for a missing file, for other methods than LoRA, and for tensors that do not fit the base.
     """
     config, tensors = _read_adapter(path)
-    parts: dict[str, list[Piece]] = {}
+    parts: dict[str, list[TensorPiece]] = {}
     for piece in base.pieces():
         parts.setdefault(piece.upstream.removesuffix(".weight"), []).append(piece)
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
@@ -165,9 +166,9 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     copy.requires_grad_(False)
 
 
-def _read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_adapter(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     try:
-        config: dict[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text())
+        config: Mapping[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text())
         tensors = load_file(path / ADAPTER_FILE)
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
@@ -177,24 +178,25 @@ def _read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _alpha(config: dict[str, Any], module: str, rank: int) -> float:
-    """`lora_alpha` of a module, at the rank that its tensors have."""
-    found = [a for name, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
-    return float(found[0] if found else config["lora_alpha"]) * rank / _rank(config, module)
+def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return a module's `lora_alpha`, scaled to the rank of its tensors."""
+    trained = _setting(config, module, "rank_pattern", "r")
+    return _setting(config, module, "alpha_pattern", "lora_alpha") * rank / trained
 
 
-def _rank(config: dict[str, Any], module: str) -> int:
-    found = [r for name, r in config.get("rank_pattern", {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
-    return int(found[0] if found else config["r"])
+def _setting(config: Mapping[str, Any], module: str, pattern: str, default: str) -> float:
+    """Look up a setting by the first pattern that matches the module, or its default."""
+    found = [v for name, v in config.get(pattern, {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
+    return float(found[0] if found else config[default])
 
 
 def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder; `base` is named in it.
+    """Write `adapter_model.safetensors` and `adapter_config.json`, which names `base`, into an existing folder.
 
-    Where the published layout fuses what is several modules here (LLaDA2's q, k and v), the adapters become one of
-    their joint rank: A stacked, B block-diagonal, the same product.
+    If the published layout fuses several of our modules (LLaDA2's q, k and v), their adapters become one of their
+    joint rank with the same product: A stacked, B block-diagonal.
     """
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorPiece]] = {}
     for piece in model.pieces():
         pieces.setdefault(piece.upstream, []).append(piece)
     layers = {f"{name}.weight": layer for name, layer in _layers(model)}
@@ -220,7 +222,7 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         rank_pattern=ranks,
         alpha_pattern={name: config.alpha * (rank // config.rank) for name, rank in ranks.items()},
         base_model_name_or_path=base,
-        # peft asks a causal model for a method of generation, which Dream's class, an AutoModel, does not have
+        # peft requires a generation method of a causal model; Dream's class, an AutoModel, has none
         task_type="CAUSAL_LM" if "AutoModelForCausalLM" in model.config.get("auto_map", CAUSAL) else None,
         inference_mode=True,
     )

@@ -1,7 +1,8 @@
-"""A model directory -> a `DiffusionLM`, and back. Safetensors only; no code from the directory is ever run."""
+"""Load a `DiffusionLM` from a model directory, and save it. Safetensors only; code in the directory is never run."""
 
 import json
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.config_json import ConfigJson, read_json
 from dtrpo_ray.models.tokenizer import Declared, declared_ids
 from dtrpo_ray.models.weights import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
 
-# config.json's model_type -> module:class, imported on demand; a new family is a file here and a line
+# config.json's model_type -> module:class, imported on demand; a new family is one file and one line here
 FAMILIES = {
     "sdar": "dtrpo_ray.models.sdar:SDAR",
     "sdar_moe": "dtrpo_ray.models.sdar_moe:SDARMoe",
@@ -24,13 +26,13 @@ FAMILIES = {
 
 
 def family(model_type: str) -> type[DiffusionLM]:
-    """The class of a family. Raises KeyError for an unknown one."""
+    """Import the class of a family. Raises KeyError for an unknown one."""
     found: type[DiffusionLM] = pkgutil.resolve_name(FAMILIES[model_type])
     return found
 
 
-def detect(config: dict[str, Any]) -> type[DiffusionLM]:
-    """The family of a `config.json`. Raises ModelError for an unknown one, or one that contradicts itself."""
+def detect(config: Mapping[str, Any]) -> type[DiffusionLM]:
+    """Return the family of a `config.json`. Raises ModelError for an unknown or contradictory one."""
     known = ", ".join(FAMILIES)
     if str(config.get("model_type")) not in FAMILIES:
         raise ModelError(
@@ -46,16 +48,16 @@ def detect(config: dict[str, Any]) -> type[DiffusionLM]:
     return cls
 
 
-def build_model(config: dict[str, Any], seed: int = 0) -> DiffusionLM:
-    """A randomly initialised model of a `config.json`; the same seed gives the same weights."""
+def build_model(config: Mapping[str, Any], seed: int = 0) -> DiffusionLM:
+    """Build a randomly initialised model of a `config.json`; the same seed gives the same weights."""
     cls = detect(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(config)
 
 
-def skeleton(config: dict[str, Any]) -> DiffusionLM:
-    """The model of a `config.json` without weights (on the meta device): its numbers, names and shapes."""
+def skeleton(config: Mapping[str, Any]) -> DiffusionLM:
+    """Build the model of a `config.json` without weights, on the meta device."""
     cls = detect(config)
     with torch.device("meta"):
         return cls(config)
@@ -66,8 +68,8 @@ def load_model(
 ) -> DiffusionLM:
     """Load `config.json` and the safetensors of a directory straight into `dtype` on `device`.
 
-    With `sharding` (ZeRO-3) every rank keeps its part alone. Raises ModelError for a missing file, pickled weights,
-    missing, surplus or misshapen tensors, by name, and a tokenizer of another model beside the weights.
+    With `sharding` (ZeRO-3) every rank keeps only its part. Raises ModelError for a missing file, pickled weights,
+    missing, surplus or misshapen tensors, and a tokenizer that belongs to another model.
     """
     model = skeleton_of(path, sharding)
     load_weights(model, path, dtype, device, sharding)
@@ -76,16 +78,16 @@ def load_model(
 
 
 def skeleton_of(path: Path, sharding: Sharding | None = None) -> DiffusionLM:
-    """The model of a directory without its weights (on the meta device, or as `sharding` builds it).
+    """Build the model of a directory without its weights (on the meta device, or as `sharding` builds it).
 
-    Raises ModelError where config.json, the tokenizer files and generation_config.json are not of one model.
+    Raises ModelError if config.json, the tokenizer files and generation_config.json are not of one model.
     """
     config = read_config(path)
     cls = detect(config)
     declared = declared_ids(path)
     if config.get("mask_token_id") is None and (cls.facts.mask_id or 0) >= config.get("vocab_size", 0):
-        # a family whose config names no mask token, in another size than published: its tokenizer knows
-        config |= {"mask_token_id": declared.mask} if declared.mask is not None else {}
+        # the config names no mask token, and the vocabulary is smaller than the release's: ask the tokenizer
+        config["mask_token_id"] = declared.mask
     with sharding.build() if sharding else torch.device("meta"):
         model = cls(config)
     model.other_ends |= generation_ends(path, model.vocab_size)
@@ -114,12 +116,12 @@ def _require_own_tokenizer(path: Path, declared: Declared, model: DiffusionLM) -
 
 
 def generation_ends(path: Path, vocab_size: int) -> frozenset[int]:
-    """The tokens that end a response by a directory's `generation_config.json`: its eos_token_id, one id or a list.
+    """Read the end tokens of a directory's `generation_config.json`: its eos_token_id, one id or a list.
 
     Raises ModelError for anything else, and for an id outside the vocabulary.
     """
     file = path / "generation_config.json"
-    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    value = read_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
@@ -134,33 +136,24 @@ def save_model(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_
     save_weights(model, path, max_shard_bytes)
     config = dict(model.config)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}  # what other loaders read it as
+    config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}  # other loaders read the weights in it
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy what stands beside the weights: tokenizer, chat template, generation defaults, the release's own code
-    (which is never run here). Not copied: weights of any format, their index, `config.json`, folders, a model card."""
+    """Copy tokenizer, chat template, generation defaults and the release's own code (never run here) to `out`.
+
+    Weights of any format, their index, `config.json`, folders and the model card stay behind.
+    """
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.name not in ("config.json", "README.md"):
             (out / file.name).write_bytes(file.read_bytes())
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a model directory."""
+def read_config(path: Path) -> ConfigJson:
+    """Read the `config.json` of a model directory."""
     if not (path / "config.json").exists():
         hub = f"; if it is a hub id: hf download {path} --local-dir models/{path.name}" if len(path.parts) == 2 else ""
         raise ModelError(f"{path}: not a model directory (no config.json){'' if path.exists() else hub}")
-    return read_json(path / "config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a model directory. Raises ModelError naming the file."""
-    try:
-        value = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: not a JSON object; fetch the file again")
-    return value
+    return ConfigJson(read_json(path / "config.json"))

@@ -1,13 +1,13 @@
-"""SDAR and TraDo: a Qwen3 trunk with block attention, mask token, no logit shift. The demo's tiny model too.
+"""SDAR and TraDo: a Qwen3 trunk with block attention, mask token, no logit shift.
 
 The trunk is transformers' own Qwen3; the config keys and tensor names on disk are SDAR's (`model_type: "sdar"`,
-`block_size`, `mask_token_id`), so a tiny checkpoint is the upstream layout with smaller numbers.
+`block_size`, `mask_token_id`). The demo's tiny model is one too: the upstream layout with smaller numbers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import Facts
@@ -32,18 +32,13 @@ class SDAR(TrunkLM):
         sources=("JetAstra/SDAR: config.json and modeling_sdar.py of SDAR-4B-Chat", "Gen-Verse/dLLM-RL: generate.py"),
     )
     trunk = Qwen3ForCausalLM
+    mask_by_layer_type = True
     sizes = (*QWEN_SIZES, "block_size")
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         if config.get("block_size") is None:
             raise ModelError(
                 'config.json: block_size = None; add "block_size": 4 for SDAR-Chat and TraDo, or the N of a release '
                 "that ends in -bN"
             )
         super().__init__(config)
-
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
-        return Qwen3Config(**keys)
-
-    def trunk_mask(self, mask: Tensor) -> Any:
-        return {"full_attention": mask}

@@ -1,20 +1,19 @@
 """SDAR-MoE (SDAR-30B-A3B): SDAR on transformers' Qwen3-MoE trunk, whose experts are stacked in memory.
 
-Its published config.json names neither a block size nor a mask token; block size 4 and mask 151669 are those of the
-release's own generation script and tokenizer. A release with other blocks needs `block_size` in its config.json.
+Quirks of the release: its config.json names neither block size nor mask token; 4 and 151669 come from its generation
+script and tokenizer. A release with other blocks needs `block_size` in its config.json.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-from transformers import PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
-from dtrpo_ray.models.base import Facts, LoraTargets, Piece
+from dtrpo_ray.models.base import Facts, LoraTargets, TensorPiece
 from dtrpo_ray.models.trunk import QWEN_LORA, QWEN_SIZES, TrunkLM, split_experts
 
 
 class SDARMoe(TrunkLM):
-    """Block-diffusion Qwen3-MoE. Adapters reach its attention; the routed experts are no linear modules."""
+    """Block-diffusion Qwen3-MoE. Adapters go on attention only: the routed experts are no linear modules."""
 
     facts = Facts(
         model_type="sdar_moe",
@@ -37,10 +36,7 @@ class SDARMoe(TrunkLM):
     sizes = (*QWEN_SIZES, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
     lora = LoraTargets(QWEN_LORA.attention, ())
 
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
-        return Qwen3MoeConfig(**keys)
-
-    def upstream(self, name: str) -> Iterator[Piece]:
+    def upstream(self, name: str) -> Iterator[TensorPiece]:
         if ".experts." not in name:
             return super().upstream(name)
         return split_experts(name, self.config["moe_intermediate_size"], self.config["num_experts"])

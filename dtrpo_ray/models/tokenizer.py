@@ -1,8 +1,7 @@
-"""Text <-> ids, with the prompt/response boundary exact: both sides are tokenized apart and joined as ids."""
+"""Load tokenizers, and encode prompts and responses apart, so that the boundary between them is exact."""
 
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -16,17 +15,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging as hf_logging
 
 from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.models.config_json import read_json
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
-# SDAR's (two spellings), Fast-dLLM v2's (the pipes outside), Dream's and LLaDA2's, LLaDA's
+# the spellings of SDAR (two), Fast-dLLM v2 (the pipes outside), Dream and LLaDA2, LLaDA
 MASK_SPELLINGS = (MASK, "<MASK>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
 
-QWEN2_BY_ANOTHER_NAME = ("DreamTokenizer",)  # a copy of Qwen2's class that a release ships as remote code
-PROBE = "assistant-answer"  # an assistant's turn that no template writes by itself
+QWEN2_COPIES = ("DreamTokenizer",)  # copies of Qwen2's class that releases ship as remote code
+PROBE = "assistant-answer"  # stands for an assistant's turn; no template writes it by itself
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters plus end-of-sequence and mask, for puzzle tasks."""
+    """Make a tokenizer of single characters plus end-of-sequence and mask, for puzzle tasks."""
     vocab = {token: i for i, token in enumerate([*alphabet, EOS, MASK])}
     backend = Tokenizer(WordLevel(vocab))
     backend.pre_tokenizer = Split(Regex("."), "isolated")
@@ -37,27 +37,22 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, without remote code. Raises ModelError if there is none."""
+    """Load the tokenizer of a directory, without remote code. Raises ModelError if there is none."""
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # it would warn of a model_type that is ours to know
+    hf_logging.set_verbosity_error()  # it warns of model types that transformers does not know
     try:
-        if _named_class(path) in QWEN2_BY_ANOTHER_NAME:
+        if read_json(path / "tokenizer_config.json").get("tokenizer_class") in QWEN2_COPIES:
             return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a broken file gives anything from KeyError to the tokenizers library's bare Exception
+    except Exception as error:  # broken files raise anything from KeyError to the tokenizers library's bare Exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: no usable tokenizer ({reason})") from None
     finally:
         hf_logging.set_verbosity(verbosity)
 
 
-def _named_class(path: Path) -> str | None:
-    file = path / "tokenizer_config.json"
-    return json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
-
-
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the mask token: declared, or one of MASK_SPELLINGS. Raises ModelError if there is none."""
+    """Return the id of the mask token: declared, or one of MASK_SPELLINGS. Raises ModelError if there is none."""
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
     for spelling in MASK_SPELLINGS:
@@ -67,16 +62,16 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-sequence token. Raises ModelError if there is none."""
+    """Return the id of the end-of-sequence token. Raises ModelError if there is none."""
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token; name one as eos_token in tokenizer_config.json")
     return int(tokenizer.eos_token_id)
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that the chat template writes after an assistant's turn.
+    """Return the id of the token that the chat template writes after an assistant's turn.
 
-    None where there is no template, where it takes no assistant's turn, and where plain text ends one.
+    None if there is no template, if it refuses an assistant's turn, or if plain text ends one.
     """
     if tokenizer.chat_template is None:
         return None
@@ -91,7 +86,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """What text must not hold, since it would be read as control tokens: the special ones and the mask."""
+    """Return a pattern of the special tokens and the mask: text that matches would be read as control tokens."""
     flagged = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     mask = str(tokenizer.convert_ids_to_tokens(mask_token_id(tokenizer)))
     return re.compile(_any_of({*tokenizer.all_special_tokens, *flagged, mask}))
@@ -103,7 +98,7 @@ def _any_of(tokens: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What the tokenizer files of a directory say of ids, read as JSON alone; None where they say nothing."""
+    """The ids that a directory's tokenizer files declare, read as plain JSON; None means not declared."""
 
     added: dict[str, int]
     mask: int | None
@@ -111,49 +106,39 @@ class Declared:
 
 
 def declared_ids(path: Path) -> Declared:
-    """The ids of a directory's added tokens. Raises ModelError where two files disagree."""
+    """Read the ids of a directory's added tokens. Raises ModelError if two files disagree."""
     added: dict[str, int] = {}
     for name, tokens in ADDED_TOKENS.items():
-        for token, token_id in tokens(_read_json(path / name)):
+        for token, token_id in tokens(read_json(path / name)):
             if added.setdefault(token, token_id) != token_id:
                 raise ModelError(f"{path}: the tokenizer files give {token!r} two ids: {added[token]}, {token_id}")
     masks = sorted({token_id for token, token_id in added.items() if token in MASK_SPELLINGS})
     if len(masks) > 1:
         raise ModelError(f"{path}: the tokenizer files give the mask token two ids: {masks}")
-    eos = _read_json(path / "tokenizer_config.json").get("eos_token")
+    eos = read_json(path / "tokenizer_config.json").get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     return Declared(added, masks[0] if masks else None, added.get(str(eos)))
 
 
 # file -> (token, id) of the added tokens in it
-ADDED_TOKENS: dict[str, Callable[[dict[str, Any]], Iterable[tuple[str, int]]]] = {
+ADDED_TOKENS: dict[str, Callable[[Mapping[str, Any]], Iterable[tuple[str, int]]]] = {
     "tokenizer_config.json": lambda r: ((t["content"], int(i)) for i, t in r.get("added_tokens_decoder", {}).items()),
     "added_tokens.json": lambda record: record.items(),
     "tokenizer.json": lambda record: ((token["content"], token["id"]) for token in record.get("added_tokens", [])),
 }
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: not valid JSON ({error})") from None
-    return record
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         return list(tokenizer.encode(text, add_special_tokens=False))
-    except Exception as error:  # the tokenizers library raises no narrower one for text it has no token for
+    except Exception as error:  # the tokenizers library raises a bare Exception for text without tokens
         raise DataError(f"the tokenizer cannot encode the text {text[:40]!r} ({error})") from None
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text without special tokens: what calling the tokenizer gives, in half the time.
+    """Return the ids of each text without special tokens, in half the time that calling the tokenizer takes.
 
-    transformers also notes where each token stood and makes masks, of which nothing here has a use.
+    The saved half is transformers' token offsets and masks, which are not used here.
     """
     if not texts:
         return []
@@ -167,15 +152,15 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Prompt ids: messages go through the chat template with the assistant's opening, text is taken as it is.
+    """Return prompt ids: messages go through the chat template with the assistant's opening, text stays as it is.
 
-    Raises DataError for text the tokenizer has no token for and messages the template refuses.
+    Raises DataError for text without tokens and for messages that the template refuses.
     """
-    return _encode(tokenizer, rendered(tokenizer, prompt))
+    return _encode(tokenizer, render_prompt(tokenizer, prompt))
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
-    """The text of a prompt: its own, or its messages in the chat template with the assistant's opening."""
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
+    """Return a prompt's text: its own, or its messages in the chat template with the assistant's opening."""
     if isinstance(prompt, str):
         return prompt
     if tokenizer.chat_template is None:
@@ -186,19 +171,19 @@ def rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, st
         raise DataError(f"the chat template refuses the messages ({error})") from None
 
 
-def rendered_all(
+def render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]
 ) -> tuple[list[str], dict[int, str]]:
-    """Each conversation as `rendered` gives it, all in one call, and why those that are refused (here "") are so."""
+    """Render conversations in one call; return their texts ("" if refused) and {place: reason} of the refused."""
     try:
         if tokenizer.chat_template is not None and conversations:
             return list(tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)), {}
-    except TemplateError:  # one conversation spoils the call: find it
+    except TemplateError:  # one bad conversation fails the whole call: find it
         pass
     texts, refused = [""] * len(conversations), dict[int, str]()
     for place, conversation in enumerate(conversations):
         try:
-            texts[place] = rendered(tokenizer, conversation)
+            texts[place] = render_prompt(tokenizer, conversation)
         except DataError as error:
             refused[place] = str(error)
     return texts, refused
@@ -207,11 +192,11 @@ def rendered_all(
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, response: str, prompt_len: int, block_size: int, end: int | None
 ) -> list[int]:
-    """Response ids up to the end of the terminal block on the global grid.
+    """Return response ids up to the end of the terminal block on the global grid.
 
-    The token `end` follows the text: `turn_end_id` in a chat, else `eos_token_id`; None where the text has a fixed
-    length. What is left of the block is filled with end-of-sequence tokens, supervised like any other (as LLaDA's SFT
-    does), so that sampler and trainer agree on the terminal block.
+    The token `end` follows the text: `turn_end_id` in a chat, else `eos_token_id`; None if the text has a fixed
+    length. The rest of the block is end-of-sequence tokens, trained like any other (as in LLaDA's SFT), so that
+    sampler and trainer agree on the terminal block.
     """
     ids = _encode(tokenizer, response) + ([] if end is None else [end])
     return ids + [eos_token_id(tokenizer)] * (-(prompt_len + len(ids)) % block_size)

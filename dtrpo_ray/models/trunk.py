@@ -1,11 +1,10 @@
-"""What the families share: a causal language model of transformers, run with explicit positions and masks.
+"""Run a causal language model of transformers, the trunk of every family, with explicit positions and masks.
 
-A family says which trunk class it is, how its config keys read (`trunk_config`) and, where names or shapes differ,
-how its tensors map (`pieces`). The trunk's own causal mask, its training forward and remote code are never used.
+A family names its trunk class, converts its config keys (`trunk_config`) and, if names or shapes differ, maps its
+tensors (`upstream`). The trunk's own causal mask, its training forward and remote code are never used.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from inspect import signature
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import DiffusionLM, Facts, LoraTargets, Piece
+from dtrpo_ray.models.base import DiffusionLM, LoraTargets, TensorPiece
+from dtrpo_ray.models.config_json import ConfigJson
 
 QWEN_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-# kept from the trunk; a pad token too: torch would freeze its embedding at zero, and most configs pad with the
-# end-of-sequence token, which is text (our rows are padded by the attention mask)
-NOT_OF_THE_TRUNK = (
+# keys that the trunk must not see. pad_token_id among them: torch would freeze its embedding at zero, and most configs
+# pad with the end-of-sequence token, which is text (our rows are padded by the attention mask)
+HIDDEN_KEYS = (
     "architectures", "attn_implementation", "auto_map", "dtype", "model_type", "pad_token_id", "torch_dtype",
     "transformers_version", "_name_or_path",
 )  # fmt: skip
@@ -28,35 +28,42 @@ QWEN_LORA = LoraTargets(("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", 
 
 
 class TrunkLM(DiffusionLM):
-    """A family on a trunk of transformers: `lm.model` gives hidden states, `lm.lm_head` logits."""
+    """A family on a trunk of transformers: `lm.model` computes hidden states, `lm.lm_head` logits."""
 
     trunk: type[PreTrainedModel]
+    mask_by_layer_type = False  # True: the trunk takes a finished mask only in a dict, by kind of layer
     sizes: tuple[str, ...] = QWEN_SIZES
     lora = QWEN_LORA
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         facts = self.facts
-        require_sizes(config, self.sizes, facts)
-        self.config = dict(config)
+        self.config = config = ConfigJson(config, facts.model_type)
+        config.require_sizes(self.sizes)
         self.vocab_size = self.vocabulary(config)
-        self.mask_id = integer(config, "mask_token_id", facts.mask_id, facts)
+        self.mask_id = config.integer("mask_token_id", facts.mask_id)
         self.eos_id, *others = self.end_tokens(config)
         self.other_ends = frozenset(others)
-        self.block_size = integer(config, facts.block_key, facts.block_size, facts)
+        self.block_size = config.integer(facts.block_key, facts.block_size)
         self.attention, self.block_origin, self.shift = facts.attention, facts.block_origin, facts.shift
         if self.block_size < 1:
-            raise ModelError(
-                f"config.json: {facts.block_key} = {self.block_size}; {_kind(facts)} needs at least 1 here"
-            )
+            raise config.error(facts.block_key, "at least 1", self.block_size)
         whole = min(facts.small_block_size or self.block_size, self.block_size)
-        self.small_block_size = integer(config, "small_block_size", whole, facts)
+        self.small_block_size = config.integer("small_block_size", whole)
+        self._require_supported()
+        self.lm = self.trunk(self._trunk_config())
+        # transformers renames the argument within version 5
+        named = signature(self.lm.model.forward).parameters
+        self.cache_name = "cache" if "cache" in named else "past_key_values"
+
+    def _require_supported(self) -> None:
+        config = self.config
         if self.small_block_size < 1 or self.block_size % self.small_block_size:
             raise ModelError(
-                f"config.json: small_block_size = {self.small_block_size} does not divide {facts.block_key} = "
+                f"config.json: small_block_size = {self.small_block_size} does not divide {self.facts.block_key} = "
                 f"{self.block_size}; give one that does, or {self.block_size} to decode by whole blocks"
             )
-        ends = (("eos_token_id", token) for token in (self.eos_id, *others))
+        ends = (("eos_token_id", token) for token in self.end_tokens(config))
         for key, token in (("mask_token_id", self.mask_id), *ends):
             if not 0 <= token < self.vocab_size:
                 raise ModelError(
@@ -70,68 +77,65 @@ class TrunkLM(DiffusionLM):
                 f"config.json: layer_types names {min(odd)!r}, which is not supported; every layer sees the whole mask "
                 "(full_attention)"
             )
-        rope_parameters(config, facts)  # whose base has no default here
+        config.rope_parameters()  # raises: rope_theta has no default
+
+    def _trunk_config(self) -> PreTrainedConfig:
         try:
-            # a copy: transformers writes into the nested rope_scaling, which is saved as it was read
-            keys = deepcopy({k: v for k, v in config.items() if k not in NOT_OF_THE_TRUNK})
-            trunk = self.trunk_config({**keys, "attn_implementation": "sdpa"})
+            # a copy: transformers writes into the nested rope_scaling, and ours is saved as it was read
+            keys = deepcopy({k: v for k, v in self.config.items() if k not in HIDDEN_KEYS})
+            trunk = self.trunk_config(ConfigJson({**keys, "attn_implementation": "sdpa"}, self.facts.model_type))
             # the grouped kernel refuses weights that start at odd addresses, as those gathered by ZeRO-3 do
             trunk._experts_implementation = "eager"
+            return trunk
         except ModelError:
             raise
         except Exception as error:  # transformers checks its configs with a library of its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(f"config.json: not a config of the {facts.trunk} trunk ({reason})") from None
-        self.lm = self.trunk(trunk)
-        # transformers renames the argument within version 5
-        named = signature(self.lm.model.forward).parameters
-        self.cache_name = "cache" if "cache" in named else "past_key_values"
+            raise ModelError(f"config.json: not a config of the {self.facts.trunk} trunk ({reason})") from None
 
-    def vocabulary(self, config: dict[str, Any]) -> int:
-        """Rows of the embedding."""
+    def vocabulary(self, config: ConfigJson) -> int:
+        """Return the rows of the embedding."""
         return int(config["vocab_size"])
 
-    def end_tokens(self, config: dict[str, Any]) -> list[int]:
-        """The tokens that end a response, `eos_id` first."""
-        return integers(config, "eos_token_id", self.facts.eos_id, self.facts)
+    def end_tokens(self, config: ConfigJson) -> list[int]:
+        """Return the tokens that end a response, `eos_id` first."""
+        return config.integers("eos_token_id", self.facts.eos_id)
 
-    @abstractmethod
-    def trunk_config(self, keys: dict[str, Any]) -> PreTrainedConfig:
-        """The trunk's config from the family's config keys, without those no trunk reads."""
+    def trunk_config(self, keys: ConfigJson) -> PreTrainedConfig:
+        """Convert the family's config keys, without HIDDEN_KEYS, to the trunk's config; by default unchanged."""
+        config_class: Any = self.trunk.config_class
+        config: PreTrainedConfig = config_class(**keys)
+        return config
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding, and so no tensor of the checkpoint."""
+        """True if the output head is the embedding, and so no tensor of the checkpoint."""
         return bool(self.lm.config.tie_word_embeddings)
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: object | None = None) -> Tensor:
         # a mask of four axes, or a dict of masks by kind of layer, bypasses the trunk's own causal mask
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make this of it, and keep it
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # convert once: every layer would, and keep its copy
             mask = torch.zeros_like(mask, dtype=self.lm.dtype).masked_fill_(~mask, float("-inf"))
         kept = {} if cache is None else {self.cache_name: cache}
         return self.lm.model(
             input_ids=ids_BT,
             position_ids=positions_BT,
-            attention_mask=self.trunk_mask(mask),
+            attention_mask={"full_attention": mask} if self.mask_by_layer_type else mask,
             use_cache=cache is not None,
             **kept,
         ).last_hidden_state
 
-    def trunk_mask(self, mask: Tensor) -> Any:
-        """The mask as the trunk takes a finished one."""
-        return mask
-
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm.lm_head(hidden)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[TensorPiece]:
         for name in self.lm.state_dict():
             if not (self.tied and name == "lm_head.weight") and ".lora_" not in name:
-                yield from self.upstream(name.replace(".base_layer.", "."))  # a weight under an adapter is itself
+                yield from self.upstream(name.replace(".base_layer.", "."))  # an adapted weight keeps its name
 
-    def upstream(self, name: str) -> Iterator[Piece]:
-        """The pieces of one tensor of the trunk, in the order of its elements; by default its upstream twin."""
-        yield Piece(name, f"lm.{name}")
+    def upstream(self, name: str) -> Iterator[TensorPiece]:
+        """Return the pieces of one tensor of the trunk, in the order of its elements; by default the same name."""
+        yield TensorPiece(name, f"lm.{name}")
 
     def tied_tensors(self) -> tuple[str, str] | None:
         if not self.tied:
@@ -140,8 +144,10 @@ class TrunkLM(DiffusionLM):
         return head.upstream, embedding.upstream
 
     def finish(self, device: torch.device | str) -> None:
-        """Tie the head, and compute the rotary frequencies anew in float32: a model built on the meta device has
-        none, and ZeRO-3 rounds what is computed while it builds."""
+        """Tie the head, and compute the rotary frequencies in float32.
+
+        A model built on the meta device has no frequencies, and ZeRO-3 rounds those computed while it builds.
+        """
         if self.tied:
             self.lm.lm_head.weight = self.lm.model.embed_tokens.weight
         for module in self.modules():
@@ -161,69 +167,12 @@ class TrunkLM(DiffusionLM):
         return self
 
 
-def integer(config: dict[str, Any], key: str, default: int | None, facts: Facts) -> int:
-    """An integer of `config.json`, or the family's constant where the key is absent or null."""
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ModelError(f"config.json: {key} = {value!r}; {_kind(facts)} needs an integer here")
-    return value
-
-
-def integers(config: dict[str, Any], key: str, default: int | None, facts: Facts) -> list[int]:
-    """As `integer`, where the key may also hold a list of them."""
-    value = config.get(key)
-    if not isinstance(value, list):
-        return [integer(config, key, default, facts)]
-    if not value:
-        raise ModelError(f"config.json: {key} = []; {_kind(facts)} needs at least one id here")
-    return [integer({key: each}, key, None, facts) for each in value]
-
-
-def number(config: dict[str, Any], key: str, facts: Facts) -> float:
-    """A positive number of `config.json` for which no default stands in: a guess would load, and compute noise."""
-    value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ModelError(
-            f"config.json: {key} = {value!r}; {_kind(facts)} needs a number above 0 here; copy it from the release's"
-        )
-    return float(value)
-
-
-def rope_parameters(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    """The rotary positions as transformers 5 says them; `rope_theta` may be a key of its own, as it was before."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {"rope_type": "default"}
-    theta = given.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
-    return {**given, "rope_theta": number({"rope_theta": theta}, "rope_theta", facts)}
-
-
-def require_sizes(config: dict[str, Any], keys: tuple[str, ...], facts: Facts) -> None:
-    """Raise ModelError for a size that is absent, no integer, or below 1."""
-    for key in keys:
-        if integer(config, key, None, facts) < 1:
-            raise ModelError(f"config.json: {key} = {config[key]}; {_kind(facts)} needs at least 1 here")
-
-
-def refuse(config: dict[str, Any], facts: Facts, **supported: tuple[Any, ...]) -> None:
-    """Raise ModelError for a key whose value changes the architecture; absent and null mean the first one."""
-    for key, allowed in supported.items():
-        value = config.get(key)
-        if value is not None and value not in allowed:
-            known = " or ".join(repr(a) for a in allowed)
-            raise ModelError(f"config.json: {key} = {value!r} is not supported for {facts.model_type}; only {known} is")
-
-
-def split_experts(name: str, width: int, count: int) -> Iterator[Piece]:
-    """Pieces of a trunk's stacked experts: gate over up [experts, 2 * width, H], or down [experts, H, width]."""
+def split_experts(name: str, width: int, count: int) -> Iterator[TensorPiece]:
+    """Split a trunk's stacked experts: gate over up [experts, 2 * width, H], or down [experts, H, width]."""
     stem, _, kind = name.rpartition(".")
     for expert in range(count):
         if kind == "down_proj":
-            yield Piece(f"{stem}.{expert}.down_proj.weight", f"lm.{name}", at=(expert,))
+            yield TensorPiece(f"{stem}.{expert}.down_proj.weight", f"lm.{name}", at=(expert,))
         else:
-            yield Piece(f"{stem}.{expert}.gate_proj.weight", f"lm.{name}", at=(expert, slice(0, width)))
-            yield Piece(f"{stem}.{expert}.up_proj.weight", f"lm.{name}", at=(expert, slice(width, 2 * width)))
-
-
-def _kind(facts: Facts) -> str:
-    return f"a config of {facts.model_type}"
+            yield TensorPiece(f"{stem}.{expert}.gate_proj.weight", f"lm.{name}", at=(expert, slice(0, width)))
+            yield TensorPiece(f"{stem}.{expert}.up_proj.weight", f"lm.{name}", at=(expert, slice(width, 2 * width)))

@@ -1,4 +1,4 @@
-"""Safetensors files <-> the tensors of a model, one tensor at a time and never two copies of the whole.
+"""Load and save a model's tensors as safetensors files, one tensor at a time, never with two copies of the model.
 
 A checkpoint is `model.safetensors`, or the shards that `model.safetensors.index.json` names. Names and shapes are
 compared before a single weight is read.
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import DiffusionLM, Piece
+from dtrpo_ray.models.base import DiffusionLM, TensorPiece
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face shards
@@ -24,32 +24,32 @@ COMPARED_ROWS = 4096
 
 
 class Sharding(Protocol):
-    """How parameters are split over ranks while a model is built and filled (ZeRO-3; see `backend`)."""
+    """The split of parameters over ranks while a model is built and filled (ZeRO-3; see `backend`)."""
 
     rank: int
 
     def build(self) -> AbstractContextManager[Any]:
-        """Modules made inside hold only this rank's part of each parameter."""
+        """Return a context in which new modules hold only this rank's part of each parameter."""
         ...
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        """The parameters are whole inside; what rank 0 writes there, every rank keeps its part of."""
+        """Return a context in which parameters are whole; every rank then keeps its part of what rank 0 wrote."""
         ...
 
 
 class Shards:
-    """The tensors of a model directory: names and shapes at once, values when asked for."""
+    """The tensors of a model directory: names and shapes are read at once, values on demand."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.where = path / SINGLE
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, safe_open] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self._find(path):
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
-            for name in opened.keys():  # noqa: SIM118 - no mapping
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 if name in self._files:
                     raise ModelError(f"{file}: holds {name}, and so does another shard of {self.where}")
                 self._files[name] = opened
@@ -74,13 +74,13 @@ class Shards:
             raise ModelError(f"{self.where}: not a safetensors index ({error!r})") from None
         odd = [n for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")]
         if odd:
-            raise ModelError(f"{self.where}: names {odd[0]!r}, which is no safetensors file of this folder")
+            raise ModelError(f"{self.where}: names {odd[0]!r}, which is not a safetensors file of this folder")
         if absent := [name for name in names if not (path / name).is_file()]:
             raise ModelError(f"{self.where}: {len(absent)} shard(s) not there, first {absent[0]}; download it again")
         return [path / name for name in names]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor, in the dtype of the file."""
+        """Read rows [start, stop) of a tensor, in the dtype of the file."""
         return (
             self._files[name].get_slice(name)[start:stop] if self.shapes[name] else self._files[name].get_tensor(name)
         )
@@ -91,14 +91,14 @@ def load_weights(
 ) -> None:
     """Fill a model built on the meta device (or by `sharding`) from a directory.
 
-    Raises ModelError, before a weight is read, for files that are missing or pickled and for tensors that are
-    missing, surplus or of another shape, by name.
+    Raises ModelError, before a weight is read, naming files that are missing or pickled and tensors that are missing,
+    surplus or of another shape.
     """
     with ExitStack() as stack:
         shards = Shards(path, stack)
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
-        by_tensor: dict[str, list[Piece]] = {}
+        by_tensor: dict[str, list[TensorPiece]] = {}
         for piece in model.pieces():
             by_tensor.setdefault(piece.ours, []).append(piece)
         _compare(published_shapes(by_tensor.values(), shapes), shards, model.tied_tensors())
@@ -128,9 +128,9 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def published_shapes(
-    pieces_of_each: Iterable[list[Piece]], shapes: dict[str, tuple[int, ...]]
+    pieces_of_each: Iterable[list[TensorPiece]], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor a checkpoint must have, from the shapes of ours."""
+    """Compute the shape of every tensor a checkpoint must have from the shapes of ours."""
     published: dict[str, tuple[int, ...]] = {}
     for pieces in pieces_of_each:
         for piece in pieces:
@@ -166,10 +166,10 @@ def _compare(published: dict[str, tuple[int, ...]], shards: Shards, tied: tuple[
         )
 
 
-def published_tensors(model: DiffusionLM) -> Iterator[tuple[str, int, list[Piece]]]:
-    """(name, bytes, pieces) of every tensor of the upstream layout, in the model's order."""
+def published_tensors(model: DiffusionLM) -> Iterator[tuple[str, int, list[TensorPiece]]]:
+    """Yield (name, bytes, pieces) of every tensor of the upstream layout, in the model's order."""
     state = model.state_dict()
-    by_name: dict[str, list[Piece]] = {}
+    by_name: dict[str, list[TensorPiece]] = {}
     for piece in model.pieces():
         by_name.setdefault(piece.upstream, []).append(piece)
     for name, pieces in by_name.items():
@@ -180,9 +180,9 @@ def published_tensors(model: DiffusionLM) -> Iterator[tuple[str, int, list[Piece
 def save_weights(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write the weights under their upstream names: one file, or shards of at most `max_shard_bytes` with an index.
 
-    A tensor larger than a shard gets one of its own.
+    A tensor larger than that gets a shard for itself.
     """
-    shards: list[list[tuple[str, list[Piece]]]] = [[]]
+    shards: list[list[tuple[str, list[TensorPiece]]]] = [[]]
     sizes, total = [0], 0
     for name, size, pieces in published_tensors(model):
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
@@ -194,7 +194,7 @@ def save_weights(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHAR
     state, where = model.state_dict(), dict[str, str]()
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _gathered(state, pieces) for name, pieces in shard}
+        tensors = {name: _gather(state, pieces) for name, pieces in shard}
         save_file(tensors, path / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -202,9 +202,9 @@ def save_weights(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHAR
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _gathered(state: dict[str, Tensor], pieces: list[Piece]) -> Tensor:
+def _gather(state: dict[str, Tensor], pieces: list[TensorPiece]) -> Tensor:
     parts = [state[piece.ours].detach()[piece.at].cpu() for piece in sorted(pieces, key=lambda p: p.start)]
     if len(parts) > 1:
         return torch.cat(parts)
-    # a slice of a stacked tensor shares its memory with its neighbours, which the file format refuses
+    # safetensors refuses slices of a stacked tensor, which share memory: copy
     return parts[0].clone() if pieces[0].at else parts[0].contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtrpo_ray.decode.cache import PagedKeys
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import DiffusionLM, Piece
+from dtrpo_ray.models.base import DiffusionLM, TensorPiece
 from dtrpo_ray.models.registry import (
     FAMILIES,
     build_model,
@@ -47,8 +47,8 @@ def shapes_of(model: DiffusionLM) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def pieces_by_tensor(model: DiffusionLM) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
+def pieces_by_tensor(model: DiffusionLM) -> dict[str, list[TensorPiece]]:
+    found: dict[str, list[TensorPiece]] = {}
     for piece in model.pieces():
         found.setdefault(piece.ours, []).append(piece)
     return found

@@ -32,7 +32,7 @@ from dtrpo_ray.models.tokenizer import (
     encode_prompt,
     eos_token_id,
     mask_token_id,
-    rendered_all,
+    render_all,
     turn_end_id,
 )
 
@@ -239,7 +239,7 @@ def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> E
     chats = _column(different, "messages")
     turns = list_lengths(chats) > 0  # a prompt without a turn is one without text
     places = np.flatnonzero(turns)
-    texts, refused = rendered_all(target.tokenizer, chats.take(pa.array(places)).to_pylist())
+    texts, refused = render_all(target.tokenizer, chats.take(pa.array(places)).to_pylist())
     texts = pc.replace_with_mask(_column(different, "prompt"), pa.array(turns), pa.array(texts, pa.string()))
     encoded = encode_texts(target.tokenizer, texts)
     unfit = encoded.unfit | {int(places[place]): detail for place, detail in refused.items()}
