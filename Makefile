@@ -8,7 +8,7 @@ RUN = $(VENV)/.run-stamp
 DEV = $(VENV)/.dev-stamp
 JOB ?= jobs/demo.toml
 
-.PHONY: demo test test-ray test-core test-vllm lint setup clean
+.PHONY: demo test test-core test-ray test-extra test-vllm lint setup clean
 
 demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
@@ -16,13 +16,20 @@ demo: $(RUN)
 # one group after the other: side by side on two cores they take longer than that
 test: test-core test-ray
 
+PYTEST = PYTHONFAULTHANDLER=1 RAY_worker_niceness=0 $(BIN)/python -m pytest --durations=20
 # a file is one worker's, so that what its tests share is made once; a thread of torch each
+BOTH_CORES = -n 2 --dist loadfile
+
 test-core: $(DEV)
-	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not ray and not extra" $(BOTH_CORES)
 
 # -v: a test that hangs is named by the last line; a timeout ends the run there, with the stacks of all threads
 test-ray: $(DEV)
-	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -m ray -v --durations=20 --timeout-method=thread
+	$(PYTEST) -m "ray and not extra" -v --timeout-method=thread
+
+# browsers, clients of other people, benchmarks
+test-extra: $(DEV)
+	OMP_NUM_THREADS=1 $(PYTEST) -m extra $(BOTH_CORES)
 
 # vLLM pins packages of its own: an environment that holds what $(VENV) lacks or has otherwise, and sees the rest
 test-vllm: $(VLLM)/.stamp

@@ -40,7 +40,7 @@ SMALL = [
     "eval.num_prompts=32", "eval.budgets=[1, 8]", "model.init.num_layers=1", "model.init.hidden_size=64",
     "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 1]",
     "sft.lr=1e-2", "sft.save_every=70", "serve.port=0",
-    "train.validation.num_prompts=24", "train.keep_best=accuracy",
+    "train.validation.num_prompts=24", "train.keep_best=accuracy", "cluster.num_actors=1",
 ]  # fmt: skip
 
 

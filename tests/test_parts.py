@@ -263,6 +263,7 @@ def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Pa
         "model": {"path": policy},
         "rollout": {"num_samples": 2, "batch_size": 4, "denoising_steps": [1]},
         "score": {"scorer": "gsm8k"},
+        "cluster": {"num_actors": 1},
     }
     job = Job.model_validate({"name": "prompts", "storage": tmp_path / "runs", "rounds": 2, **sections})
     scored = Pipeline(job, Store(job.storage)).scored(1)

@@ -9,6 +9,8 @@ from benchmarks import data
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import read_table
 
+pytestmark = pytest.mark.extra
+
 
 @pytest.mark.ray
 def test_memory_is_of_the_session_and_the_page_tells_all(tmp_path: Path) -> None:

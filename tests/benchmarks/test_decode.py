@@ -5,6 +5,8 @@ import pytest
 from benchmarks.decode import against_naive, as_markdown, bench_model, decode_benchmark, naive, serve_load
 from dtrpo_ray.decode.types import SamplingParams
 
+pytestmark = pytest.mark.extra
+
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_both_decoders_give_the_same_tokens(steps: int) -> None:

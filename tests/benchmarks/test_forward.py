@@ -12,6 +12,8 @@ from dtrpo_ray.errors import ConfigError, TrainError
 from dtrpo_ray.method.batch import ModelLayout, build_batch
 from dtrpo_ray.method.step import scored_logps
 
+pytestmark = pytest.mark.extra
+
 SMALL = Shape(prompt=8, response=12, block=4, steps=2, width=64, layers=2, vocab=64, pairs=2)
 
 

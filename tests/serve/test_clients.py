@@ -24,6 +24,8 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.serve.app import create_app
 from tests.serve.test_app import SERVE, make_engine
 
+pytestmark = pytest.mark.extra
+
 torch.set_num_threads(1)
 
 PROMPTS = ["0123", "4", "01230123012", "34"]

@@ -17,6 +17,8 @@ import uvicorn
 from dtrpo_ray.serve.app import create_app
 from tests.serve.test_app import SERVE, make_engine
 
+pytestmark = pytest.mark.extra
+
 DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium")
 QUIET = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
