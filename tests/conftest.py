@@ -41,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None and not uses_shared_ray(item))
 
 
+def pytest_make_parametrize_id(val: Any) -> str | None:
+    """Name bytes by their length: compressed ones hold the time, and the workers of pytest-xdist must agree on ids."""
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 def uses_shared_ray(item: pytest.Item) -> bool:
     return "local_ray" in getattr(item, "fixturenames", ())
 
