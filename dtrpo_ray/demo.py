@@ -128,6 +128,6 @@ def closing_lines(page: Path, job_file: Path, overrides: Sequence[str]) -> list[
         f"report: {page}",
         "try next:",
         f"  dtrpo serve {job}{settings}    # watch the aligned model write in a browser",
-        f"  dtrpo export {job} aligned/{settings}    # write it as a model directory",
+        f"  dtrpo export {job} out/aligned{settings}    # write it as a model directory",
         "  dtrpo check PAIRS.jsonl    # validate preference pairs of your own",
     ]

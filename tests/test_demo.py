@@ -139,6 +139,6 @@ def test_the_last_lines_are_the_report_and_three_commands() -> None:
     commands = [line.split("#")[0].strip() for line in lines if line.startswith("  dtrpo")]
     assert commands == [
         "dtrpo serve 'my jobs/demo.toml' --set 'task.blanks=[1, 2]'",
-        "dtrpo export 'my jobs/demo.toml' aligned/ --set 'task.blanks=[1, 2]'",
+        "dtrpo export 'my jobs/demo.toml' out/aligned --set 'task.blanks=[1, 2]'",
         "dtrpo check PAIRS.jsonl",
     ]
