@@ -1,6 +1,6 @@
 """What the stack costs: Ray Train + Ray Data + DeepSpeed against the bare loop, on the same batches and weights.
 
-The bare loop is `loop.run` over `PlainBackend` in a process of its own, rows in a list; the stack is `trainer.train`
+The bare loop is `loop.run` over `PlainBackend` in a process of its own, rows in a list; the stack is `driver.train`
 with one worker, then with two. All write metrics; a step's time is the difference of two rows, the first left out.
 Every process computes with one thread: where the loop takes every core, Ray's own processes would slow its threads.
 """
@@ -12,6 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,8 +29,9 @@ from dtrpo_ray.errors import TrainError
 from dtrpo_ray.metrics import METRICS, MetricsLog, read_metrics
 from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
-from dtrpo_ray.train import dataset, loop, trainer
+from dtrpo_ray.train import dataset, driver, loop, worker
 from dtrpo_ray.train.backend import PlainBackend
+from dtrpo_ray.train.run import RunSpec, TrainStage
 
 WARM_STEPS = 3
 THREADS = "threads.txt"
@@ -88,11 +91,15 @@ def bare(folder: Path, num_steps: int, global_batch: int) -> None:
     _note_threads(out)
 
 
-def _worker(settings: dict[str, Any]) -> None:
+def _run_rank(spec: RunSpec) -> None:
     """A worker of the stack that computes with one thread, and notes that it did; it runs in a process of its own."""
-    with mock.patch.object(trainer, "cpu_threads", return_value=1):
-        trainer._worker(settings)
-    _note_threads(Path(settings["out"]))
+    with mock.patch.object(worker, "cpu_threads", return_value=1):
+        worker.run_rank(spec)
+    _note_threads(spec.stage.out)
+
+
+def _train_function(spec: RunSpec) -> Callable[[], None]:
+    return partial(_run_rank, spec)
 
 
 def _note_threads(out: Path) -> None:
@@ -103,10 +110,10 @@ def stack(folder: Path, num_steps: int, global_batch: int, num_workers: int) -> 
     """The full stack with so many workers on this machine."""
     out = folder / f"stack-{num_workers}"
     out.mkdir()
-    stage = trainer.TrainStage(f"stack-{num_workers}", folder / "base", folder / "table", out, 0)
+    stage = TrainStage(f"stack-{num_workers}", folder / "base", folder / "table", out, 0)
     cluster = ClusterConfig(num_workers=num_workers, use_gpu="no", max_failures=0)
-    with ray_session(cluster), mock.patch.object(trainer, "_train_function", return_value=_worker):
-        trainer.train(stage, config(num_steps, global_batch), cluster)
+    with ray_session(cluster), mock.patch.object(driver, "_train_function", _train_function):
+        driver.train(stage, config(num_steps, global_batch), cluster)
 
 
 def step_seconds(out: Path) -> list[float]:

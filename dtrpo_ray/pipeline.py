@@ -66,10 +66,12 @@ from dtrpo_ray.report.evaluation import (
     summarise,
 )
 from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store, read_json, sha256_file, sha256_json
-from dtrpo_ray.train import trainer, validation
+from dtrpo_ray.train import driver, validation
 from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
+from dtrpo_ray.train.run import NO_WEIGHTS, CachedLogps, RunRecord, TrainStage
+from dtrpo_ray.train.worker import ADAPTER, MODEL
 
-TABLE, MODEL = "table", trainer.MODEL
+TABLE = "table"
 REF_LOGPS = "ref-logps"
 HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and variant
 
@@ -391,11 +393,10 @@ class Pipeline:
             if config.validation:
                 self._write_questions(config.validation.num_prompts, base, table, out)
             if self.store.fresh:
-                trainer.forget_checkpoints(out, self.job.cluster)
+                driver.forget_checkpoints(out, self.job.cluster)
             identity = {"base": base.digest, "table": table.digest}
             resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
-            written = (cache.path / REF_LOGPS, base.digest) if cache else None
-            stage = trainer.TrainStage(
+            stage = TrainStage(
                 label=name,
                 base=base.path,
                 table=table.path / TABLE,
@@ -403,14 +404,14 @@ class Pipeline:
                 seed=seed,
                 identity=identity,
                 resume_from=resume,
-                cache=written,
+                cache=CachedLogps(cache.path / REF_LOGPS, base.digest) if cache else None,
                 workers=dict(self.workers),
             )
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
-            last = trainer.train(stage, plain, self.job.cluster)
+            last = driver.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
 
-        outputs = [f"{MODEL}/*", METRICS, *([f"{trainer.ADAPTER}/*"] if config.lora else [])]
+        outputs = [f"{MODEL}/*", METRICS, *([f"{ADAPTER}/*"] if config.lora else [])]
         return _model_of(self._stage(name, inputs, outputs, make))
 
     def _workers(self, name: str) -> NumWorkers:
@@ -421,7 +422,8 @@ class Pipeline:
         own = self.job.cluster.num_workers
         if self.resume is None or self.resume.name.startswith(f"{name}-"):
             return own
-        return trainer.workers_of(self.resume).get(name, own)
+        record = RunRecord.read(self.resume)
+        return record.workers.get(name, own) if record else own
 
     def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
         """Write the questions of validation: fresh puzzles of the training split, or the table's first prompts."""
@@ -545,7 +547,7 @@ def _seed_of(*parts: int | str) -> int:
 
 def weight_fields(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of a training section that change weights and so name its stage."""
-    return config.model_dump(mode="json", exclude=set(trainer.NO_WEIGHTS))
+    return config.model_dump(mode="json", exclude=set(NO_WEIGHTS))
 
 
 def _model_of(stage: Stage) -> ModelRef:

@@ -10,6 +10,7 @@ import ray
 import ray.data
 from ray.data.context import ShuffleStrategy
 
+from dtrpo_ray import compat
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.errors import ConfigError, SessionError, first_line
 from dtrpo_ray.progress import console
@@ -46,7 +47,7 @@ def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -
     context.use_datasource_v2 = False  # the new reader takes 2.5 s to list the files of one small table, 6 s at first
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it reports that its bars are off
+    logging.getLogger(compat.RAY_DATA_PROGRESS_LOGGER).setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -21,11 +21,10 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
+from dtrpo_ray import compat
 from dtrpo_ray.config.serve import KEY_VARIABLE, ServeConfig
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.errors import ServeError
@@ -161,18 +160,8 @@ def stop() -> None:
     if APP_NAME in serve.status().applications:
         with suppress(TimeoutError):  # raised after a minute: what still decodes then is cut off
             serve.delete(APP_NAME)  # `shutdown` alone would take the proxy away from under every answer
-    _end_controller()
+    compat.end_serve_controller(SHUTDOWN_SECONDS)
     serve.shutdown()
-
-
-def _end_controller() -> None:
-    """What `serve.shutdown` does, without the call that dies with the controller: Ray reports that as a failed task."""
-    deadline = time.monotonic() + SHUTDOWN_SECONDS
-    with suppress(ValueError, RayActorError):  # it is gone
-        ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).graceful_shutdown.remote(wait=False)
-        while time.monotonic() < deadline:
-            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-            time.sleep(0.1)
 
 
 def read_keys(path: Path | None) -> frozenset[str]:

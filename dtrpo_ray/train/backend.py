@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from dtrpo_ray import compat
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import CheckpointError, ConfigError
 from dtrpo_ray.models.base import DiffusionLM
@@ -289,9 +290,7 @@ def _deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError:
         raise ConfigError("DeepSpeed is missing; pip install --no-build-isolation 'dtrpo-ray[deepspeed]'") from None
-    # an all-reduce in C++ for CPU inference: it is compiled on first use, and a worker killed meanwhile leaves a lock
-    # on which every later run waits
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compat.disable_shm_all_reduce(deepspeed)
     return deepspeed
 
 
@@ -307,18 +306,11 @@ def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
             self.refused = self.skip
             return None if self.skip else super().step(closure)
 
-    folder = extension_folder("cpu_adam")
+    folder = compat.extension_folder("cpu_adam")
     with FileLock(folder.with_name(f"{folder.name}.held")):  # one that a dead process has let go
         (folder / "lock").unlink(missing_ok=True)  # torch's own outlives a killed build, and all would wait on it
         CPUAdamBuilder().load()
     return CPUAdam([p for p in model.parameters() if p.requires_grad], adamw_mode=True, **_settings(config))
-
-
-def extension_folder(name: str) -> Path:
-    """Where torch compiles an extension."""
-    from torch.utils.cpp_extension import _get_build_directory  # imports setuptools, which only a build needs
-
-    return Path(_get_build_directory(name, False))
 
 
 def to_universal(checkpoint: Path, out: Path) -> None:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-00000040` (`step-00000040-2` if a later attempt wrote that step again). Every rank
 uploads its own files and, after them, `rank-R.json` with their sizes and SHA-256; a rank that finds all lists present
-writes COMPLETE, which holds the hashes of the lists and what rank 0 says of the checkpoint: one hash chain covers every
-byte but COMPLETE's own. What has no COMPLETE, or breaks the chain, is never resumed from.
+writes COMPLETE, which holds the hashes of the lists and rank 0's facts: one hash chain covers every byte but COMPLETE's
+own. A checkpoint without COMPLETE, or with a broken chain, is never resumed from.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 from pyarrow import fs as pafs
 
@@ -25,7 +25,6 @@ from dtrpo_ray.errors import CheckpointError
 
 COMPLETE = "COMPLETE"
 VALIDATION = "validation.json"  # beside the sealed files, since it is measured after they were sealed
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train 2.60 calls its own list
 SCHEMA = 1
 ATTEMPTS = 5
 MAX_PENDING = 8  # checkpoints that are kept because their validation is still to come
@@ -35,9 +34,52 @@ _CHUNK_BYTES = 1 << 22
 T = TypeVar("T")
 
 
+class PlanFacts(TypedDict):
+    """The rows that were read: the digest of their order, and how many of each epoch."""
+
+    digest: str
+    consumed: list[int]
+
+
+class Facts(TypedDict):
+    """Rank 0's description of a checkpoint, as JSON in COMPLETE; `config` is a TrainConfig."""
+
+    step: int
+    num_workers: int
+    zero_stage: int
+    precision: str
+    label: str
+    base: str
+    identity: dict[str, str]
+    config: dict[str, Any]
+    seed: int
+    plan: PlanFacts
+    metrics: dict[str, float]
+
+
+class SealedFacts(Facts):
+    """COMPLETE: the facts, and the SHA-256 of each rank's list of files."""
+
+    schema: int
+    ranks: dict[str, str]
+
+
+class _FileEntry(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _RankListing(TypedDict):
+    """The files that a rank uploaded, in its rank-R.json."""
+
+    rank: int
+    facts: Facts
+    files: dict[str, _FileEntry]
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """A checkpoint folder by name: which optimizer step, written by which attempt of the run."""
+    """A checkpoint folder by name: its optimizer step, and the attempt of the run that wrote it."""
 
     step: int
     attempt: int
@@ -55,7 +97,7 @@ def folder_name(step: int, attempt: int) -> str:
 
 
 def open_storage(where: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem and the path in it of a local path or a URI (s3://, gs://, file://).
+    """Return the filesystem and the path in it of a local path or a URI (s3://, gs://, file://).
 
     Raises CheckpointError for a URI that pyarrow cannot open.
     """
@@ -68,40 +110,29 @@ def open_storage(where: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, path
 
 
-def forget_ray_snapshot(where: str) -> None:
-    """Remove Ray Train's own list of a run's checkpoints, if it is there.
-
-    A new driver chooses among the checkpoints that verify; Ray would refuse to start over one that `prune` removed.
-    """
-    filesystem, path = open_storage(where)
-    with suppress(FileNotFoundError):
-        filesystem.delete_file(f"{path}/{RAY_SNAPSHOT}")
-
-
-def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: dict[str, Any]) -> None:
+def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: Facts) -> None:
     """Upload one rank's files, then its list, then COMPLETE if this was the last rank.
 
-    `facts` hold `step` and `num_workers`; COMPLETE carries those of rank 0, so that two ranks which write it at once
-    write the same. A failing write is tried ATTEMPTS times, one, two, four, ... seconds apart; then its OSError
-    is raised.
+    COMPLETE carries the facts of rank 0, so that two ranks which write it at once write the same. A failing write is
+    tried ATTEMPTS times, one, two, four, ... seconds apart; then its OSError is raised.
     """
     files = {str(f.relative_to(folder)): _local_entry(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    listing = json.dumps({"rank": rank, "facts": facts, "files": files}).encode()
+    listing: _RankListing = {"rank": rank, "facts": facts, "files": files}
     for name in files:
-        _patiently(lambda name=name: _copy(folder / name, filesystem, f"{path}/{name}"))  # type: ignore[misc]
-    _patiently(lambda: _put(filesystem, f"{path}/rank-{rank}.json", listing))
+        _retry(lambda name=name: _copy(folder / name, filesystem, f"{path}/{name}"))  # type: ignore[misc]
+    _retry(lambda: _put(filesystem, f"{path}/rank-{rank}.json", json.dumps(listing).encode()))
     names = [f"rank-{r}.json" for r in range(facts["num_workers"])]
-    if _patiently(lambda: all(_exists(filesystem, f"{path}/{name}") for name in names)):
-        listings = _patiently(lambda: {name: _get(filesystem, f"{path}/{name}") for name in names})
+    if _retry(lambda: all(_exists(filesystem, f"{path}/{name}") for name in names)):
+        listings = _retry(lambda: {name: _get(filesystem, f"{path}/{name}") for name in names})
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in listings.items()}
         record = {"schema": SCHEMA, **json.loads(listings[names[0]])["facts"], "ranks": hashes}
-        _patiently(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
+        _retry(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
 
 
 def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
-    """Every checkpoint folder under `root`, complete or not, the newest first.
+    """List every checkpoint folder under `root`, complete or not, the newest first.
 
-    By all that lies in them: on gs:// a folder that nobody made is in no list of its parent.
+    They are found by the files in them: on gs:// a folder that nobody created is in no listing of its parent.
     """
     entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
     inside = [(e.path.removeprefix(f"{root}/").partition("/"), e.type == pafs.FileType.Directory) for e in entries]
@@ -111,45 +142,47 @@ def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
     return sorted(found, reverse=True)
 
 
-def facts_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, Any]:
-    """What COMPLETE says. Raises CheckpointError if it is missing, damaged or of another schema.
+def facts_of(filesystem: pafs.FileSystem, place: Place) -> SealedFacts:
+    """Read COMPLETE. Raises CheckpointError if it is missing, damaged or of another schema.
 
-    Here and in `verify`, reading that fails is tried again as writing is; then its OSError is raised, which says
-    nothing about the checkpoint.
+    Here and in `verify`, a failing read is tried again as a write is; then its OSError is raised, which says nothing
+    about the checkpoint.
     """
     try:
-        record: dict[str, Any] = json.loads(_patiently(lambda: _get(filesystem, f"{place.path}/{COMPLETE}")))
-        known = record["schema"] == SCHEMA and {"step", "num_workers", "ranks"} <= record.keys()
+        record = json.loads(_retry(lambda: _get(filesystem, f"{place.path}/{COMPLETE}")))
+        schema, missing = record["schema"], SealedFacts.__required_keys__ - record.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{place.path}: no {COMPLETE}: it was never finished") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place.path}: {COMPLETE} is damaged ({error!r})") from None
-    if not known:
-        raise CheckpointError(f"{place.path}: {COMPLETE} has schema {record['schema']}, this version reads {SCHEMA}")
-    return record
+    if schema != SCHEMA:
+        raise CheckpointError(f"{place.path}: {COMPLETE} has schema {schema}, this version reads {SCHEMA}")
+    if missing:
+        raise CheckpointError(f"{place.path}: {COMPLETE} is damaged (lacks {', '.join(sorted(missing))})")
+    return cast(SealedFacts, record)
 
 
-def verify(filesystem: pafs.FileSystem, place: Place, part: int = 0, parts: int = 1) -> dict[str, Any]:
-    """Check the whole chain, the contents of every `parts`-th file from `part` on; returns what COMPLETE says.
+def verify(filesystem: pafs.FileSystem, place: Place, part: int = 0, parts: int = 1) -> SealedFacts:
+    """Check the whole chain, and the contents of every `parts`-th file from `part` on; returns COMPLETE's facts.
 
     Raises CheckpointError naming the first file that is missing, of another size or of another hash.
     """
     record = facts_of(filesystem, place)
-    entries: list[tuple[str, dict[str, Any]]] = []
+    entries: list[tuple[str, _FileEntry]] = []
     for name, digest in sorted(record["ranks"].items()):
         try:
-            listing = _patiently(lambda name=name: _get(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
+            listing = _retry(lambda name=name: _get(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
         except FileNotFoundError:
             raise CheckpointError(f"{place.path}: {name} is missing") from None
         if hashlib.sha256(listing).hexdigest() != digest:
             raise CheckpointError(f"{place.path}: {name} is not the list that {COMPLETE} was written for")
         entries += sorted(json.loads(listing)["files"].items())
-    infos = _patiently(lambda: filesystem.get_file_info([f"{place.path}/{name}" for name, _ in entries]))
+    infos = _retry(lambda: filesystem.get_file_info([f"{place.path}/{name}" for name, _ in entries]))
     for (name, entry), info in zip(entries, infos, strict=True):
         if info.type != pafs.FileType.File or info.size != entry["bytes"]:
             raise CheckpointError(f"{place.path}: {name} has {info.size} bytes, {entry['bytes']} were written")
     for name, entry in entries[part::parts]:
-        digest = _patiently(lambda name=name: _remote_sha256(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
+        digest = _retry(lambda name=name: _remote_sha256(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
         if digest != entry["sha256"]:
             raise CheckpointError(f"{place.path}: {name} has changed since it was written (its SHA-256 differs)")
     return record
@@ -164,7 +197,7 @@ def require_any(root: str) -> None:
 
 
 def root_of(run: Path, recorded: str) -> str:
-    """Where the checkpoints of a stage's folder lie now: those inside it moved with it when it was finished."""
+    """Return where a stage's checkpoints lie now: those inside its folder moved with it when it was finished."""
     inside = run / Path(recorded).name
     return str(inside) if "://" not in recorded and inside.is_dir() else recorded
 
@@ -177,7 +210,7 @@ def download(filesystem: pafs.FileSystem, path: str, to: Path) -> None:
 
 @contextmanager
 def local_folder(where: str) -> Iterator[Path]:
-    """A checkpoint's folder, downloaded for the time of the block where `where` is a URI. Raises CheckpointError."""
+    """Yield a checkpoint's folder, downloaded for the block's duration if `where` is a URI. Raises CheckpointError."""
     if "://" not in where:
         yield Path(where)
         return
@@ -206,11 +239,11 @@ def remove_folder(filesystem: pafs.FileSystem, path: str) -> None:
 def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, float]) -> None:
     """Put the metrics of a validation beside the checkpoint in the folder `path`, if that is still there."""
     if _exists(filesystem, f"{path}/{COMPLETE}"):
-        _patiently(lambda: _put(filesystem, f"{path}/{VALIDATION}", json.dumps(metrics).encode()))
+        _retry(lambda: _put(filesystem, f"{path}/{VALIDATION}", json.dumps(metrics).encode()))
 
 
 def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float] | None:
-    """The metrics of a checkpoint's validation, {} if it failed; None if there was none, or it cannot be read."""
+    """Return the metrics of a checkpoint's validation, {} if it failed, None if there is none that can be read."""
     try:
         measured: dict[str, float] = json.loads(_get(filesystem, f"{place.path}/{VALIDATION}"))
     except (OSError, ValueError):
@@ -221,16 +254,16 @@ def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float]
 def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, validated: bool = False) -> list[Place]:
     """Remove all whole checkpoints but the newest `keep` and the one with the best metric `best`; returns the removed.
 
-    The newest are those of the last attempt: an earlier one's of a later step were not resumed from. Unfinished ones
-    are left alone: another rank may be writing there. So are, where checkpoints are `validated`, at most MAX_PENDING
-    that wait for it: they are validated in their order, so none that is older than one which was.
+    The newest are those of the last attempt: later steps of an earlier one were not resumed from. Unfinished
+    checkpoints stay: another rank may be writing there. Where checkpoints are `validated`, at most MAX_PENDING that
+    still wait for it stay too; they are validated in order, so none waits that is older than a validated one.
     """
-    whole: list[tuple[Place, dict[str, Any]]] = []
+    whole: list[tuple[Place, dict[str, float]]] = []
     pending: list[Place] = []
     waiting = validated
     for place in sorted(places(filesystem, root), key=lambda place: (place.attempt, place.step), reverse=True):
         with suppress(CheckpointError, OSError):  # what cannot be read now is left alone
-            metrics, measured = facts_of(filesystem, place).get("metrics", {}), validation_of(filesystem, place)
+            metrics, measured = facts_of(filesystem, place)["metrics"], validation_of(filesystem, place)
             whole.append((place, {**metrics, **(measured or {})}))
             waiting = waiting and measured is None
             pending += [place] if waiting else []
@@ -245,7 +278,7 @@ def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, v
     return removed
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def _retry(action: Callable[[], T]) -> T:
     for attempt in range(ATTEMPTS - 1):
         try:
             return action()
@@ -256,7 +289,7 @@ def _patiently(action: Callable[[], T]) -> T:
     return action()
 
 
-def _local_entry(file: Path) -> dict[str, Any]:
+def _local_entry(file: Path) -> _FileEntry:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
@@ -268,7 +301,7 @@ def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
 
 
 def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    """A whole file or none: an object store's put is, a local file is renamed."""
+    """Write a whole file or none: an object store's put is atomic, a local file is renamed."""
     local = filesystem.type_name == "local"
     written = f"{path}.{uuid.uuid4().hex}.partial" if local else path
     with filesystem.open_output_stream(written) as target:

@@ -107,7 +107,7 @@ def job_card(
     return Card(job.name, job.train.objective.type, origin, base, adapter, rows, last, "The job", settings)
 
 
-def _checkpoint_card(facts: dict[str, Any], base: str, adapter: bool) -> Card:
+def _checkpoint_card(facts: checkpoint.SealedFacts, base: str, adapter: bool) -> Card:
     label, step, config = facts["label"], facts["step"], facts["config"]
     inputs = ", ".join(f"{name} {digest[:12]}" for name, digest in facts["identity"].items())
     row = (f"{label}, step {step}", inputs, f"rank files of {facts['num_workers']} worker(s)", "not finished")
@@ -158,19 +158,15 @@ def export_adapter(adapter: Path, out: Path, card: Card, dtype: str | None = Non
 
 def export_checkpoint(
     source: Path, out: Path, merged: bool = False, dtype: str | None = None, base: str | None = None
-) -> dict[str, Any]:
-    """A verified training checkpoint of any ZeRO stage and number of workers -> what `export_model` writes, or with
-    LoRA `export_adapter` unless `merged`. `base` is what to call the base model.
+) -> checkpoint.SealedFacts:
+    """Export a verified training checkpoint of any ZeRO stage and number of workers; returns its facts.
 
-    Tokenizer and config.json come from the base that the checkpoint names. Returns what its COMPLETE says. Raises
+    Writes what `export_model` does, or with LoRA and without `merged` what `export_adapter` does. `base` is the name
+    to give the base model. Tokenizer and config.json come from the base that the checkpoint names. Raises
     CheckpointError where the checkpoint is not whole or its base is gone.
     """
     filesystem, path = checkpoint.open_storage(str(source))
     facts = checkpoint.verify(filesystem, checkpoint.Place(0, 0, path))
-    if "config" not in facts:
-        raise CheckpointError(
-            f"{source}: an earlier version wrote it, without its settings; go on with that run and export its next one"
-        )
     folder = Path(facts["base"])
     if not folder.is_dir():
         raise CheckpointError(f"{source}: its base model {folder} is gone; its tokenizer and config.json are needed")

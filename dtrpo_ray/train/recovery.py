@@ -1,7 +1,7 @@
-"""What a rank does so that a run survives: choose a checkpoint, load it, save, notice a drain, never hang unseen.
+"""Survival of a rank: choose a checkpoint, load it, save, notice a drain, never hang unseen.
 
-Called by the worker of `trainer`, on all ranks together where the docstring says "a collective". Folders and hashes
-are `checkpoint`'s, the engine's files `backend`'s.
+`worker` calls it, on all ranks together where the docstring says "a collective". Folders and hashes are `checkpoint`'s,
+the engine's files `backend`'s.
 """
 
 import faulthandler
@@ -9,11 +9,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
@@ -25,7 +24,8 @@ from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import EVENTS, append_event
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.backend import DeepSpeedBackend, to_universal, uses_bf16
-from dtrpo_ray.train.checkpoint import Place
+from dtrpo_ray.train.checkpoint import Facts, Place, SealedFacts
+from dtrpo_ray.train.run import RunSpec, TrainStage
 
 STACKS = "stacks"  # the folder of stack dumps in a stage's
 DRAIN_POLL_SECONDS = 2.0
@@ -34,10 +34,10 @@ PRECISIONS = {False: "fp32", True: "bf16"}
 
 @contextmanager
 def watchdog(out: Path, rank: int, seconds: int) -> Iterator[Callable[[], None]]:
-    """Unless the yielded function is called every `seconds`, dump the stacks of all threads and end the process.
+    """Dump the stacks of all threads and end the process unless the yielded function is called every `seconds`.
 
-    It is a C thread of Python's faulthandler, so it also fires while the interpreter lock is held. An attempt that ends
-    in another way leaves no file.
+    Python's faulthandler does it in a C thread, which also fires while the interpreter lock is held. An attempt that
+    ends in another way leaves no file.
     """
     (out / STACKS).mkdir(exist_ok=True)
     with (out / STACKS / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt").open("w") as file:
@@ -53,8 +53,8 @@ def watchdog(out: Path, rank: int, seconds: int) -> Iterator[Callable[[], None]]
             Path(file.name).unlink(missing_ok=True)
 
 
-class Leaving:
-    """Whether a node is about to go. The question is a collective, so it is asked when rank 0's clock says so."""
+class DrainWatch:
+    """Notices nodes that are about to go. To ask is a collective, so rank 0's clock decides when it is `due`."""
 
     def __init__(self, events: Path, rank: int) -> None:
         self.events, self.rank, self.last, self.now = events, rank, time.monotonic(), False
@@ -63,8 +63,8 @@ class Leaving:
     def due(self) -> bool:
         return self.rank == 0 and time.monotonic() - self.last > DRAIN_POLL_SECONDS
 
-    def asked(self) -> bool:
-        """True once for each node that is drained: the checkpoint before it goes."""
+    def ask(self) -> bool:
+        """Return True once for each node that is drained: time for a checkpoint before it goes."""
         self.last = time.monotonic()
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_ids) - self.seen if info else set()
@@ -79,34 +79,35 @@ class Leaving:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A checkpoint that every rank has agreed on; `root` is the URI or path of its run."""
+    """A checkpoint that every rank agreed on; `root` is the URI or path of its run."""
 
     root: str
     place: Place
-    facts: dict[str, Any]
+    facts: SealedFacts
 
 
-def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
-    """The newest checkpoint whose every byte verifies, each rank reading its share; others are skipped with a warning.
+def choose(roots: Sequence[str], out: Path, rank: int, world: int) -> Found | None:
+    """Return the newest checkpoint whose every byte verifies, each rank reading its share. A collective.
 
-    Unfinished ones are removed: who wrote them is dead. Where nothing verifies, OSError is raised if something could
-    not be read, and CheckpointError if there is a second root, of a run to go on from. A collective.
+    Others are skipped with a warning, and unfinished ones are removed: their writer is dead. Where nothing verifies,
+    raises OSError if something could not be read, and CheckpointError if there is a second root, of a run to go on
+    from.
     """
     unread = ""
     for root in roots:
         filesystem, path = checkpoint.open_storage(root)
         for place in broadcast_from_rank_zero(checkpoint.places(filesystem, path) if rank == 0 else None):
-            problem, facts = ("", ""), {}
+            problem, facts = ("", ""), None
             try:
                 facts = checkpoint.verify(filesystem, place, rank, world)
             except CheckpointError as error:
                 problem = ("broken", str(error))
             except OSError as error:
                 problem = ("unread", f"{place.path}: cannot be read ({error})")
-            problems: list[Any] = [None] * world
+            problems = [problem] * world
             torch.distributed.all_gather_object(problems, problem)
-            bad = sorted(kind_and_text for kind_and_text in problems if kind_and_text[0])
-            if not bad:
+            bad = sorted((kind, text) for kind, text in problems if kind)
+            if facts and not bad:
                 return Found(root, place, facts)
             kind, text = bad[0]
             unread = unread or (text if kind == "unread" else "")
@@ -124,7 +125,7 @@ def choose(roots: list[str], out: Path, rank: int, world: int) -> Found | None:
 
 def require_plan(found: Found | None, digest: str) -> None:
     """Raise CheckpointError for a checkpoint whose rows were read by another plan: going on would repeat and skip."""
-    if found is None or "plan" not in found.facts:  # nothing to go on from, or written before there was one
+    if found is None:
         return
     plan = found.facts["plan"]
     if plan["digest"] != digest:
@@ -134,27 +135,23 @@ def require_plan(found: Found | None, digest: str) -> None:
         )
 
 
-def require_precision(found: Found | None, bf16: bool, out: Path, section: str) -> None:
-    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in files of its own.
-
-    `out` is the stage's folder, `section` its settings' name in the job.
-    """
-    was = found.facts.get("precision") if found else None
-    if found and was and was != PRECISIONS[bf16]:
+def require_precision(found: Found | None, bf16: bool, stage: TrainStage) -> None:
+    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in its own files."""
+    if found and (was := found.facts["precision"]) != PRECISIONS[bf16]:
+        remedy = f"dtrpo train JOB --resume {stage.out} --set {stage.section}.precision={was}"
         raise CheckpointError(
             f"{found.place.path}: was trained in {was}, this run's is {PRECISIONS[bf16]} (precision auto is bf16 on a "
-            f"GPU, fp32 without one); go on with dtrpo train JOB --resume {out} --set {section}.precision={was}, "
-            "or train anew with --fresh"
+            f"GPU, fp32 without one); go on with {remedy}, or train anew with --fresh"
         )
 
 
-def consumed(step: int, rows: int, config: TrainConfig) -> list[int]:
-    """Rows of each epoch of `rows` rows that the first `step` optimizer steps read."""
+def rows_read(step: int, rows: int, config: TrainConfig) -> list[int]:
+    """Count the rows of each epoch of `rows` rows that the first `step` optimizer steps read."""
     return [min(max(step * config.global_batch - epoch * rows, 0), rows) for epoch in range(config.num_epochs)]
 
 
 def attempt_number(root: str) -> int:
-    """One more than any attempt that has left a checkpoint here; 0 for the first. A collective."""
+    """Return one more than any attempt that left a checkpoint here; 0 for the first. A collective."""
     number = 0
     if ray.train.get_context().get_world_rank() == 0:
         filesystem, path = checkpoint.open_storage(root)
@@ -163,7 +160,7 @@ def attempt_number(root: str) -> int:
 
 
 def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_world: bool) -> int:
-    """Load the chosen checkpoint; returns its step. One rank of a node downloads, one rank of all converts."""
+    """Load the chosen checkpoint; returns its step, 0 without one. One rank of a node downloads, rank 0 converts."""
     if found is None:
         return 0
     context = ray.train.get_context()
@@ -196,18 +193,17 @@ class Saver:
     One upload at a time: the next save waits for it, so scratch holds one checkpoint and storage sets the pace.
     """
 
-    def __init__(
-        self, backend: DeepSpeedBackend, config: TrainConfig, out: Path, settings: dict[str, Any], attempt: int
-    ) -> None:
-        self.backend, self.config, self.out, self.settings, self.attempt = backend, config, out, settings, attempt
+    def __init__(self, backend: DeepSpeedBackend, spec: RunSpec, attempt: int) -> None:
+        self.backend, self.spec, self.attempt = backend, spec, attempt
+        self.config, self.out = spec.config, spec.stage.out
         self.rank = ray.train.get_context().get_world_rank()
         self.world = ray.train.get_context().get_world_size()
-        self.filesystem, self.path = checkpoint.open_storage(settings["roots"][0])
-        self.metrics: dict[str, Any] = {}
+        self.filesystem, self.path = checkpoint.open_storage(spec.roots[0])
+        self.metrics: dict[str, float] = {}
         self.uploaded = threading.Event()
         self.uploaded.set()
-        self.prefix = f"dtrpo-{out.name}-rank-{self.rank}-"
-        for left in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):  # by an attempt that was killed
+        self.prefix = f"dtrpo-{self.out.name}-rank-{self.rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):  # left by an attempt that was killed
             shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step: int, at_once: bool = False) -> None:
@@ -215,12 +211,7 @@ class Saver:
         self.wait()
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         self.backend.save(folder, {"step": step})
-        facts = {"step": step, "num_workers": self.world, "zero_stage": self.config.zero_stage}
-        facts["precision"] = PRECISIONS[uses_bf16(self.config.precision, self.backend.device)]
-        facts |= {name: self.settings[name] for name in ("label", "base", "identity", "config", "seed")}
-        plan = self.settings["plan"]
-        facts["plan"] = {"digest": plan["digest"], "consumed": consumed(step, plan["rows"], self.config)}
-        facts["metrics"] = self.metrics
+        facts = self._facts(step)
         self.uploaded.clear()
         ray.train.report(
             {"step": step},
@@ -234,10 +225,27 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until no upload is under way."""
+        """Wait until no upload is under way."""
         self.uploaded.wait()
 
-    def _upload(self, folder: Path, name: str, facts: dict[str, Any]) -> Checkpoint:
+    def _facts(self, step: int) -> Facts:
+        stage = self.spec.stage
+        read = rows_read(step, self.spec.epoch_rows, self.config)
+        return {
+            "step": step,
+            "num_workers": self.world,
+            "zero_stage": self.config.zero_stage,
+            "precision": PRECISIONS[uses_bf16(self.config.precision, self.backend.device)],
+            "label": stage.label,
+            "base": str(stage.base),
+            "identity": dict(stage.identity),
+            "config": self.config.model_dump(mode="json"),
+            "seed": stage.seed,
+            "plan": {"digest": self.spec.plan_digest, "consumed": read},
+            "metrics": self.metrics,
+        }
+
+    def _upload(self, folder: Path, name: str, facts: Facts) -> Checkpoint:
         path = f"{self.path}/{name}"
         try:
             checkpoint.write(folder, self.filesystem, path, self.rank, facts)
@@ -251,7 +259,7 @@ class Saver:
         return Checkpoint(path=path, filesystem=self.filesystem)
 
     def _prune(self) -> None:
-        """By rank 0. What cannot be removed now is removed after the next checkpoint, and no reason to stop."""
+        """Remove old checkpoints, on rank 0. One that cannot be removed now is tried again after the next save."""
         if self.rank != 0:
             return
         keep, best = self.config.keep_checkpoints, self.config.keep_best

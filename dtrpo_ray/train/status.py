@@ -60,10 +60,9 @@ def _checkpoints(root: str, check: bool) -> list[dict[str, Any]]:
     for place in checkpoint.places(filesystem, path):
         try:
             facts = (checkpoint.verify if check else checkpoint.facts_of)(filesystem, place)
-            problem = None
+            workers, problem = facts["num_workers"], None
         except (CheckpointError, OSError) as error:
-            facts, problem = {}, str(error)
-        workers = facts.get("num_workers")
+            workers, problem = None, str(error)
         measured = checkpoint.validation_of(filesystem, place) or {}
         row = {"path": place.path, "step": place.step, "num_workers": workers, "problem": problem}
         found.append({**row, "validation": measured})

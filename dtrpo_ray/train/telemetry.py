@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run while it trains: metric rows to every sink, and a profile of a few steps."""
+"""Live telemetry of rank 0: metric rows to every sink, and a profile of a few steps."""
 
 import resource
 from pathlib import Path
@@ -12,14 +12,15 @@ from dtrpo_ray.metrics import EVENTS, METRICS, MetricsLog, append_event
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train import trackers
 from dtrpo_ray.train.backend import peak_flops
+from dtrpo_ray.train.run import RunSpec
 
 
 def step_flops(policy: DiffusionLM, config: TrainConfig) -> float:
-    """Floating-point operations of a training step for each token of the trunk, by its weight matrices.
+    """Count the floating-point operations of a training step for each token of the trunk, by its weight matrices.
 
-    2 for each weight forward, 2 for the gradient of its input, 2 for its own where it is trained, 2 in a reference's
-    forward; of a mixture, the experts that a token takes. Left out, so that the MFU is never too high: attention
-    scores, recomputed layers, and the head, which reads the scored tokens alone.
+    Each weight costs 2 forward, 2 for the gradient of its input, 2 for its own gradient where it is trained, and 2 in a
+    reference's forward; of a mixture, only the experts that a token takes count. Attention scores, recomputed layers
+    and the head, which reads the scored tokens alone, are left out, so that the MFU is never too high.
     """
     settings, count = policy.lm.config, 0.0
     share = getattr(settings, "num_experts_per_tok", 1) / _num_experts(settings)
@@ -34,7 +35,7 @@ def _num_experts(settings: Any) -> int:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most this rank has held: on the device, or of the process where that is the CPU."""
+    """Return the most memory that this rank has held: on the device, or of the process where that is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -43,27 +44,21 @@ def memory_bytes(device: torch.device) -> int:
 class Sinks:
     """Rank 0's metrics rows -> metrics.jsonl, the trackers, and gauges that Ray's agent serves to Prometheus."""
 
-    def __init__(
-        self,
-        out: Path,
-        settings: dict[str, Any],
-        config: TrainConfig,
-        start: int,
-        device: torch.device,
-        flops_per_token: float,
-    ) -> None:
+    def __init__(self, spec: RunSpec, start: int, device: torch.device, flops_per_token: float) -> None:
+        out = spec.stage.out
+
         def warn(message: str) -> None:
             append_event(out / EVENTS, "tracker", message)
 
-        run, facts = out.name.removesuffix(".partial"), config.model_dump(mode="json")
+        run, config = out.name.removesuffix(".partial"), spec.config.model_dump(mode="json")
         self.log = MetricsLog(out / METRICS, start)
-        self.trackers = trackers.Trackers(settings["trackers"], run, out, facts, warn)
+        self.trackers = trackers.Trackers(spec.cluster.trackers, run, out, config, warn)
         self.gauges: dict[str, Gauge] = {}
-        self.label, self.device = settings["label"], device
+        self.label, self.device = spec.stage.label, device
         peak = peak_flops(device)
         self.mfu_per_token = flops_per_token / peak if peak else None
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, float]) -> None:
         row = {**row, "memory_bytes": memory_bytes(self.device)}
         if self.mfu_per_token:
             row["mfu"] = row["tokens_per_second"] * self.mfu_per_token
@@ -80,7 +75,7 @@ class Sinks:
 
 
 def profiler(out: Path, num_steps: int) -> Any:
-    """torch's profiler over `num_steps` optimizer steps after two to warm up; the trace lies in profile/."""
+    """Start torch's profiler over `num_steps` optimizer steps after two to warm up; the trace lies in profile/."""
     made = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=num_steps, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(str(out / "profile")),

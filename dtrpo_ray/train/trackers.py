@@ -78,7 +78,7 @@ _KINDS: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "wandb
 
 
 class Trackers:
-    """All trackers of a run. `warn` is told once of one that fails."""
+    """All trackers of a run; `warn` is called once for each that fails."""
 
     def __init__(
         self, names: Sequence[str], run: str, folder: Path, config: dict[str, Any], warn: Callable[[str], None]
@@ -86,24 +86,25 @@ class Trackers:
         require(names)
         self.warn, self.open = warn, dict[str, Tracker]()
         for name in names:
-            with self._dropped(name, "from the start"):
+            with self._drop_on_failure(name, "from the start"):
                 self.open[name] = _KINDS[name](run, folder, config)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, float]) -> None:
         """Hand the numbers of a metrics row to every tracker."""
+        step = int(row["step"])
         numbers = {name: float(value) for name, value in row.items() if name != "step"}
         for name, tracker in list(self.open.items()):
-            with self._dropped(name, f"from step {row['step']} on"):
-                tracker.write(int(row["step"]), numbers)
+            with self._drop_on_failure(name, f"from step {step} on"):
+                tracker.write(step, numbers)
 
     def close(self) -> None:
         """Flush every tracker."""
         for name, tracker in list(self.open.items()):
-            with self._dropped(name, "at the end"):
+            with self._drop_on_failure(name, "at the end"):
                 tracker.close()
 
     @contextmanager
-    def _dropped(self, name: str, when: str) -> Iterator[None]:
+    def _drop_on_failure(self, name: str, when: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:

@@ -19,13 +19,14 @@ import torch
 import torch.multiprocessing as mp
 from torch._subclasses import FakeTensor
 
+from dtrpo_ray import compat
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import add_adapters
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.plan import checkpoint_bytes, state_bytes
 from dtrpo_ray.train import loop
-from dtrpo_ray.train.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, extension_folder, to_universal
+from dtrpo_ray.train.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, to_universal
 from dtrpo_ray.train.dataset import make_plan
 
 CPU = torch.device("cpu")
@@ -387,7 +388,7 @@ def test_every_row_is_seen_once_an_epoch(seen: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def other_modes(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
-    (extension_folder("cpu_adam") / "lock").touch()  # as a build that was killed leaves it
+    (compat.extension_folder("cpu_adam") / "lock").touch()  # as a build that was killed leaves it
     return spawn("modes", 2, folder, tiny_config)
 
 

@@ -11,9 +11,25 @@ from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.train import checkpoint
-from dtrpo_ray.train.checkpoint import COMPLETE, Place, facts_of, folder_name, open_storage, places, verify
+from dtrpo_ray.train.checkpoint import COMPLETE, Facts, Place, facts_of, folder_name, open_storage, places, verify
 
 LOCAL = pafs.LocalFileSystem()
+
+
+def facts(step: int, **metrics: float) -> Facts:
+    return {
+        "step": step,
+        "num_workers": 2,
+        "zero_stage": 2,
+        "precision": "fp32",
+        "label": "train-1",
+        "base": "base",
+        "identity": {"base": "b", "table": "t"},
+        "config": {},
+        "seed": 0,
+        "plan": {"digest": "a plan", "consumed": [step]},
+        "metrics": metrics,
+    }
 
 
 def rank_folder(tmp_path: Path, rank: int) -> Path:
@@ -26,8 +42,7 @@ def rank_folder(tmp_path: Path, rank: int) -> Path:
 def write(tmp_path: Path, root: str, step: int, attempt: int = 0, ranks: int = 2, filesystem: Any = LOCAL) -> str:
     path = f"{root}/{folder_name(step, attempt)}"
     for rank in range(ranks):
-        facts = {"step": step, "num_workers": 2, "zero_stage": 2}
-        checkpoint.write(rank_folder(tmp_path, rank), filesystem, path, rank, facts)
+        checkpoint.write(rank_folder(tmp_path, rank), filesystem, path, rank, facts(step))
     return path
 
 
@@ -71,6 +86,7 @@ def test_complete_is_written_by_the_last_rank_and_not_before(tmp_path: Path) -> 
         ("list", "rank-1.json is not the list"),
         ("no list", "rank-1.json is missing"),
         ("half seal", "COMPLETE is damaged"),
+        ("bare seal", "COMPLETE is damaged (lacks plan)"),
         ("no seal", "no COMPLETE: it was never finished"),
         ("future", "schema 99"),
     ],
@@ -95,6 +111,8 @@ def test_a_damaged_newest_one_is_skipped_with_a_warning(tmp_path: Path, damage: 
             listing.unlink()
         case "half seal":
             seal.write_text(seal.read_text()[:20])
+        case "bare seal":
+            seal.write_text(json.dumps({k: v for k, v in json.loads(seal.read_text()).items() if k != "plan"}))
         case "no seal":
             seal.unlink()
         case "future":
@@ -184,24 +202,13 @@ def test_a_checkpoint_waits_for_its_validation_and_the_best_is_kept(tmp_path: Pa
     assert [p.step for p in places(LOCAL, root)] == [10, 8, 4]
 
 
-def test_rays_own_list_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
-    root = str(tmp_path / "run")
-    checkpoint.forget_ray_snapshot(root)  # of a run that never began
-    write(tmp_path, root, 4)
-    (tmp_path / "run" / checkpoint.RAY_SNAPSHOT).write_text("{}")
-    checkpoint.forget_ray_snapshot(root)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-00000004"]
-    assert newest_whole(LOCAL, root, pytest.fail) is not None
-
-
 def test_ranks_that_seal_at_once_write_the_same_seal(tmp_path: Path) -> None:
     """Each rank has times of its own in its metrics; whoever writes COMPLETE, it says what rank 0 said."""
     root, sealed = str(tmp_path / "run"), set()
     for attempt, last in enumerate((0, 1)):
         path = f"{root}/{folder_name(4, attempt)}"
         for rank in (1 - last, last):
-            facts = {"step": 4, "num_workers": 2, "metrics": {"seconds": rank + 0.25}}
-            checkpoint.write(rank_folder(tmp_path, rank), LOCAL, path, rank, facts)
+            checkpoint.write(rank_folder(tmp_path, rank), LOCAL, path, rank, facts(4, seconds=rank + 0.25))
         sealed.add((Path(path) / COMPLETE).read_text())
     assert len(sealed) == 1
     assert json.loads(sealed.pop())["metrics"] == {"seconds": 0.25}
@@ -216,9 +223,8 @@ def test_ranks_that_seal_at_once_leave_a_whole_checkpoint(tmp_path: Path) -> Non
             folder = tmp_path / f"small-{r}"
             folder.mkdir(exist_ok=True)
             (folder / f"optim-{r}.pt").write_bytes(b"x")
-            facts = {"step": step, "num_workers": 2, "metrics": {"seconds": 0.5 if r else 1 / 3}}
             together.wait()
-            checkpoint.write(folder, LOCAL, path, r, facts)
+            checkpoint.write(folder, LOCAL, path, r, facts(step, seconds=0.5 if r else 1 / 3))
 
         threads = [threading.Thread(target=rank, args=(r,)) for r in (0, 1)]
         for thread in threads:

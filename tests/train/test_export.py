@@ -147,6 +147,8 @@ LORA = LoraConfig(rank=2, alpha=6)
 FACTS = {"step": 40, "num_workers": 1, "zero_stage": 0, "label": "train-1", "seed": 1} | {
     "identity": {"base": "b" * 64, "table": "7" * 64},
     "metrics": {"step": 40, "loss": 0.51, "margin": 0.25},
+    "plan": {"digest": "a plan", "consumed": [40]},
+    "precision": "fp32",
 }
 
 
@@ -312,7 +314,7 @@ def test_a_checkpoint_without_settings_or_base_is_refused(
     record = json.loads((source / checkpoint.COMPLETE).read_text())
     del record["config"]
     (source / checkpoint.COMPLETE).write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="an earlier version wrote it, without its settings"):
+    with pytest.raises(CheckpointError, match=r"COMPLETE is damaged \(lacks config\)"):
         export_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,7 +1,7 @@
 """What a rank does to survive: alone, with Ray Train's calls replaced, and on a cluster whose nodes go.
 
 On the cluster (small Ray nodes in this machine) one node is drained, a checkpoint coming before its deadline, and one
-is lost, with an elastic number of workers. Faults inside workers are in `test_trainer.py`.
+is lost, with an elastic number of workers. Faults inside workers are in `test_driver.py`.
 """
 
 import functools
@@ -31,13 +31,14 @@ from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.session import ray_session
-from dtrpo_ray.train import checkpoint, dataset, loop, recovery, trainer
+from dtrpo_ray.train import checkpoint, dataset, driver, loop, recovery, worker
 from dtrpo_ray.train.backend import PlainBackend
 from dtrpo_ray.train.recovery import STACKS
-from tests.train.test_trainer import CONFIG, write_table
+from dtrpo_ray.train.run import RunSpec, TrainStage
+from tests.train.test_driver import CONFIG, write_table
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-ray.cloudpickle.register_pickle_by_value(sys.modules["tests.train.test_trainer"])
+ray.cloudpickle.register_pickle_by_value(sys.modules["tests.train.test_driver"])
 
 
 class OneRank:
@@ -82,11 +83,13 @@ class Engine:
 
 
 def saver(out: Path, attempt: int = 0, **changes: Any) -> recovery.Saver:
-    settings: dict[str, Any] = {"roots": [str(out / "checkpoints")], "label": "train-1", "base": "base"}
     config = CONFIG.model_copy(update={"keep_checkpoints": 2, **changes})
-    settings |= {"identity": {"base": "b"}, "config": config.model_dump(mode="json"), "seed": 0}
-    settings |= {"plan": {"digest": "a plan", "rows": 15}}
-    return recovery.Saver(Engine(), config, out, settings, attempt)  # type: ignore[arg-type]
+    spec = RunSpec(stage(out), config, ClusterConfig(), (str(out / "checkpoints"),), 8, "a plan", 15)
+    return recovery.Saver(Engine(), spec, attempt)  # type: ignore[arg-type]
+
+
+def stage(out: Path) -> TrainStage:
+    return TrainStage("train-1", Path("base"), Path("table"), out, 0, {"base": "b"})
 
 
 def steps_there(out: Path) -> list[tuple[int, int]]:
@@ -171,11 +174,11 @@ def test_a_checkpoint_of_the_other_precision_is_refused_with_the_remedy(one_rank
     """Precision auto is fp32 on this CPU and bf16 on a GPU."""
     saver(tmp_path).save(2, at_once=True)
     found = recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1)
-    recovery.require_precision(found, False, tmp_path, "train")
-    recovery.require_precision(None, True, tmp_path, "train")
+    recovery.require_precision(found, False, stage(tmp_path))
+    recovery.require_precision(None, True, stage(tmp_path))
     remedy = f"--resume {tmp_path} --set train.precision=fp32"
     with pytest.raises(CheckpointError, match=rf"was trained in fp32, this run's is bf16.*{remedy}"):
-        recovery.require_precision(found, True, tmp_path, "train")
+        recovery.require_precision(found, True, stage(tmp_path))
 
 
 def test_a_run_to_go_on_from_that_is_damaged_is_no_new_run(one_rank: OneRank, tmp_path: Path) -> None:
@@ -253,7 +256,7 @@ def test_scratch_of_a_killed_attempt_is_removed(one_rank: OneRank, tmp_path: Pat
 
 
 def test_each_drained_node_asks_for_one_checkpoint(one_rank: OneRank, tmp_path: Path) -> None:
-    leaving = recovery.Leaving(tmp_path / EVENTS, rank=0)
+    leaving = recovery.DrainWatch(tmp_path / EVENTS, rank=0)
     assert not leaving.due()
     leaving.last -= recovery.DRAIN_POLL_SECONDS + 1
     assert leaving.due()
@@ -261,13 +264,13 @@ def test_each_drained_node_asks_for_one_checkpoint(one_rank: OneRank, tmp_path: 
     for nodes in ([], ["a"], ["a"], ["a", "b"]):
         deadline = (time.time() + 90) * 1000
         one_rank.info = SimpleNamespace(preempted_node_ids=nodes, preempted_ranks=[1], deadline_ms=deadline)
-        answers.append(leaving.asked())
+        answers.append(leaving.ask())
     assert answers == [False, True, False, True]
     assert not leaving.due()
     assert re.search(
         r"\[1\] are being drained, (89|90) s left: checkpoint now", read_metrics(tmp_path / EVENTS)[0]["message"]
     )
-    other = recovery.Leaving(tmp_path / EVENTS, rank=1)
+    other = recovery.DrainWatch(tmp_path / EVENTS, rank=1)
     other.last -= 60
     assert not other.due()  # rank 0's clock decides
 
@@ -321,8 +324,8 @@ def nodes(no_shared_ray: None) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def slow(folder: str, settings: dict[str, Any]) -> None:
-    """`trainer._worker` that says on which node it runs, at one step a second until `over` lies in the folder."""
+def slow(folder: str, spec: RunSpec) -> None:
+    """`worker.run_rank` that says on which node it runs, at one step a second until `over` lies in the folder."""
     rank, real = ray.train.get_context().get_world_rank(), loop.seed_step
     (Path(folder) / f"{time.time():.3f}-{rank}.json").write_text(
         json.dumps({"rank": rank, "node": ray.get_runtime_context().get_node_id(), "time": time.time()})
@@ -334,7 +337,7 @@ def slow(folder: str, settings: dict[str, Any]) -> None:
             time.sleep(STEP_SECONDS)
 
     loop.seed_step = seed_step  # type: ignore[assignment]
-    trainer._worker(settings)
+    worker.run_rank(spec)
 
 
 def latest_node(folder: Path, rank: int) -> str:
@@ -372,42 +375,40 @@ def straight_weights(base: Path, table: Path, config: TrainConfig) -> dict[str, 
     return {name: value.detach() for name, value in policy.named_parameters()}
 
 
-def slow_stage(folder: Path, make_model: Callable[..., Any], patch: pytest.MonkeyPatch) -> trainer.TrainStage:
+def slow_stage(folder: Path, make_model: Callable[..., Any], patch: pytest.MonkeyPatch) -> TrainStage:
     """A stage of `folder` whose workers are slow and note where they run in `folder / "notes"`."""
     out, notes = folder / "stage.partial", folder / "notes"
     for made in (out, notes, folder / "base"):
         made.mkdir()
     save_model(make_model(), folder / "base")
-    patch.setattr(trainer, "_train_function", lambda: functools.partial(slow, str(notes)))
-    return trainer.TrainStage("stage", folder / "base", write_table(folder / "table"), out, 0)
+    patch.setattr(driver, "_train_function", lambda spec: functools.partial(slow, str(notes), spec))
+    return TrainStage("stage", folder / "base", write_table(folder / "table"), out, 0)
 
 
-def events(stage: trainer.TrainStage, kind: str) -> list[dict[str, Any]]:
+def events(stage: TrainStage, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_metrics(stage.out / EVENTS) if event["event"] == kind]
 
 
-def wait_for_step(stage: trainer.TrainStage, step: int) -> None:
+def wait_for_step(stage: TrainStage, step: int) -> None:
     while max((row["step"] for row in read_metrics(stage.out / METRICS)), default=0) < step:
         time.sleep(0.2)
 
 
-def wait_for_resumes(stage: trainer.TrainStage, count: int) -> None:
+def wait_for_resumes(stage: TrainStage, count: int) -> None:
     while len(events(stage, "resume")) < count:
         time.sleep(0.2)
 
 
-def train_beside(
-    chaos: Callable[[], None], stage: trainer.TrainStage, config: TrainConfig, cluster: ClusterConfig
-) -> None:
+def train_beside(chaos: Callable[[], None], stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> None:
     thread = threading.Thread(target=chaos, daemon=True)
     with ray_session(cluster):
         thread.start()
-        trainer.train(stage, config, cluster)
+        driver.train(stage, config, cluster)
     thread.join(5)
     assert not thread.is_alive()
 
 
-def farthest(stage: trainer.TrainStage, theirs: dict[str, torch.Tensor]) -> float:
+def farthest(stage: TrainStage, theirs: dict[str, torch.Tensor]) -> float:
     ours = load_model(stage.out / "model").named_parameters()
     return max(float((value - theirs[name]).abs().max()) for name, value in ours)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from paths import ROOT
 
+from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.train import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.registry import build_model
 from dtrpo_ray.train import telemetry
+from dtrpo_ray.train.run import RunSpec, TrainStage
 from tests.train.test_loop import config, rows, train
 
 
@@ -35,8 +37,9 @@ def test_every_panel_shows_a_gauge_that_training_sets(
     _, log = train(make_model(), config(on_nonfinite="skip"), [rows(4)], make_model(seed=9))
     monkeypatch.setattr(telemetry, "Gauge", FakeGauge)
     monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e6)
-    settings: dict[str, Any] = {"trackers": (), "label": "train-1"}
-    sinks = telemetry.Sinks(tmp_path, settings, TrainConfig(), 0, torch.device("cpu"), 80.0)
+    stage = TrainStage("train-1", tmp_path, tmp_path, tmp_path, 0)
+    spec = RunSpec(stage, TrainConfig(), ClusterConfig(), (), 8, "a plan", 4)
+    sinks = telemetry.Sinks(spec, 0, torch.device("cpu"), 80.0)
     sinks.write({**log[0], "loss": 0.5, "tokens_per_second": 1000.0, "skipped": 1.0})
     assert FakeGauge.made["dtrpo_train_skipped"].value == 1
     sinks.write({**log[0], "loss": 0.5, "tokens_per_second": 1000.0})

@@ -24,14 +24,16 @@ import pytest
 import ray.cloudpickle
 import torch
 
+from dtrpo_ray import compat
 from dtrpo_ray.config.cluster import ClusterConfig
-from dtrpo_ray.config.train import Objective, TrainConfig, ValidationConfig
-from dtrpo_ray.errors import CheckpointError, TrainError
+from dtrpo_ray.config.train import Objective, TrainConfig
+from dtrpo_ray.errors import TrainError
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.stages import joined
-from dtrpo_ray.train import checkpoint, loop, trainer
+from dtrpo_ray.train import checkpoint, driver, loop, worker
 from dtrpo_ray.train.recovery import STACKS
+from dtrpo_ray.train.run import RunSpec, TrainStage
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find the tests
 
@@ -54,17 +56,17 @@ def write_table(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_stage(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Callable[..., trainer.TrainStage]:
+def make_stage(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Callable[..., TrainStage]:
     """A stage of a new folder, of the same model and table."""
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "base").mkdir()
     save_model(make_model(), folder / "base")
     table = write_table(folder / "table")
 
-    def make(name: str, **more: Any) -> trainer.TrainStage:
+    def make(name: str, **more: Any) -> TrainStage:
         out = folder / f"{name}.partial"
         out.mkdir(exist_ok=True)
-        return trainer.TrainStage(name, folder / "base", table, out, 0, {"base": "b", "table": "t"}, **more)
+        return TrainStage(name, folder / "base", table, out, 0, {"base": "b", "table": "t"}, **more)
 
     return make
 
@@ -73,23 +75,23 @@ def cluster(**changes: Any) -> ClusterConfig:
     return ClusterConfig(**{"num_workers": 2, "max_failures": 0, "use_gpu": "no", **changes})
 
 
-def weights(stage: trainer.TrainStage) -> dict[str, torch.Tensor]:
+def weights(stage: TrainStage) -> dict[str, torch.Tensor]:
     return dict(load_model(stage.out / "model").named_parameters())
 
 
-def equal(one: trainer.TrainStage, other: trainer.TrainStage) -> bool:
+def equal(one: TrainStage, other: TrainStage) -> bool:
     theirs = weights(other)
     return all(torch.equal(value, theirs[name]) for name, value in weights(one).items())
 
 
-def events(stage: trainer.TrainStage, kind: str) -> list[dict[str, Any]]:
+def events(stage: TrainStage, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_metrics(stage.out / EVENTS) if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
-def straight(local_ray: None, make_stage: Any) -> trainer.TrainStage:
-    stage: trainer.TrainStage = make_stage("straight")
-    last = trainer.train(stage, CONFIG, cluster())
+def straight(local_ray: None, make_stage: Any) -> TrainStage:
+    stage: TrainStage = make_stage("straight")
+    last = driver.train(stage, CONFIG, cluster())
     assert last["step"] == STEPS
     return stage
 
@@ -122,15 +124,15 @@ def flip_a_byte_of_the_newest(root: str) -> None:
     file.write_bytes(content)
 
 
-def faulty(folder: str, settings: dict[str, Any]) -> None:
-    """`trainer._worker` in a world where things go wrong; runs in the worker process."""
+def faulty(folder: str, spec: RunSpec) -> None:
+    """`worker.run_rank` in a world where things go wrong; runs in the worker process."""
     faults, rank = Path(folder), ray.train.get_context().get_world_rank()
     real_seed, real_copy = loop.seed_step, checkpoint._copy
 
     def seed_step(seed: int, step: int, rank: int) -> None:
         real_seed(seed, step, rank)
         if step in (3, 5, 7):
-            until_whole(settings["roots"][0], step - 1)
+            until_whole(spec.roots[0], step - 1)
         if step == 3 and rank == 1 and once(faults, "exception"):
             raise RuntimeError("a bug in a worker")
         if step == 5 and rank == 0 and once(faults, "killed"):
@@ -150,22 +152,22 @@ def faulty(folder: str, settings: dict[str, Any]) -> None:
     loop.seed_step, checkpoint._copy = seed_step, copy  # type: ignore[assignment]
     checkpoint.ATTEMPTS = 1  # so that one failing write is one checkpoint less
     if rank == 0 and (faults / "killed").exists() and once(faults, "corrupt"):
-        flip_a_byte_of_the_newest(settings["roots"][0])
-    trainer._worker(settings)
+        flip_a_byte_of_the_newest(spec.roots[0])
+    worker.run_rank(spec)
 
 
 @pytest.fixture(scope="module")
-def survived(straight: trainer.TrainStage, make_stage: Any, tmp_path_factory: Any) -> trainer.TrainStage:
-    stage: trainer.TrainStage = make_stage("faulty")
+def survived(straight: TrainStage, make_stage: Any, tmp_path_factory: Any) -> TrainStage:
+    stage: TrainStage = make_stage("faulty")
     with pytest.MonkeyPatch.context() as patch:
         faults = str(tmp_path_factory.mktemp("faults"))
-        patch.setattr(trainer, "_train_function", lambda: functools.partial(faulty, faults))
-        trainer.train(stage, CONFIG, cluster(max_failures=9, hang_seconds=20))
+        patch.setattr(driver, "_train_function", lambda spec: functools.partial(faulty, faults, spec))
+        driver.train(stage, CONFIG, cluster(max_failures=9, hang_seconds=20))
     return stage
 
 
 def test_a_run_that_suffers_every_fault_ends_in_the_weights_of_the_straight_run(
-    survived: trainer.TrainStage, straight: trainer.TrainStage
+    survived: TrainStage, straight: TrainStage
 ) -> None:
     assert equal(survived, straight)
     assert [row["step"] for row in read_metrics(survived.out / METRICS)] == list(range(1, STEPS + 1))
@@ -184,11 +186,11 @@ def test_a_run_that_suffers_every_fault_ends_in_the_weights_of_the_straight_run(
         ("storage error", "No space left on device"),
     ],
 )
-def test_each_fault_is_told(survived: trainer.TrainStage, kind: str, message: str) -> None:
+def test_each_fault_is_told(survived: TrainStage, kind: str, message: str) -> None:
     assert any(message in event["message"] for event in events(survived, kind)), events(survived, kind)
 
 
-def test_at_most_the_steps_since_the_last_checkpoint_are_lost(survived: trainer.TrainStage) -> None:
+def test_at_most_the_steps_since_the_last_checkpoint_are_lost(survived: TrainStage) -> None:
     """Fault by fault: step 3 -> 2; killed at 5, 4 corrupt -> 2; no 6 written -> 4; 7 -> 6; 8 -> 6."""
     resumed = [event["step"] for event in events(survived, "resume")]
     assert [step for i, step in enumerate(resumed) if not i or resumed[i - 1] != step] == [2, 4, 6]
@@ -196,7 +198,7 @@ def test_at_most_the_steps_since_the_last_checkpoint_are_lost(survived: trainer.
     assert resumed.count(6) >= 2
 
 
-def test_a_rank_that_hangs_leaves_the_stacks_of_its_threads(survived: trainer.TrainStage) -> None:
+def test_a_rank_that_hangs_leaves_the_stacks_of_its_threads(survived: TrainStage) -> None:
     """A hang is bounded by hang_seconds, and its dump says where each rank stood."""
     dumps = [file.read_text() for file in (survived.out / STACKS).glob("*-rank-1.txt")]
     assert any("most recent call first" in text and "seed_step" in text for text in dumps)
@@ -205,23 +207,23 @@ def test_a_rank_that_hangs_leaves_the_stacks_of_its_threads(survived: trainer.Tr
 def test_what_no_restart_mends_ends_the_run_at_once(
     local_ray: None, make_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hopeless(settings: dict[str, Any]) -> None:
+    def hopeless(spec: RunSpec) -> None:
         def seed_step(seed: int, step: int, rank: int) -> None:
             if step == 2 and rank == 1:
                 raise TrainError("the loss is not finite at step 2; rows of this rank: row-7")
 
         loop.seed_step = seed_step  # type: ignore[assignment]
-        trainer._worker(settings)
+        worker.run_rank(spec)
 
     stage = make_stage("hopeless")
-    monkeypatch.setattr(trainer, "_train_function", lambda: hopeless)
+    monkeypatch.setattr(driver, "_train_function", lambda spec: functools.partial(hopeless, spec))
     with pytest.raises(TrainError, match=r"hopeless: the loss is not finite at step 2; rows of this rank: row-7"):
-        trainer.train(stage, CONFIG, cluster(max_failures=9))
+        driver.train(stage, CONFIG, cluster(max_failures=9))
     assert {event["failure"] for event in events(stage, "failure")} == {1}
     assert not events(stage, "resume")
 
 
-def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: trainer.TrainStage, make_stage: Any) -> None:
+def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: TrainStage, make_stage: Any) -> None:
     stage = make_stage("killed-driver")
     driver = subprocess.Popen(
         [sys.executable, __file__, str(stage.base), str(stage.table), str(stage.out)],
@@ -234,24 +236,24 @@ def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: trainer.Tra
         assert time.monotonic() < deadline
         assert driver.poll() is None
         time.sleep(0.2)
-    until_whole(str(stage.out / trainer.RAY_RUN), 4)
+    until_whole(str(stage.out / driver.RAY_RUN), 4)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    trainer.train(stage, CONFIG, cluster())
+    driver.train(stage, CONFIG, cluster())
     assert [event["step"] for event in events(stage, "resume")] == [4]
     assert equal(stage, straight)
 
 
-def test_a_finished_run_resumed_trains_nothing(straight: trainer.TrainStage) -> None:
+def test_a_finished_run_resumed_trains_nothing(straight: TrainStage) -> None:
     before = {name: value.clone() for name, value in weights(straight).items()}
-    trainer.train(straight, CONFIG, cluster())
+    driver.train(straight, CONFIG, cluster())
     assert events(straight, "resume")[-1]["message"].startswith(f"resumed at step {STEPS} of {STEPS}")
     assert all(torch.equal(value, before[name]) for name, value in weights(straight).items())
     assert len(read_metrics(straight.out / METRICS)) == STEPS
 
 
-def noting(folder: str, settings: dict[str, Any]) -> None:
-    """`trainer._worker` that writes down the rows which become a batch of the loss; rank 0 is killed at step 5."""
+def noting(folder: str, spec: RunSpec) -> None:
+    """`worker.run_rank` that writes down the rows which become a batch of the loss; rank 0 is killed at step 5."""
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     real_seed, real_collate, now = loop.seed_step, loop.collate, [0]
 
@@ -259,7 +261,7 @@ def noting(folder: str, settings: dict[str, Any]) -> None:
         real_seed(seed, step, rank)
         now[0] = step
         if step == 5:
-            until_whole(settings["roots"][0], 4)
+            until_whole(spec.roots[0], 4)
 
     def collate(*args: Any, **kwargs: Any) -> Any:
         to_batch = real_collate(*args, **kwargs)
@@ -279,7 +281,7 @@ def noting(folder: str, settings: dict[str, Any]) -> None:
         return noted
 
     loop.seed_step, loop.collate = seed_step, collate  # type: ignore[assignment]
-    trainer._worker(settings)
+    worker.run_rank(spec)
 
 
 def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
@@ -296,10 +298,10 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
     (tmp_path / "table").mkdir()
     pq.write_table(pairs, tmp_path / "table" / "part-0.parquet")
     stage = replace(stage, table=tmp_path / "table")
-    monkeypatch.setattr(trainer, "_train_function", lambda: functools.partial(noting, str(notes)))
+    monkeypatch.setattr(driver, "_train_function", lambda spec: functools.partial(noting, str(notes), spec))
     with pytest.raises(TrainError):
-        trainer.train(stage, CONFIG, cluster(checkpoints=root))
-    trainer.train(stage, CONFIG, cluster(num_workers=1, checkpoints=root))
+        driver.train(stage, CONFIG, cluster(checkpoints=root))
+    driver.train(stage, CONFIG, cluster(num_workers=1, checkpoints=root))
     [resumed] = events(stage, "resume")
     assert (resumed["step"], resumed["num_workers"]) == (4, 1)
 
@@ -317,40 +319,12 @@ def test_a_ledger_of_what_was_trained_on_holds_each_row_of_each_epoch_once(
     other = pairs.set_column(0, "row_id", pa.array([f"other-{i}" for i in range(15)]))
     pq.write_table(other, tmp_path / "table" / "part-0.parquet")
     with pytest.raises(TrainError, match=r"its 30 rows were read in the order \w+, this run's is"):
-        trainer.train(stage, CONFIG, cluster(num_workers=1, checkpoints=root))
-    trainer.forget_checkpoints(stage.out, cluster(checkpoints=root))
+        driver.train(stage, CONFIG, cluster(num_workers=1, checkpoints=root))
+    driver.forget_checkpoints(stage.out, cluster(checkpoints=root))
     assert checkpoint.places(filesystem, path) == []
 
 
-def test_resuming_another_run_is_refused_field_by_field(make_stage: Any) -> None:
-    old = make_stage("old")
-    trainer._describe(old, CONFIG, str(old.out / "checkpoints"))
-    changed = CONFIG.model_copy(update={"lr": 5e-3, "save_every": 7, "objective": Objective(beta=0.1)})
-    with pytest.raises(CheckpointError) as caught:
-        trainer._other_root(make_stage("new", resume_from=old.out), changed)
-    text = str(caught.value)
-    assert "train.lr: 0.01 then, 0.005 now" in text
-    assert "train.objective.beta: 0.5 then, 0.1 now" in text
-    assert "save_every:" not in text
-    assert "May change: train.keep_best, train.keep_checkpoints, train.log_every, train.micro_batch" in text
-    may = CONFIG.model_copy(
-        update={"save_every": 7, "validation": ValidationConfig(num_prompts=3), "precision": "fp32"}
-    )
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint to go on from"):
-        trainer._other_root(make_stage("new", resume_from=old.out), may)
-    (old.out / "checkpoints" / "step-00000002").mkdir(parents=True)
-    (old.out / "checkpoints" / "step-00000002" / checkpoint.COMPLETE).touch()
-    assert trainer._other_root(make_stage("new", resume_from=old.out), may) == [str(old.out / "checkpoints")]
-    record = json.loads((old.out / "run.json").read_text())  # written before there was such a field
-    del record["config"]["offload"]
-    (old.out / "run.json").write_text(json.dumps(record))
-    finished = old.out.rename(old.out.with_name("old-finished"))  # its checkpoints have moved with it
-    assert trainer._other_root(make_stage("new", resume_from=finished), may) == [str(finished / "checkpoints")]
-    with pytest.raises(CheckpointError, match="no readable run"):
-        trainer._other_root(make_stage("new", resume_from=Path("/nowhere")), CONFIG)
-
-
-def _slow_at_step_6(settings: dict[str, Any]) -> None:
+def _slow_at_step_6(spec: RunSpec) -> None:
     real = loop.seed_step
 
     def seed_step(seed: int, step: int, rank: int) -> None:
@@ -358,17 +332,17 @@ def _slow_at_step_6(settings: dict[str, Any]) -> None:
         time.sleep(3600 if step == 6 else 0)
 
     loop.seed_step = seed_step  # type: ignore[assignment]
-    trainer._worker(settings)
+    worker.run_rank(spec)
 
 
 def _drive(base: str, table: str, out: str) -> None:
     """A driver process that never gets beyond step 5."""
     from dtrpo_ray.session import ray_session
 
-    trainer._train_function = lambda: _slow_at_step_6
-    stage = trainer.TrainStage("killed-driver", Path(base), Path(table), Path(out), 0, {"base": "b", "table": "t"})
+    driver._train_function = lambda spec: functools.partial(_slow_at_step_6, spec)
+    stage = TrainStage("killed-driver", Path(base), Path(table), Path(out), 0, {"base": "b", "table": "t"})
     with ray_session(cluster()):
-        trainer.train(stage, CONFIG, cluster())
+        driver.train(stage, CONFIG, cluster())
 
 
 if __name__ == "__main__":
@@ -377,10 +351,19 @@ if __name__ == "__main__":
 
 def test_checkpoints_elsewhere_are_named_like_their_stage_and_keep_the_options_of_the_uri() -> None:
     out = Path("runs/stages/train-1-0123.partial")
-    place = trainer._place(out, ClusterConfig(checkpoints="s3://b/x/?endpoint_override=http://h:9"))
+    place = driver._place(out, ClusterConfig(checkpoints="s3://b/x/?endpoint_override=http://h:9"))
     assert place == ("s3://b/x/?endpoint_override=http://h:9", "train-1-0123")
     assert joined(*place) == "s3://b/x/train-1-0123?endpoint_override=http://h:9"
-    assert joined(*trainer._place(out, ClusterConfig())) == f"{out.resolve()}/{trainer.RAY_RUN}"
+    assert joined(*driver._place(out, ClusterConfig())) == f"{out.resolve()}/{driver.RAY_RUN}"
+
+
+def test_rays_own_list_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    root, snapshot = tmp_path / "run", compat.RAY_TRAIN_SNAPSHOT
+    driver._forget_ray_list(str(root))  # of a run that never began
+    (root / "step-00000004").mkdir(parents=True)
+    (root / snapshot).write_text("{}")
+    driver._forget_ray_list(str(root))
+    assert [path.name for path in root.iterdir()] == ["step-00000004"]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -389,9 +372,9 @@ def test_a_stage_made_anew_forgets_its_checkpoints_and_no_others(tmp_path: Path,
     cluster = ClusterConfig(checkpoints=str(tmp_path / "disk") if elsewhere else None)
     mine = tmp_path / "disk" / "train-1-0123" if elsewhere else out / "checkpoints"
     other = tmp_path / "disk" / "train-1-4567"
-    trainer.forget_checkpoints(out, cluster)  # nothing there is nothing to do
+    driver.forget_checkpoints(out, cluster)  # nothing there is nothing to do
     for root in (mine, other):
         (root / "step-00000002").mkdir(parents=True)
-    trainer.forget_checkpoints(out, cluster)
+    driver.forget_checkpoints(out, cluster)
     assert not mine.exists()
     assert (other / "step-00000002").exists()
