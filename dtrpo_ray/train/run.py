@@ -12,13 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dtrpo_ray.config.cluster import ClusterConfig
+from dtrpo_ray.config.cluster import ClusterConfig, NumWorkers
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import ERRORS, RUN
 from dtrpo_ray.train import checkpoint
-
-NumWorkers = int | tuple[int, int]
 
 NO_WEIGHTS = frozenset({"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"})
 """Fields of a training section that change no weight."""
