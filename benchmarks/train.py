@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.plain import PlainBackend
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
@@ -30,7 +31,6 @@ from dtrpo_ray.metrics import METRICS, MetricsLog, read_metrics
 from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
 from dtrpo_ray.train import dataset, driver, loop, worker
-from dtrpo_ray.train.backend import PlainBackend
 from dtrpo_ray.train.run import RunSpec, TrainStage
 
 WARM_STEPS = 3

@@ -158,11 +158,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """How a training stage stands: live, cut off or finished; its checkpoints; what went wrong."""
-    from dtrpo_ray.train.status import status as make_status
-    from dtrpo_ray.train.status import status_text
+    from dtrpo_ray.train.status import read_status
 
-    value = make_status(run, check)
-    result({"verb": "status", **value}, as_json, status_text(value))
+    value = read_status(run, check)
+    result({"verb": "status", **asdict(value)}, as_json, value.text())
 
 
 @app.command()

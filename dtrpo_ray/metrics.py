@@ -8,11 +8,22 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 # in the folder of a stage
 METRICS, EVENTS, RUN, ERRORS = "metrics.jsonl", "events.jsonl", "run.json", "errors"
 VALIDATION = "validation.jsonl"
+
+
+class Event(TypedDict):
+    """One line of events.jsonl; a kind of event may add facts, of which a status shows these."""
+
+    time: float
+    event: str
+    message: str
+    step: NotRequired[int]
+    num_steps: NotRequired[int]
+    num_workers: NotRequired[int]
 
 
 class MetricsLog:
@@ -25,19 +36,26 @@ class MetricsLog:
         partial.replace(path)
         self._file = path.open("a", buffering=1)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, float]) -> None:
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a half-written last line is left out, a missing file is empty."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the whole lines of a metrics file; a half-written last line is left out, a missing file is empty."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def read_events(path: Path) -> list[Event]:
+    """Read the whole lines of an events file, as `read_metrics` does."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def append_event(path: Path, event: str, message: str, **facts: Any) -> None:

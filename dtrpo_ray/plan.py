@@ -16,7 +16,7 @@ from dtrpo_ray.config.task import FilesTask
 from dtrpo_ray.config.train import LoraConfig, TrainConfig
 from dtrpo_ray.data.tasks.puzzles import puzzle_module
 from dtrpo_ray.errors import ConfigError, ModelError
-from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_metrics
+from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_events, read_metrics
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 REDUCE_BUCKET = 5 * 10**8  # gradients that DeepSpeed's ZeRO 3 makes room for at the start, by default
@@ -113,7 +113,7 @@ def measured(storage: Path, stage: str, config: TrainConfig, num_steps: int | No
         return {}
     folder = max(runs)[1].parent
     then, now = json.loads((folder / RUN).read_text())["config"], config.model_dump(mode="json")
-    begun = [event for event in read_metrics(folder / EVENTS) if "num_workers" in event]
+    begun = [event for event in read_events(folder / EVENTS) if "num_workers" in event]
     seconds = statistics.median(row["step_seconds"] for row in rows)
     facts = {"run": str(folder), "step_seconds": seconds, "num_workers": begun[-1]["num_workers"] if begun else None}
     facts["differs"] = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dtrpo_ray.metrics import read_metrics
+from dtrpo_ray.metrics import read_events, read_metrics
 
 console = Console(stderr=True)
 PLAIN_LINES = 10  # lines a stage prints where there is no terminal
@@ -26,7 +26,7 @@ def bar() -> Progress:
 def watch(metrics: Path, label: str, total: int, events: Path | None = None) -> Iterator[None]:
     """Follow a metrics file, and print what is appended to an events file, from a thread until the block ends."""
     stop = threading.Event()
-    known = len(read_metrics(events)) if events else 0
+    known = len(read_events(events)) if events else 0
     thread = threading.Thread(target=_follow, args=(metrics, label, total, stop, events, known), daemon=True)
     thread.start()
     try:
@@ -42,13 +42,13 @@ def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events
         task = progress.add_task(label, total=total, note="")
         while True:
             last = stop.wait(0.5)
-            for event in read_metrics(events)[known:] if events else ():
+            for event in read_events(events)[known:] if events else ():
                 known += 1
                 console.print(f"{label}: {event['message']}", markup=False, highlight=False, soft_wrap=True)
             for row in read_metrics(metrics):
                 if row["step"] <= seen:
                     continue
-                seen = row["step"]
+                seen = int(row["step"])
                 note = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
                 progress.update(task, completed=seen, note=note)
                 if not console.is_terminal and seen * PLAIN_LINES // total > printed:

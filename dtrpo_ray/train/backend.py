@@ -1,7 +1,8 @@
-"""Backward, update, save, resume: plain torch, or DeepSpeed (its only import site).
+"""Backward, update, save, resume on a DeepSpeed engine (the only file that imports DeepSpeed).
 
-Both use torch's AdamW and the schedules that transformers has, sum gradients over ranks (the caller has divided the
-loss by the weight of the GLOBAL batch), clip, and answer the same calls, so the loop does not know which one it drives.
+The loop drives any `Backend`; `benchmarks.plain` has one of plain torch, for comparison and for tests. A backend uses
+torch's AdamW and the schedules of transformers, sums gradients over ranks (the caller has divided the loss by the
+weight of the GLOBAL batch) and clips them.
 """
 
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +24,12 @@ from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import CheckpointError, ConfigError
 from dtrpo_ray.models.base import DiffusionLM
 
-STATE_FILE = "plain.pt"
 TAG = "deepspeed"  # the folder of its files in a checkpoint
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the makers' data sheets
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device, where it is known."""
+    """Return the peak FLOP/s of a device, None where unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -36,18 +37,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether weights and activations are bfloat16: "auto" is, on a GPU."""
+    """Return whether weights and activations are bfloat16: with "auto", on a GPU."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 class Backend(Protocol):
-    """What the loop asks for. `policy` is the module to call; `device` where batches go."""
+    """The loop's view of an engine: `policy` is the module to call, `device` the place of batches."""
 
     policy: Any
     device: torch.device
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Gradients of one micro-batch; `last` of the optimizer step, on all ranks at once."""
+        """Add the gradients of one micro-batch; `last` marks an optimizer step's last one, on all ranks at once."""
         ...
 
     def step(self, skip: bool = False) -> tuple[float, float]:
@@ -63,20 +64,26 @@ class Backend(Protocol):
         ...
 
     def most(self, count: int) -> int:
-        """The largest count of all ranks."""
+        """Return the largest count of all ranks."""
         ...
 
-    def save(self, path: Path, state: dict[str, Any]) -> None: ...
-    def load(self, path: Path) -> dict[str, Any]: ...
+    def save(self, path: Path, step: int) -> None:
+        """Write weights, optimizer and schedule after an optimizer step."""
+        ...
+
+    def load(self, path: Path) -> int:
+        """Load a checkpoint of `save`; returns its step."""
+        ...
+
     def full_model(self) -> DiffusionLM:
-        """The model with whole parameters, to be called on every rank."""
+        """Return the model with whole parameters; every rank must call it."""
         ...
 
 
-class _AdamW(torch.optim.AdamW):
-    """torch's AdamW that can sit out one step: DeepSpeed offers no way to drop a step whose gradients are finite."""
+class SkippableAdamW(torch.optim.AdamW):
+    """torch's AdamW that can skip one step: DeepSpeed offers no way to drop a step whose gradients are finite."""
 
-    skip = False
+    skip = refused = False
     check = False  # without ZeRO nothing in DeepSpeed looks at the gradients before they are used
 
     def step(self, closure: Any = None) -> Any:
@@ -92,16 +99,21 @@ def _finite_everywhere(groups: list[dict[str, Any]]) -> bool:
     return not bool(bad)
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    return {"lr": config.lr, "weight_decay": config.weight_decay, "betas": (0.9, 0.95)}
+def make_optimizer(model: nn.Module, config: TrainConfig) -> SkippableAdamW:
+    """Return AdamW over the trained parameters; with `offload` DeepSpeed's, whose state lies in CPU memory."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = partial(_cpu_adam(), adamw_mode=True) if config.offload else SkippableAdamW
+    made: SkippableAdamW = optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    return made
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> _AdamW:
-    return _AdamW([p for p in model.parameters() if p.requires_grad], **_settings(config))
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of transformers' `get_scheduler`, equal to the bit.
 
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int) -> Any:
-    """transformers' `get_scheduler`, to the bit, without its module, which imports peft: five seconds a process."""
+    Importing that function loads peft and accelerate: 2 s of CPU and 130 MiB in every worker (docs/decisions.md).
+    """
     warmup, end = int(config.warmup_ratio * num_steps), num_steps + 1
 
     def share(step: int) -> float:
@@ -115,54 +127,11 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-class PlainBackend:
-    """One process, no DeepSpeed: unit tests, the bare loop of benchmarks, a GPU machine without it."""
-
-    def __init__(self, model: DiffusionLM, config: TrainConfig, num_steps: int, device: torch.device) -> None:
-        self.policy = model.to(device)
-        self.device, self.max_norm = device, config.max_grad_norm
-        self.optimizer = _optimizer(model, config)
-        self.schedule = _schedule(self.optimizer, config, num_steps)
-
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        loss.backward()
-
-    def step(self, skip: bool = False) -> tuple[float, float]:
-        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_norm))
-        lr = self.schedule.get_last_lr()[0]
-        self.optimizer.skip = skip or not math.isfinite(norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, lr
-
-    def reduce(self, values: Tensor) -> Tensor:
-        return values
-
-    def most(self, count: int) -> int:
-        return count
-
-    def save(self, path: Path, state: dict[str, Any]) -> None:
-        parts = {"model": self.policy, "optimizer": self.optimizer, "schedule": self.schedule}
-        torch.save({**{k: v.state_dict() for k, v in parts.items()}, "state": state}, path / STATE_FILE)
-
-    def load(self, path: Path) -> dict[str, Any]:
-        saved = torch.load(path / STATE_FILE, weights_only=True)
-        for name, part in (("model", self.policy), ("optimizer", self.optimizer), ("schedule", self.schedule)):
-            part.load_state_dict(saved[name])
-        state: dict[str, Any] = saved["state"]
-        return state
-
-    def full_model(self) -> DiffusionLM:
-        assert isinstance(self.policy, DiffusionLM)
-        return self.policy
-
-
 def deepspeed_config(config: TrainConfig, num_workers: int, bf16: bool, universal: bool = False) -> dict[str, Any]:
-    """The DeepSpeed config of a training stage, generated whole: DeepSpeed ignores top-level keys it does not know.
+    """Generate the whole DeepSpeed config of a training stage: DeepSpeed ignores top-level keys it does not know.
 
-    Batches are packed rows of our own, so DeepSpeed's batch fields only carry the accumulation. `universal` loads a
-    checkpoint that was written by another number of workers.
+    We pack batches ourselves, so DeepSpeed's batch fields only carry the accumulation. `universal` loads a checkpoint
+    that another number of workers wrote.
     """
     accumulation = config.accumulation(num_workers)
     zero: dict[str, Any] = {"stage": config.zero_stage}
@@ -183,9 +152,9 @@ def deepspeed_config(config: TrainConfig, num_workers: int, bf16: bool, universa
 
 
 class Zero3Sharding:
-    """How a model is built and filled under ZeRO-3: each rank holds its part alone, rank 0 reads the files.
+    """Builds and fills a model under ZeRO-3: each rank holds only its part, rank 0 reads the files.
 
-    It is made in a process group, and used as `models.checkpoint.Sharding`.
+    To be created in a process group; implements `models.weights.Sharding`.
     """
 
     def __init__(self, config: TrainConfig, num_workers: int, device: torch.device) -> None:
@@ -218,10 +187,10 @@ class DeepSpeedBackend:
         deepspeed = _deepspeed(device)
         self.device, self.num_workers = device, num_workers
         bf16 = uses_bf16(config.precision, device)
-        self.optimizer = _offloaded(model, config) if config.offload else _optimizer(model, config)
+        self.optimizer = make_optimizer(model, config)
         self.optimizer.check = config.zero_stage == 0
         # the schedule is ours alone: DeepSpeed would stop it at a step that it drops
-        self.schedule = _schedule(self.optimizer, config, num_steps)
+        self.schedule = make_schedule(self.optimizer, config, num_steps)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(config, num_workers, bf16, universal)
         )
@@ -236,7 +205,7 @@ class DeepSpeedBackend:
             self.engine.step()
 
     def step(self, skip: bool = False) -> tuple[float, float]:
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.skip, self.optimizer.refused = skip, False
         self.engine.step()
         with warnings.catch_warnings():  # a step that DeepSpeed drops never calls the optimizer
@@ -255,18 +224,18 @@ class DeepSpeedBackend:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
 
-    def save(self, path: Path, state: dict[str, Any]) -> None:
+    def save(self, path: Path, step: int) -> None:
         # universal_checkpoint_info lets stages 1 and 2 be converted to another world size later
         extra = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
         extra["schedule"] = self.schedule.state_dict()
-        self.engine.save_checkpoint(str(path), tag=TAG, client_state={**state, **extra})
+        self.engine.save_checkpoint(str(path), tag=TAG, client_state={"step": step, **extra})
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path) -> int:
         loaded, state = self.engine.load_checkpoint(str(path), tag=TAG)
         if loaded is None:
             raise CheckpointError(f"{path}: DeepSpeed found no checkpoint here")
         self.schedule.load_state_dict(state["schedule"])
-        return dict(state)
+        return int(state["step"])
 
     def full_model(self) -> DiffusionLM:
         model = self.engine.module
@@ -294,8 +263,8 @@ def _deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
-    """DeepSpeed's CPU Adam; it is compiled on first use (g++ and ninja), by one process at a time."""
+def _cpu_adam() -> Any:
+    """Return DeepSpeed's CPU Adam; it is compiled on first use (g++ and ninja), by one process at a time."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -307,10 +276,10 @@ def _offloaded(model: nn.Module, config: TrainConfig) -> Any:
             return None if self.skip else super().step(closure)
 
     folder = compat.extension_folder("cpu_adam")
-    with FileLock(folder.with_name(f"{folder.name}.held")):  # one that a dead process has let go
-        (folder / "lock").unlink(missing_ok=True)  # torch's own outlives a killed build, and all would wait on it
+    with FileLock(folder.with_name(f"{folder.name}.held")):  # a dead process lets go of this lock
+        (folder / "lock").unlink(missing_ok=True)  # torch's own outlives a killed build
         CPUAdamBuilder().load()
-    return CPUAdam([p for p in model.parameters() if p.requires_grad], adamw_mode=True, **_settings(config))
+    return CPUAdam
 
 
 def to_universal(checkpoint: Path, out: Path) -> None:
@@ -327,7 +296,7 @@ def to_universal(checkpoint: Path, out: Path) -> None:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The whole float32 parameters of a checkpoint by name, without an engine. It unpickles: only our own files."""
+    """Read the whole float32 parameters of a checkpoint by name, without an engine. Unpickles: only our own files."""
     _deepspeed(torch.device("cpu"))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -1,4 +1,4 @@
-"""Ray Data shell: a Parquet table -> each rank's rows of each optimizer step, in an order fixed by the seed.
+"""Ray Data: a Parquet table -> each rank's rows of each optimizer step, in an order fixed by the seed.
 
 An epoch's order is the order of hash(seed, epoch, row id), so it depends on neither files, blocks nor workers.
 Optimizer step s takes ordinals [s G, (s + 1) G) of global batch size G, and rank r the r-th part of them. The last
@@ -27,7 +27,7 @@ _BLOCK_BYTES = 32 << 20  # of the files on disk, for each block at first
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which row stands where: ordinal -> (epoch, row number), and the number of optimizer steps.
+    """The order of rows: ordinal -> (epoch, row number, weight), and the number of optimizer steps.
 
     Two plans of one `digest` read the same rows, by their ids, in the same optimizer steps.
     """
@@ -40,7 +40,7 @@ class Plan:
 
 
 def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
-    """Order every epoch by hash, cut or fill to whole optimizer steps."""
+    """Order every epoch by hash, and cut or fill the run to whole optimizer steps."""
     order = [_epoch_order(row_ids, seed, epoch) for epoch in range(config.num_epochs)]
     rows, epochs = np.concatenate(order), np.repeat(np.arange(config.num_epochs), len(row_ids))
     num_steps = -(-len(rows) // config.global_batch)
@@ -63,7 +63,7 @@ def _epoch_order(row_ids: list[str], seed: int, epoch: int) -> np.ndarray:
 
 
 def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> tuple[list[ray.data.Dataset], Plan]:
-    """One materialised dataset a rank, and their plan."""
+    """Return one materialised dataset for each rank, and their plan."""
     files = sorted(str(p) for p in table_dir.glob("*.parquet"))
     ids = pq.read_table(files, columns=["row_id"])["row_id"].to_pylist()
     plan = make_plan(ids, config, seed)
@@ -107,10 +107,10 @@ def rank_batches(
     start_step: int,
     share: tuple[int, int] | None = None,
 ) -> Iterator[Any]:
-    """This rank's rows of each optimizer step from `start_step` on, checked against the plan.
+    """Yield this rank's rows of each optimizer step from `start_step` on, checked against the plan.
 
-    `rows` are one rank's, or with `share` = (rank, number of workers) all rows, of which this rank takes its part: so
-    the number of workers may change within a run. A part that comes out short is filled with rows of weight 0.
+    `rows` are one rank's, or with `share` = (rank, number of workers) all rows, of which this rank takes its part, so
+    the number of workers may change within a run. A short part is filled with rows of weight 0.
     """
     per_rank = config.rows_per_rank(num_workers)
     size = config.global_batch if share else per_rank

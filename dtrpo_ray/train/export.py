@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,7 @@ from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import load_tokenizer, turn_end_id
-from dtrpo_ray.stages import StageRow, whole_folder
+from dtrpo_ray.stages import Json, StageRow, whole_folder
 from dtrpo_ray.train import checkpoint
 
 CARD = """---
@@ -57,7 +56,7 @@ HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+)/snapshots/")
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a README.md says: `rows` are stage, inputs, outputs and summary, `metrics` the last line of each stage."""
+    """The facts of a README.md: `rows` are stage, inputs, outputs and summary, `metrics` the last line of a stage."""
 
     name: str
     objective: str
@@ -65,11 +64,12 @@ class Card:
     base: str | None
     adapter: bool
     rows: list[tuple[str, str, str, str]]
-    metrics: dict[str, dict[str, Any]]
+    metrics: Mapping[str, Mapping[str, float]]
     title: str
-    settings: dict[str, Any]
+    settings: Mapping[str, Json]
 
     def text(self) -> str:
+        """Return the README.md."""
         named = self.base if self.base and HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None
         base_model = f"base_model: {named}\n" if named else ""
         return CARD.format(
@@ -95,34 +95,51 @@ class Card:
 def job_card(
     job: Job,
     lineage: Sequence[StageRow],
-    curves: Mapping[str, list[dict[str, Any]]],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
     base: str | None,
     adapter: bool = False,
 ) -> Card:
-    """The card of a job's aligned model."""
+    """Describe a job's aligned model."""
     rows = [(s["stage"], s["key"][:12], f"{len(s['outputs'])} files", json.dumps(s["summary"])) for s in lineage]
-    last = {name: lines[-1] for name, lines in curves.items() if lines}
-    origin = f"on the task `{job.task.type}`, seed {job.seed}"
-    settings = job.model_dump(mode="json")
-    return Card(job.name, job.train.objective.type, origin, base, adapter, rows, last, "The job", settings)
+    return Card(
+        name=job.name,
+        objective=job.train.objective.type,
+        origin=f"on the task `{job.task.type}`, seed {job.seed}",
+        base=base,
+        adapter=adapter,
+        rows=rows,
+        metrics={name: lines[-1] for name, lines in curves.items() if lines},
+        title="The job",
+        settings=job.model_dump(mode="json"),
+    )
 
 
 def _checkpoint_card(facts: checkpoint.SealedFacts, base: str, adapter: bool) -> Card:
-    label, step, config = facts["label"], facts["step"], facts["config"]
+    label, step = facts["label"], facts["step"]
     inputs = ", ".join(f"{name} {digest[:12]}" for name, digest in facts["identity"].items())
     row = (f"{label}, step {step}", inputs, f"rank files of {facts['num_workers']} worker(s)", "not finished")
-    origin = f"up to step {step} of the training stage `{label}`, seed {facts['seed']}"
-    metrics, objective = {label: facts["metrics"]}, config["objective"]["type"]
-    return Card(f"{label}-step-{step}", objective, origin, base, adapter, [row], metrics, "The stage", config)
+    return Card(
+        name=f"{label}-step-{step}",
+        objective=facts["config"]["objective"]["type"],
+        origin=f"up to step {step} of the training stage `{label}`, seed {facts['seed']}",
+        base=base,
+        adapter=adapter,
+        rows=[row],
+        metrics={label: facts["metrics"]},
+        title="The stage",
+        settings=facts["config"],
+    )
 
 
-def _number(value: Any) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
 def base_name(path: Path) -> str:
-    """What a base model is called where others must find it: its hub id if the path lies in the hub's cache, which
-    names folders `models--ORG--NAME`; else the path as given."""
+    """Return the name by which others find a base model: its hub id, or the path as given.
+
+    The hub's cache names its folders `models--ORG--NAME`.
+    """
     cached = HUB_CACHE.search(f"{path}/")
     return cached[1].replace("--", "/") if cached else str(path)
 
@@ -133,7 +150,7 @@ def export_model(
     """Write `model` to `out`, which must not exist, with README.md; complete or absent, never half.
 
     Without `dtype` the weights are copied as they are; with it ("float32", "bfloat16") they are rounded to it. A model
-    without generation defaults of its own gets some, with `denoising_steps` a block.
+    that lacks generation defaults gets some, with `denoising_steps` a block.
     """
     with whole_folder(out) as folder:
         if dtype is None:
@@ -190,7 +207,7 @@ def export_checkpoint(
 
 
 def _checkpoint_model(source: Path, base: Path, config: TrainConfig) -> DiffusionLM:
-    """The model of a checkpoint in float32, adapters on it: its tensors are the file's, nothing is initialised."""
+    """Load a checkpoint's model in float32, adapters on it: its tensors are the file's, nothing is initialised."""
     from dtrpo_ray.train.backend import checkpoint_weights
 
     model = skeleton_of(base)
@@ -202,17 +219,19 @@ def _checkpoint_model(source: Path, base: Path, config: TrainConfig) -> Diffusio
 
 
 def _finish(folder: Path, card: Card, denoising_steps: int | None) -> None:
-    """Generation defaults, where the model brought none, and the card."""
+    """Write generation defaults, where the model brought none, and the card."""
     file = folder / "generation_config.json"
     if not file.exists():
         file.write_text(json.dumps(_generation_defaults(folder, denoising_steps), indent=2) + "\n")
     (folder / "README.md").write_text(card.text())
 
 
-def _generation_defaults(model: Path, denoising_steps: int | None) -> dict[str, Any]:
+def _generation_defaults(model: Path, denoising_steps: int | None) -> dict[str, int | list[int]]:
     lm, turn_end = skeleton_of(model), turn_end_id(load_tokenizer(model))
     ends = lm.stop_ids if turn_end is None else lm.stop_ids | {turn_end}
-    ids = {"eos_token_id": lm.eos_id if len(ends) == 1 else [lm.eos_id, *sorted(ends - {lm.eos_id})]}
+    ids: dict[str, int | list[int]] = {
+        "eos_token_id": lm.eos_id if len(ends) == 1 else [lm.eos_id, *sorted(ends - {lm.eos_id})]
+    }
     ids |= {"pad_token_id": lm.eos_id, "mask_token_id": lm.mask_id}
     steps = denoising_steps or min(ServeConfig().denoising_steps, lm.block_size)
     sub_blocks = {} if lm.small_block_size == lm.block_size else {"small_block_size": lm.small_block_size}

@@ -178,7 +178,7 @@ def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_worl
             to_universal(folder, universal)
         barrier()
         folder = universal
-    step = int(backend.load(folder)["step"])
+    step = backend.load(folder)
     barrier()
     if context.get_local_rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -210,7 +210,7 @@ class Saver:
         """Write the checkpoint of a step; `at_once` returns when it lies in storage."""
         self.wait()
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
-        self.backend.save(folder, {"step": step})
+        self.backend.save(folder, step)
         facts = self._facts(step)
         self.uploaded.clear()
         ray.train.report(

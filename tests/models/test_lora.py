@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.plain import PlainBackend
 from dtrpo_ray.config.train import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.method.batch import ModelLayout, build_batch
@@ -27,7 +28,6 @@ from dtrpo_ray.models.lora import (
     with_adapter,
 )
 from dtrpo_ray.models.registry import FAMILIES, build_model, load_model, save_model, skeleton
-from dtrpo_ray.train.backend import PlainBackend
 
 CONFIGS = json.loads((ROOT / "tests" / "models" / "tiny_configs.json").read_text())
 CPU = torch.device("cpu")
@@ -207,11 +207,11 @@ def test_a_lora_step_is_ln_2_at_the_start_and_leaves_the_base(tmp_path: Path) ->
     assert losses[-1] < losses[0] - 0.05
     after = {n.replace(".base_layer", ""): p for n, p in model.lm.state_dict().items() if ".lora_" not in n}
     assert all(torch.equal(after[n], before[n]) for n in before)
-    backend.save(tmp_path, {"step": 5})
+    backend.save(tmp_path, 5)
     other = build_model(CONFIGS["sdar"], seed=1)
     add_adapters(other, LORA, seed=9)
     resumed = PlainBackend(other, config, 5, CPU)
-    assert resumed.load(tmp_path)["step"] == 5
+    assert resumed.load(tmp_path) == 5
     with torch.no_grad():
         assert torch.equal(other(*inputs(other)), model(*inputs(model)))
 

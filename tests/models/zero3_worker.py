@@ -46,9 +46,9 @@ for _ in range(4):
     backend.step()
     losses.append(float(loss))
 (out / "checkpoint").mkdir(exist_ok=True)
-backend.save(out / "checkpoint", {"step": 4})
+backend.save(out / "checkpoint", 4)
 trained = backend.policy(*inputs).tolist()
-again = backend.load(out / "checkpoint")["step"]
+again = backend.load(out / "checkpoint")
 resumed = backend.policy(*inputs).tolist()
 record = {"held": held, "whole": whole, "first": first.tolist(), "losses": losses, "reference": reference}
 record |= {"trained": trained, "resumed": resumed, "step": again}

@@ -109,7 +109,7 @@ class Run:
     def go(self, start: int, save_to: Path | None = None, spoil: Any = None, end: int = STEPS) -> "Run":
         def save(step: int) -> None:
             if save_to is not None:
-                self.backend.save(save_to / str(step), {"step": step})
+                self.backend.save(save_to / str(step), step)
 
         def noted() -> Any:
             for step, rows in enumerate(batches(self.cfg, start, self.rank, self.world), start + 1):
@@ -177,7 +177,7 @@ def diamonds(settings: dict[str, Any], folder: Path, rank: int, world: int) -> d
         seen[f"size-{stage}"] = len(end)
         for cut in CUTS:
             resumed = Run(settings, cfg, rank, world)
-            step = resumed.backend.load(kept / str(cut))["step"]
+            step = resumed.backend.load(kept / str(cut))
             resumed.go(step)
             # at the last step nothing is left to do, and the norm of a step is no state
             other = resumed.state() if cut < STEPS else {**resumed.state(), "norm": end["norm"]}
@@ -261,7 +261,7 @@ def taken(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict
         run = Run({**settings, **BIG}, config(**changes), rank, world, dropout=0.0).go(0, end=1)
         gc.collect()
         live = live_tensors()
-        run.backend.save(folder / f"taken-{name}", {"step": 1})
+        run.backend.save(folder / f"taken-{name}", 1)
         torch.distributed.barrier()
         files = [f for f in (folder / f"taken-{name}").rglob("*") if f.is_file()]
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in run.policy.parameters()]
@@ -323,7 +323,7 @@ def other_world(settings: dict[str, Any], folder: Path, rank: int, world: int) -
                 to_universal(folder / other / str(WORLD_CUT), universal)
             torch.distributed.barrier()
             went_on = Run(settings, cfg, rank, world, universal=True, dropout=0.0)
-            assert went_on.backend.load(universal)["step"] == WORLD_CUT
+            assert went_on.backend.load(universal) == WORLD_CUT
             rate = went_on.backend.schedule.get_last_lr()
             went_on.go(WORLD_CUT)
             end = torch.load(folder / f"{other}.pt", weights_only=True)

@@ -25,6 +25,7 @@ import ray.cloudpickle
 import torch
 from ray.cluster_utils import Cluster
 
+from benchmarks.plain import PlainBackend
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import CheckpointError
@@ -32,7 +33,6 @@ from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.train import checkpoint, dataset, driver, loop, recovery, worker
-from dtrpo_ray.train.backend import PlainBackend
 from dtrpo_ray.train.recovery import STACKS
 from dtrpo_ray.train.run import RunSpec, TrainStage
 from tests.train.test_driver import CONFIG, write_table
@@ -78,8 +78,8 @@ class Engine:
 
     device = torch.device("cpu")
 
-    def save(self, path: Path, state: dict[str, Any]) -> None:
-        (path / "state").write_text(str(state["step"]))
+    def save(self, path: Path, step: int) -> None:
+        (path / "state").write_text(str(step))
 
 
 def saver(out: Path, attempt: int = 0, **changes: Any) -> recovery.Saver:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.metrics import EVENTS, METRICS, RUN, append_event
+from dtrpo_ray.metrics import EVENTS, METRICS, append_event
 from dtrpo_ray.stages import MANIFEST
 from dtrpo_ray.train import checkpoint
-from dtrpo_ray.train.status import status, status_text
+from dtrpo_ray.train.run import RunRecord, TrainStage
+from dtrpo_ray.train.status import read_status
 from tests.train.test_checkpoint import write
 
 
@@ -20,7 +22,8 @@ def run(tmp_path: Path) -> Path:
     """A run of two attempts with a whole checkpoint at step 4 and an unfinished one at step 6."""
     run = tmp_path / "train-1-abc.partial"
     run.mkdir()
-    (run / RUN).write_text(json.dumps({"label": "train-1", "checkpoints": str(run / "checkpoints")}))
+    stage = TrainStage("train-1", tmp_path, tmp_path, run, 0)
+    RunRecord.of(stage, TrainConfig(), str(run / "checkpoints")).write(run)
     (run / METRICS).write_text("".join(f'{{"step": {s}, "loss": 0.5, "seconds": 9.0}}\n' for s in range(1, 6)))
     append_event(run / EVENTS, "start", "step 0 of 8 on 2 worker(s)", step=0, num_steps=8, num_workers=2)
     append_event(run / EVENTS, "failure", "worker 1 failed: boom", rank=1, failure=1)
@@ -31,11 +34,11 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_live_run(run: Path) -> None:
-    value = status(run)
-    assert (value["state"], value["step"], value["num_steps"], value["num_workers"]) == ("running", 5, 8, 1)
-    assert (value["attempts"], value["counts"]) == (2, {"failure": 1, "resume": 1, "start": 1})
-    assert [(c["step"], bool(c["problem"])) for c in value["checkpoints"]] == [(6, True), (4, False)]
-    text = status_text(value)
+    value = read_status(run)
+    assert (value.state, value.step, value.num_steps, value.num_workers) == ("running", 5, 8, 1)
+    assert (value.attempts, value.counts) == (2, {"failure": 1, "resume": 1, "start": 1})
+    assert [(c.step, bool(c.problem)) for c in value.checkpoints] == [(6, True), (4, False)]
+    text = value.text()
     assert "train-1: running, step 5 of 8, 2 attempt(s)" in text
     assert "step-00000006: " in text
     assert "worker 1 failed: boom" in text
@@ -45,9 +48,9 @@ def test_a_run_that_went_quiet_was_cut_off(run: Path) -> None:
     old = time.time() - 3600
     for name in (METRICS, EVENTS):
         os.utime(run / name, (old, old))
-    value = status(run)
-    assert value["state"] == "cut off"
-    assert value["quiet_seconds"] == pytest.approx(3600, abs=60)
+    value = read_status(run)
+    assert value.state == "cut off"
+    assert value.quiet_seconds == pytest.approx(3600, abs=60)
 
 
 def test_a_run_of_rare_lines_is_not_cut_off_between_them(run: Path) -> None:
@@ -56,24 +59,24 @@ def test_a_run_of_rare_lines_is_not_cut_off_between_them(run: Path) -> None:
     for age, state in ((1500, "running"), (2000, "cut off")):
         for name in (METRICS, EVENTS):
             os.utime(run / name, (time.time() - age,) * 2)
-        assert status(run)["state"] == state
+        assert read_status(run).state == state
 
 
 def test_a_finished_run_has_moved_with_its_checkpoints(run: Path) -> None:
     done = run.rename(run.with_name("train-1-abc"))
     (done / MANIFEST).write_text("{}")
-    value = status(done)
-    assert value["state"] == "finished"
-    assert len(value["checkpoints"]) == 2
+    value = read_status(done)
+    assert value.state == "finished"
+    assert len(value.checkpoints) == 2
 
 
 def test_checking_reads_every_byte(run: Path) -> None:
     file = run / "checkpoints" / checkpoint.folder_name(4, 0) / "deepspeed" / "optim-1.pt"
     file.write_bytes(b"\x02" * file.stat().st_size)
-    assert status(run)["checkpoints"][1]["problem"] is None
-    assert "has changed" in status(run, check=True)["checkpoints"][1]["problem"]
+    assert read_status(run).checkpoints[1].problem is None
+    assert "has changed" in read_status(run, check=True).checkpoints[1].problem
 
 
 def test_another_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a training stage"):
-        status(tmp_path)
+        read_status(tmp_path)

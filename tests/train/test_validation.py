@@ -50,7 +50,7 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
     root = str(tmp_path / "run")
     path = write(tmp_path, root, 4)
     here = lambda folder, out, config: validation.measure(folder, out, TrainConfig.model_validate(config))  # noqa: E731
-    monkeypatch.setattr(validation, "_in_a_process_of_its_own", here)
+    monkeypatch.setattr(validation, "_measure_in_child", here)
     metrics = validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json"))
     assert metrics == {"accuracy": 0.75, "answer_tokens": 1.0}
     assert json.loads((Path(path) / checkpoint.VALIDATION).read_text()) == metrics
@@ -93,7 +93,7 @@ def test_a_storage_that_fails_under_a_validation_is_told(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(checkpoint, "write_validation", fails)
     monkeypatch.setattr(
-        validation, "_in_a_process_of_its_own", lambda *_: {"metrics": {}, "line": {"step": 4, "num_prompts": 0}}
+        validation, "_measure_in_child", lambda *_: {"metrics": {}, "line": {"step": 4, "num_prompts": 0}}
     )
     path = write(tmp_path, str(tmp_path / "run"), 4)
     validation.validate(saved_at(path), str(tmp_path), str(tmp_path / "run"), CONFIG.model_dump(mode="json"))
