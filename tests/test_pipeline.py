@@ -11,6 +11,7 @@ import pytest
 from paths import ROOT
 from rich.console import Console
 
+from dtrpo_ray.config.cluster import NumWorkers
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.train import TrainConfig
@@ -18,6 +19,7 @@ from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.pipeline import ModelRef, Pipeline, weight_fields
 from dtrpo_ray.stages import Stage, Store, sha256_json
+from dtrpo_ray.train.run import RunRecord, TrainStage
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,11 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
     assert {row["prompt"] for row in prompts[0]} != {row["prompt"] for row in prompts[1]}
 
 
+def write_record(folder: Path, workers: dict[str, NumWorkers]) -> None:
+    stage = TrainStage("train-2", folder, folder, folder, 0, workers=workers)
+    RunRecord.of(stage, TrainConfig(), "checkpoints").write(folder)
+
+
 def test_a_run_resumed_with_other_workers_reuses_the_stages_it_was_built_on(tmp_path: Path) -> None:
     """All training before the stage is named by that run's workers; the stage itself and what follows by the job's."""
     demo = ROOT / "jobs" / "demo.toml"
@@ -80,7 +87,7 @@ def test_a_run_resumed_with_other_workers_reuses_the_stages_it_was_built_on(tmp_
     cut.mkdir()
     recorded = Pipeline(was, Dry())  # type: ignore[arg-type]
     recorded.policy(2)
-    (cut / "run.json").write_text(json.dumps({"workers": recorded.workers}))
+    write_record(cut, recorded.workers)
     Pipeline(now, resumed, cut).policy(3)  # type: ignore[arg-type]
     for name in ("base", "train-1"):
         assert sha256_json(resumed.inputs[name]) == sha256_json(straight.inputs[name])
@@ -88,7 +95,7 @@ def test_a_run_resumed_with_other_workers_reuses_the_stages_it_was_built_on(tmp_
     assert [resumed.inputs[name]["num_workers"] for name in ("train-2", "train-3")] == [1, 1]
     again, second = Dry(), tmp_path / "train-2-4567"  # the resumed run is cut off and resumed
     second.mkdir()
-    (second / "run.json").write_text(json.dumps({"workers": {"base": [1, 4], "train-1": [1, 4], "train-2": 1}}))
+    write_record(second, {"base": (1, 4), "train-1": (1, 4), "train-2": 1})
     Pipeline(now, again, second).policy(3)  # type: ignore[arg-type]
     assert again.inputs["train-2"] == resumed.inputs["train-2"]
     missing, examples = Pipeline(now, Store(tmp_path), cut), Stage("examples", "key", tmp_path, 0.0, False, {})
