@@ -225,7 +225,7 @@ def test_what_no_restart_mends_ends_the_run_at_once(
 
 def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: TrainStage, make_stage: Any) -> None:
     stage = make_stage("killed-driver")
-    driver = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, __file__, str(stage.base), str(stage.table), str(stage.out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -234,11 +234,11 @@ def test_a_driver_that_was_killed_is_run_again_and_goes_on(straight: TrainStage,
     deadline = time.monotonic() + 240
     while len(read_metrics(stage.out / METRICS)) < 5:
         assert time.monotonic() < deadline
-        assert driver.poll() is None
+        assert process.poll() is None
         time.sleep(0.2)
     until_whole(str(stage.out / driver.RAY_RUN), 4)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     driver.train(stage, CONFIG, cluster())
     assert [event["step"] for event in events(stage, "resume")] == [4]
     assert equal(stage, straight)
