@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from dtrpo_ray.files import whole_file
+
 # in the folder of a stage
 METRICS, EVENTS, RUN, ERRORS = "metrics.jsonl", "events.jsonl", "run.json", "errors"
 VALIDATION = "validation.jsonl"
@@ -31,9 +33,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, float]) -> None:

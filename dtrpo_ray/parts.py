@@ -16,9 +16,9 @@ import ray.data
 
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.errors import DataError, DtrpoError
+from dtrpo_ray.files import read_json, write_json
 from dtrpo_ray.progress import bar, console
 from dtrpo_ray.session import CPU_WORKER_ENV, uses_gpu
-from dtrpo_ray.stages import read_json, write_json
 
 DONE = "done"  # the folder of summaries, and of a dot for each try of a part
 TRIES = 3  # of a part whose workers die

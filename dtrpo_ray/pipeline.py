@@ -21,7 +21,7 @@ from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.data import prepare
-from dtrpo_ray.data.formats.files import data_files, sha256_uri
+from dtrpo_ray.data.formats.files import data_files, sha256_data
 from dtrpo_ray.data.pairs import Pairer
 from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import (
@@ -38,6 +38,7 @@ from dtrpo_ray.data.tables import (
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, read_public_tests, scorer_path
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.files import read_json, sha256_file, sha256_json
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.lora import target_modules
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
@@ -65,7 +66,7 @@ from dtrpo_ray.report.evaluation import (
     compare,
     summarise,
 )
-from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store, read_json, sha256_file, sha256_json
+from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store
 from dtrpo_ray.train import driver, validation
 from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
 from dtrpo_ray.train.run import NO_WEIGHTS, CachedLogps, RunRecord, TrainStage
@@ -317,7 +318,7 @@ class Pipeline:
     def _import(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
         job, task = self.job, self.job.task
         assert not isinstance(task, PuzzleTask)
-        hashes = {file: sha256_uri(file) for where in task.files for file in data_files(where)}
+        hashes = {file: sha256_data(file) for where in task.files for file in data_files(where)}
         inputs: dict[str, Json] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base().digest}
         inputs |= answers.inputs if answers else {}
 

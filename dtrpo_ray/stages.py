@@ -4,20 +4,19 @@ A stage is made in `NAME-KEY.partial` and renamed when its manifest is written, 
 A `.partial` folder of the same key may be resumed (training does), never taken for finished.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 from filelock import FileLock, Timeout
 
-from dtrpo_ray.errors import ConfigError, DataError
+from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.files import partial_folder, sha256_file, sha256_json, write_json
 
 MANIFEST = "stage.json"
 CODE_CONTRACT = 11  # raise it when a stage's output for the same inputs changes
@@ -66,23 +65,6 @@ class Stage:
             "outputs": self.outputs,
             "summary": self.summary,
         }
-
-
-def joined(where: str, name: str) -> str:
-    """The path or URI of `name` in a folder; the options of a URI (`?region=...`) stay at its end."""
-    path, mark, options = where.partition("?") if "://" in where else (where, "", "")
-    return f"{path.rstrip('/')}/{name}{mark}{options}"
-
-
-def sha256_json(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Store:
@@ -137,12 +119,12 @@ class Store:
     ) -> Stage:
         path = self.root / f"{name}-{key[:12]}"
         if self.fresh:
-            for old in (path, _partial(path)):
+            for old in (path, partial_folder(path)):
                 shutil.rmtree(old, ignore_errors=True)
         elif found := self._finished(name, key, path):
             self.announce(f"{name}: reused {key[:12]} ({path})")
             return found
-        partial = _partial(path)
+        partial = partial_folder(path)
         partial.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         summary = make(partial)
@@ -164,44 +146,3 @@ class Store:
             self.announce(f"{name}: {path} is damaged (its hashes do not hold); making it anew")
             shutil.rmtree(path)
         return None
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which gets its name, in place of any old one, once it is full."""
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    partial.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: never half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(partial, path)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that is not empty. Raises DataError."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if not lines:
-        raise DataError(f"{path}: is empty")
-    return lines
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours. Raises DataError naming it."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: missing or damaged ({error})") from None

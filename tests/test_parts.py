@@ -23,8 +23,8 @@ from dtrpo_ray.config.task import PreferencesTask
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import file_parts, read_table, write_whole
 from dtrpo_ray.errors import ConfigError, DataError, ModelError
+from dtrpo_ray.files import read_json
 from dtrpo_ray.parts import DONE, TRIES, _Actor, run_parts
-from dtrpo_ray.stages import read_json
 
 ONE, TWO = ClusterConfig(num_actors=1), ClusterConfig(num_actors=2)
 

@@ -16,9 +16,10 @@ from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
+from dtrpo_ray.files import sha256_json
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.pipeline import ModelRef, Pipeline, weight_fields
-from dtrpo_ray.stages import Stage, Store, sha256_json
+from dtrpo_ray.stages import Stage, Store
 from dtrpo_ray.train.run import RunRecord, TrainStage
 
 

@@ -1,6 +1,5 @@
 """Finished stages are found by their inputs' hash; what was cut off or damaged never passes for whole."""
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from dtrpo_ray.errors import DataError
-from dtrpo_ray.stages import MANIFEST, Store, read_json, sha256_json, write_json
+from dtrpo_ray.stages import MANIFEST, Store
 
 
 def quiet(text: str) -> None:
@@ -98,12 +96,3 @@ def test_a_damaged_stage_is_made_anew(tmp_path: Path, damage: str) -> None:
 def test_fresh_starts_anew(tmp_path: Path) -> None:
     Store(tmp_path, announce=quiet).stage("s", {}, ["*.txt"], make)
     assert not Store(tmp_path, fresh=True, announce=quiet).stage("s", {}, ["*.txt"], make).reused
-
-
-def test_json_is_written_whole_and_read_with_a_clear_error(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": 1})
-    assert read_json(tmp_path / "x.json") == {"a": 1}
-    (tmp_path / "y.json").write_text("{")
-    with pytest.raises(DataError, match=r"y\.json"):
-        read_json(tmp_path / "y.json")
-    assert sha256_json({"a": 1, "b": 2}) == sha256_json(json.loads('{"b": 2, "a": 1}'))

@@ -1,11 +1,10 @@
 """A job's task -> the tables and tokenizer its stages read: examples, prompts, or imported files."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.task import FilesTask
-from dtrpo_ray.data.formats import preferences, prompts, responses
-from dtrpo_ray.data.formats.batches import first_rows
+from dtrpo_ray.data.formats.base import Format
 from dtrpo_ray.data.formats.files import Shard, data_files, plan_shards
+from dtrpo_ray.data.formats.preferences import preference_format
+from dtrpo_ray.data.formats.prompts import prompt_format
+from dtrpo_ray.data.formats.reading import first_rows
+from dtrpo_ray.data.formats.responses import response_format
 from dtrpo_ray.data.formats.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.data.tables import (
@@ -35,10 +37,15 @@ from dtrpo_ray.data.tables import (
 )
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.files import read_json, whole_file, write_json
 from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
-from dtrpo_ray.stages import read_json, write_json
 
-READERS: dict[str, ModuleType] = {"preferences": preferences, "trajectories": responses, "prompts": prompts}
+# type of a task -> how the format of its files is recognised
+FORMAT_OF: dict[str, Callable[[str], Format[Any]]] = {
+    "preferences": preference_format,
+    "trajectories": response_format,
+    "prompts": prompt_format,
+}
 
 
 def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
@@ -102,13 +109,11 @@ class Importer:
         self.target = Target(
             load_tokenizer(source.tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
         )
-        self.reader = READERS[task.type]
-        self.form: Any = cache(self.reader.recognise)
+        self.form: Callable[[str], Format[Any]] = cache(FORMAT_OF[task.type])
 
     def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
         form, data_hash = self.form(part.shard.file), self.hashes[part.shard.file]
-        rows_each = 2 if self.task.brings_pairs and form.unpaired else 1  # of the file, for one of ours
         summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
         refused: list[Rejected] = []
         for batch, (rows, bad) in enumerate(self._batches(part)):
@@ -117,7 +122,7 @@ class Importer:
             refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
-            summary["good"] += len(table) * rows_each
+            summary["good"] += len(table) * form.rows_each
             summary["made"] += len(table)
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
         summary["refused"] = Counter(row.reason for row in refused)
@@ -127,7 +132,7 @@ class Importer:
 
     def _batches(self, part: "ImportPart") -> Iterator[tuple[Any, list[Rejected]]]:
         """Rows to tokenize together, and those refused before that."""
-        yield from self.reader.read_tables(self.form(part.shard.file), part.shard)
+        yield from self.form(part.shard.file).tables(part.shard)
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
         tokenize = tokenize_preferences if self.task.brings_pairs else tokenize_responses
@@ -154,7 +159,7 @@ def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
         paired = task.brings_pairs
-        shards = preferences.shards_of(preferences.recognise(file), file, rows) if paired else plan_shards(file, rows)
+        shards = preference_format(file).shards(file, rows) if paired else plan_shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken
@@ -170,8 +175,7 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
     made = sum(summary["made"] for summary in summaries)
     shares = id_shares(made)
     refused = Counter[str]()
-    partial = out / f"{QUARANTINE}.partial"
-    with partial.open("w") as quarantine:
+    with whole_file(out / QUARANTINE) as partial, partial.open("w") as quarantine:
         for file in sorted(out.glob("refused-*.jsonl")):
             quarantine.write(file.read_text())
         for share in range(shares):
@@ -186,7 +190,6 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
             quarantine.writelines(quarantine_lines(rows))
             made -= len(repeats)
             refused["duplicate row"] += len(rows)
-    partial.replace(out / QUARANTINE)
     good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
     for summary in summaries:
         refused.update(summary["refused"])

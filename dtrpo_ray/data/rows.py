@@ -3,13 +3,11 @@
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.data.schemas import DIFFUSION, FIRST
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_steps
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.stages import sha256_json
 
 
 def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, steps: list[int]) -> dict[str, Any]:
@@ -38,8 +36,3 @@ def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, ste
         },
         "support": "truncated" if cut else "full",
     }
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what ids mean: every token with its id, and the chat template. Copies of a tokenizer have the same."""
-    return sha256_json([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])

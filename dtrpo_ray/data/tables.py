@@ -1,7 +1,6 @@
 """A table on disk: a folder of Parquet files and `manifest.json`, written whole, read whole, or checked row by row."""
 
 import json
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from dtrpo_ray.data.rules import GOOD, Expected, check_table, rules_of, verdicts
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, MAY_BE_NULL, SCHEMAS, table_name
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.stages import sha256_file, write_json
+from dtrpo_ray.files import sha256_file, whole_file, write_json
 
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
@@ -231,13 +230,9 @@ def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file under a name of this try alone, then rename: never half a file, however many write it."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    """Write a Parquet file, whole or not at all."""
+    with whole_file(path) as partial:
         pq.write_table(table, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_shards(table: pa.Table, out: Path, facts: dict[str, Any] | None = None) -> None:

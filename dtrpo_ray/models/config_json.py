@@ -68,7 +68,7 @@ class ConfigJson(dict[str, Any]):
         return ModelError(f"config.json: {key} = {value!r}; a config of {self.family} needs {needed} here{remedy}")
 
 
-def read_json(file: Path) -> Mapping[str, Any]:
+def read_model_json(file: Path) -> Mapping[str, Any]:
     """Read a JSON object; {} if there is no such file. Raises ModelError naming the file."""
     try:
         value = json.loads(file.read_text()) if file.is_file() else {}

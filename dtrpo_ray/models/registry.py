@@ -10,7 +10,7 @@ import torch
 
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.models.config_json import ConfigJson, read_json
+from dtrpo_ray.models.config_json import ConfigJson, read_model_json
 from dtrpo_ray.models.tokenizer import Declared, declared_ids
 from dtrpo_ray.models.weights import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
 
@@ -121,7 +121,7 @@ def generation_ends(path: Path, vocab_size: int) -> frozenset[int]:
     Raises ModelError for anything else, and for an id outside the vocabulary.
     """
     file = path / "generation_config.json"
-    value = read_json(file).get("eos_token_id")
+    value = read_model_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
@@ -156,4 +156,4 @@ def read_config(path: Path) -> ConfigJson:
     if not (path / "config.json").exists():
         hub = f"; if it is a hub id: hf download {path} --local-dir models/{path.name}" if len(path.parts) == 2 else ""
         raise ModelError(f"{path}: not a model directory (no config.json){'' if path.exists() else hub}")
-    return ConfigJson(read_json(path / "config.json"))
+    return ConfigJson(read_model_json(path / "config.json"))

@@ -1,5 +1,6 @@
 """Load tokenizers, and encode prompts and responses apart, so that the boundary between them is exact."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging as hf_logging
 
 from dtrpo_ray.errors import DataError, ModelError
-from dtrpo_ray.models.config_json import read_json
+from dtrpo_ray.files import sha256_json
+from dtrpo_ray.models.config_json import read_model_json
 
 EOS, MASK = "<|endoftext|>", "<|MASK|>"
 # the spellings of SDAR (two), Fast-dLLM v2 (the pipes outside), Dream and LLaDA2, LLaDA
@@ -41,7 +43,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it warns of model types that transformers does not know
     try:
-        if read_json(path / "tokenizer_config.json").get("tokenizer_class") in QWEN2_COPIES:
+        if read_model_json(path / "tokenizer_config.json").get("tokenizer_class") in QWEN2_COPIES:
             return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # broken files raise anything from KeyError to the tokenizers library's bare Exception
@@ -109,13 +111,13 @@ def declared_ids(path: Path) -> Declared:
     """Read the ids of a directory's added tokens. Raises ModelError if two files disagree."""
     added: dict[str, int] = {}
     for name, tokens in ADDED_TOKENS.items():
-        for token, token_id in tokens(read_json(path / name)):
+        for token, token_id in tokens(read_model_json(path / name)):
             if added.setdefault(token, token_id) != token_id:
                 raise ModelError(f"{path}: the tokenizer files give {token!r} two ids: {added[token]}, {token_id}")
     masks = sorted({token_id for token, token_id in added.items() if token in MASK_SPELLINGS})
     if len(masks) > 1:
         raise ModelError(f"{path}: the tokenizer files give the mask token two ids: {masks}")
-    eos = read_json(path / "tokenizer_config.json").get("eos_token")
+    eos = read_model_json(path / "tokenizer_config.json").get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     return Declared(added, masks[0] if masks else None, added.get(str(eos)))
 
@@ -200,3 +202,27 @@ def encode_response(
     """
     ids = _encode(tokenizer, response) + ([] if end is None else [end])
     return ids + [eos_token_id(tokenizer)] * (-(prompt_len + len(ids)) % block_size)
+
+
+def prompt_text(prompt: str | list[dict[str, str]] | None, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a prompt as the column `prompt` has it: the text, the messages as JSON, or else the decoded ids."""
+    if prompt is None:
+        return str(tokenizer.decode(ids))
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def prompt_messages(prompt: str) -> list[dict[str, str]]:
+    """Return the messages that a column `prompt` holds as JSON, or else its text as the user's."""
+    if prompt.startswith("[{"):
+        try:
+            messages = json.loads(prompt)
+        except json.JSONDecodeError:
+            messages = []
+        if messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+            return list(messages)
+    return [{"role": "user", "content": prompt}]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of every token with its id, and of the chat template. Copies of a tokenizer have the same."""
+    return sha256_json([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])

@@ -10,11 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from dtrpo_ray.config.produce import DraftsConfig
+from dtrpo_ray.data.formats.base import split_batches, split_rejected
 from dtrpo_ray.data.formats.columns import content_id
-from dtrpo_ray.data.formats.parsing import parted, parted_batches
 from dtrpo_ray.data.formats.prompts import PromptRow
-from dtrpo_ray.data.formats.prompts import read_shard as prompt_rows
-from dtrpo_ray.data.formats.responses import ResponseRow, as_table
+from dtrpo_ray.data.formats.responses import ResponseRow, responses_table
 from dtrpo_ray.data.formats.tokenize import tokenize_responses
 from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.data.tables import Rejected, with_columns
@@ -35,10 +34,10 @@ class Drafter(Importer):
         self.model = LanguageModel(config.model, config.engine)
 
     def _batches(self, part: ImportPart) -> Iterator[tuple[pa.Table, list[Rejected]]]:
-        prompts, first_seen = prompt_rows(self.form(part.shard.file), part.shard), dict[str, str]()
-        for rows, refused in parted_batches(prompts, self.config.batch_size):
-            drafts, unfit = parted(self._answer(rows, first_seen))
-            yield as_table(drafts), refused + unfit
+        prompts, first_seen = self.form(part.shard.file).read(part.shard), dict[str, str]()
+        for rows, refused in split_batches(prompts, self.config.batch_size):
+            drafts, unfit = split_rejected(self._answer(rows, first_seen))
+            yield responses_table(drafts), refused + unfit
 
     def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
         """The drafts of a batch of prompts, and the prompts that cannot be asked."""

@@ -11,8 +11,8 @@ from itertools import combinations
 from typing import Any, Literal
 
 from dtrpo_ray.config.produce import JUDGE_FIELDS, JudgeConfig
-from dtrpo_ray.data.formats.tokenize import prompt_messages
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.models.tokenizer import prompt_messages
 from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
 
 Verdict = Literal["first", "second", "tie"]

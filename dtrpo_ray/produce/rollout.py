@@ -14,13 +14,12 @@ import pyarrow as pa
 import torch
 
 from dtrpo_ray.config.decode import POLICIES, STEPS, RolloutConfig
-from dtrpo_ray.data.formats.batches import BATCH_ROWS
-from dtrpo_ray.data.formats.parsing import parted_batches
-from dtrpo_ray.data.formats.prompts import PromptRow, as_table
-from dtrpo_ray.data.formats.prompts import read_shard as prompt_rows
-from dtrpo_ray.data.formats.tokenize import checked, prompt_text, tokenize_prompts
+from dtrpo_ray.data.formats.base import split_batches
+from dtrpo_ray.data.formats.prompts import PromptRow, prompts_table
+from dtrpo_ray.data.formats.reading import BATCH_ROWS
+from dtrpo_ray.data.formats.tokenize import apply_rules, tokenize_prompts
 from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
-from dtrpo_ray.data.rows import how_decoded, tokenizer_hash
+from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected, write_whole
@@ -29,6 +28,7 @@ from dtrpo_ray.decode.types import DECODER_NAME, Generation, SamplingParams, to_
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.registry import skeleton_of
+from dtrpo_ray.models.tokenizer import prompt_text, tokenizer_hash
 from dtrpo_ray.session import cpu_threads
 
 Asked = dict[str, Any]
@@ -148,10 +148,10 @@ class FileRecorder(Importer):
         self.room = engine.context_tokens - -(-config.max_new_tokens // size) * size
 
     def _batches(self, part: ImportPart) -> Iterator[tuple[list[PromptRow], list[Rejected]]]:
-        yield from parted_batches(prompt_rows(self.form(part.shard.file), part.shard), BATCH_ROWS)
+        yield from split_batches(self.form(part.shard.file).read(part.shard), BATCH_ROWS)
 
     def _tokenize(self, rows: list[PromptRow]) -> tuple[pa.Table, list[Rejected]]:
-        prompt_ids, ids, refusals = tokenize_prompts(as_table(rows), self.target)
+        prompt_ids, ids, refusals = tokenize_prompts(prompts_table(rows), self.target)
 
         def detail(row: int) -> str:
             return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
@@ -163,7 +163,7 @@ class FileRecorder(Importer):
             same = {"prompt_id": prompt_ids[int(at)].as_py(), "prompt": row.prompt, "answer": row.answer}
             same |= {"prompt_ids": ids.take(np.array([at])).flat.tolist()}
             asked += self._samples(same, row.origin)
-        return checked(self.recorder.decode(asked), refusals.rejected(lambda at: [rows[at].origin]))
+        return apply_rules(self.recorder.decode(asked), refusals.rejected(lambda at: [rows[at].origin]))
 
     def _samples(self, same: Asked, origin: str) -> Iterator[Asked]:
         steps = self.config.denoising_steps

@@ -11,11 +11,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from dtrpo_ray.config.produce import ScoreConfig
-from dtrpo_ray.data.formats.tokenize import prompt_messages
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, with_columns, write_whole
 from dtrpo_ray.errors import ConfigError, DataError, ModelError
-from dtrpo_ray.models.tokenizer import load_tokenizer
+from dtrpo_ray.models.tokenizer import load_tokenizer, prompt_messages
 from dtrpo_ray.produce.judge import Judge
 
 WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for

@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dtrpo_ray.files import whole_file
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, ModelExample, ModelScore
 from dtrpo_ray.stages import StageRow
 
@@ -400,12 +400,8 @@ def _skip(out: Path, name: str, title: str, why: str) -> Plot:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
     return path
 
 

@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, TypedDict, TypeVar, cast
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import CheckpointError
+from dtrpo_ray.files import open_pyarrow, sha256_file, sha256_stream, whole_file
 
 COMPLETE = "COMPLETE"
 VALIDATION = "validation.json"  # beside the sealed files, since it is measured after they were sealed
@@ -101,13 +101,10 @@ def open_storage(where: str) -> tuple[pafs.FileSystem, str]:
 
     Raises CheckpointError for a URI that pyarrow cannot open.
     """
-    if "://" not in where:
-        return pafs.LocalFileSystem(), str(Path(where).resolve())
     try:
-        filesystem, path = pafs.FileSystem.from_uri(where)
+        return open_pyarrow(where)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{where}: cannot be opened ({error}); give a path or an s3:// or gs:// URI") from None
-    return filesystem, path
 
 
 def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: Facts) -> None:
@@ -290,8 +287,7 @@ def _retry(action: Callable[[], T]) -> T:
 
 
 def _local_entry(file: Path) -> _FileEntry:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
@@ -302,12 +298,12 @@ def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
 
 def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
     """Write a whole file or none: an object store's put is atomic, a local file is renamed."""
-    local = filesystem.type_name == "local"
-    written = f"{path}.{uuid.uuid4().hex}.partial" if local else path
-    with filesystem.open_output_stream(written) as target:
+    if filesystem.type_name == "local":
+        with whole_file(Path(path)) as partial:
+            partial.write_bytes(content)
+        return
+    with filesystem.open_output_stream(path) as target:
         target.write(content)
-    if local:
-        filesystem.move(written, path)
 
 
 def _get(filesystem: pafs.FileSystem, path: str) -> bytes:
@@ -321,8 +317,5 @@ def _exists(filesystem: pafs.FileSystem, path: str) -> bool:
 
 
 def _remote_sha256(filesystem: pafs.FileSystem, path: str) -> str:
-    digest = hashlib.sha256()
     with filesystem.open_input_stream(path) as source:
-        while chunk := source.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256_stream(source)

@@ -31,10 +31,10 @@ from dtrpo_ray import compat
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import TrainError, last_line
+from dtrpo_ray.files import join_path
 from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, append_event, read_metrics
 from dtrpo_ray.progress import watch
 from dtrpo_ray.session import CPU_WORKER_ENV, shortfall, uses_gpu
-from dtrpo_ray.stages import joined
 from dtrpo_ray.train import checkpoint, dataset, trackers, validation
 from dtrpo_ray.train.run import RunRecord, RunSpec, TrainStage, resume_root
 
@@ -53,7 +53,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     stage = _resolve(stage)
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     folder, name = _place(stage.out, cluster)
-    root, other = joined(folder, name), resume_root(stage, config)
+    root, other = join_path(folder, name), resume_root(stage, config)
     RunRecord.of(stage, config, root).write(stage.out)
     _forget_ray_list(root)
     shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
@@ -142,7 +142,7 @@ def _place(out: Path, cluster: ClusterConfig) -> tuple[str, str]:
 
 def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     """Delete the checkpoints of a stage that is made anew, wherever they lie."""
-    filesystem, path = checkpoint.open_storage(joined(*_place(out, cluster)))
+    filesystem, path = checkpoint.open_storage(join_path(*_place(out, cluster)))
     if filesystem.get_file_info(path).type != FileType.NotFound:
         checkpoint.remove_folder(filesystem, path)
 

@@ -14,11 +14,12 @@ from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import CheckpointError
+from dtrpo_ray.files import whole_folder
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import load_tokenizer, turn_end_id
-from dtrpo_ray.stages import Json, StageRow, whole_folder
+from dtrpo_ray.stages import Json, StageRow
 from dtrpo_ray.train import checkpoint
 
 CARD = """---

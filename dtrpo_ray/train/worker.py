@@ -15,12 +15,12 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import DtrpoError
+from dtrpo_ray.files import whole_folder
 from dtrpo_ray.method.step import checkpoint_layers
 from dtrpo_ray.metrics import ERRORS, EVENTS, append_event
 from dtrpo_ray.models.lora import BaseReference, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.session import cpu_threads
-from dtrpo_ray.stages import whole_folder
 from dtrpo_ray.train import dataset, loop, recovery, telemetry
 from dtrpo_ray.train.backend import DeepSpeedBackend, Zero3Sharding, uses_bf16
 from dtrpo_ray.train.reference import ReferenceCache, load_reference, reference_key

@@ -14,11 +14,10 @@ from example_rows import trajectory
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from dtrpo_ray.config.produce import JudgeConfig, ScoreConfig
-from dtrpo_ray.data.formats.tokenize import prompt_messages
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, file_parts, prompt_parts, read_table
 from dtrpo_ray.errors import DataError, ModelError
-from dtrpo_ray.models.tokenizer import character_tokenizer
+from dtrpo_ray.models.tokenizer import character_tokenizer, prompt_messages
 from dtrpo_ray.produce.scoring import RewardModel, Scorer, Unscorable, Verifier, conversation
 
 

@@ -28,9 +28,9 @@ from dtrpo_ray import compat
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
+from dtrpo_ray.files import join_path
 from dtrpo_ray.metrics import EVENTS, METRICS, read_metrics
 from dtrpo_ray.models.registry import load_model, save_model
-from dtrpo_ray.stages import joined
 from dtrpo_ray.train import checkpoint, driver, loop, worker
 from dtrpo_ray.train.recovery import STACKS
 from dtrpo_ray.train.run import RunSpec, TrainStage
@@ -353,8 +353,8 @@ def test_checkpoints_elsewhere_are_named_like_their_stage_and_keep_the_options_o
     out = Path("runs/stages/train-1-0123.partial")
     place = driver._place(out, ClusterConfig(checkpoints="s3://b/x/?endpoint_override=http://h:9"))
     assert place == ("s3://b/x/?endpoint_override=http://h:9", "train-1-0123")
-    assert joined(*place) == "s3://b/x/train-1-0123?endpoint_override=http://h:9"
-    assert joined(*driver._place(out, ClusterConfig())) == f"{out.resolve()}/{driver.RAY_RUN}"
+    assert join_path(*place) == "s3://b/x/train-1-0123?endpoint_override=http://h:9"
+    assert join_path(*driver._place(out, ClusterConfig())) == f"{out.resolve()}/{driver.RAY_RUN}"
 
 
 def test_rays_own_list_is_forgotten_and_nothing_else(tmp_path: Path) -> None:

@@ -1,19 +1,17 @@
 """Where rows lie: the files behind a path or URI, and the parts in which they are read."""
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.stages import joined
+from dtrpo_ray.files import join_path, open_filesystem, sha256_stream
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
 SHARD_ROWS = 5_000  # rows that one task reads
@@ -62,7 +60,7 @@ def data_files(where: str) -> list[str]:
     files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in ("dataset_info.json", "manifest.json"))
     if not files:
         raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
-    return [joined(where, name) for name in files]
+    return [join_path(where, name) for name in files]
 
 
 def _refuse_splits(where: str, dataset_dict: bytes) -> list[str]:
@@ -71,7 +69,7 @@ def _refuse_splits(where: str, dataset_dict: bytes) -> list[str]:
         splits = sorted(map(str, json.loads(dataset_dict)["splits"]))
     except (ValueError, LookupError, TypeError, RecursionError):
         splits = []
-    example = joined(where, (splits or ["train"])[0])
+    example = join_path(where, (splits or ["train"])[0])
     raise DataError(f"{where}: holds the splits {', '.join(splits) or '?'}; name one, for example {example}") from None
 
 
@@ -80,33 +78,14 @@ def _files_of_state(where: str, state_json: bytes) -> list[str]:
     try:
         state = json.loads(state_json)
         selection = state.get("_indices_data_files")
-        files = [joined(where, entry["filename"]) for entry in state["_data_files"]]
+        files = [join_path(where, entry["filename"]) for entry in state["_data_files"]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{joined(where, 'state.json')}: not what datasets writes ({error!r}); save the data anew"
+            f"{join_path(where, 'state.json')}: not what datasets writes ({error!r}); save the data anew"
         ) from None
     if selection:
         raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
     return files
-
-
-def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI and the path in it: pyarrow's own (s3://, gs://, file://), else fsspec's.
-
-    Raises DataError for a URI that neither opens.
-    """
-    if "://" not in where:
-        return pafs.LocalFileSystem(), str(Path(where).resolve())
-    try:
-        return pafs.FileSystem.from_uri(where)
-    except (ValueError, OSError) as refused:
-        try:
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(where)
-        except (ImportError, ValueError, OSError) as error:
-            raise DataError(f"{where}: cannot be opened ({refused}; {error})") from None
-        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
 def file_name(file: str) -> str:
@@ -115,14 +94,11 @@ def file_name(file: str) -> str:
     return path if "://" in file and path.endswith(ENDINGS) else file
 
 
-def sha256_uri(file: str) -> str:
-    """SHA-256 of a file's bytes, wherever it lies."""
+def sha256_data(file: str) -> str:
+    """Return the SHA-256 of a file's bytes, wherever it is. Raises DataError for one that cannot be read."""
     filesystem, path = open_filesystem(file)
-    digest = hashlib.sha256()
     with readable(file), filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256_stream(stream)
 
 
 def plan_shards(file: str, rows: int | None = None) -> list[Shard]:

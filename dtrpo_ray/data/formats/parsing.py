@@ -1,48 +1,29 @@
-"""What the parsers of all formats share: a row that cannot be used is refused in its own place, and spoils no other."""
+"""Typed access to a raw row, and the checks that all formats share.
+
+A row that cannot be used raises `Refusal`; it is then refused in its own place and spoils no other row.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DtrpoError
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of HH-RLHF
-EXTRAS = ("tools", "images", "videos", "audios")  # belong to a prompt, and would be lost
-MOST = 2**31 - 1  # of what a table holds
-D1_STOPPED = r"(<\|eot_id\|>|<\|endoftext\|>).*"  # LLaDA's ends, spelled out
-D1_BLOCK = 32
+EXTRAS = ("tools", "images", "videos", "audios")  # they belong to a prompt, and would be lost
+MOST = 2**31 - 1  # the largest integer that our tables hold
+
+Messages = list[dict[str, str]]
+Prompt = str | Messages
 
 
 class Refusal(Exception):
     """(reason, detail) of one row; it never leaves the importers."""
 
 
-T = TypeVar("T")
-
-
-def parted(rows: Iterable[T | Rejected]) -> tuple[list[T], list[Rejected]]:
-    """The rows that became something, and those that were refused."""
-    good: list[T] = []
-    rejected: list[Rejected] = []
-    for row in rows:
-        rejected.append(row) if isinstance(row, Rejected) else good.append(row)
-    return good, rejected
-
-
-def parted_batches(rows: Iterator[T | Rejected], size: int) -> Iterator[tuple[list[T], list[Rejected]]]:
-    """Rows in batches of at most `size`, each `parted`."""
-    while batch := list(islice(rows, size)):
-        yield parted(batch)
-
-
 @contextmanager
 def one_row() -> Iterator[None]:
-    """Around the parsing of one row: what no check foresaw refuses that row, and stops no import."""
+    """Turn an error that no check foresaw, in the parsing of one row, into a Refusal of that row."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -51,15 +32,105 @@ def one_row() -> Iterator[None]:
         raise Refusal("wrong type", f"{type(error).__name__}: {error}"[:200]) from None
 
 
-def field(row: dict[str, Any], name: str) -> Any:
-    """A field that must be there. Raises Refusal."""
-    if row.get(name) is None:
-        raise Refusal("missing field", name)
-    return row[name]
+class Chat(NamedTuple):
+    """The keys of a message in a file, and our name for each of its roles."""
+
+    role: str
+    content: str
+    roles: dict[str, str]
 
 
-def reference(value: Any, where: str) -> str | None:
-    """A reference answer as a verifier reads it: text as it is, anything else as JSON. Raises Refusal."""
+OPENAI = Chat("role", "content", {"system": "system", "user": "user", "assistant": "assistant"})
+SHAREGPT = Chat("from", "value", {"system": "system", "human": "user", "gpt": "assistant"})
+
+
+class Record:
+    """The JSON object of one row. Each method returns a field in the type asked for, or raises Refusal."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+
+    @classmethod
+    def of_row(cls, value: Any) -> "Record":
+        """Return the record of a raw row. Raises Refusal if it is none, or has a field that an import would lose."""
+        if isinstance(value, Refusal):
+            raise value
+        if not isinstance(value, dict):
+            raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
+        for name in EXTRAS:
+            if value.get(name):
+                raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
+        return cls(value)
+
+    def get(self, name: str) -> Any:
+        """Return a field as it is, None if it is missing."""
+        return self.fields.get(name)
+
+    def first(self, names: Sequence[str]) -> str | None:
+        """Return the first of these names whose field is there."""
+        return next((name for name in names if self.get(name) is not None), None)
+
+    def required(self, name: str) -> Any:
+        """Return a field as it is; it must be there."""
+        if (value := self.get(name)) is None:
+            raise Refusal("missing field", name)
+        return value
+
+    def text(self, name: str) -> str:
+        """Return a text that must be there."""
+        return as_text(self.required(name), name)
+
+    def text_or_empty(self, name: str) -> str:
+        """Return a text, "" if it is missing."""
+        return as_text(self.get(name) or "", name)
+
+    def items(self, name: str) -> list[Any]:
+        """Return a list of anything."""
+        return as_list(self.required(name), name)
+
+    def integer(self, name: str, least: int = 0) -> int:
+        """Return an integer from `least` to MOST."""
+        value = self.required(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not an integer")
+        if not least <= value <= MOST:
+            raise Refusal("bad value", f"{name} is {str(value)[:20]}; expected {least} to {MOST}")
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """Return a list of integers that int32 holds."""
+        return as_integers(self.required(name), name)
+
+    def label(self, name: str) -> bool:
+        """Return true or false."""
+        if not isinstance(value := self.required(name), bool):
+            raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not true or false")
+        return value
+
+    def prompt(self, name: str = "prompt") -> Prompt:
+        """Return a prompt, as text or as messages."""
+        value = self.required(name)
+        return value if isinstance(value, str) else as_messages(value, name)
+
+    def messages(self, name: str, chat: Chat = OPENAI) -> Messages:
+        """Return a conversation in our spelling."""
+        return as_messages(self.required(name), name, chat)
+
+    def reference(self, name: str) -> str | None:
+        """Return a reference answer as a verifier reads it: text as it is, anything else as JSON."""
+        return as_reference(self.get(name), name)
+
+
+# === values: each function returns `value` in a type, or raises Refusal that names `where` it stands ===
+
+
+def as_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not text")
+    return value
+
+
+def as_reference(value: Any, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     try:
@@ -68,8 +139,64 @@ def reference(value: Any, where: str) -> str | None:
         raise Refusal("wrong type", f"{where} is a {type(value).__name__}, neither text nor JSON") from None
 
 
-def text(value: Any, where: str) -> str:
-    """A value that must be text. Raises Refusal."""
-    if not isinstance(value, str):
-        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not text")
+def as_list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not a list")
     return value
+
+
+def as_integers(value: Any, where: str) -> list[int]:
+    values = as_list(value, where)
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+        raise Refusal("wrong type", f"{where} is not a list of integers")
+    if values and not -MOST <= min(values) <= max(values) <= MOST:
+        raise Refusal("bad value", f"{where} holds a number beyond int32")
+    return values
+
+
+def as_float(value: Any, where: str) -> float:
+    """Return a number; `where` is followed by "a str, not a number"."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refusal("wrong type", f"{where} a {type(value).__name__}, not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise Refusal("bad value", f"{where} a number beyond float64") from None
+
+
+def as_messages(value: Any, where: str, chat: Chat = OPENAI) -> Messages:
+    """Return messages in our spelling, whatever the file calls the keys and the roles."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise Refusal("wrong type", f"{where} is not a list of messages")
+    for message in value:
+        if message.get("tool_calls"):
+            raise Refusal("unsupported field", f"tool_calls in {where}")
+        if chat.roles.get(str(message.get(chat.role))) is None:
+            known = ", ".join(chat.roles)
+            raise Refusal("unknown role", f"{str(message.get(chat.role))[:40]!r} in {where}; known are {known}")
+    return [
+        {"role": chat.roles[m[chat.role]], "content": as_text(m.get(chat.content), f"{where}.{chat.content}")}
+        for m in value
+    ]
+
+
+# === checks of rows ===
+
+
+def require_utf8(content: Any) -> None:
+    """Raise Refusal for text, however deep in JSON, that is not UTF-8."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal("bad UTF-8", str(error)) from None
+
+
+def require_text(prompt: Prompt, **sides: str) -> None:
+    """Raise Refusal if the prompt or one of the `sides` has no text, or text that is not UTF-8."""
+    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    require_utf8([*turns, *sides.values()])
+    if not any(turn.strip() for turn in turns):
+        raise Refusal("empty prompt", "the prompt has no text")
+    for side, answer in sides.items():
+        if not answer.strip():
+            raise Refusal("empty side", f"{side} has no text")

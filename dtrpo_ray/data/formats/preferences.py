@@ -1,49 +1,47 @@
 """Preference files of other projects -> `PreferenceRow`s, paired and unpaired. Imports no torch and no ray.
 
 Every row of a file ends in exactly one place: in a pair, or `Rejected` with a named reason and its origin. A file's
-format is recognised by its columns (`FORMATS`; docs/data.md shows each).
+format is recognised by its columns (`PREFERENCE_FORMATS`; docs/data.md shows each).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.data.formats import views
-from dtrpo_ray.data.formats.batches import BATCH_ROWS, raw_rows, recognised
+from dtrpo_ray.data.formats.base import Format, RowFormat, find_format, split_batches
 from dtrpo_ray.data.formats.columns import PROMPT, prompt_columns
-from dtrpo_ray.data.formats.files import Shard, data_files, plan_shards, share_shards
+from dtrpo_ray.data.formats.files import Shard, share_shards
 from dtrpo_ray.data.formats.parsing import (
-    ASSISTANT,
-    EXTRAS,
-    HUMAN,
-    ROLES,
-    SHAREGPT_ROLES,
+    OPENAI,
+    SHAREGPT,
+    Chat,
+    Messages,
+    Prompt,
+    Record,
     Refusal,
-    field,
+    as_messages,
+    as_text,
     one_row,
-    parted,
-    parted_batches,
-    text,
+    require_text,
 )
-from dtrpo_ray.data.formats.views import View
+from dtrpo_ray.data.formats.reading import BATCH_ROWS, raw_rows
 from dtrpo_ray.data.tables import Rejected
-from dtrpo_ray.stages import sha256_json
+from dtrpo_ray.files import sha256_json
 
-Messages = list[dict[str, str]]
-Prompt = str | Messages
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the marks of an HH-RLHF dialogue
 
+Pair = tuple[Prompt, str, str]  # (prompt, chosen, rejected)
+Labelled = tuple[Prompt, str, bool]  # (prompt, answer, whether it is good)
 _Answers = list[tuple[str, str]]  # (origin, text)
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """A pair as text. `origin` is "file:line" or "file:row", counted from 1; `rejected_origin` is of a pair that was
-    made of two rows."""
+    """A pair as text. `origin` is "file:line" or "file:row", counted from 1; a pair that was made of two rows also has
+    a `rejected_origin`."""
 
     prompt: Prompt
     chosen: str
@@ -51,298 +49,211 @@ class PreferenceRow:
     origin: str
     rejected_origin: str | None = None
 
-    @property
-    def origins(self) -> list[str]:
-        """Of every row of the file that the pair is made of."""
-        return [self.origin, *([self.rejected_origin] if self.rejected_origin else [])]
-
 
 # pairs in columns; `partner` is the second origin of a pair that was made of two rows
-PAIRS = pa.schema(
-    [*PROMPT, ("chosen", pa.string()), ("rejected", pa.string()), ("partner", pa.string())],
-)
+PAIRS = pa.schema([*PROMPT, ("chosen", pa.string()), ("rejected", pa.string()), ("partner", pa.string())])
 
 
-def as_table(rows: Sequence[PreferenceRow]) -> pa.Table:
-    """Pairs as PAIRS."""
-    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in ("origin", "chosen", "rejected")}
-    columns |= prompt_columns([row.prompt for row in rows])
-    return pa.table(columns | {"partner": [row.rejected_origin for row in rows]}, schema=PAIRS)
+def pairs_table(rows: Sequence[PreferenceRow]) -> pa.Table:
+    """Return pairs as a table PAIRS."""
+    columns = {name: [getattr(row, name) for row in rows] for name in ("origin", "chosen", "rejected")}
+    columns |= {**prompt_columns([row.prompt for row in rows]), "partner": [row.rejected_origin for row in rows]}
+    return pa.table(columns, schema=PAIRS)
 
 
-# === 1. Files -> pairs ===
+@dataclass(frozen=True, slots=True)
+class PairFormat(RowFormat[PreferenceRow]):
+    """A layout whose rows are pairs."""
 
+    parse: Callable[[Record], Pair]
 
-def read_preferences(where: str | Path) -> tuple[list[PreferenceRow], list[Rejected]]:
-    """The pairs of a file or folder, and the rows refused.
-
-    Raises DataError for a file that cannot be read, holds no row, or has columns of no known format.
-    """
-    return parted(row for file in data_files(str(where)) for row in read_file(file))
-
-
-def read_file(file: str) -> Iterator[PreferenceRow | Rejected]:
-    """The pairs of a file and the rows refused, one after the other."""
-    form = recognise(file)
-    for shard in shards_of(form, file):
-        yield from read_shard(form, shard)
-
-
-def shards_of(form: "Format", file: str, rows: int | None = None) -> list[Shard]:
-    """A file in parts, of `rows` rows where they are given; the partners of unpaired rows are in the same part."""
-    return share_shards(file) if form.unpaired else plan_shards(file, rows)
-
-
-def read_shard(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejected]:
-    """The rows of one part of a file; unpaired rows are paired within it."""
-    if form.unpaired:
-        yield from _paired(form, shard)
-        return
-    for origin, value in raw_rows(shard):
-        yield _pair(form, origin, value)
-
-
-def read_tables(form: "Format", shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
-    """What `read_shard` reads, a batch at a time: the pairs as PAIRS, and the rows refused."""
-    if form.unpaired:
-        for rows, rejected in parted_batches(_paired(form, shard), BATCH_ROWS):
-            yield as_table(rows), rejected
-    else:
-        yield from views.tables(shard, form.views, lambda *row: [_pair(form, *row)], as_table)
-
-
-def _pair(form: "Format", origin: str, value: Any) -> PreferenceRow | Rejected:
-    try:
-        with one_row():
-            prompt, chosen, rejected = form.parse(row_object(value))
-            return _checked(PreferenceRow(prompt, chosen, rejected, origin))
-    except Refusal as refusal:
-        return Rejected(origin, *refusal.args)
-
-
-def _paired(form: "Format", shard: Shard) -> Iterator[PreferenceRow | Rejected]:
-    """Good and bad answers of the same prompt in the order of the file, each used once.
-
-    Of the part's share of the prompts; the first share has the rows that have none.
-    """
-    share, shares = shard.share
-    groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
-    for origin, value in raw_rows(shard):
+    def parse_row(self, origin: str, value: Any) -> Iterator[PreferenceRow | Rejected]:
         try:
             with one_row():
-                prompt, answer, is_good = form.parse(row_object(value))
-                require_text(prompt_turns(prompt), answer=answer)
-                key = sha256_json(prompt)
+                row = PreferenceRow(*self.parse(Record.of_row(value)), origin)
+                require_pair(row.prompt, row.chosen, row.rejected)
         except Refusal as refusal:
-            if share == 0:
-                yield Rejected(origin, *refusal.args)
-            continue
-        if int(key[:8], 16) % shares != share:
-            continue
-        _, good, bad = groups.setdefault(key, (prompt, [], []))
-        (good if is_good else bad).append((origin, answer))
-    for prompt, good, bad in groups.values():
-        for (good_at, chosen), (bad_at, rejected) in zip(good, bad, strict=False):
+            yield Rejected(origin, *refusal.args)
+        else:
+            yield row
+
+    def table(self, rows: Sequence[PreferenceRow]) -> pa.Table:
+        return pairs_table(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedFormat(Format[PreferenceRow]):
+    """A layout whose rows are single answers, good or bad; those to the same prompt are paired."""
+
+    parse: Callable[[Record], Labelled]
+
+    @property
+    def rows_each(self) -> int:
+        return 2
+
+    def shards(self, file: str, rows: int | None = None) -> list[Shard]:
+        """Return the whole file once for each share of its prompts, so that partners meet."""
+        return share_shards(file)
+
+    def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+        for rows, rejected in split_batches(self.read(shard), BATCH_ROWS):
+            yield pairs_table(rows), rejected
+
+    def read(self, shard: Shard) -> Iterator[PreferenceRow | Rejected]:
+        """Pair good and bad answers to the same prompt in the order of the file, each used once.
+
+        Only prompts of the part's share are looked at; rows without a prompt belong to the first share.
+        """
+        share, shares = shard.share
+        groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
+        for origin, value in raw_rows(shard):
             try:
-                yield _checked(PreferenceRow(prompt, chosen, rejected, good_at, bad_at))
+                with one_row():
+                    prompt, answer, is_good = self.parse(Record.of_row(value))
+                    require_text(prompt, answer=answer)
+                    key = sha256_json(prompt)
             except Refusal as refusal:
-                yield from (Rejected(origin, *refusal.args) for origin in (good_at, bad_at))
-        used = min(len(good), len(bad))
-        for kind, left in (("rejected", good[used:]), ("chosen", bad[used:])):
-            for origin, _ in left:
-                yield Rejected(origin, "no partner", f"the file has no {kind} answer to this prompt for it")
+                if share == 0:
+                    yield Rejected(origin, *refusal.args)
+                continue
+            if int(key[:8], 16) % shares != share:
+                continue
+            _, good, bad = groups.setdefault(key, (prompt, [], []))
+            (good if is_good else bad).append((origin, answer))
+        for prompt, good, bad in groups.values():
+            yield from _pair_answers(prompt, good, bad)
 
 
-def row_object(value: Any) -> dict[str, Any]:
-    if isinstance(value, Refusal):
-        raise value
-    if not isinstance(value, dict):
-        raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
-    for name in EXTRAS:
-        if value.get(name):
-            raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
-    return value
+def _pair_answers(prompt: Prompt, good: _Answers, bad: _Answers) -> Iterator[PreferenceRow | Rejected]:
+    for (good_at, chosen), (bad_at, rejected) in zip(good, bad, strict=False):
+        try:
+            require_pair(prompt, chosen, rejected)
+        except Refusal as refusal:
+            yield from (Rejected(origin, *refusal.args) for origin in (good_at, bad_at))
+        else:
+            yield PreferenceRow(prompt, chosen, rejected, good_at, bad_at)
+    used = min(len(good), len(bad))
+    for kind, left in (("rejected", good[used:]), ("chosen", bad[used:])):
+        for origin, _ in left:
+            yield Rejected(origin, "no partner", f"the file has no {kind} answer to this prompt for it")
 
 
-def _checked(row: PreferenceRow) -> PreferenceRow:
-    """The rules that hold for every format."""
-    require_text(prompt_turns(row.prompt), chosen=row.chosen, rejected=row.rejected)
-    if row.chosen.strip() == row.rejected.strip():
+def require_pair(prompt: Prompt, chosen: str, rejected: str) -> None:
+    """Raise Refusal for a pair without text, or whose sides are the same text."""
+    require_text(prompt, chosen=chosen, rejected=rejected)
+    if chosen.strip() == rejected.strip():
         raise Refusal("identical sides", "chosen and rejected are the same text")
-    return row
 
 
-def prompt_turns(prompt: Prompt) -> list[str]:
-    """The texts of a prompt."""
-    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+# === one raw row -> Pair or Labelled, a function for each format ===
 
 
-def require_utf8(content: Any) -> None:
-    """Raise Refusal for text, however deep in JSON, that is not UTF-8."""
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise Refusal("bad UTF-8", str(error)) from None
-
-
-def require_text(turns: list[str], **sides: str) -> None:
-    require_utf8([*turns, *sides.values()])
-    if not any(turn.strip() for turn in turns):
-        raise Refusal("empty prompt", "the prompt has no text")
-    for side, answer in sides.items():
-        if not answer.strip():
-            raise Refusal("empty side", f"{side} has no text")
-
-
-# === 2. One raw row -> (prompt, chosen, rejected), a function for each format ===
-
-Pair = tuple[Prompt, str, str]
-Labelled = tuple[Prompt, str, bool]
-
-
-def _explicit(row: dict[str, Any]) -> Pair:
+def _explicit(row: Record) -> Pair:
     """TRL with a prompt (text or messages); UltraFeedback, whose sides repeat the prompt as their first turn."""
-    prompt, chosen, rejected = (field(row, name) for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (row.required(name) for name in ("prompt", "chosen", "rejected"))
     if not isinstance(prompt, str):
-        return messages(prompt, "prompt"), _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        return as_messages(prompt, "prompt"), _answer(chosen, "chosen"), _answer(rejected, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, chosen, rejected
-    shared, *sides = _split(messages(chosen, "chosen"), messages(rejected, "rejected"))
-    if shared and {"role": "user", "content": prompt} not in shared:
+    shared, better, worse = _split(row.messages("chosen"), row.messages("rejected"))
+    asked = {"role": "user", "content": prompt}
+    if shared and asked not in shared:
         raise Refusal("prompts differ", "the prompt is not a user turn of chosen and rejected")
-    return shared or [{"role": "user", "content": prompt}], sides[0], sides[1]
+    return shared or [asked], better, worse
 
 
-def _implicit(row: dict[str, Any]) -> Pair:
+def _implicit(row: Record) -> Pair:
     """TRL without a prompt: two lists of messages, two HH-RLHF dialogues or two texts, alike at their beginning."""
-    chosen, rejected = field(row, "chosen"), field(row, "rejected")
+    chosen, rejected = row.required("chosen"), row.required("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not chosen.startswith(HUMAN) and not rejected.startswith(HUMAN):
             return _split_texts(chosen, rejected)
         return _split(_dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"))
-    return _split(messages(chosen, "chosen"), messages(rejected, "rejected"))
+    return _split(row.messages("chosen"), row.messages("rejected"))
 
 
-def _sharegpt(row: dict[str, Any]) -> Pair:
+def _sharegpt(row: Record) -> Pair:
     """LLaMA-Factory ranking over `conversations` of {from, value}."""
-    keys = ("from", "value", SHAREGPT_ROLES)
-    prompt = _system(row) + messages(field(row, "conversations"), "conversations", *keys)
-    return prompt, *(_answer(field(row, side), side, *keys) for side in ("chosen", "rejected"))  # type: ignore[return-value]
+    prompt = _system(row) + row.messages("conversations", SHAREGPT)
+    chosen, rejected = (_answer(row.required(side), side, SHAREGPT) for side in ("chosen", "rejected"))
+    return prompt, chosen, rejected
 
 
-def _alpaca(row: dict[str, Any]) -> Pair:
+def _alpaca(row: Record) -> Pair:
     """LLaMA-Factory ranking over instruction, input and history."""
-    return _alpaca_prompt(row), text(field(row, "chosen"), "chosen"), text(field(row, "rejected"), "rejected")
+    return _alpaca_prompt(row), row.text("chosen"), row.text("rejected")
 
 
-def _alpaca_prompt(row: dict[str, Any]) -> Messages:
+def _alpaca_prompt(row: Record) -> Messages:
     """System, history and instruction, with input under it, as LLaMA-Factory has it."""
-    request = [text(field(row, "instruction"), "instruction"), text(row.get("input") or "", "input")]
+    request = [row.text("instruction"), row.text_or_empty("input")]
     prompt = _system(row)
     history = row.get("history") or []
     for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Refusal("wrong type", "history is not a list of [question, answer]")
-        for role, said in zip(("user", "assistant"), turn, strict=True):
-            prompt.append({"role": role, "content": text(said, "history")})
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            prompt.append({"role": role, "content": as_text(text, "history")})
     prompt.append({"role": "user", "content": "\n".join(part for part in request if part)})
     return prompt
 
 
-def _unpaired(row: dict[str, Any]) -> Labelled:
+def _trl_labelled(row: Record) -> Labelled:
     """TRL unpaired: a prompt (text or messages), a completion, and a label that says whether it is good."""
-    prompt, completion = field(row, "prompt"), field(row, "completion")
-    if not isinstance(prompt, str):
-        prompt = messages(prompt, "prompt")
-    return prompt, _answer(completion, "completion"), _label(row, "label")
+    prompt, completion = row.prompt(), row.required("completion")
+    return prompt, _answer(completion, "completion"), row.label("label")
 
 
-def _unpaired_messages(row: dict[str, Any]) -> Labelled:
+def _messages_labelled(row: Record) -> Labelled:
     """LLaMA-Factory KTO over `messages` of {role, content}, the last of which is judged."""
-    return *_last_answer(messages(field(row, "messages"), "messages"), "messages"), _label(row, "label")
+    return *_last_answer(row.messages("messages"), "messages"), row.label("label")
 
 
-def _unpaired_sharegpt(row: dict[str, Any]) -> Labelled:
+def _sharegpt_labelled(row: Record) -> Labelled:
     """LLaMA-Factory KTO over `conversations` of {from, value}, the last of which is judged."""
-    turns = messages(field(row, "conversations"), "conversations", "from", "value", SHAREGPT_ROLES)
-    prompt, answer = _last_answer(turns, "conversations")
-    return [*_system(row), *prompt], answer, _label(row, "kto_tag")
+    prompt, answer = _last_answer(row.messages("conversations", SHAREGPT), "conversations")
+    return [*_system(row), *prompt], answer, row.label("kto_tag")
 
 
-def _unpaired_alpaca(row: dict[str, Any]) -> Labelled:
+def _alpaca_labelled(row: Record) -> Labelled:
     """LLaMA-Factory KTO over instruction, input and output."""
-    return _alpaca_prompt(row), text(field(row, "output"), "output"), _label(row, "kto_tag")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A layout of preference rows; a file has it if it has all its columns, and the first that fits wins.
-
-    `parse` gives (prompt, chosen, rejected), of an unpaired layout (prompt, answer, whether it is good); `views` read
-    whole columns of it.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    parse: Callable[[dict[str, Any]], Any]
-    unpaired: bool = False
-    views: tuple[View, ...] = ()
+    return _alpaca_prompt(row), row.text("output"), row.label("kto_tag")
 
 
 _SIDES = ("chosen", "rejected")
-FORMATS = (
-    Format("LLaMA-Factory ranking, ShareGPT", ("conversations", *_SIDES), _sharegpt, views=views.RANKING_SHAREGPT),
-    Format("LLaMA-Factory ranking, Alpaca", ("instruction", *_SIDES), _alpaca, views=views.RANKING_ALPACA),
-    Format("TRL with a prompt, UltraFeedback", ("prompt", *_SIDES), _explicit, views=views.EXPLICIT),
-    Format("TRL without a prompt, HH-RLHF", _SIDES, _implicit, views=views.IMPLICIT),
-    Format("TRL unpaired", ("prompt", "completion", "label"), _unpaired, True),
-    Format("LLaMA-Factory KTO, messages", ("messages", "label"), _unpaired_messages, True),
-    Format("LLaMA-Factory KTO, ShareGPT", ("conversations", "kto_tag"), _unpaired_sharegpt, True),
-    Format("LLaMA-Factory KTO, Alpaca", ("instruction", "output", "kto_tag"), _unpaired_alpaca, True),
+PREFERENCE_FORMATS: tuple[PairFormat | UnpairedFormat, ...] = (
+    PairFormat("LLaMA-Factory ranking, ShareGPT", ("conversations", *_SIDES), _sharegpt),
+    PairFormat("LLaMA-Factory ranking, Alpaca", ("instruction", *_SIDES), _alpaca),
+    PairFormat("TRL with a prompt, UltraFeedback", ("prompt", *_SIDES), _explicit),
+    PairFormat("TRL without a prompt, HH-RLHF", _SIDES, _implicit),
+    UnpairedFormat("TRL unpaired", ("prompt", "completion", "label"), _trl_labelled),
+    UnpairedFormat("LLaMA-Factory KTO, messages", ("messages", "label"), _messages_labelled),
+    UnpairedFormat("LLaMA-Factory KTO, ShareGPT", ("conversations", "kto_tag"), _sharegpt_labelled),
+    UnpairedFormat("LLaMA-Factory KTO, Alpaca", ("instruction", "output", "kto_tag"), _alpaca_labelled),
 )
 
 
-def recognise(file: str) -> Format:
-    """The format of a file by the columns of its first rows. Raises DataError if it has none."""
-    return recognised(file, FORMATS, "preferences")
+def preference_format(file: str) -> PairFormat | UnpairedFormat:
+    """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
+    return find_format(file, PREFERENCE_FORMATS, "preferences")
 
 
-def _label(row: dict[str, Any], name: str) -> bool:
-    if not isinstance(label := field(row, name), bool):
-        raise Refusal("wrong type", f"{name} is a {type(label).__name__}, not true or false")
-    return label
+def _system(row: Record) -> Messages:
+    return [{"role": "system", "content": row.text("system")}] if row.get("system") else []
 
 
-def _system(row: dict[str, Any]) -> Messages:
-    return [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
-
-
-def messages(
-    value: Any, where: str, role: str = "role", content: str = "content", roles: dict[str, str] = ROLES
-) -> Messages:
-    """A list of messages in our spelling, whatever the file calls the keys and the roles."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise Refusal("wrong type", f"{where} is not a list of messages")
-    for message in value:
-        if message.get("tool_calls"):
-            raise Refusal("unsupported field", f"tool_calls in {where}")
-        if roles.get(str(message.get(role))) is None:
-            raise Refusal("unknown role", f"{str(message.get(role))[:40]!r} in {where}; known are {', '.join(roles)}")
-    return [{"role": roles[m[role]], "content": text(m.get(content), f"{where}.{content}")} for m in value]
-
-
-def _answer(value: Any, where: str, role: str = "role", content: str = "content", roles: dict[str, str] = ROLES) -> str:
-    """The text of one assistant turn: bare, a message, or a list of one message."""
+def _answer(value: Any, where: str, chat: Chat = OPENAI) -> str:
+    """Return the text of one assistant turn: bare, a message, or a list of one message."""
     if isinstance(value, str):
         return value
-    turns = messages(value if isinstance(value, list) else [value], where, role, content, roles)
+    turns = as_messages(value if isinstance(value, list) else [value], where, chat)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise Refusal("no answer", f"{where} must be one assistant turn")
     return turns[0]["content"]
 
 
-def _split(chosen: Messages, rejected: Messages) -> tuple[Messages, str, str]:
-    """Two whole conversations -> what they share and the two last turns."""
+def _split(chosen: Messages, rejected: Messages) -> Pair:
+    """Split two whole conversations into the turns they share and their last turns."""
     (prompt, better), (other, worse) = _last_answer(chosen, "chosen"), _last_answer(rejected, "rejected")
     if prompt != other:
         raise Refusal("prompts differ", "chosen and rejected part before their last turn")
@@ -350,14 +261,14 @@ def _split(chosen: Messages, rejected: Messages) -> tuple[Messages, str, str]:
 
 
 def _last_answer(turns: Messages, where: str) -> tuple[Messages, str]:
-    """A conversation -> all but its last turn, and that turn, which must be the assistant's."""
+    """Split a conversation before its last turn, which must be the assistant's."""
     if not turns or turns[-1]["role"] != "assistant":
         raise Refusal("no answer", f"{where} does not end in an assistant turn")
     return turns[:-1], turns[-1]["content"]
 
 
 def _split_texts(chosen: str, rejected: str) -> Pair:
-    """Two texts -> the words they share at the beginning, and what follows; the space between belongs to the sides."""
+    """Split two texts after the words they share; the space between belongs to the sides."""
     length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     cut = max(chosen.rfind(space, 0, length) for space in " \n\t")
     if cut < 1:
@@ -366,7 +277,7 @@ def _split_texts(chosen: str, rejected: str) -> Pair:
 
 
 def _dialogue(text: str, where: str) -> Messages:
-    """An HH-RLHF dialogue -> messages; white space around a turn belongs to the layout."""
+    """Split an HH-RLHF dialogue into messages; white space around a turn belongs to the layout."""
     start, *parts = re.split(f"({HUMAN}|{ASSISTANT})", text)
     if start or not parts:
         raise Refusal("not a dialogue", f"{where} is text without a prompt and does not begin with {HUMAN!r}")

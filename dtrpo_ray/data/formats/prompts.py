@@ -4,148 +4,131 @@ of preference pairs."""
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.data.formats import preferences
-from dtrpo_ray.data.formats.batches import raw_rows, recognised
+from dtrpo_ray.data.formats.base import RowFormat, find_format
 from dtrpo_ray.data.formats.columns import PROMPT, prompt_columns
-from dtrpo_ray.data.formats.files import Shard, data_files, plan_shards
-from dtrpo_ray.data.formats.parsing import Refusal, field, one_row, parted, text
-from dtrpo_ray.data.formats.parsing import reference as as_reference
-from dtrpo_ray.data.formats.preferences import (
+from dtrpo_ray.data.formats.parsing import (
     Prompt,
-    messages,
-    prompt_turns,
+    Record,
+    Refusal,
+    as_reference,
+    as_text,
+    one_row,
     require_text,
     require_utf8,
-    row_object,
 )
+from dtrpo_ray.data.formats.preferences import Pair, PairFormat, preference_format, require_pair
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 
-ANSWERS = ("answer", "ground_truth", "ground_truth_answer")  # what a verifier compares with, if there is one
+ANSWERS = ("answer", "ground_truth", "ground_truth_answer")  # columns that a verifier compares a response with
+
+Question = tuple[Prompt, str | None]  # (prompt, reference answer)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """A prompt, "file:line" or "file:row" where it stands, and the reference answer if the file has one."""
+    """A prompt, the "file:line" or "file:row" where it stands, and the reference answer if the file has one."""
 
     origin: str
     prompt: Prompt
     answer: str | None = None
 
 
-def as_table(rows: Sequence[PromptRow]) -> pa.Table:
-    """Prompts in columns."""
+def prompts_table(rows: Sequence[PromptRow]) -> pa.Table:
+    """Return prompts in columns."""
     columns = {"origin": [row.origin for row in rows], **prompt_columns([row.prompt for row in rows])}
     return pa.table(columns, schema=pa.schema(PROMPT))
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """A layout of prompts; a file has it if it has all its columns. `parse` gives a row's prompt and answer."""
+class PromptFormat(RowFormat[PromptRow]):
+    """A layout of prompts; `parse` returns a row's prompt and answer."""
 
-    name: str
-    columns: tuple[str, ...]
-    parse: Callable[[dict[str, Any]], tuple[Prompt, str | None]]
+    parse: Callable[[Record], Question]
 
-
-def recognise(file: str) -> Format | preferences.Format:
-    """How a file holds its prompts, by the columns of its first rows. Raises DataError if it holds none."""
-    try:
-        if not (form := preferences.recognise(file)).unpaired:
-            return form
-    except DataError:
-        pass
-    return recognised(file, FORMATS, "prompts, or of pairs")
-
-
-def read_prompts(where: str | Path) -> tuple[list[PromptRow], list[Rejected]]:
-    """The prompts of a file or folder, and the rows refused.
-
-    Raises DataError for a file that cannot be read, holds no row, or has no column of prompts.
-    """
-    return parted(row for file in data_files(str(where)) for row in read_file(file))
-
-
-def read_file(file: str) -> Iterator[PromptRow | Rejected]:
-    """The prompts of a file and the rows refused, one after the other."""
-    form = recognise(file)
-    for shard in plan_shards(file):
-        yield from read_shard(form, shard)
-
-
-def read_shard(form: Format | preferences.Format, shard: Shard) -> Iterator[PromptRow | Rejected]:
-    """The prompts of one part of a file."""
-    if isinstance(form, preferences.Format):
-        for pair in preferences.read_shard(form, shard):
-            yield pair if isinstance(pair, Rejected) else PromptRow(pair.origin, pair.prompt)
-        return
-    for origin, value in raw_rows(shard):
+    def parse_row(self, origin: str, value: Any) -> Iterator[PromptRow | Rejected]:
         try:
             with one_row():
-                row = PromptRow(origin, *form.parse(row_object(value)))
-                require_text(prompt_turns(row.prompt))
-                require_utf8([row.answer])
+                row = PromptRow(origin, *self.parse(Record.of_row(value)))
+                require_text(row.prompt)
+                require_utf8(row.answer)
         except Refusal as refusal:
             yield Rejected(origin, *refusal.args)
         else:
             yield row
 
+    def table(self, rows: Sequence[PromptRow]) -> pa.Table:
+        return prompts_table(rows)
 
-def _human_eval(row: dict[str, Any]) -> tuple[Prompt, str | None]:
+
+def prompt_format(file: str) -> PromptFormat:
+    """Return how a file holds its prompts, by the columns of its first rows. Raises DataError if it holds none."""
+    try:
+        pairs = preference_format(file)
+    except DataError:
+        pairs = None
+    if isinstance(pairs, PairFormat):
+        return PromptFormat(pairs.name, pairs.columns, partial(_prompt_of_pair, pairs.parse))
+    return find_format(file, PROMPT_FORMATS, "prompts, or of pairs")
+
+
+def _prompt_of_pair(parse: Callable[[Record], Pair], row: Record) -> Question:
+    pair = parse(row)
+    require_pair(*pair)
+    return pair[0], None
+
+
+def _human_eval(row: Record) -> Question:
     """The beginning of a function; the verifier python_tests takes the three fields."""
-    given = {name: text(field(row, name), name) for name in ("prompt", "test", "entry_point")}
-    return given["prompt"], json.dumps(given)
+    fields = {name: row.text(name) for name in ("prompt", "test", "entry_point")}
+    return fields["prompt"], json.dumps(fields)
 
 
-def _mbpp(row: dict[str, Any]) -> tuple[Prompt, str | None]:
-    """A task in words and its tests, which alone say the function's name; `prompt` is the sanitized set's `text`."""
-    task = text(field(row, "text" if row.get("text") is not None else "prompt"), "text")
-    tests = field(row, "test_list")
+def _mbpp(row: Record) -> Question:
+    """A task in words and its tests, which alone name the function; the sanitized set calls `text` `prompt`."""
+    task = as_text(row.required("text" if row.get("text") is not None else "prompt"), "text")
+    tests = row.required("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise Refusal("wrong type", "test_list is not a list of text")
     imports = row.get("test_imports") or []
     before = [row.get("test_setup_code") or "", *(imports if isinstance(imports, list) else [imports])]
-    setup = "\n".join(text(line, "test_setup_code") for line in before if line)
+    setup = "\n".join(as_text(line, "test_setup_code") for line in before if line)
     answer = {"test_list": tests, "test_setup_code": setup}
     return f"{task}\nThe code must pass these tests:\n" + "\n".join(tests), json.dumps(answer)
 
 
-def _ifeval(row: dict[str, Any]) -> tuple[Prompt, str | None]:
-    answer = {name: field(row, name) for name in ("instruction_id_list", "kwargs")}
-    return text(field(row, "prompt"), "prompt"), as_reference(answer, "kwargs")
+def _ifeval(row: Record) -> Question:
+    answer = {name: row.required(name) for name in ("instruction_id_list", "kwargs")}
+    return row.text("prompt"), as_reference(answer, "kwargs")
 
 
-def _mt_bench(row: dict[str, Any]) -> tuple[Prompt, str | None]:
-    """The first turn: what comes next follows an answer that is not there yet."""
-    turns = field(row, "turns")
+def _mt_bench(row: Record) -> Question:
+    """The first turn alone: the next one follows an answer that is not there yet."""
+    turns = row.required("turns")
     if not isinstance(turns, list) or not turns:
         raise Refusal("wrong type", "turns is not a list of text")
-    return text(turns[0], "turns"), None
+    return as_text(turns[0], "turns"), None
 
 
-def _column(name: str) -> Callable[[dict[str, Any]], tuple[Prompt, str | None]]:
+def _column(name: str, row: Record) -> Question:
     """A column of prompts, as text or messages, beside which there may be one of ANSWERS."""
-
-    def parse(row: dict[str, Any]) -> tuple[Prompt, str | None]:
-        prompt = field(row, name)
-        found = next((column for column in ANSWERS if row.get(column) is not None), None)
-        answer = None if found is None else as_reference(row[found], found)
-        return prompt if isinstance(prompt, str) else messages(prompt, name), answer
-
-    return parse
+    row.required(name)
+    found = row.first(ANSWERS)
+    answer = None if found is None else row.reference(found)
+    return row.prompt(name), answer
 
 
-FORMATS = (  # the first that fits
-    Format("HumanEval", ("prompt", "test", "entry_point"), _human_eval),
-    Format("IFEval", ("prompt", "instruction_id_list", "kwargs"), _ifeval),
-    Format("MBPP", ("text", "test_list"), _mbpp),
-    Format("MBPP, sanitized", ("prompt", "test_list"), _mbpp),
-    Format("prompt", ("prompt",), _column("prompt")),
-    Format("question", ("question",), _column("question")),
-    Format("MT-bench", ("turns",), _mt_bench),
+PROMPT_FORMATS = (
+    PromptFormat("HumanEval", ("prompt", "test", "entry_point"), _human_eval),
+    PromptFormat("IFEval", ("prompt", "instruction_id_list", "kwargs"), _ifeval),
+    PromptFormat("MBPP", ("text", "test_list"), _mbpp),
+    PromptFormat("MBPP, sanitized", ("prompt", "test_list"), _mbpp),
+    PromptFormat("prompt", ("prompt",), partial(_column, "prompt")),
+    PromptFormat("question", ("question",), partial(_column, "question")),
+    PromptFormat("MT-bench", ("turns",), _mt_bench),
 )

@@ -1,6 +1,5 @@
 """Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks, column by column."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from dtrpo_ray.data.formats.columns import (
     first_places,
     json_texts,
 )
-from dtrpo_ray.data.formats.preferences import Prompt
-from dtrpo_ray.data.rows import tokenizer_hash
 from dtrpo_ray.data.rules import GOOD, block_ranks, list_lengths, rows_where, rules_of, verdicts
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected
@@ -33,6 +30,7 @@ from dtrpo_ray.models.tokenizer import (
     eos_token_id,
     mask_token_id,
     render_all,
+    tokenizer_hash,
     turn_end_id,
 )
 
@@ -252,25 +250,6 @@ def prompt_json(rows: pa.Table) -> pa.StringArray:
     return pc.if_else(messages.is_valid(), json_texts(messages), json_texts(_column(rows, "prompt")))
 
 
-def prompt_text(prompt: Prompt | None, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The column `prompt`: the text, the messages as JSON, or what the ids say."""
-    if prompt is None:
-        return str(tokenizer.decode(ids))
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-
-
-def prompt_messages(prompt: str) -> list[dict[str, str]]:
-    """The column `prompt` as messages: those it holds as JSON, or the text as the user's."""
-    if prompt.startswith("[{"):
-        try:
-            messages = json.loads(prompt)
-        except json.JSONDecodeError:
-            messages = []
-        if messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-            return list(messages)
-    return [{"role": "user", "content": prompt}]
-
-
 # === 3. What a row's columns are made of ===
 
 
@@ -433,7 +412,7 @@ def _finished(
     origins = table["origin"]
     two = np.zeros(rows, dtype=bool) if partners is None else np.asarray(partners.is_valid())
     rejected = refusals.rejected(lambda row: split_origins(str(origins[row])) if two[row] else [str(origins[row])])
-    return checked(table.filter(pa.array(refusals.good)), rejected)
+    return apply_rules(table.filter(pa.array(refusals.good)), rejected)
 
 
 def split_origins(origin: str) -> list[str]:
@@ -442,8 +421,8 @@ def split_origins(origin: str) -> list[str]:
     return [f"{found[1]}:{found[2]}", f"{found[1]}:{found[3]}"] if found else [origin]
 
 
-def checked(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[Rejected]]:
-    """The rows that pass the table's own rules; the others are refused by those."""
+def apply_rules(table: pa.Table, rejected: list[Rejected]) -> tuple[pa.Table, list[Rejected]]:
+    """Return the rows that pass the rules of their table; the others are added to `rejected`."""
     rules = rules_of(table.schema)
     found = verdicts(table, rules)
     for row in np.flatnonzero(found != GOOD):

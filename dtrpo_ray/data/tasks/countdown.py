@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.stages import read_lines
+from dtrpo_ray.files import read_lines
 
 ALPHABET = "0123456789,+-*/=:"
 END = ":"  # of a prompt

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.stages import read_lines
+from dtrpo_ray.files import read_lines
 
 ALPHABET = "01234"
 RESPONSE_CHARS = 16

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dtrpo_ray.data.formats import files
-from dtrpo_ray.data.formats.batches import raw_rows
-from dtrpo_ray.data.formats.files import Shard, data_files, file_name, plan_shards, sha256_uri
+from dtrpo_ray.data.formats.files import Shard, data_files, file_name, plan_shards, sha256_data
+from dtrpo_ray.data.formats.reading import raw_rows
 from dtrpo_ray.errors import DataError
+from dtrpo_ray.files import open_filesystem
 
 ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
 
@@ -67,20 +68,20 @@ def test_a_uri_reads_like_a_path(tmp_path: Path, ending: str) -> None:
     assert data_files(f"memory://bucket{ending}") == [uri]
     assert [value for shard in plan_shards(uri) for _, value in raw_rows(shard)] == ROWS
     assert next(raw_rows(Shard(uri)))[0] == f"{uri}:1"
-    assert sha256_uri(uri) == sha256_uri(local)
+    assert sha256_data(uri) == sha256_data(local)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".json"])
 def test_an_object_store_reads_like_a_disk(tmp_path: Path, remote: str, ending: str) -> None:
     local, folder = write(tmp_path / f"rows{ending}", ROWS), f"{remote}/rows{ending}"
-    filesystem, path = files.open_filesystem(f"{folder}/rows{ending}")
+    filesystem, path = open_filesystem(f"{folder}/rows{ending}")
     assert filesystem.type_name in ("s3", "gcs")
     with filesystem.open_output_stream(path, compression=None) as out:
         out.write(Path(local).read_bytes())
     assert data_files(folder) == [f"{folder}/rows{ending}"]
     shards = plan_shards(f"{folder}/rows{ending}", rows=5)
     assert [value for shard in shards for _, value in raw_rows(shard)] == ROWS
-    assert sha256_uri(f"{folder}/rows{ending}") == sha256_uri(local)
+    assert sha256_data(f"{folder}/rows{ending}") == sha256_data(local)
     with pytest.raises(DataError, match=r"/gone: .*not exist|/gone: .*No such"):
         data_files(f"{remote}/gone")
 
@@ -93,7 +94,7 @@ def test_a_file_is_named_by_its_path_or_by_all_of_its_url() -> None:
 
 def test_the_options_of_a_uri_go_with_its_files(tmp_path: Path, bucket: str) -> None:
     """As a store that is not Amazon's is named: s3://bucket/folder?endpoint_override=...&scheme=http."""
-    filesystem, _ = files.open_filesystem(bucket)
+    filesystem, _ = open_filesystem(bucket)
     for number in (0, 1):
         with filesystem.open_output_stream(f"bucket/options/{number}.jsonl") as out:
             out.write(Path(write(tmp_path / "rows.jsonl", ROWS[number::2])).read_bytes())

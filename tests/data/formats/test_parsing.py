@@ -1,11 +1,10 @@
-"""What parsers share: which errors refuse a row, and rows parted from refusals."""
+"""Helpers that parsers share: which errors refuse a row, and typed fields of a row."""
 
 from typing import Any
 
 import pytest
 
-from dtrpo_ray.data.formats.parsing import Refusal, field, one_row, parted_batches, reference, text
-from dtrpo_ray.data.tables import Rejected
+from dtrpo_ray.data.formats.parsing import Record, Refusal, as_reference, as_text, one_row
 from dtrpo_ray.errors import DataError
 
 
@@ -23,24 +22,21 @@ def test_what_is_not_of_the_row_passes(error: Exception) -> None:
     assert caught.value is error
 
 
-def test_batches_of_rows_are_parted_in_order() -> None:
-    bad = [Rejected(f"f:{i}", "why", "") for i in range(2)]
-    rows: list[Any] = [1, bad[0], 2, 3, bad[1]]
-    assert list(parted_batches(iter(rows), 2)) == [([1], [bad[0]]), ([2, 3], []), ([], [bad[1]])]
-
-
 @pytest.mark.parametrize(
     ("value", "found"), [(None, None), ("a", "a"), ([1, "b"], '[1, "b"]'), ({"x": None}, '{"x": null}')]
 )
 def test_a_reference_is_text_or_json(value: Any, found: str | None) -> None:
-    assert reference(value, "answer") == found
+    assert as_reference(value, "answer") == found
 
 
 def test_fields_are_there_and_are_text() -> None:
-    assert (field({"a": 0}, "a"), text("b", "b")) == (0, "b")
-    for use, reason in ((lambda: field({"a": None}, "a"), "missing field"), (lambda: text(5, "b"), "wrong type")):
+    assert (Record({"a": 0}).required("a"), as_text("b", "b")) == (0, "b")
+    for use, reason in (
+        (lambda: Record({"a": None}).required("a"), "missing field"),
+        (lambda: as_text(5, "b"), "wrong type"),
+    ):
         with pytest.raises(Refusal) as caught:
             use()
         assert caught.value.args[0] == reason
     with pytest.raises(Refusal, match="neither text nor JSON"):
-        reference({1, 2}, "answer")
+        as_reference({1, 2}, "answer")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from dtrpo_ray.data.checking import check_data
-from dtrpo_ray.data.formats.batches import raw_rows
 from dtrpo_ray.data.formats.files import Shard
-from dtrpo_ray.data.formats.prompts import PromptRow, read_shard, recognise
+from dtrpo_ray.data.formats.prompts import PromptRow, prompt_format
+from dtrpo_ray.data.formats.reading import raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.produce.scoring import Verifier
@@ -18,7 +18,7 @@ ASK = [{"role": "user", "content": "Why?"}]
 
 
 def read(path: Path) -> list[PromptRow | Rejected]:
-    return list(read_shard(recognise(str(path)), Shard(str(path))))
+    return list(prompt_format(str(path)).read(Shard(str(path))))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
     assert reasons == ["missing field", "empty prompt", "unknown role", "not an object"]
     (tmp_path / "p.jsonl").write_text('{"text": "Why?"}')
     with pytest.raises(DataError, match=r"p\.jsonl: .* no known format of prompts, or of pairs: text; known are Hum"):
-        recognise(str(tmp_path / "p.jsonl"))
+        prompt_format(str(tmp_path / "p.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
 )
 def test_real_files(shared_data: Path, file: str, name: str, count: int, answered: int) -> None:
     rows = read(shared_data / file)
-    assert recognise(str(shared_data / file)).name == name
+    assert prompt_format(str(shared_data / file)).name == name
     assert all(isinstance(row, PromptRow) for row in rows)
     assert (len(rows), sum(row.answer is not None for row in rows if isinstance(row, PromptRow))) == (count, answered)
 

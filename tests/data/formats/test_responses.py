@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from paths import ROOT
+from read_rows import read_prompts, read_responses
 
+from dtrpo_ray.data.formats.base import split_rejected
 from dtrpo_ray.data.formats.files import Shard
-from dtrpo_ray.data.formats.parsing import parted
-from dtrpo_ray.data.formats.prompts import read_prompts
-from dtrpo_ray.data.formats.responses import FORMATS, Format, ResponseRow, read_responses, read_shard
+from dtrpo_ray.data.formats.parsing import Record
+from dtrpo_ray.data.formats.responses import RESPONSE_FORMATS, ResponseFormat, ResponseRow
 from dtrpo_ray.errors import DataError
 
 Value = dict[str, Any]
@@ -102,7 +103,7 @@ def test_every_format_gives_its_samples(tmp_path: Path, layout: str) -> None:
     places = [f"{path}:1"] if len(samples) == 1 else [f"{path}:1#{n}" for n in range(1, len(samples) + 1)]
     assert rejected == []
     assert rows == [ResponseRow(p, rows[0].engine, **sample) for p, sample in zip(places, samples, strict=True)]
-    assert rows[0].engine in {form.engine for form in FORMATS}
+    assert rows[0].engine in {form.engine for form in RESPONSE_FORMATS}
 
 
 def meta(**changes: Any) -> Value:
@@ -204,7 +205,7 @@ def test_llada_s_real_generations_are_read(shared_data: Path, name: str, samples
 def test_an_unknown_file_is_told_every_known_format(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_responses(write(tmp_path / "rows.jsonl", [{"a": 1}]))
-    assert all(form.name in str(caught.value) for form in FORMATS)
+    assert all(form.name in str(caught.value) for form in RESPONSE_FORMATS)
 
 
 def test_an_answer_of_parquet_that_json_does_not_know_spoils_its_row_alone(tmp_path: Path) -> None:
@@ -216,11 +217,11 @@ def test_an_answer_of_parquet_that_json_does_not_know_spoils_its_row_alone(tmp_p
 
 
 def test_what_no_check_foresaw_refuses_its_row_alone(tmp_path: Path) -> None:
-    def parse(row: dict[str, Any]) -> Any:
-        return [{"prompt": "What?", "response": str(1 // row["n"])}]
+    def parse(row: Record) -> list[ResponseRow]:
+        return [ResponseRow(prompt="What?", response=str(1 // row.fields["n"]))]
 
     path = write(tmp_path / "rows.jsonl", [{"n": 0}, {"n": 1}, {"m": 1}])
-    rows, rejected = parted(read_shard(Format("made up", (), parse, "none"), Shard(str(path))))
+    rows, rejected = split_rejected(ResponseFormat("made up", (), parse, "none").read(Shard(str(path))))
     assert [row.response for row in rows] == ["1"]
     assert [row.detail for row in rejected] == [
         "ZeroDivisionError: integer division or modulo by zero",

@@ -12,20 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from read_rows import read_preferences, read_responses
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dtrpo_ray.data.formats import preferences, responses, tokenize
-from dtrpo_ray.data.formats.preferences import PreferenceRow, read_preferences
-from dtrpo_ray.data.formats.responses import ResponseRow, read_responses
+from dtrpo_ray.data.formats import tokenize
+from dtrpo_ray.data.formats.preferences import PreferenceRow, pairs_table
+from dtrpo_ray.data.formats.responses import ResponseRow, responses_table
 from dtrpo_ray.data.formats.tokenize import Target, split_origins
-from dtrpo_ray.data.rows import tokenizer_hash
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected, read_table
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.method.trajectory import block_slices, dense_steps
-from dtrpo_ray.models.tokenizer import character_tokenizer, encode_response, load_tokenizer
+from dtrpo_ray.models.tokenizer import character_tokenizer, encode_response, load_tokenizer, tokenizer_hash
 
 ASKED = [{"role": "user", "content": "Why?"}]
 
@@ -39,11 +39,11 @@ def digits(**changes: Any) -> Target:
 
 
 def tokenize_preferences(rows: list[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    return tokenize.tokenize_preferences(preferences.as_table(rows), target)
+    return tokenize.tokenize_preferences(pairs_table(rows), target)
 
 
 def tokenize_responses(rows: list[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    return tokenize.tokenize_responses(responses.as_table(rows), target)
+    return tokenize.tokenize_responses(responses_table(rows), target)
 
 
 def pair(prompt: str = "12", chosen: str = "3", rejected: str = "4", origin: str = "f:1") -> PreferenceRow:

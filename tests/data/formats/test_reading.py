@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dtrpo_ray.data.formats import batches, files
-from dtrpo_ray.data.formats.batches import raw_rows
+from dtrpo_ray.data.formats import files, reading
 from dtrpo_ray.data.formats.files import Shard, plan_shards
 from dtrpo_ray.data.formats.parsing import Refusal
+from dtrpo_ray.data.formats.reading import first_rows, raw_batches, raw_rows
 from dtrpo_ray.errors import DataError
 
 ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
@@ -41,7 +41,7 @@ def test_blank_lines_a_missing_last_line_end_and_a_byte_order_mark(
 def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, values: list[Any], indent: int | None
 ) -> None:
-    monkeypatch.setattr(batches, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk)
     for number, ascii_only in enumerate((True, False)):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only) + "\n")
@@ -69,7 +69,7 @@ def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
 def test_a_broken_json_list_is_named_with_the_last_good_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, after: int, problem: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(batches, "_CHUNK_BYTES", chunk if len(content) < 1_000 else 1 << 20)  # quadratic
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk if len(content) < 1_000 else 1 << 20)  # quadratic
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(DataError) as caught:
         list(raw_rows(Shard(str(tmp_path / "rows.json"))))
@@ -110,7 +110,7 @@ def test_batches_hold_at_most_so_many_rows_and_all_of_them_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, read: int, most: int
 ) -> None:
     for name, value in {"BATCH_ROWS": most, "_BATCH_BYTES": read, "_CHUNK_BYTES": read}.items():
-        monkeypatch.setattr(batches, name, value)
+        monkeypatch.setattr(reading, name, value)
     file, lines = tmp_path / f"rows{ending}", "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     if ending == ".arrow":
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, pa.Table.from_pylist(ROWS).schema) as out:
@@ -119,19 +119,21 @@ def test_batches_hold_at_most_so_many_rows_and_all_of_them_once(
         whole = {".jsonl": lines, ".jsonl.gz": gzip.compress(lines), ".json": json.dumps(ROWS).encode()}
         file.write_bytes(whole[ending])
     for rows in (None, 7, 23):
-        found = list(batches.batches(Shard(str(file), rows=rows)))
-        assert [value for batch in found for value in batch.values(range(len(batch)))] == ROWS[:rows]
-        assert [batch.first for batch in found] == [1 + sum(map(len, found[:i])) for i in range(len(found))]
-        assert max(map(len, found)) <= most
+        found = list(raw_batches(Shard(str(file), rows=rows)))
+        assert [row for batch in found for row in batch] == [(f"{file}:{i}", r) for i, r in enumerate(ROWS[:rows], 1)]
+        assert max(map(len, found)) <= (1 if read == 1 else most)
 
 
 def test_small_record_batches_are_joined(tmp_path: Path) -> None:
     table = pa.table({"number": pa.array(range(4_500)), "text": pa.array(["a", "b", "a"] * 1_500).dictionary_encode()})
     with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
         out.write_table(table, max_chunksize=1)
-    found = list(batches.batches(Shard(str(tmp_path / "rows.arrow"), first=100)))
-    assert [(batch.first, len(batch)) for batch in found] == [(101, 2_000), (2_101, 2_000), (4_101, 400)]
-    assert [value["number"] for batch in found for value in batch.values(range(len(batch)))] == list(range(100, 4_500))
+    file = tmp_path / "rows.arrow"
+    found = list(raw_batches(Shard(str(file), first=100)))
+    assert [(batch[0][0], len(batch)) for batch in found] == [
+        (f"{file}:{first}", rows) for first, rows in ((101, 2_000), (2_101, 2_000), (4_101, 400))
+    ]
+    assert [value["number"] for batch in found for _, value in batch] == list(range(100, 4_500))
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.gz"])
@@ -144,43 +146,6 @@ def test_what_stands_before_a_break_is_read(tmp_path: Path, ending: str) -> None
         file.write_bytes(gzip.compress(lines)[:-1_000])
     found = raw_rows(Shard(str(file)))
     assert [next(found)[1] for _ in ROWS[:-1]] == ROWS[:-1]
-    assert sum(shard.rows or 0 for shard in batches.first_rows([Shard(str(file))], 20)[0]) == 20
+    assert sum(shard.rows or 0 for shard in first_rows([Shard(str(file))], 20)[0]) == 20
     with pytest.raises(DataError, match=r"no JSON list of rows after row 22|cannot be read"):
         list(found)
-
-
-def test_columns_of_a_batch_keep_the_places_of_its_rows(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"a": "x", "b": [1]}\n{"b": [], "c": 5}\n{"a": null, "b": null}\n')
-    (batch,) = batches.batches(Shard(str(file)))
-    schema = pa.schema([("a", pa.string()), ("b", pa.list_(pa.int64())), ("d", pa.null())])
-    table = batches.typed(batch, schema)
-    assert table is not None
-    assert table.to_pydict() == {"a": ["x", None, None], "b": [[1], [], None], "d": [None] * 3}
-    assert batches.typed(batch, pa.schema([("b", pa.string())])) is None
-    assert batch.values([2, 0]) == [{"a": None, "b": None}, {"a": "x", "b": [1]}]
-
-
-@pytest.mark.parametrize(
-    ("column", "wanted", "as_it_is"),
-    [
-        (pa.array([[{"y": 1, "x": "a"}], None], pa.large_list(pa.struct([("y", pa.int8()), ("x", pa.large_string())]))),
-         pa.list_(pa.struct([("x", pa.string()), ("z", pa.null())])), [[{"x": "a", "z": None}], None]),
-        (pa.array(["a", "b", "a"]).dictionary_encode(), pa.string(), ["a", "b", "a"]),
-        (pa.array([[1], [2, 3], None, []], pa.list_(pa.uint8())).slice(1), pa.list_(pa.int64()), [[2, 3], None, []]),
-        (pa.array([1, None]), pa.float64(), [1.0, None]),
-        (pa.nulls(2), pa.list_(pa.string()), [None, None]),
-        (pa.array([1, 2]), pa.string(), None),
-        (pa.array([1.0]), pa.int64(), None),
-        (pa.array([2**63], pa.uint64()), pa.int64(), None),
-        (pa.array([True]), pa.float64(), None),
-        (pa.array([[1], []]), pa.null(), None),
-        (pa.array(["1"]), pa.int64(), None),
-    ],
-)  # fmt: skip
-def test_a_column_is_read_as_another_type_only_where_its_values_stay(
-    column: pa.Array, wanted: pa.DataType, as_it_is: list[Any] | None
-) -> None:
-    batch = batches._Columns(1, pa.record_batch([column], names=["a"]))
-    table = batches.typed(batch, pa.schema([("a", wanted)]))
-    assert (None if table is None else table["a"].to_pylist()) == as_it_is

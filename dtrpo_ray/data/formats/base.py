@@ -1,0 +1,97 @@
+"""The interface of a file format: it splits a file into parts and turns each part into rows and refusals."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+
+from dtrpo_ray.data.formats.files import Shard, plan_shards
+from dtrpo_ray.data.formats.reading import raw_batches, raw_rows
+from dtrpo_ray.data.tables import Rejected
+from dtrpo_ray.errors import DataError
+
+HEAD_ROWS = 1_000  # a file is recognised by the columns of so many rows
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Format(ABC, Generic[R]):
+    """A layout of rows, which a file has if it has all its `columns`. Every raw row becomes rows R or is refused."""
+
+    name: str
+    columns: tuple[str, ...]
+
+    @property
+    def rows_each(self) -> int:
+        """Return how many rows of a file make one row."""
+        return 1
+
+    def shards(self, file: str, rows: int | None = None) -> list[Shard]:
+        """Return the parts of a file, of `rows` rows each if they are given."""
+        return plan_shards(file, rows)
+
+    @abstractmethod
+    def read(self, shard: Shard) -> Iterator[R | Rejected]:
+        """Yield the rows of a part and the refusals."""
+
+    @abstractmethod
+    def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+        """Yield the rows of a part as tables, with the refusals, a batch at a time."""
+
+
+class RowFormat(Format[R]):
+    """A format whose raw rows are parsed one by one."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def parse_row(self, origin: str, value: Any) -> Iterator[R | Rejected]:
+        """Yield the rows, or the refusals, that one raw row becomes."""
+
+    @abstractmethod
+    def table(self, rows: Sequence[R]) -> pa.Table:
+        """Return rows in columns."""
+
+    def read(self, shard: Shard) -> Iterator[R | Rejected]:
+        for origin, value in raw_rows(shard):
+            yield from self.parse_row(origin, value)
+
+    def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+        for batch in raw_batches(shard):
+            good, refused = split_rejected(itertools.chain.from_iterable(self.parse_row(*row) for row in batch))
+            yield self.table(good), refused
+
+
+F = TypeVar("F", bound=Format[Any])
+
+
+def find_format(file: str, formats: Sequence[F], kind: str) -> F:
+    """Return the first of `formats` whose columns the first rows of a file have. Raises DataError if none fits."""
+    rows = [value for _, value in itertools.islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
+    # columns of many rows, not of one: a row that lacks its prompt is a bad row, not another format
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    for form in formats:
+        if columns.issuperset(form.columns):
+            return form
+    found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
+    known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in formats)
+    raise DataError(f"{file}: columns of no known format of {kind}: {found}; known are {known}")
+
+
+def split_rejected(rows: Iterable[R | Rejected]) -> tuple[list[R], list[Rejected]]:
+    """Return the good rows and the refusals."""
+    good: list[R] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        rejected.append(row) if isinstance(row, Rejected) else good.append(row)
+    return good, rejected
+
+
+def split_batches(rows: Iterator[R | Rejected], size: int) -> Iterator[tuple[list[R], list[Rejected]]]:
+    """Yield batches of at most `size` rows, refused ones included, each split by `split_rejected`."""
+    while batch := list(itertools.islice(rows, size)):
+        yield split_rejected(batch)
