@@ -42,7 +42,7 @@ from dtrpo_ray.parts import run_parts
 from dtrpo_ray.produce.rollout import DecodeJob, Recorder, prompts_parts
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
-from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
+from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
 
 SAMPLES = 4  # responses to a prompt
 PARTS = 8  # of each pipeline, so that two workers have something to share
@@ -168,7 +168,7 @@ def pipelines(folder: Path, rows: int, model_rows: int) -> Iterator[Pipeline]:
         objective=Objective(schedule="random"), global_batch=8, micro_batch=8, max_steps=model_rows // 8
     )
     known = (base.resolve(), config, SEED, "bench")
-    pairs = drawn_parts(files_of(folder, "pair"), config, SEED)
+    pairs = epoch_parts(files_of(folder, "pair"), config, SEED)
     yield Pipeline("ref-logps", pairs, partial(ReferenceScorer, *known, sharers))
 
 

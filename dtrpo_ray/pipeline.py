@@ -68,7 +68,7 @@ from dtrpo_ray.report.evaluation import (
 )
 from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store
 from dtrpo_ray.train import driver, validation
-from dtrpo_ray.train.ref_logps import ReferenceScorer, drawn_parts
+from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
 from dtrpo_ray.train.run import NO_WEIGHTS, CachedLogps, RunRecord, TrainStage
 from dtrpo_ray.train.worker import ADAPTER, MODEL
 
@@ -366,7 +366,7 @@ class Pipeline:
         def make(out: Path) -> JsonObject:
             cluster, files = self.job.cluster, [file.resolve() for file in table_files(pairs.path / TABLE)]
             (out / REF_LOGPS).mkdir(exist_ok=True)
-            parts = drawn_parts(files, config, seed)
+            parts = epoch_parts(files, config, seed)
             base = reference.path.resolve()
             scorer = partial(ReferenceScorer, base, config, seed, reference.digest, cluster.num_actors)
             done = run_parts(parts, scorer, out / REF_LOGPS, cluster, f"ref-{number}", gpu=True)

@@ -224,7 +224,7 @@ def test_reference_logps_whose_actor_is_killed_have_every_pair_of_every_epoch_on
     for file, half in zip(files, (rows[:6], rows[6:]), strict=True):
         pq.write_table(pa.Table.from_pylist(half, schema=PREFERENCE), file)
     config = TrainConfig(num_epochs=2, global_batch=4, micro_batch=3, max_steps=5)  # 9 pairs of the second epoch
-    parts = ref_logps.drawn_parts(files, config, 0)
+    parts = ref_logps.epoch_parts(files, config, 0)
     assert [sum(map(len, part.pairs.rows.values())) for part in parts] == [4, 4, 3, 4, 4, 1]  # type: ignore[arg-type]
     pool, alone = pool_and_alone(parts, partial(ref_logps.ReferenceScorer, policy, config, 0, "hash", 2), tmp_path)
     assert same_files(pool, alone)

@@ -25,7 +25,7 @@ from dtrpo_ray.files import open_pyarrow, sha256_file, sha256_stream, whole_file
 
 COMPLETE = "COMPLETE"
 VALIDATION = "validation.json"  # beside the sealed files, since it is measured after they were sealed
-SCHEMA = 1
+FACTS_SCHEMA = 1
 ATTEMPTS = 5
 MAX_PENDING = 8  # checkpoints that are kept because their validation is still to come
 LOWER_IS_BETTER = ("loss", "nll", "nll_chosen")
@@ -122,7 +122,7 @@ def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts
     if _retry(lambda: all(_exists(filesystem, f"{path}/{name}") for name in names)):
         listings = _retry(lambda: {name: _get(filesystem, f"{path}/{name}") for name in names})
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in listings.items()}
-        record = {"schema": SCHEMA, **json.loads(listings[names[0]])["facts"], "ranks": hashes}
+        record = {"schema": FACTS_SCHEMA, **json.loads(listings[names[0]])["facts"], "ranks": hashes}
         _retry(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
 
 
@@ -152,8 +152,8 @@ def facts_of(filesystem: pafs.FileSystem, place: Place) -> SealedFacts:
         raise CheckpointError(f"{place.path}: no {COMPLETE}: it was never finished") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place.path}: {COMPLETE} is damaged ({error!r})") from None
-    if schema != SCHEMA:
-        raise CheckpointError(f"{place.path}: {COMPLETE} has schema {schema}, this version reads {SCHEMA}")
+    if schema != FACTS_SCHEMA:
+        raise CheckpointError(f"{place.path}: {COMPLETE} has schema {schema}, this version reads {FACTS_SCHEMA}")
     if missing:
         raise CheckpointError(f"{place.path}: {COMPLETE} is damaged (lacks {', '.join(sorted(missing))})")
     return cast(SealedFacts, record)

@@ -30,7 +30,7 @@ def collate(
     fill: Callable[[MicroBatch, Rows], MicroBatch] | None = None,
     device: torch.device | None = None,
 ) -> Collate:
-    """The function that turns rows into the `MicroBatch` of this objective and model.
+    """Return the function that turns rows into the `MicroBatch` of this objective and model.
 
     `reference` orders rows for the schedule "confidence" and lies on `device`; `fill` adds its log-probs from a cache.
     """
@@ -49,11 +49,11 @@ def collate(
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop tells its shell, and asks it.
+    """Calls of the loop to its surroundings.
 
     `begin(step)` comes before each optimizer step. `skipped(step, row_ids)` names a dropped step and this rank's rows
-    in it. Where any rank's `due()` is true, all ranks ask `leaving()` together after the step: whether a node is about
-    to go, and a checkpoint should be written at once.
+    in it. If `due()` is true on any rank, all ranks call `leaving()` together after the step: it answers whether a node
+    is about to go, so that a checkpoint must be written at once.
     """
 
     begin: Callable[[int], None] = lambda step: None
@@ -66,7 +66,7 @@ NO_HOOKS = Hooks()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one optimizer step of one rank, so that dropout after a resume is what it would have been."""
+    """Seed torch for one optimizer step of one rank, so that a resumed run draws the same dropout."""
     torch.manual_seed(int(row_generator(seed, "step", step, f"rank-{rank}").integers(2**63)))
 
 
@@ -78,7 +78,7 @@ def run(
     to_batch: Collate,
     start_step: int,
     num_steps: int,
-    log: Callable[[dict[str, Any]], None],
+    log: Callable[[dict[str, float]], None],
     save: Callable[[int], None],
     hooks: Hooks = NO_HOOKS,
 ) -> None:
@@ -93,7 +93,7 @@ def run(
     for step, rows in zip(range(start_step + 1, num_steps + 1), batches, strict=False):
         hooks.begin(step)
         waited = time.perf_counter() - ended
-        done = optimizer_step(config, backend, reference, rows, to_batch, hooks.due())
+        done = optimizer_step(config, backend, reference, rows, to_batch, due=hooks.due())
         dropped = dropped + 1 if done.dropped else 0
         if done.dropped:
             if config.on_nonfinite == "stop" or dropped == MAX_DROPPED:
@@ -114,8 +114,8 @@ def run(
 class StepResult:
     """One optimizer step: the global batch's weighted mean of each metric, whether any rank was `due`.
 
-    `dropped` where a loss or gradient was not finite and no weight changed; `bad_rows` are then this rank's rows with
-    such a loss, or all of its rows if only a gradient was.
+    `dropped` means that a loss or gradient was not finite and no weight changed; `bad_rows` are then this rank's rows
+    with such a loss, or all of its rows if only a gradient was.
     """
 
     metrics: dict[str, float]
@@ -125,11 +125,11 @@ class StepResult:
 
 
 def micro_batches(rows: Rows, config: TrainConfig, attention: str, most: Callable[[int], int]) -> list[Rows]:
-    """A rank's rows of an optimizer step -> what each forward takes, as many on every rank.
+    """Split a rank's rows of an optimizer step into the rows of each forward, equally many forwards on every rank.
 
-    At most `micro_batch` rows; with `micro_tokens`, rows as long as each other go together while their packed rows,
-    padded, hold no more tokens. Ranks then ask `most` for the largest count, and fill theirs with rows of weight 0.
-    `attention` is the model's, "block" or "full".
+    A forward takes at most `micro_batch` rows. With `micro_tokens`, rows of similar length go together while their
+    packed rows, padded, hold no more tokens; `most` then returns the largest count of all ranks, and the others add
+    forwards of weight 0. `attention` is the model's, "block" or "full".
     """
     if config.micro_tokens is None:
         return [rows[first : first + config.micro_batch] for first in range(0, len(rows), config.micro_batch)]
@@ -155,7 +155,7 @@ def optimizer_step(
     to_batch: Collate,
     due: bool = False,
 ) -> StepResult:
-    """Micro-batches forward and backward, one update."""
+    """Run the micro-batches forward and backward, then update once."""
     began = time.perf_counter()
     global_weight = rows[0]["batch_weight"]
     totals: dict[str, torch.Tensor] = {"due": torch.tensor(float(due))}

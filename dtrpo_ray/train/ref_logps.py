@@ -1,11 +1,10 @@
-"""Preference pairs -> the reference's log-probs at every state that their training will draw: the worker of a part.
+"""Preference pairs -> the reference's log-probs at every state that their training will draw.
 
-It holds the frozen reference; what it writes is read back as a `reference.ReferenceCache`.
+`ReferenceScorer` is the worker of a part; a training reads its files as a `reference.ReferenceCache`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from dtrpo_ray.session import cpu_threads
 from dtrpo_ray.train import dataset, loop
 from dtrpo_ray.train.reference import load_reference, reference_key, reference_values
 
-PART_PAIRS = 512  # whatever the micro-batch, which names no stage
+PART_PAIRS = 512  # independent of the micro-batch, which names no stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +32,8 @@ class PairsPart:
         return f"epoch {self.epoch} of {self.pairs}"
 
 
-def drawn_parts(files: list[Path], config: TrainConfig, seed: int) -> list[PairsPart]:
-    """The pairs that training will read, once for each epoch that reads them."""
+def epoch_parts(files: list[Path], config: TrainConfig, seed: int) -> list[PairsPart]:
+    """List the pairs that training will read, once for each epoch that reads them."""
     row_ids = pq.read_table(files, columns=["row_id"])["row_id"].to_pylist()
     plan = dataset.make_plan(row_ids, config, seed)
     parts = []
@@ -57,7 +56,7 @@ class ReferenceScorer:
         key = reference_key(reference_hash, config.precision, self.device)
         self.known, self.config = (to_batch, seed, key, self.device), config
 
-    def __call__(self, part: PairsPart, out: Path) -> dict[str, Any]:
+    def __call__(self, part: PairsPart, out: Path) -> dict[str, int]:
         """Write the values of one part."""
         pairs = part.pairs.read(PREFERENCE)
         rows = pairs.append_column("epoch", pa.array(np.full(len(pairs), part.epoch), pa.int32())).to_pylist()

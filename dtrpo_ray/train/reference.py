@@ -1,15 +1,14 @@
-"""The reference's log-probabilities written beforehand: a Parquet file or folder keyed by what each value depends on.
+"""The reference's log-probabilities, written beforehand to a Parquet file or folder.
 
 A value belongs to (row id, side, epoch), the seed of the draws, the reference's hash and its dtype. `draws` is a digest
-of the very states and tokens that were scored, so that another objective, table or code cannot pass unnoticed.
+of the states and tokens that were scored, so that another objective, table or code is noticed.
 """
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +21,11 @@ from dtrpo_ray.method.step import scored_logps
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import load_model
 from dtrpo_ray.train.backend import uses_bf16
+from dtrpo_ray.train.loop import Rows
 
-Rows = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, int]  # row id, side, epoch
 
-SCHEMA = pa.schema(
+LOGPS_SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("side", pa.string()),
@@ -42,18 +41,18 @@ REMEDY = "write it anew with dtrpo ref-logps"
 
 
 def reference_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """In which the policy computes too (`train.precision`); with another one equal models are not equal."""
+    """Return the dtype of the reference, always the policy's: in another one, equal weights give other log-probs."""
     return torch.bfloat16 if uses_bf16(precision, device) else torch.float32
 
 
 def load_reference(base: Path, precision: str, device: torch.device) -> DiffusionLM:
-    """The frozen reference."""
+    """Load the frozen reference."""
     reference = load_model(base, reference_dtype(precision, device), str(device))
     return reference.eval().requires_grad_(False)
 
 
 def reference_key(reference_hash: str, precision: str, device: torch.device) -> str:
-    """What a cache names its reference by: its hash and the dtype that it computed in."""
+    """Return the name of a reference in a cache: its hash and the dtype that it computed in."""
     return f"{reference_hash} {str(reference_dtype(precision, device)).removeprefix('torch.')}"
 
 
@@ -65,8 +64,7 @@ def reference_values(
     key: str,
     device: torch.device,
 ) -> pa.Table:
-    """The cache's rows, one for each side of each of these rows, from one no-grad forward on `device`; `key` is
-    `reference_key`."""
+    """Compute the cache's rows, one for each side of each row, in one no-grad forward; `key` is `reference_key`."""
     batch = to_batch(rows)
     with torch.no_grad():
         logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
@@ -82,12 +80,12 @@ def reference_values(
         }
         for (row_id, side, epoch), where, draws in _sides(batch, rows)
     ]
-    return pa.Table.from_pylist(made, schema=SCHEMA)
+    return pa.Table.from_pylist(made, schema=LOGPS_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCache:
-    """The log-probs of a cache by key, each with the digest of the draws they belong to."""
+    """The log-probs of a cache by key, each with the digest of its draws."""
 
     path: Path
     values: dict[Key, tuple[str, np.ndarray]]
@@ -99,7 +97,7 @@ class ReferenceCache:
             table = pq.read_table(sorted(path.glob("*.parquet")) if path.is_dir() else path)
         except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: no readable cache of reference log-probs ({error}); {REMEDY}") from None
-        if table.schema.names != SCHEMA.names:
+        if table.schema.names != LOGPS_SCHEMA.names:
             raise DataError(f"{path}: columns {table.schema.names} are not those of a reference cache; {REMEDY}")
         for name, wanted in (("seed", seed), ("reference", reference)):
             found = table[name].unique().to_pylist()
@@ -113,17 +111,17 @@ class ReferenceCache:
         return cls(path, dict(zip(keys, zip(table["draws"].to_pylist(), values, strict=True), strict=True)))
 
     def fill(self, batch: MicroBatch, rows: Rows) -> MicroBatch:
-        """The batch with its `ref_logp`. Raises DataError for a row that is missing or was scored at other states."""
+        """Return the batch with its `ref_logp`. Raises DataError for a row that is missing or has other draws."""
         ref_logp = torch.empty(len(batch.target))
         for key, where, draws in _sides(batch, rows):
             row_id, side, epoch = key
             name = f"{self.path}: row {row_id}, {side}, epoch {epoch}"
             if key not in self.values:
                 raise DataError(f"{name}: no reference log-probs here; {REMEDY}")
-            kept, logps = self.values[key]
-            if kept != draws:
+            cached, logps = self.values[key]
+            if cached != draws:
                 raise DataError(
-                    f"{name}: written for draws {kept}, this run's are {draws}: the table or the objective has "
+                    f"{name}: written for draws {cached}, this run's are {draws}: the table or the objective has "
                     f"changed; {REMEDY}"
                 )
             ref_logp[where] = torch.from_numpy(logps.copy())
@@ -131,7 +129,7 @@ class ReferenceCache:
 
 
 def _sides(batch: MicroBatch, rows: Rows) -> Iterable[tuple[Key, np.ndarray, str]]:
-    """(key, places in the scored tokens, digest of the draws) of each side of each row; packing does not enter."""
+    """Yield (key, places in the scored tokens, digest of the draws) of each side of each row, however packed."""
     planes = {name: getattr(batch, name).numpy() for name in ("ids", "side", "stream", "pair")}
     scored = {n: getattr(batch, n).numpy() for n in ("scored_row", "scored_col", "target", "weight", "nll_weight")}
     slot, num_sides = batch.slot.numpy(), batch.tokens.shape[1]
