@@ -6,9 +6,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError
@@ -55,7 +57,7 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def sha256_stream(stream: IO[bytes]) -> str:
+def sha256_stream(stream: BufferedReader | pa.NativeFile) -> str:
     """Return the SHA-256 of the bytes of an open file, pyarrow's streams included."""
     return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -6,7 +6,7 @@ A worker turns a part into files whose names are the part's own, and returns a s
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ DONE = "done"  # the folder of summaries, and of a dot for each try of a part
 TRIES = 3  # of a part whose workers die
 PLAIN_SECONDS = 30  # between lines of progress where there is no terminal
 
-Worker = Callable[[Any, Path], dict[str, Any]]
+Worker = Callable[[Any, Path], Mapping[str, Any]]
 """(part, folder) -> {"rows": how many it read, ...}; what it writes it may write again."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,8 +25,8 @@ from dtrpo_ray.data.formats.files import data_files, sha256_data
 from dtrpo_ray.data.pairs import Pairer
 from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import (
+    FILE_ROWS,
     QUARANTINE,
-    SHARD_ROWS,
     count_lines,
     file_parts,
     prompt_parts,
@@ -286,7 +286,7 @@ class Pipeline:
 
         def make(out: Path) -> JsonObject:
             (out / TABLE).mkdir(exist_ok=True)
-            parts = prompt_parts([file.resolve() for file in table_files(trajectories.path / TABLE)], SHARD_ROWS)
+            parts = prompt_parts([file.resolve() for file in table_files(trajectories.path / TABLE)], FILE_ROWS)
             done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
             if not made:
@@ -333,11 +333,18 @@ class Pipeline:
             parts = prepare.import_parts(task, answers.part_rows if answers else None)
             label = name if answers else "prepare"
             done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
-            counts = prepare.finish_import(done, schema, out / TABLE)
+            counts = prepare.finish_import(cast("list[prepare.PartSummary]", done), schema, out / TABLE)
             console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
-            return {noun: (read_manifest(out / TABLE) or {})["rows"], **counts}
+            manifest = read_manifest(out / TABLE)
+            assert manifest is not None
+            return {
+                noun: manifest["rows"],
+                "rows": counts["rows"],
+                "good": counts["good"],
+                "refused": counts["refused"],
+            }
 
         return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
 

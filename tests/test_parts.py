@@ -143,7 +143,7 @@ def test_an_import_whose_actor_is_killed_gives_the_table_of_one_process(
     from dtrpo_ray.data.formats import files
     from dtrpo_ray.models.tokenizer import character_tokenizer
 
-    monkeypatch.setattr(files, "SHARD_ROWS", 5)  # the parts are cut here
+    monkeypatch.setattr(files, "PART_ROWS", 5)  # the parts are cut here
     rows = [{"prompt": f"{i % 20}", "chosen": "1" * (i % 20 + 1), "rejected": "2" + "x" * (i == 8)} for i in range(23)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     character_tokenizer("0123456789").save_pretrained(tmp_path / "tokenizer")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +22,21 @@ SHARED = (*SAME_PROMPT, "prompt_id", "model_hash", "data_hash")
 _SIDE = {"ids": "response_ids", "steps": "steps", "types": "types", "reward": "reward"}
 
 
+class PairCounts(TypedDict):
+    """The counts of one part: responses read, pairs made, and responses without a reward."""
+
+    rows: int
+    pairs: int
+    unscored: int
+
+
 class Pairer:
     """Pairs the responses of a part, which holds whole prompts, into a file of the part's name, if there are pairs."""
 
     def __init__(self, config: PairConfig) -> None:
         self.config = config
 
-    def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
+    def __call__(self, part: TablePart, out: Path) -> PairCounts:
         """Pair one part. Raises DataError as `make_pairs` does, or naming a row that breaks a rule."""
         table = part.read(TRAJECTORY)
         pairs = make_pairs(table, self.config)
@@ -158,7 +166,7 @@ def _distances(ids: pa.ChunkedArray, one: np.ndarray, other: np.ndarray) -> np.n
 
 def _paired(table: pa.Table, pairs: np.ndarray) -> pa.Table:
     better, worse = table.take(pa.array(pairs[:, 0])), table.take(pa.array(pairs[:, 1]))
-    columns: dict[str, Any] = {name: better[name] for name in SHARED}
+    columns: dict[str, pa.Array] = {name: better[name] for name in SHARED}
     columns |= {f"chosen_{name}": better[source] for name, source in _SIDE.items()}
     columns |= {f"rejected_{name}": worse[source] for name, source in _SIDE.items()}
     columns["contract_version"] = pa.array(np.full(len(pairs), CONTRACT_VERSION), pa.int32())

@@ -1,11 +1,11 @@
 """A job's task -> the tables and tokenizer its stages read: examples, prompts, or imported files."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from dtrpo_ray.data.formats.tokenize import Target, split_origins, tokenize_pref
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE
 from dtrpo_ray.data.tables import (
     QUARANTINE,
+    Counts,
     Rejected,
     id_shares,
     quarantine_lines,
@@ -56,8 +57,8 @@ def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     return character_tokenizer(puzzle_module(job.puzzle).ALPHABET)
 
 
-def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
-    """Generated SFT examples as Parquet (the table example/v1)."""
+def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, int]:
+    """Write generated SFT examples as Parquet (the table example/v1). Return how many there are."""
     assert job.sft is not None
     assert job.model.init is not None
     assert job.puzzle is not None
@@ -82,9 +83,23 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     return {"examples": len(rows)}
 
 
+class PartSummary(TypedDict):
+    """The counts of one part of a file; `made` are rows of the table, `good` the rows of the file in them."""
+
+    rows: int
+    good: int
+    made: int
+    refused: dict[str, int]
+
+
+class _RowsToDrop(TypedDict):
+    rows: int  # of the file as it was
+    refused: list[tuple[int, str, str]]  # (row, origin, origin of the first row that has its id)
+
+
 @dataclass(frozen=True, slots=True)
 class ImportJob:
-    """What every importer of a task needs; picklable, the same on every machine.
+    """The inputs of every importer of a task; picklable, the same on every machine.
 
     `grid` are the model's block_size, block_origin and shift, `data_hashes` the hash of each file.
     """
@@ -111,10 +126,10 @@ class Importer:
         )
         self.form: Callable[[str], Format[Any]] = cache(FORMAT_OF[task.type])
 
-    def __call__(self, part: "ImportPart", out: Path) -> dict[str, Any]:
+    def __call__(self, part: "ImportPart", out: Path) -> PartSummary:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
         form, data_hash = self.form(part.shard.file), self.hashes[part.shard.file]
-        summary: dict[str, Any] = {"rows": 0, "good": 0, "made": 0}
+        summary: PartSummary = {"rows": 0, "good": 0, "made": 0, "refused": {}}
         refused: list[Rejected] = []
         for batch, (rows, bad) in enumerate(self._batches(part)):
             table, unfit = self._tokenize(rows)
@@ -167,10 +182,10 @@ def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
     return parts
 
 
-def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path) -> dict[str, Any]:
-    """Refuse what is in two parts, gather the quarantine, write the manifest. Returns counts that add up to `rows`.
+def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path) -> Counts:
+    """Refuse rows that repeat one of another part, gather the quarantine and write the manifest. Return the counts.
 
-    May be cut off and run again: what is to go is written down before anything is.
+    It may be cut off and run again: the rows to drop are noted before any file is rewritten.
     """
     made = sum(summary["made"] for summary in summaries)
     shares = id_shares(made)
@@ -193,16 +208,16 @@ def finish_import(summaries: list[dict[str, Any]], schema: pa.Schema, out: Path)
     good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
     for summary in summaries:
         refused.update(summary["refused"])
-    counts = {"rows": sum(summary["rows"] for summary in summaries), "good": good}
-    counts["refused"] = {reason: count for reason, count in refused.most_common() if count}
-    write_manifest(out, schema, {"counts": counts}, made)
+    by_reason = {reason: count for reason, count in refused.most_common() if count}
+    counts: Counts = {"rows": sum(summary["rows"] for summary in summaries), "good": good, "refused": by_reason}
+    write_manifest(out, schema, counts, made)
     return counts
 
 
-def _duplicates(out: Path, share: int, shares: int) -> dict[str, Any]:
-    """File name -> its rows and [row, origin, where it stood first] of those that repeat a row_id; noted once.
+def _duplicates(out: Path, share: int, shares: int) -> dict[str, _RowsToDrop]:
+    """Return the rows that repeat a row_id, by file name; they are found once and then noted in a file.
 
-    Looks at one share of the ids, and holds the origins of the repeated alone.
+    Only one share of the ids is looked at, and only the origins of repeated rows are held.
     """
     note = out / f"duplicates-{share:05d}.json"
     if note.exists():
@@ -217,10 +232,10 @@ def _duplicates(out: Path, share: int, shares: int) -> dict[str, Any]:
         for file in {*found, *firsts}
         for row, origin in _origins(file, sorted({*found.get(file, ()), *firsts.get(file, ())}))
     }
-    doomed = {
+    doomed: dict[str, _RowsToDrop] = {
         file.name: {
             "rows": pq.read_metadata(file).num_rows,
-            "refused": [[row, origins[file, row], origins[first]] for row, first in repeats.items()],
+            "refused": [(row, origins[file, row], origins[first]) for row, first in repeats.items()],
         }
         for file, repeats in found.items()
     }
@@ -233,8 +248,8 @@ def _origins(file: Path, rows: list[int]) -> Iterator[tuple[int, str]]:
     return zip(rows, found.to_pylist(), strict=True)
 
 
-def _drop(doomed: dict[str, Any], out: Path) -> None:
-    """Rewrite the files that hold rows to go, where that was not done before."""
+def _drop(doomed: dict[str, _RowsToDrop], out: Path) -> None:
+    """Rewrite the files that hold rows to drop, unless that was done before."""
     for name, entry in doomed.items():
         table = pq.read_table(out / name)
         if len(table) == entry["rows"]:

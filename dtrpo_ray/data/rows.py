@@ -1,17 +1,15 @@
-"""A decoded response -> the columns of its row in trajectory/v1 that say how it was decoded, whoever writes the row."""
-
-from typing import Any
+"""The columns of trajectory/v1 that say how a response was decoded, for rollouts and the server alike."""
 
 import numpy as np
 
-from dtrpo_ray.data.schemas import DIFFUSION, FIRST
+from dtrpo_ray.data.schemas import DIFFUSION, FIRST, DecodingRow
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_steps
 from dtrpo_ray.models.base import DiffusionLM
 
 
-def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, steps: list[int]) -> dict[str, Any]:
-    """Columns from `ranks` and `types` (int [tokens], of the response's `steps`) to the sampler's parameters."""
+def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, steps: list[int]) -> DecodingRow:
+    """Return the columns of a response with these `steps` (int [tokens])."""
     size = params.block_length or model.block_size
     blocks = block_slices(prompt_len, len(steps), size, model.block_origin)
     cut = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0)

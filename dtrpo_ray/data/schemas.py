@@ -5,6 +5,8 @@ block, the denoising step at which each was unmasked, and how it was decoded. `P
 train reads): a prompt and two sides. `EXAMPLE`: a prompt and its answer. `docs/data.md` describes every field.
 """
 
+from typing import TypedDict
+
 import pyarrow as pa
 
 CONTRACT_VERSION = 1
@@ -66,6 +68,59 @@ TRAJECTORY = pa.schema(
     metadata={"dtrpo.table": f"trajectory/v{CONTRACT_VERSION}"},
 )
 
+
+class SamplerRow(TypedDict):
+    """The column `sampler`: how a response was decoded."""
+
+    remasking: str
+    threshold: float | None
+    tokens_per_step: int
+    small_block_size: int | None
+    entropy_bound: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+class DecodingRow(TypedDict):
+    """The columns of a row of TRAJECTORY that say how the response was decoded."""
+
+    ranks: list[int]
+    types: list[int]
+    block_size: int
+    block_origin: str
+    mask_id: int
+    shift: int
+    denoising_steps: int | None
+    temperature: float
+    sampler: SamplerRow
+    support: str
+
+
+class TrajectoryRow(DecodingRow):
+    """A row of TRAJECTORY as our decoder writes it."""
+
+    contract_version: int
+    row_id: str
+    prompt_id: str
+    origin: str | None
+    prompt: str
+    response: str
+    answer: str | None
+    prompt_ids: list[int]
+    response_ids: list[int]
+    steps: list[int]
+    logps: list[float] | None
+    num_forwards: int
+    reward: float | None
+    reward_source: str | None
+    seed: int
+    engine: str
+    model_hash: str
+    tokenizer_hash: str
+    data_hash: str | None
+
+
 PREFERENCE = pa.schema(
     [
         ("contract_version", pa.int32()),
@@ -115,5 +170,5 @@ SCHEMAS = (TRAJECTORY, PREFERENCE, EXAMPLE)
 
 
 def table_name(schema: pa.Schema) -> str:
-    """For example `trajectory/v1`."""
+    """Return a table's name and version, such as `trajectory/v1`."""
     return str((schema.metadata or {}).get(b"dtrpo.table", b"?").decode())

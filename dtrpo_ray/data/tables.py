@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,8 @@ from dtrpo_ray.data.schemas import CONTRACT_VERSION, MAY_BE_NULL, SCHEMAS, table
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import sha256_file, whole_file, write_json
 
-MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
-SHARD_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
+TABLE_MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
+FILE_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
 DUPLICATE = "duplicate id"
 IDS_AT_ONCE = 2_000_000  # that the search for repeated ones holds, some 200 MB
 
@@ -33,9 +33,34 @@ class Rejected:
     detail: str
 
 
+class Counts(TypedDict):
+    """Rows that were read: the good ones, and the refused by reason, most frequent first; they add up to `rows`."""
+
+    rows: int
+    good: int
+    refused: dict[str, int]
+
+
+class ManifestFile(TypedDict):
+    """A file of a table in its manifest."""
+
+    rows: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The contents of `manifest.json`; `counts` are those of an import."""
+
+    table: str
+    contract_version: int
+    rows: int
+    files: dict[str, ManifestFile]
+    counts: NotRequired[Counts]
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found in a file or folder. `good` rows and the refused ones add up to `rows`."""
+    """The result of checking a file or folder. `good` rows and the refused ones add up to `rows`."""
 
     source: str
     table: str
@@ -43,8 +68,8 @@ class Report:
     refused: tuple[Rejected, ...]
 
     @property
-    def totals(self) -> dict[str, Any]:
-        """Rows, good ones, and the refused by the rule they broke, most first."""
+    def totals(self) -> Counts:
+        """Return the counts, the refused by the rule they broke."""
         refused = dict(Counter(row.reason for row in self.refused).most_common())
         return {"rows": self.rows, "good": self.rows - len(self.refused), "refused": refused}
 
@@ -53,8 +78,8 @@ class Report:
         return [f"{self.source}: {self.table}", *count_lines(self.totals)]
 
 
-def count_lines(totals: dict[str, Any]) -> list[str]:
-    """Counts {rows, good, refused: {reason: rows}} as lines of a table that adds up."""
+def count_lines(totals: Counts) -> list[str]:
+    """Return counts as the lines of a table of text that adds up."""
     rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
     return [f"  {name:<22}{count:>10,}" for name, count in rows]
 
@@ -235,41 +260,45 @@ def write_whole(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def write_shards(table: pa.Table, out: Path, facts: dict[str, Any] | None = None) -> None:
-    """Write a table as part-00000.parquet, part-00001.parquet ... of at most SHARD_ROWS rows, then its manifest."""
-    for number, start in enumerate(range(0, len(table), SHARD_ROWS)):
-        pq.write_table(table.slice(start, SHARD_ROWS), out / f"part-{number:05d}.parquet")
-    write_manifest(out, table.schema, facts)
+def write_shards(table: pa.Table, out: Path) -> None:
+    """Write a table as part-00000.parquet, part-00001.parquet ... of at most FILE_ROWS rows, then its manifest."""
+    for number, start in enumerate(range(0, len(table), FILE_ROWS)):
+        pq.write_table(table.slice(start, FILE_ROWS), out / f"part-{number:05d}.parquet")
+    write_manifest(out, table.schema)
 
 
-def write_manifest(
-    folder: Path, schema: pa.Schema, facts: dict[str, Any] | None = None, rows: int | None = None
-) -> None:
-    """Write `manifest.json`: the table, its files with rows and SHA-256, and `facts` of where it came from.
+def write_manifest(folder: Path, schema: pa.Schema, counts: Counts | None = None, rows: int | None = None) -> None:
+    """Write `manifest.json`: the table, its files with rows and SHA-256, and the `counts` of an import.
 
     Raises DataError if the files do not hold `rows` rows, where that is known.
     """
-    files = {
+    files: dict[str, ManifestFile] = {
         file.name: {"rows": pq.read_metadata(file).num_rows, "sha256": sha256_file(file)}
         for file in sorted(folder.glob("*.parquet"))
     }
     found = sum(entry["rows"] for entry in files.values())
     if rows is not None and found != rows:
         raise DataError(f"{folder}: its files hold {found} rows, {rows} were written; make it anew with --fresh")
-    record = {"table": table_name(schema), "contract_version": CONTRACT_VERSION}
-    record |= {"rows": found, "files": files, **(facts or {})}
-    write_json(folder / MANIFEST, record)
+    record: Manifest = {
+        "table": table_name(schema),
+        "contract_version": CONTRACT_VERSION,
+        "rows": found,
+        "files": files,
+    }
+    if counts is not None:
+        record["counts"] = counts
+    write_json(folder / TABLE_MANIFEST, record)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, None if it has none. Raises DataError if it is damaged."""
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder, None if it has none. Raises DataError if it is damaged."""
     try:
-        record: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        record: Manifest = json.loads((folder / TABLE_MANIFEST).read_text())
         record["files"].items()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{folder / MANIFEST}: damaged ({error!r}); write the table anew") from None
+        raise DataError(f"{folder / TABLE_MANIFEST}: damaged ({error!r}); write the table anew") from None
     return record
 
 

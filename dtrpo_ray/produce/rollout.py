@@ -21,7 +21,7 @@ from dtrpo_ray.data.formats.tokenize import apply_rules, tokenize_prompts
 from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.rules import check_table
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY, TrajectoryRow
 from dtrpo_ray.data.tables import Rejected, write_whole
 from dtrpo_ray.decode.engine import Engine, block_size_error
 from dtrpo_ray.decode.types import DECODER_NAME, Generation, SamplingParams, to_params
@@ -69,7 +69,7 @@ class Recorder:
     def __init__(self, job: DecodeJob, sharers: int) -> None:
         torch.set_num_threads(cpu_threads(sharers))
         self.job, self.engine = job, Engine.load(job.model)
-        self.hashes = {"model_hash": job.model_hash, "tokenizer_hash": tokenizer_hash(self.engine.tokenizer)}
+        self.tokenizer_hash = tokenizer_hash(self.engine.tokenizer)
         self.score = pkgutil.resolve_name(job.scorer) if job.scorer else None
 
     def __call__(self, part: "PromptsPart", out: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Recorder:
 
     def decode(self, asked: Sequence[Asked]) -> pa.Table:
         """A trajectory for each row, those of as many denoising steps together."""
-        made: list[dict[str, Any]] = []
+        made: list[TrajectoryRow] = []
         for steps in sorted({row["denoising_steps"] for row in asked}):
             rows = [row for row in asked if row["denoising_steps"] == steps]
             params = self.job.params.model_copy(update={STEPS: steps})
@@ -89,7 +89,7 @@ class Recorder:
                 made += self._decode(rows[start : start + self.job.batch_size], params)
         return pa.Table.from_pylist(made, schema=TRAJECTORY)
 
-    def _decode(self, rows: Sequence[Asked], params: SamplingParams) -> list[dict[str, Any]]:
+    def _decode(self, rows: Sequence[Asked], params: SamplingParams) -> list[TrajectoryRow]:
         prompts = [row.get("prompt_ids") or self.engine.encode(row["prompt"]) for row in rows]
         seeds = [int(row_generator(self.job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
         done = self.engine.generate(prompts, params, seeds)
@@ -98,11 +98,15 @@ class Recorder:
 
     def _trajectory(
         self, row: Asked, prompt: list[int], seed: int, params: SamplingParams, generation: Generation
-    ) -> dict[str, Any]:
+    ) -> TrajectoryRow:
         text = self.engine.decode(generation.text_ids)
         return {
             "contract_version": CONTRACT_VERSION,
-            **{name: row.get(name) for name in ("row_id", "prompt_id", "origin", "answer", "data_hash")},
+            "row_id": row["row_id"],
+            "prompt_id": row["prompt_id"],
+            "origin": row.get("origin"),
+            "answer": row.get("answer"),
+            "data_hash": row.get("data_hash"),
             "prompt": prompt_text(row["prompt"], prompt, self.engine.tokenizer),
             "response": text,
             "prompt_ids": prompt,
@@ -115,7 +119,8 @@ class Recorder:
             **how_decoded(self.engine.model, params, len(prompt), generation.steps),
             "seed": seed,
             "engine": DECODER_NAME,
-            **self.hashes,
+            "model_hash": self.job.model_hash,
+            "tokenizer_hash": self.tokenizer_hash,
         }
 
 

@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """23 rows in parts of 5: row 7 is no JSON, 9 has a letter, 12 and 20 repeat row 1, 13 repeats row 2."""
-    monkeypatch.setattr(files, "SHARD_ROWS", 5)
+    monkeypatch.setattr(files, "PART_ROWS", 5)
     rows = [json.dumps({"prompt": f"{i}", "chosen": "1" * (i + 1), "rejected": "2"}) for i in range(23)]
     rows[6], rows[8], rows[11], rows[19] = "{", rows[8].replace("11", "1x"), rows[0], rows[0]
     rows[12] = rows[1]

@@ -10,12 +10,14 @@ from example_rows import KINDS, example, preference, table_of
 
 from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import (
+    Counts,
     Rejected,
     check_folder,
     id_shares,
     read_table,
     repeated_rows,
     schema_of,
+    write_manifest,
     write_quarantine,
     write_shards,
 )
@@ -134,9 +136,15 @@ def test_ids_that_are_not_utf8_are_counted_and_not_decoded(tmp_path: Path) -> No
 
 
 def test_the_manifest_names_a_file_that_is_missing_new_or_changed(tmp_path: Path) -> None:
-    write_shards(table_of("example/v1", {}), tmp_path, {"counts": {"rows": 3}})
+    write_shards(table_of("example/v1", {}), tmp_path)
+    counts: Counts = {"rows": 3, "good": 3, "refused": {}}
+    write_manifest(tmp_path, EXAMPLE, counts)
     record = json.loads((tmp_path / "manifest.json").read_text())
-    assert (record["table"], record["rows"], record["counts"]) == ("example/v1", 3, {"rows": 3})
+    assert (record["table"], record["rows"], record["counts"]) == (
+        "example/v1",
+        3,
+        {"rows": 3, "good": 3, "refused": {}},
+    )
     assert check_folder(tmp_path, EXAMPLE).totals == {"rows": 3, "good": 3, "refused": {}}
     part = tmp_path / "part-00000.parquet"
     whole = part.read_bytes()

@@ -14,7 +14,7 @@ from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import join_path, open_filesystem, sha256_stream
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
-SHARD_ROWS = 5_000  # rows that one task reads
+PART_ROWS = 5_000  # rows that one task reads
 SHARE_BYTES = 1 << 27  # of a file, for each time that it is read to pair a share of its prompts
 _CHUNK_BYTES = 1 << 23
 
@@ -102,8 +102,8 @@ def sha256_data(file: str) -> str:
 
 
 def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
-    """A file in parts of `rows`, else SHARD_ROWS, rows; one part if it cannot be entered in the middle (gzip, JSON)."""
-    rows = rows or SHARD_ROWS
+    """A file in parts of `rows`, else PART_ROWS, rows; one part if it cannot be entered in the middle (gzip, JSON)."""
+    rows = rows or PART_ROWS
     name = file_name(file)
     filesystem, path = open_filesystem(file)
     with readable(file):

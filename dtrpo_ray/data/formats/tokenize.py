@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,8 +81,8 @@ class Target:
         return self.end if found is None else found
 
     @cached_property
-    def columns(self) -> dict[str, Any]:
-        """What all rows have in common."""
+    def columns(self) -> dict[str, int | str]:
+        """Return the columns that are the same in all rows."""
         return {
             "contract_version": CONTRACT_VERSION,
             "block_size": self.block_size,

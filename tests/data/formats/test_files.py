@@ -38,7 +38,7 @@ def write(path: Path, rows: list[Any]) -> str:
 def test_the_parts_of_a_file_are_its_rows_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, size: int
 ) -> None:
-    monkeypatch.setattr(files, "SHARD_ROWS", size)
+    monkeypatch.setattr(files, "PART_ROWS", size)
     file = write(tmp_path / f"rows{ending}", ROWS)
     shards = plan_shards(file)
     assert len(shards) == 1 or ending in (".jsonl", ".parquet")

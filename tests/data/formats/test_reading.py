@@ -20,7 +20,7 @@ ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
 def test_blank_lines_a_missing_last_line_end_and_a_byte_order_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SHARD_ROWS", 2)
+    monkeypatch.setattr(files, "PART_ROWS", 2)
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 3}\n\n\n{"a": 6}')
     found = [row for shard in plan_shards(str(file)) for row in raw_rows(shard)]
