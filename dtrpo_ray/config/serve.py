@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 
 from dtrpo_ray.config.section import Section
 
-KEY_VARIABLE = "DTRPO_API_KEY"  # of the environment: API keys with commas between them
+KEY_VARIABLE = "DTRPO_API_KEY"  # environment variable: API keys separated by commas
 
 
 class ServeConfig(Section):
-    """The HTTP endpoint. It listens on loopback unless a host is named."""
+    """The HTTP endpoint. It listens on loopback unless a host is given."""
 
     checkpoint: str = ""
     """A model directory; empty: the aligned model of this job."""
@@ -20,21 +20,21 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     other_models: dict[str, str] = Field({})
-    """More models of the same endpoint, name to directory: a model, or a LoRA adapter on `checkpoint`'s weights."""
+    """Further models of the endpoint by name: a model directory, or a LoRA adapter on `checkpoint`'s weights."""
     num_replicas: int = Field(1, ge=0)
-    """Replicas, or the fewest of them where max_replicas is set; 0 of them wait for a first request."""
+    """Number of replicas; with max_replicas, the lower bound: at 0, the first request starts one."""
     max_replicas: int | None = Field(None, ge=1)
-    """Most replicas; between the two numbers they follow the requests under way."""
+    """Upper bound of replicas; between the bounds their number follows the running requests."""
     max_batch: int = Field(64, ge=1)
-    """Choices that one replica decodes side by side; more wait."""
+    """Choices that one replica decodes side by side; others wait."""
     cache_tokens: int = Field(65536, ge=1)
-    """Tokens whose keys and values a replica keeps, those of requests under way included."""
+    """Tokens whose keys and values a replica keeps, running requests included."""
     denoising_steps: int = Field(4, ge=1)
-    """Denoising steps per block where a request names none."""
+    """Denoising steps per block, unless a request sets `steps`."""
     max_new_tokens: int = Field(1024, ge=1)
     """Most tokens a request may ask for."""
     api_key_file: Path | None = None
-    """A file of keys, one a line; it, or DTRPO_API_KEY, is required to listen on any address but loopback."""
+    """A file of keys, one a line. Listening beyond loopback needs this or DTRPO_API_KEY."""
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> "ServeConfig":

@@ -17,20 +17,21 @@ from dtrpo_ray.models.base import DiffusionLM
 
 logger = logging.getLogger(__name__)
 
-Emit = Callable[[list[tuple[int, DecoderEvent]] | Exception], None]
+Message = list[tuple[int, DecoderEvent]] | Exception
+Emit = Callable[[Message], None]
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request in a batcher. `emit` is called from the decoding thread with (row, event) pairs, or with the failure
-    that ended the request; after the last row's `Finished` it is called no more."""
+    """A request in a batcher. The decoding thread calls `emit` with (row, event) pairs, the last of them `Finished`
+    for each row, or with the failure that ended the request."""
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     seeds: Sequence[int]
     emit: Emit
     watch: bool
-    keys: set[int] = field(default_factory=set)  # of rows in the decoder
+    keys: set[int] = field(default_factory=set)  # of its rows in the decoder
     cancelled: bool = False
 
 
@@ -63,7 +64,7 @@ class Batcher:
         emit: Emit,
         watch: bool = False,
     ) -> Ticket:
-        """Queue the rows of a request, one a prompt; `watch` emits each denoising step too."""
+        """Queue a request, one row per prompt; `watch` emits each denoising step too."""
         ticket = Ticket(prompts, params, seeds, emit, watch)
         with self.changed:
             self.arrived.append(ticket)
@@ -73,15 +74,15 @@ class Batcher:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Free what a request holds before the next denoising step; it hears no more."""
+        """Free what a request holds before the next denoising step; nothing more is emitted."""
         with self.changed:
             self.dropped.append(ticket)
             self.changed.notify()
 
     def close(self) -> None:
-        """End the thread once everything submitted has finished; does not wait for it.
+        """End the thread once everything submitted has finished, without waiting for that.
 
-        A request that was on its way here is still answered: its `submit` starts the thread again, until it is done.
+        A request that is submitted later is still answered: it starts the thread again until it has finished.
         """
         with self.changed:
             self.closing = True
@@ -97,7 +98,7 @@ class Batcher:
 
     @property
     def counters(self) -> Counters:
-        """What has been done since the start."""
+        """Work done since the start."""
         return self.total + self.decoder.counters
 
     def _run(self) -> None:
@@ -116,8 +117,8 @@ class Batcher:
                 self._drop(ticket)
             try:
                 self._admit()
-                self._tell(self.decoder.step() if self.decoder.num_running else [])
-            except Exception as error:  # the thread serves everyone: it outlives any one failure
+                self._deliver(self.decoder.step() if self.decoder.num_running else [])
+            except Exception as error:  # the thread serves all requests, so it must survive any failure
                 self._fail(error)
 
     def _admit(self) -> None:
@@ -128,22 +129,22 @@ class Batcher:
                 if not self.decoder.admit(key, ticket.prompts[row], ticket.params, ticket.seeds[row], ticket.watch):
                     if self.decoder.num_running:
                         return
-                    raise RuntimeError("a request that an empty decoder has no room for")
+                    raise RuntimeError("an empty decoder has no room for this request")
                 self.owner[key] = (ticket, row)
                 ticket.keys.add(key)
             self.waiting.popleft()
 
-    def _tell(self, happened: Sequence[tuple[Hashable, DecoderEvent]]) -> None:
+    def _deliver(self, events: Sequence[tuple[Hashable, DecoderEvent]]) -> None:
         by_ticket: dict[int, tuple[Ticket, list[tuple[int, DecoderEvent]]]] = {}
-        for key, event in happened:
+        for key, event in events:
             ticket, row = self.owner[key]
             if isinstance(event, Finished):
                 del self.owner[key]
                 ticket.keys.discard(key)  # type: ignore[arg-type]
             by_ticket.setdefault(id(ticket), (ticket, []))[1].append((row, event))
-        for ticket, events in by_ticket.values():
+        for ticket, mine in by_ticket.values():
             if not ticket.cancelled:
-                _emit(ticket, events)
+                _emit(ticket, mine)
 
     def _drop(self, ticket: Ticket) -> None:
         ticket.cancelled = True
@@ -153,7 +154,7 @@ class Batcher:
         ticket.keys.clear()
 
     def _fail(self, error: Exception) -> None:
-        """Tell everyone who decodes or waits, and start over with an empty decoder."""
+        """Emit the failure to all running and waiting requests, and start over with an empty decoder."""
         logger.exception("decoding failed")
         tickets = {id(ticket): ticket for ticket, _ in [*self.owner.values(), *self.waiting]}
         self.owner.clear()
@@ -167,8 +168,8 @@ class Batcher:
                 _emit(ticket, error)
 
 
-def _emit(ticket: Ticket, what: list[tuple[int, DecoderEvent]] | Exception) -> None:
+def _emit(ticket: Ticket, message: Message) -> None:
     try:
-        ticket.emit(what)
-    except RuntimeError:  # the event loop that listened has gone
+        ticket.emit(message)
+    except RuntimeError:  # the listening event loop is closed
         ticket.cancelled = True

@@ -1,7 +1,7 @@
-"""Keys and values of finished blocks in pages, one block a page, shared by requests that begin alike.
+"""Keys and values of finished blocks in pages, one block a page, shared by requests with a common prefix.
 
-Block-causal attention makes both exact: a block's keys depend on the blocks before it and on nothing later, so a page
-is right for every request whose ids up to its end are the same. `PagePool` keeps the books, `PagedKeys` the tensors.
+Block-causal attention makes sharing exact: a block's keys depend on the blocks up to it and on nothing later, so a page
+is right for every request with the same ids up to its end. `PagePool` assigns pages, `PagedKeys` holds the tensors.
 Legend: P pages, B tokens of a block, R rows of a pass, T tokens of a row, H heads, D head size.
 """
 
@@ -11,11 +11,11 @@ from hashlib import blake2b
 
 from torch import Tensor
 
-SCRATCH = 0  # the page that padding is written to and nobody reads
+SCRATCH = 0  # the page that padding is written to; nothing reads it
 
 
 def block_digests(ids: Sequence[int], block_size: int) -> list[bytes]:
-    """A digest of each whole block of `ids` together with everything before it."""
+    """Return a digest of each whole block of `ids` together with everything before it."""
     digests, before = [], b""
     for start in range(0, len(ids) - block_size + 1, block_size):
         text = ",".join(map(str, ids[start : start + block_size]))
@@ -25,9 +25,9 @@ def block_digests(ids: Sequence[int], block_size: int) -> list[bytes]:
 
 
 class PagePool:
-    """A bounded number of pages: who holds which, and which hold known blocks.
+    """A bounded number of pages: their holders, and the blocks that they contain.
 
-    A page is free, held by one or more requests, or idle: held by none, kept for its content until room is needed.
+    A page is free, held by one or more requests, or idle: held by none, but kept for its content until room is needed.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -40,11 +40,11 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Pages a request could take now."""
+        """Number of pages that a request could take now."""
         return len(self.free) + len(self.idle)
 
-    def known(self, digests: Sequence[bytes]) -> list[int]:
-        """The pages of the longest prefix of blocks that is here."""
+    def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:
+        """Return the pages of the longest prefix of blocks that is cached."""
         pages = []
         for digest in digests:
             page = self.page_of.get(digest)
@@ -75,20 +75,20 @@ class PagePool:
         return fresh
 
     def publish(self, page: int, digest: bytes) -> bool:
-        """Say that a held page holds, or will once its holder has run it, the block of `digest`; False if known."""
+        """Announce that a held page contains, or will contain, the block of `digest`; False if another already does."""
         if digest in self.page_of or page in self.digest_of:
             return False
         self.page_of[digest], self.digest_of[page] = page, digest
         return True
 
     def retract(self, page: int) -> None:
-        """Take a published page back: its block was never computed."""
+        """Withdraw a published page whose block was never computed."""
         if page in self.digest_of:
             del self.page_of[self.digest_of.pop(page)]
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder fewer of each page."""
-        for page in reversed(pages):  # of one prefix, the last blocks are forgotten first
+        """Drop one holder of each page."""
+        for page in reversed(pages):  # so that the last blocks of a prefix are evicted first
             self.holders[page] -= 1
             if not self.holders[page]:
                 if page in self.digest_of:
@@ -100,8 +100,8 @@ class PagePool:
 class PagedKeys:
     """Keys and values [P, B, H, D] per layer, with the interface of transformers' caches.
 
-    Before a pass, `aim` says where its tokens go and what its rows read. Denoising passes over a block overwrite each
-    other's values, and the pass over the finished block leaves the final ones: committing needs no copy.
+    Before a pass, `aim` sets where its tokens are written and what its rows read. Denoising passes over a block
+    overwrite each other, and the pass over the finished block leaves the final values: committing needs no copy.
     """
 
     def __init__(self, num_pages: int, block_size: int) -> None:
@@ -111,11 +111,11 @@ class PagedKeys:
         self.table: Tensor | None = None
 
     def aim(self, slots: Tensor, table: Tensor) -> None:
-        """`slots` [R * T]: page * B + offset of each token; `table` [R, n]: the pages of each row, in order."""
+        """Set `slots` [R * T], page * B + offset of each token, and `table` [R, n], the pages of each row in order."""
         self.slots, self.table = slots, table
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Called by the trunk's attention: store [R, H, T, D], return what the rows read, [R, H, n * B, D]."""
+        """Store [R, H, T, D] and return what the rows read, [R, H, n * B, D]; the trunk's attention calls this."""
         if layer not in self.layers:
             shape = (self.num_pages, self.block_size, key.shape[1])
             self.layers[layer] = (key.new_zeros((*shape, key.shape[3])), value.new_zeros((*shape, value.shape[3])))
@@ -131,5 +131,5 @@ class PagedKeys:
         return read.view(rows, count * self.block_size, heads, size).transpose(1, 2)
 
     def get_seq_length(self, *_: object) -> int:
-        """Asked by the trunk where it makes its own positions; ours are given."""
+        """Return 0: the trunk asks for it to number positions, and ours are explicit."""
         return 0

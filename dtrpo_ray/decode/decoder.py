@@ -41,7 +41,7 @@ Reports = list[tuple[Hashable, DecoderEvent]]
 
 @dataclass(slots=True)
 class _Row:
-    """A request that decodes: `start` is where its current block begins, `cached` its first token without keys."""
+    """A running request: its current block begins at `start`; `cached` is its first token without keys."""
 
     key: Hashable
     params: SamplingParams
@@ -57,8 +57,8 @@ class _Row:
     forwards: int = 0
     block_steps: int = 0
     pages: list[int] = field(default_factory=list)
-    published: int = 0  # pages, from the first, whose content is known to the pool
-    waiting: list[int] = field(default_factory=list)  # shared pages that their first holder has not yet filled
+    published: int = 0  # number of first pages whose content the pool knows
+    waiting: list[int] = field(default_factory=list)  # shared pages that their first holder has yet to fill
     top: dict[int, Alternatives] = field(default_factory=dict)
     response: list[Committed] = field(default_factory=list)
 
@@ -73,18 +73,18 @@ class _Row:
         cut = next((place for place, token in enumerate(ids[:most]) if token in self.stops), most)
         steps = [step for block in self.response for step in block.steps]
         logps = [logp for block in self.response for logp in block.logps]
-        return Generation(ids, steps, logps, self.forwards, ids[:cut], self.top)
+        return Generation(ids, steps, logps, self.forwards, text_ids=ids[:cut], top=self.top)
 
 
 def pages_needed(model: DiffusionLM, prompt_len: int, max_new_tokens: int) -> int:
-    """Pages of one request that shares none; 0 for a model without an exact cache."""
+    """Return the pages of a request that shares none; 0 for a model without an exact cache."""
     return -(-(prompt_len + max_new_tokens) // model.block_size) if model.attention == "block" else 0
 
 
 class Decoder:
-    """At most `max_rows` requests that decode side by side in at most `max_pages` pages of keys and values.
+    """Decodes at most `max_rows` requests side by side, in at most `max_pages` pages of keys and values.
 
-    `num_tokens` bounds the ids that are proposed, where the model's vocabulary is padded.
+    `num_tokens` bounds the proposed ids, for a model whose vocabulary is padded.
     """
 
     def __init__(self, model: DiffusionLM, max_rows: int, max_pages: int, num_tokens: int | None = None) -> None:
@@ -111,10 +111,10 @@ class Decoder:
     def admit(
         self, key: Hashable, prompt: Sequence[int], params: SamplingParams, seed: int, watch: bool = False
     ) -> bool:
-        """Take a request under a key of the caller's, if a row and pages are free. `watch` reports each step.
+        """Start a request under the caller's key; False if no row or too few pages are free. `watch` reports each step.
 
-        Raises DataError for an empty prompt where the first token has nothing to be predicted from, and for sub-blocks
-        that the block does not divide into.
+        Raises DataError for an empty prompt if the model predicts each token from the one before it, and for a
+        small_block_size that does not divide the block.
         """
         if self.model.shift and not prompt:
             raise DataError("this model predicts a token from the one before it; give a prompt of at least one token")
@@ -131,13 +131,13 @@ class Decoder:
         return True
 
     def cancel(self, key: Hashable) -> None:
-        """Let a request go before its end; an unknown key is no error, since a request may just have finished."""
+        """End a request early; an unknown key is no error, since the request may just have finished."""
         if key in self.slot_of:
             self._leave(self.slot_of[key])
 
     @torch.inference_mode()
     def step(self) -> Reports:
-        """One denoising step of every request that is not still reading its prompt; what happened, by key."""
+        """Run one pass of every request, a denoising step once its prompt is read; return (key, event) pairs."""
         events: Reports = []
         for slots in self._groups():
             ready = [slot for slot in slots if self._is_ready(self.rows[slot])]
@@ -160,14 +160,14 @@ class Decoder:
                 f"small_block_size = {small} does not divide the block of {block} tokens; give one that does"
             )
         rng = np.random.Generator(np.random.Philox(key=seed))
-        return _Row(key, params, rng, watch, count, block, small, start, end, stops)
+        return _Row(key, params, rng, watch, count, block=block, small=small, start=start, end=end, stops=stops)
 
     def _take_pages(self, row: _Row, prompt: Sequence[int]) -> bool:
         size = self.model.block_size
         whole = row.start // size
         digests = block_digests(prompt[: row.start], size)
         # an autoregressive first token needs the pass over the block before it
-        shared = self.pool.known(
+        shared = self.pool.cached_prefix(
             digests[: max(whole - 1, 0)] if row.start == row.prompt_len and self.opens else digests
         )
         fresh = self.pool.acquire(shared, row.end // size - len(shared))
@@ -181,9 +181,9 @@ class Decoder:
         return True
 
     def _write(self, slot: int, row: _Row, prompt: Sequence[int]) -> None:
-        self.canvas = _widened(self.canvas, row.end, self.model.mask_id)
-        self.steps, self.logps = _widened(self.steps, row.end, NEVER), _widened(self.logps, row.end, 0)
-        self.tables = _widened(self.tables, len(row.pages), 0)
+        self.canvas = _widen(self.canvas, row.end, self.model.mask_id)
+        self.steps, self.logps = _widen(self.steps, row.end, NEVER), _widen(self.logps, row.end, 0)
+        self.tables = _widen(self.tables, len(row.pages), 0)
         self.canvas[slot], self.steps[slot], self.logps[slot], self.tables[slot] = self.model.mask_id, NEVER, 0, 0
         self.canvas[slot, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.long, device=self.device)
         self.tables[slot, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.long, device=self.device)
@@ -202,14 +202,14 @@ class Decoder:
         done = row.cached // size
         for page in row.pages[done : row.published]:
             self._abandon(page)
-        if done > row.published:  # the answer's blocks too: the next turn of a chat begins with them
+        if done > row.published:  # publish the response too: the next turn of a chat begins with it
             digests = block_digests(self.canvas[slot, : row.cached].tolist(), size)
             for page, digest in zip(row.pages[row.published : done], digests[row.published :], strict=True):
                 self.pool.publish(page, digest)
         self.pool.release(row.pages)
 
     def _abandon(self, page: int) -> None:
-        """A published page that will not be filled: requests that wait for it compute it themselves."""
+        """Withdraw a published page that will not be filled; requests that wait for it compute it themselves."""
         self.unfilled.discard(page)
         self.pool.retract(page)
         for row in self.rows.values():
@@ -220,9 +220,9 @@ class Decoder:
     # --- passes ---
 
     def _groups(self) -> Iterator[list[int]]:
-        """Slots that run in one pass; wide passes first, since others may read what they fill.
+        """Yield the slots of each pass; wide passes first, since others may read what they fill.
 
-        Widths of a pass lie within a factor of two, so that padding at most doubles it.
+        Widths within a pass differ by less than a factor of two, so padding at most doubles it.
         """
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for slot, row in self.rows.items():
@@ -235,7 +235,7 @@ class Decoder:
             yield from (slots[at : at + many] for at in range(0, len(slots), many))
 
     def _span(self, row: _Row) -> tuple[int, int]:
-        """The tokens [first, last) that the row's next pass runs."""
+        """Return the tokens [first, last) of the row's next pass."""
         if not self.caches:
             return 0, row.end
         chunk = max(1, PREFILL_TOKENS // row.block) * row.block
@@ -244,11 +244,11 @@ class Decoder:
         return row.cached, row.start if self._must_open(row) else row.start + row.block
 
     def _must_open(self, row: _Row) -> bool:
-        """Whether the pass that ends before the row's block gives the block's first token."""
+        """Return True if a pass that ends before the row's block must give the block's first token."""
         return self.opens and row.start >= row.prompt_len and row.cached < row.start
 
     def _run(self, slots: list[int]) -> Reports:
-        """One pass, then a denoising step of the rows whose block it reached."""
+        """Run one pass, then a denoising step of the rows whose block it reached."""
         rows = [self.rows[slot] for slot in slots]
         spans = [self._span(row) for row in rows]
         opened = [p for p, row in enumerate(rows) if self._must_open(row) and spans[p][1] == row.start]
@@ -267,7 +267,7 @@ class Decoder:
             first = torch.tensor([rows[p].start - spans[p][0] for p in denoised], device=self.device)
             columns = first[:, None] + torch.arange(rows[0].block, device=self.device) - self.model.shift
             places = torch.tensor(denoised, device=self.device)[:, None]
-            # column -1 is a prompt's place, whose state nobody reads
+            # column -1 belongs to the prompt, and nothing reads its state
             events = self._denoise([slots[p] for p in denoised], hidden[places, columns.clamp(min=0)])
         return events + self._finish_blocks([slots[p] for p in sorted(opened + denoised)])
 
@@ -277,7 +277,7 @@ class Decoder:
         row.cached = cached
 
     def _forward(self, slots: list[int], spans: list[tuple[int, int]]) -> Tensor:
-        """Hidden states [R, T, H] of the spans, padded on the right."""
+        """Return the hidden states [R, T, H] of the spans, padded on the right."""
         at = torch.tensor(slots, device=self.device)
         first, last = torch.tensor(spans, device=self.device).T[..., None]
         width = max(end - begin for begin, end in spans)
@@ -300,37 +300,34 @@ class Decoder:
     # --- tokens ---
 
     def _open(self, slots: list[int], states: Tensor) -> None:
-        """Each block's first token from the states before it [R, H]: greedy whatever the temperature (Fast-dLLM v2)."""
+        """Set each block's first token from the state before it [R, H], greedily at any temperature (Fast-dLLM v2)."""
         rows = [self.rows[slot] for slot in slots]
         found = propose(self.model, states, None, self.num_tokens, max(row.params.top_logprobs for row in rows))
         at = (torch.tensor(slots, device=self.device), torch.tensor([row.start for row in rows], device=self.device))
         self.canvas[at], self.logps[at], self.steps[at] = found.tokens, found.logps.float(), GIVEN
-        whole = found.spread(torch.ones((len(rows), 1), dtype=torch.bool, device=self.device))
+        whole = found.scatter(torch.ones((len(rows), 1), dtype=torch.bool, device=self.device))
         for number, row in enumerate(rows):
             if row.params.top_logprobs:
                 row.top[row.start - row.prompt_len] = whole.alternatives(number, 0, row.params.top_logprobs)
 
     def _denoise(self, slots: list[int], states: Tensor) -> Reports:
-        """One denoising step of rows whose current blocks have the states [R, B, H]."""
+        """Run one denoising step of rows whose current blocks have the states [R, B, H]."""
         rows = [self.rows[slot] for slot in slots]
-        at = torch.tensor(slots, device=self.device)[:, None]
-        offsets = torch.arange(states.shape[1], device=self.device)
-        positions = torch.tensor([row.start for row in rows], device=self.device)[:, None] + offsets
-        prompt_end = torch.tensor([row.prompt_len for row in rows], device=self.device)[:, None]
-        # a prompt is read as it is, never filled in
-        open_ = (self.canvas[at, positions] == self.model.mask_id) & (positions >= prompt_end)
-        sub_block = offsets // torch.tensor([row.small for row in rows], device=self.device)[:, None]
+        at, positions, open_ = self._open_positions(slots, rows)
+        small = torch.tensor([row.small for row in rows], device=self.device)[:, None]
+        sub_block = torch.arange(states.shape[1], device=self.device) // small
         masked = open_ & (sub_block == sub_block.gather(1, open_.int().argmax(1, keepdim=True)))
         alternatives = max(row.params.top_logprobs for row in rows)
         entropy = any(row.params.entropy_bound is not None for row in rows)
-        found = propose(self.model, states[masked], self._draw(rows, masked), self.num_tokens, alternatives, entropy)
-        found = found.spread(masked)
+        draw = self._draw(rows, masked)
+        found = propose(self.model, states[masked], draw, self.num_tokens, alternatives=alternatives, entropy=entropy)
+        found = found.scatter(masked)
         take = self._select(rows, Candidates(masked, found.logps, found.entropy, open_.sum(-1)))
         where = (at.expand_as(positions)[take], positions[take])
         forwards = torch.tensor([row.forwards for row in rows], device=self.device)[:, None]
         self.canvas[where], self.logps[where] = found.tokens[take], found.logps[take].float()
         self.steps[where] = forwards.expand_as(positions)[take]
-        events = self._watched(rows, take, found)
+        events = self._report_step(rows, take, found)
         for row in rows:
             row.forwards += 1
             row.block_steps += 1
@@ -338,8 +335,19 @@ class Decoder:
         self.counters.canvas_positions += take.numel()
         return events
 
+    def _open_positions(self, slots: list[int], rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the slots [R, 1], the positions [R, B] of their current blocks, and which of those are to unmask.
+
+        A mask token in a prompt is read as it is, never filled in.
+        """
+        at = torch.tensor(slots, device=self.device)[:, None]
+        starts = torch.tensor([row.start for row in rows], device=self.device)[:, None]
+        positions = starts + torch.arange(rows[0].block, device=self.device)
+        prompt_end = torch.tensor([row.prompt_len for row in rows], device=self.device)[:, None]
+        return at, positions, (self.canvas[at, positions] == self.model.mask_id) & (positions >= prompt_end)
+
     def _draw(self, rows: list[_Row], masked: Tensor) -> Draw | None:
-        """How each masked position draws; each row's uniform numbers are of its own generator, one per position."""
+        """Return the sampling of each masked position; each row draws one uniform number per position of its block."""
         if all(row.params.temperature == 0 for row in rows):
             return None
         width = masked.shape[1]
@@ -357,7 +365,7 @@ class Decoder:
         )
 
     def _select(self, rows: list[_Row], candidates: Candidates) -> Tensor:
-        """Which positions [R, B] this step unmasks, each row by its own policy."""
+        """Return the positions [R, B] that this step unmasks, each row by its own policy."""
         by_policy: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
             by_policy.setdefault(row.params.policy, []).append(place)
@@ -368,8 +376,8 @@ class Decoder:
             take[places] = apply_policy(POLICIES[name], part, amount)
         return take
 
-    def _watched(self, rows: list[_Row], take: Tensor, found: Proposal) -> Reports:
-        """The step of each row that somebody watches; the alternatives of rows that want them are kept."""
+    def _report_step(self, rows: list[_Row], take: Tensor, found: Proposal) -> Reports:
+        """Report the step of watched rows; store the alternatives of rows that ask for them."""
         events: Reports = []
         for number, row in enumerate(rows):
             if not (row.watch or row.params.top_logprobs):
@@ -385,18 +393,14 @@ class Decoder:
         return events
 
     def _finish_blocks(self, slots: list[int]) -> Reports:
-        """Move rows whose block has no mask left to their next block, or out."""
+        """Commit blocks without a mask; their rows go on to the next block, or finish."""
         if not slots:
             return []
         rows = [self.rows[slot] for slot in slots]
-        starts = torch.tensor([row.start for row in rows], device=self.device)
-        at = torch.tensor(slots, device=self.device)[:, None]
-        positions = starts[:, None] + torch.arange(rows[0].block, device=self.device)
-        prompt_end = torch.tensor([row.prompt_len for row in rows], device=self.device)[:, None]
-        open_ = ((self.canvas[at, positions] == self.model.mask_id) & (positions >= prompt_end)).any(1)
+        unfinished = self._open_positions(slots, rows)[2].any(1).tolist()
         events: Reports = []
-        for slot, row, still in zip(slots, rows, open_.tolist(), strict=True):
-            if not still:
+        for slot, row, is_open in zip(slots, rows, unfinished, strict=True):
+            if not is_open:
                 events += self._commit(slot, row)
         return events
 
@@ -416,8 +420,8 @@ class Decoder:
         return [(row.key, block), (row.key, Finished(row.generation()))]
 
 
-def _widened(plane: Tensor, width: int, fill: int) -> Tensor:
-    """The plane [rows, old width], at least `width` wide; grown by doubling."""
+def _widen(plane: Tensor, width: int, fill: int) -> Tensor:
+    """Return the plane [rows, old width] at least `width` wide; it grows by doubling."""
     old = plane.shape[1]
     if width <= old:
         return plane

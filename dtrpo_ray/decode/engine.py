@@ -17,7 +17,7 @@ from dtrpo_ray.models.lora import with_adapter
 from dtrpo_ray.models.registry import load_model, skeleton
 from dtrpo_ray.models.tokenizer import encode_prompt, eos_token_id, load_tokenizer, mask_token_id, turn_end_id
 
-DEFAULT_CONTEXT_TOKENS = 4096  # of a model whose config.json names none
+DEFAULT_CONTEXT_TOKENS = 4096  # where config.json gives no context length
 
 
 def block_size_error(model: DiffusionLM, sampling: Sampling, steps: int | None) -> tuple[str, str] | None:
@@ -59,30 +59,30 @@ class Engine:
         dtype = torch.bfloat16 if gpu else torch.float32
         return cls(load_model(path, dtype, "cuda" if gpu else "cpu"), load_tokenizer(path))
 
-    def adapted(self, adapter: Path) -> "Engine":
-        """The engine of a LoRA adapter on this model, whose weights both share. Raises ModelError; see `lora`."""
+    def load_adapter(self, adapter: Path) -> "Engine":
+        """Return the engine of a LoRA adapter that shares this model's weights. Raises ModelError; see `lora`."""
         model = skeleton(self.model.config)
         model.other_ends |= self.model.other_ends
         with_adapter(self.model, model, adapter)
         return Engine(model, self.tokenizer)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Prompt ids of a text, or of chat messages through the chat template."""
+        """Return the prompt ids of a text, or of chat messages through the chat template."""
         return encode_prompt(self.tokenizer, prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Return the text of ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Generation]:
-        """Decode prompts [ids] in one batch; see `decode_all`."""
+        """Decode prompts [ids] side by side, with one seed each."""
         return decode_all(self.model, prompts, params, seeds, self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
-        """Ids that have a text: a model's vocabulary may be padded beyond them."""
+        """Number of ids that have a text; a model's vocabulary may be padded beyond them."""
         return min(len(self.tokenizer), self.model.vocab_size)
 
     @property
@@ -94,6 +94,6 @@ class Engine:
         return int(limit) // size * size
 
     def batcher(self, max_rows: int, max_tokens: int) -> Batcher:
-        """A decoding thread for requests that come one by one; `max_tokens` bounds its keys and values."""
-        longest = max(max_tokens, self.context_tokens)  # one request of the whole context always fits
+        """Start a decoding thread for requests that come one by one; `max_tokens` bounds its keys and values."""
+        longest = max(max_tokens, self.context_tokens)  # one request of the whole context must fit
         return Batcher(self.model, max_rows, longest // self.model.block_size, self.num_tokens)

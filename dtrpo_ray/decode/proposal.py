@@ -3,7 +3,7 @@
 Legend: N positions, V vocabulary, R rows, B tokens of a block, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch import Tensor
 from dtrpo_ray.decode.types import Alternatives
 from dtrpo_ray.models.base import DiffusionLM
 
-MAX_LOGITS = 2**27  # elements of one [N, V]: more positions go in parts
-MIN_TEMPERATURE = 1e-30  # greedy in all but name; below it, log mu over the temperature leaves float32
+MAX_LOGITS = 2**27  # elements of one [N, V]; more positions are split
+MIN_TEMPERATURE = 1e-30  # practically greedy; below it, log mu / temperature overflows float32
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How each of N positions draws: `temperature` [N] (0 is greedy), `top_p` [N], `top_k` [N] (0 is all) and
-    `uniform` [N] float64 in [0, 1), a number of the position's own request."""
+    """Sampling of N positions: `temperature` [N] (0 is greedy), `top_p` [N], `top_k` [N] (0 is all) and `uniform` [N]
+    float64 in [0, 1), drawn from the generator of the position's request."""
 
     temperature: Tensor
     top_p: Tensor
@@ -31,8 +31,9 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """`tokens`, their log mu at temperature 1 `logps`, the predictor's `entropy` in nats (0 where not asked for), and
-    the most probable ids with their log mu, `top_ids` and `top_logps` [..., k]. Shapes [N], or [R, B] once spread."""
+    """Candidate `tokens` with their log mu at temperature 1 `logps`, the `entropy` in nats of the prediction (0 if not
+    requested), and the most probable ids with their log mu, `top_ids` and `top_logps` [..., k]. Shapes are [N], or
+    [R, B] after `scatter`."""
 
     tokens: Tensor
     logps: Tensor
@@ -40,8 +41,8 @@ class Proposal:
     top_ids: Tensor
     top_logps: Tensor
 
-    def spread(self, masked: Tensor) -> "Proposal":
-        """From the N masked positions to all [R, B]; elsewhere logps are -inf and entropies +inf."""
+    def scatter(self, masked: Tensor) -> "Proposal":
+        """Scatter the N masked positions to all [R, B]; elsewhere logps are -inf and entropies +inf."""
         shape, k = masked.shape, self.top_ids.shape[-1]
         infinite = self.logps.new_full(shape, float("inf"))
         wide = masked[..., None].expand(*shape, k)
@@ -54,7 +55,7 @@ class Proposal:
         )
 
     def alternatives(self, row: int, column: int, count: int) -> Alternatives:
-        """The `count` most probable ids of a position, once spread."""
+        """Return the `count` most probable ids of a position, after `scatter`."""
         ids, logps = self.top_ids[row, column, :count].tolist(), self.top_logps[row, column, :count].tolist()
         return list(zip(ids, logps, strict=True))
 
@@ -62,28 +63,27 @@ class Proposal:
 def propose(
     model: DiffusionLM, states: Tensor, draw: Draw | None, num_tokens: int, alternatives: int = 0, entropy: bool = False
 ) -> Proposal:
-    """Candidates for hidden states [N, H]; `draw` None is greedy everywhere.
+    """Propose a token for each hidden state [N, H]; `draw` None is greedy everywhere.
 
     Ids from `num_tokens` on pad the vocabulary and are never proposed; [MASK] has no probability in log mu.
     """
     size = max(1, MAX_LOGITS // model.vocab_size)
     parts = [slice(at, at + size) for at in range(0, max(len(states), 1), size)]
-    made = [_part(model.log_mu(states[p]), draw and draw.of(p), num_tokens, alternatives, entropy) for p in parts]
-    if len(made) == 1:
-        return made[0]
-    fields = ("tokens", "logps", "entropy", "top_ids", "top_logps")
-    return Proposal(*(torch.cat([getattr(part, name) for part in made]) for name in fields))
+    proposals = [_part(model.log_mu(states[p]), draw and draw.of(p), num_tokens, alternatives, entropy) for p in parts]
+    if len(proposals) == 1:
+        return proposals[0]
+    return Proposal(*(torch.cat([getattr(part, field.name) for part in proposals]) for field in fields(Proposal)))
 
 
 def _part(log_mu: Tensor, draw: Draw | None, num_tokens: int, alternatives: int, entropy: bool) -> Proposal:
     allowed = log_mu[:, :num_tokens]
     logps, tokens = allowed.max(-1)
     if draw is not None:
-        drawn = draw.temperature > 0
-        if bool(drawn.all()):
+        random = draw.temperature > 0
+        if bool(random.all()):
             tokens = _sample(allowed, draw)
         else:
-            tokens = tokens.masked_scatter(drawn, _sample(allowed[drawn], draw.of(drawn)))
+            tokens = tokens.masked_scatter(random, _sample(allowed[random], draw.of(random)))
         logps = allowed.gather(-1, tokens[:, None])[:, 0]
     spread = -(log_mu.exp() * log_mu.clamp(min=-1e4)).sum(-1) if entropy else torch.zeros_like(logps)
     top_logps, top_ids = allowed.topk(min(alternatives, allowed.shape[-1]), dim=-1)
@@ -91,7 +91,7 @@ def _part(log_mu: Tensor, draw: Draw | None, num_tokens: int, alternatives: int,
 
 
 def _sample(log_mu: Tensor, draw: Draw) -> Tensor:
-    """Inverse-CDF sampling: one uniform number a position, whoever its neighbours are.
+    """Sample by the inverse CDF with one uniform number per position, independent of its neighbours in the batch.
 
     Temperature comes before top-k and top-p, as in vLLM and transformers.
     """
@@ -103,12 +103,12 @@ def _sample(log_mu: Tensor, draw: Draw) -> Tensor:
 
 
 def _nucleus(probs: Tensor, draw: Draw) -> Tensor:
-    """Probabilities outside the top k, and outside the smallest set that holds `top_p` of the rest, set to 0."""
+    """Zero the probabilities outside the top k, and outside the smallest set that holds `top_p` of the rest."""
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     limit = torch.where(draw.top_k > 0, draw.top_k, probs.shape[-1])
     ordered = ordered.masked_fill(torch.arange(probs.shape[-1], device=probs.device) >= limit[:, None], 0)
     before = ordered.cumsum(-1) - ordered
     outside = before >= draw.top_p[:, None] * ordered.sum(-1, keepdim=True)
-    outside[:, 0] = False  # however small top_p is
+    outside[:, 0] = False  # the most probable token stays, however small top_p is
     ordered = ordered.masked_fill(outside, 0)
     return torch.zeros_like(probs).scatter_(-1, order, ordered)

@@ -37,10 +37,10 @@ def to_params(sampling: Sampling, *, max_new_tokens: int, denoising_steps: int, 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One response. `ids` and `steps` end on the block grid (the terminal block whole); `steps` counts denoising
-    forwards from 0 within the response, NEVER where no step unmasked, GIVEN where the token was shown from its block's
-    first step on; `logps` are the tokens' log mu at temperature 1; `num_forwards` counts denoising forwards;
-    `text_ids` stops before the token that ends it. `top` holds (id, log mu) alternatives by place, where asked."""
+    """One response. `ids` and `steps` end on the block grid, so the last block is whole. `steps` counts denoising
+    forwards from 0: NEVER where no step unmasked the token, GIVEN where it was known before its block's first step.
+    `logps` are log mu at temperature 1; `text_ids` stops before the token that ends the text; `top` holds the
+    alternatives by place if the request asks for them."""
 
     ids: list[int]
     steps: list[int]
@@ -52,7 +52,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Unmasked:
-    """One denoising step of a watched request: places in the response, their tokens and log-probabilities."""
+    """One denoising step of a watched request: places in the response, their tokens and log mu."""
 
     step: int
     places: list[int]
@@ -82,9 +82,9 @@ DecoderEvent = Unmasked | Committed | Finished
 
 @dataclass(slots=True)
 class Counters:
-    """What a decoder has done: passes are forwards of the model, the rest is summed over requests.
+    """Work of a decoder: passes are forwards of the model, the rest is summed over requests.
 
-    vLLM counts the commit of a block as a step over its canvas too, and `vllm bench serve` takes those off again.
+    vLLM counts the commit of a block as a step over its canvas too, and `vllm bench serve` subtracts those again.
     """
 
     passes: int = 0

@@ -1,7 +1,7 @@
-"""OpenAI request bodies -> validated requests, and the shapes of every answer. Pydantic only; `app.py` calls it.
+"""OpenAI request bodies -> validated requests, and the types of every answer. Imports nothing but pydantic.
 
-A field that would change the meaning of an answer and is not served is refused by name; any other unknown field is
-ignored, since clients send many. `null` means absent.
+An unsupported field that would change the meaning of an answer is refused by name; any other unknown field is ignored,
+since clients send many. `null` means absent.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -20,13 +20,13 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dtrpo_ray.config.decode import Remasking, Sampling
 
-MAX_CHOICES = 64  # sequences one request may decode: prompts times n
-MAX_ALTERNATIVES = 20  # log-probabilities of other tokens, for each place
+MAX_CHOICES = 64  # of one request: prompts times n
+MAX_ALTERNATIVES = 20  # of each token
 UNSUPPORTED = "unsupported_parameter"
 
 
 class _Only:
-    """Accept the values that ask for nothing, which the specification lists, and refuse every other."""
+    """Accepts only neutral values, which ask for nothing; the specification lists them."""
 
     def __init__(self, *neutral: Any) -> None:
         self.neutral = neutral
@@ -49,7 +49,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _text_of_parts(value: Any) -> Any:
-    """A message's content as one text, where a client sends it in parts of text."""
+    """Join a message's content where a client sends it as parts of text."""
     if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
         return "".join(str(part.get("text", "")) for part in value)
     return value
@@ -65,7 +65,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream holds beside text."""
+    """Further chunks of a stream."""
 
     include_usage: bool = False
     """A last chunk with the usage, before `[DONE]`."""
@@ -122,12 +122,12 @@ class _Request(_Body, Sampling):
 
     @property
     def num_alternatives(self) -> int | None:
-        """Alternatives wanted for each token; None where no log-probabilities are."""
+        """Return how many alternatives each token needs; None without log-probabilities."""
         raise NotImplementedError
 
 
 def _as_prompts(value: Any) -> Any:
-    """A list of prompts, from one text, one list of ids, or a list of either."""
+    """Make a list of prompts of one text, one list of ids, or a list of either."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
@@ -151,7 +151,7 @@ class CompletionRequest(_Request):
     """Also return the log-probability of each token at the step that unmasked it, and this many alternatives."""
 
     @model_validator(mode="after")
-    def _bounded(self) -> Self:
+    def _limit_choices(self) -> Self:
         if len(self.prompt) * self.n > MAX_CHOICES:
             raise ValueError(
                 f"{len(self.prompt)} prompts x n = {self.n} exceed {MAX_CHOICES} choices; split the request"
@@ -186,7 +186,7 @@ class ChatRequest(_Request):
     """Alternatives for each token; needs `logprobs`."""
 
     @model_validator(mode="after")
-    def _alternatives_of_something(self) -> Self:
+    def _check_top_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs = {self.top_logprobs} needs logprobs = true")
         return self
@@ -213,7 +213,7 @@ class TokenizeRequest(_Body):
     messages: list[Message] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
-    def _one_text(self) -> Self:
+    def _check_one_text(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give exactly one of prompt and messages")
         return self
@@ -230,8 +230,8 @@ class Tokenized(BaseModel):
 class Trajectory(BaseModel):
     """A choice as a row of the table trajectory/v1 (docs/data.md), and the text of each token.
 
-    `response_ids` go on to the end of the terminal block, past an end of sequence or a stop text. The hashes are
-    null, since the endpoint does not hash what it serves, and so are `origin`, `answer` and `reward`.
+    `response_ids` continue to the end of the last block, past an end of sequence or a stop text. The endpoint knows no
+    hashes, origin, answer or reward: these are null.
     """
 
     contract_version: int
@@ -244,7 +244,7 @@ class Trajectory(BaseModel):
     prompt_ids: list[int]
     response_ids: list[int]
     steps: list[int]
-    """The denoising forward, from 0, that unmasked each token; -2: given without one."""
+    """The denoising forward, from 0, that unmasked each token; -2: unmasked without one."""
     ranks: list[int]
     types: list[int]
     logps: list[float]
@@ -277,7 +277,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class Alternative(BaseModel):
-    """A token a place could have taken."""
+    """A candidate token at one place."""
 
     token: str
     logprob: float
@@ -299,41 +299,42 @@ class ChatLogprobs(BaseModel):
 FinishReason = Literal["stop", "length"]
 
 
-class CompletionChoice(BaseModel):
+class _Choice(BaseModel):
+    index: int
+    finish_reason: FinishReason | None = None
+    trajectory: Trajectory | None = None
+
+
+class CompletionChoice(_Choice):
     """One choice, or in a stream a part of one."""
 
-    index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None
-    trajectory: Trajectory | None = None
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(_Choice):
+    """One choice of a whole chat response."""
+
     message: Message
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
-    trajectory: Trajectory | None = None
 
 
 class Delta(BaseModel):
-    """What a chunk adds to a message."""
+    """The text that a chunk adds to a message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
-    index: int
+class ChatChunkChoice(_Choice):
+    """A part of one choice of a chat stream."""
+
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    trajectory: Trajectory | None = None
 
 
 class Usage(BaseModel):
-    """Tokens: each prompt once, each choice up to its end of sequence (not counted) or its most tokens."""
+    """Token counts: each prompt once; each choice up to its end of sequence, which is not counted, or its limit."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -350,40 +351,37 @@ class Denoising(BaseModel):
     tokens: list[str]
     probabilities: list[float]
     block_start: int
-    """Where their block begins; before 0 where the prompt ends inside it."""
+    """First place of their block; below 0 where the prompt ends inside it."""
     block_size: int
 
 
-class Completion(BaseModel):
-    """The answer of /v1/completions, or a chunk of it."""
-
+class _Answer(BaseModel):
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+
+
+class Completion(_Answer):
+    """The answer of /v1/completions, or a chunk of it."""
+
+    object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: Usage | None = None
     denoising: Denoising | None = None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(_Answer):
     """The answer of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(_Answer):
     """A chunk of /v1/chat/completions as a stream."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     denoising: Denoising | None = None
@@ -411,7 +409,7 @@ class ModelList(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` is the field to mend."""
+    """An error; `param` is the field to change."""
 
     message: str
     type: str
@@ -420,6 +418,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not 200."""
+    """The body of every error response."""
 
     error: ErrorDetail

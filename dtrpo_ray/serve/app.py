@@ -25,18 +25,10 @@ from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.decode.engine import Engine, block_size_error
 from dtrpo_ray.decode.types import DecoderEvent, SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
-from dtrpo_ray.serve import api
+from dtrpo_ray.serve import api, responses
 from dtrpo_ray.serve.middleware import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, shorten
 from dtrpo_ray.serve.monitor import Monitor
-from dtrpo_ray.serve.responses import (
-    ActiveRequest,
-    Choice,
-    ServedModel,
-    empty_chunk,
-    read_events,
-    sse,
-    whole_response,
-)  # fmt: skip
+from dtrpo_ray.serve.responses import ActiveRequest, Choice, ServedModel
 from dtrpo_ray.serve.streams import EventStream, unless_disconnected
 
 logger = logging.getLogger(__name__)
@@ -46,7 +38,7 @@ MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
 P = ParamSpec("P")
-T = TypeVar("T")
+Result = TypeVar("Result")
 OpenAPI = dict[int | str, dict[str, Any]]
 Prompt = str | list[int] | list[dict[str, str]]
 
@@ -119,8 +111,7 @@ class Service:
     def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
         self.config, self.started = config, int(time.time())
         self.served = {name: self._serve(engine) for name, engine in engines.items()}
-        self.batchers = {name: served.batcher for name, served in self.served.items()}
-        self.monitor = Monitor(self.batchers)
+        self.monitor = Monitor(self.served)
         # tokenizers are not safe to share between threads, and must not hold up the event loop
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self.num_active = 0
@@ -132,7 +123,6 @@ class Service:
         """Serve new requests for a name with another engine; those under way end with the one they began with."""
         old = self.served.get(name)
         self.served[name] = self._serve(engine)
-        self.batchers[name] = self.served[name].batcher
         if old:
             old.batcher.close()
 
@@ -279,7 +269,7 @@ class Service:
             raise refusal(400, f"{asked} exceed {MAX_BATCH_TOKENS} in all; ask for fewer choices or tokens", "n")
         return limit
 
-    async def _tokenize(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _tokenize(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """Call a function on the tokenizing thread."""
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, call)
@@ -293,7 +283,7 @@ class Service:
             finished = await unless_disconnected(connection, self._drain(request))
             if finished is None:
                 return Response(status_code=499)  # nobody is there to read it
-            answer = await self._tokenize(whole_response, request)
+            answer = await self._tokenize(responses.whole_response, request)
         finally:
             self._end(request)
         return JSONResponse(answer.model_dump(exclude={"denoising"}))
@@ -315,12 +305,12 @@ class Service:
                     for event in events:
                         yield event
             if request.body.stream_options.include_usage:
-                yield sse(empty_chunk(request).model_copy(update={"usage": request.usage()}))
+                yield responses.sse(responses.empty_chunk(request).model_copy(update={"usage": request.usage()}))
         except TimeoutError:
-            yield sse(error_body(504, _deadline_message(), code="deadline"))
+            yield responses.sse(error_body(504, _deadline_message(), code="deadline"))
         except Exception:
             logger.exception("a stream failed")
-            yield sse(error_body(500, "internal error; the server's log names the cause"))
+            yield responses.sse(error_body(500, "internal error; the server's log names the cause"))
         finally:
             self._end(request)
         yield b"data: [DONE]\n\n"
@@ -332,7 +322,7 @@ class Service:
             events = await request.events.get()
             if isinstance(events, Exception):
                 raise events
-            yield await self._tokenize(read_events, request, events, stream)
+            yield await self._tokenize(responses.read_events, request, events, stream)
             if first and any(choice.blocks for choice in request.choices):
                 self.monitor.first.labels(request.model_name).observe(time.monotonic() - request.begun)
                 first = False

@@ -1,4 +1,4 @@
-"""Counters of a serving process -> Prometheus text. The `vllm:diffusion_*` names are what `vllm bench serve` reads."""
+"""Counters of a serving process -> Prometheus text. `vllm bench serve` reads the `vllm:diffusion_*` names."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,26 +6,26 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from dtrpo_ray.decode.batcher import Batcher
+from dtrpo_ray.serve.responses import ServedModel
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+LATENCY_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
-COUNTERS = {  # name -> (field of Counters, help)
+COUNTERS = {  # metric -> (field of Counters, help)
     "vllm:diffusion_num_denoising_steps": ("steps_with_commits", "Denoising steps and commits, summed over choices."),
     "vllm:diffusion_num_canvas_positions": ("positions_with_commits", "Block positions of those steps and commits."),
     "vllm:diffusion_num_committed_tokens": ("committed_tokens", "Tokens of finished blocks."),
     "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices."),
-    "vllm:prefix_cache_hits": ("reused_tokens", "Prompt tokens whose keys and values were there already."),
+    "vllm:prefix_cache_hits": ("reused_tokens", "Prompt tokens whose keys and values were cached."),
     "dtrpo:passes": ("passes", "Forward passes of the model."),
-    "dtrpo:pass_tokens": ("pass_tokens", "Tokens that forward passes ran."),
+    "dtrpo:pass_tokens": ("pass_tokens", "Tokens of those passes."),
 }
 
 
 class Monitor(Collector):
-    """The metrics of one process: what batchers count, and what requests report."""
+    """The metrics of one process: the counters of its batchers, and the latencies and outcomes of requests."""
 
-    def __init__(self, batchers: Mapping[str, Batcher]) -> None:
-        self.batchers = batchers
+    def __init__(self, served: Mapping[str, ServedModel]) -> None:
+        self.served = served
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.requests = Counter(
@@ -35,21 +35,21 @@ class Monitor(Collector):
         self.first = self._histogram("vllm:time_to_first_token_seconds", "Seconds from a request to its first block.")
 
     def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, ["model_name"], buckets=SECONDS, registry=self.registry)
+        return Histogram(name, text, ["model_name"], buckets=LATENCY_SECONDS, registry=self.registry)
 
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
-        """Called by the registry at each scrape."""
+        """Yield the metrics; the registry calls this at each scrape."""
         for name, (field, text) in COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=["model_name"])
-            for model, batcher in self.batchers.items():
-                counter.add_metric([model], getattr(batcher.counters, field))
+            for model, served in self.served.items():
+                counter.add_metric([model], getattr(served.batcher.counters, field))
             yield counter
         for name, text in (("running", "Choices that decode."), ("waiting", "Choices that wait for a place.")):
             gauge = GaugeMetricFamily(f"vllm:num_requests_{name}", text, labels=["model_name"])
-            for model, batcher in self.batchers.items():
-                gauge.add_metric([model], getattr(batcher, f"num_{name}"))
+            for model, served in self.served.items():
+                gauge.add_metric([model], getattr(served.batcher, f"num_{name}"))
             yield gauge
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return the metrics in Prometheus' exposition format."""
         return generate_latest(self.registry)

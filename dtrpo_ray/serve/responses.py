@@ -9,7 +9,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -19,6 +19,8 @@ from dtrpo_ray.decode.batcher import Batcher, Ticket
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
+
+Answer = TypeVar("Answer", bound=BaseModel)
 
 HALF_CHARACTER = "\ufffd"
 
@@ -180,14 +182,8 @@ def read_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]], 
     return sent
 
 
-class _Heading(TypedDict):
-    id: str
-    created: int
-    model: str
-
-
-def _heading(request: ActiveRequest) -> _Heading:
-    return {"id": request.id, "created": int(time.time()), "model": request.model_name}
+def _answer(kind: type[Answer], request: ActiveRequest, **fields: object) -> Answer:
+    return kind(id=request.id, created=int(time.time()), model=request.model_name, **fields)
 
 
 def whole_response(request: ActiveRequest) -> api.Completion | api.ChatCompletion:
@@ -195,7 +191,7 @@ def whole_response(request: ActiveRequest) -> api.Completion | api.ChatCompletio
     if isinstance(request.body, api.CompletionRequest):
         texts = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
         parts = [_completion_choice(request, i, text) for i, text in enumerate(texts)]
-        return api.Completion(**_heading(request), choices=parts, usage=request.usage())
+        return _answer(api.Completion, request, choices=parts, usage=request.usage())
     choices = [
         api.ChatChoice(
             index=i,
@@ -206,18 +202,19 @@ def whole_response(request: ActiveRequest) -> api.Completion | api.ChatCompletio
         )
         for i, choice in enumerate(request.choices)
     ]
-    return api.ChatCompletion(**_heading(request), choices=choices, usage=request.usage())
+    return _answer(api.ChatCompletion, request, choices=choices, usage=request.usage())
 
 
 def empty_chunk(request: ActiveRequest) -> api.Completion | api.ChatChunk:
     """Return a chunk without choices, the form in which OpenAI sends usage."""
-    kind = api.Completion if isinstance(request.body, api.CompletionRequest) else api.ChatChunk
-    return kind(**_heading(request), choices=[])
+    if isinstance(request.body, api.CompletionRequest):
+        return _answer(api.Completion, request, choices=[])
+    return _answer(api.ChatChunk, request, choices=[])
 
 
 def _chunk(request: ActiveRequest, index: int, new: NewText) -> api.Completion | api.ChatChunk:
     if isinstance(request.body, api.CompletionRequest):
-        return api.Completion(**_heading(request), choices=[_completion_choice(request, index, new)])
+        return _answer(api.Completion, request, choices=[_completion_choice(request, index, new)])
     choice = request.choices[index]
     role_sent, choice.role_sent = choice.role_sent, True
     part = api.ChatChunkChoice(
@@ -227,7 +224,7 @@ def _chunk(request: ActiveRequest, index: int, new: NewText) -> api.Completion |
         finish_reason=new.finish_reason,
         trajectory=_trajectory(request, index) if new.finish_reason else None,
     )
-    return api.ChatChunk(**_heading(request), choices=[part])
+    return _answer(api.ChatChunk, request, choices=[part])
 
 
 def _completion_choice(request: ActiveRequest, index: int, new: NewText) -> api.CompletionChoice:

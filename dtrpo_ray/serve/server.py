@@ -1,7 +1,7 @@
 """Ray Serve shell: `app.py` in replicas behind Serve's HTTP proxy.
 
-`build` is what `serve deploy` calls with the `args` of cluster/serve.yaml; `start` and `stop` are what the CLI and the
-demo call in a Ray session of their own.
+`serve deploy` calls `build` with the `args` of cluster/serve.yaml; the CLI and the demo call `start` and `stop` in
+their own Ray session.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free
 READY_SECONDS = 60.0  # from a running replica to the first answer through the proxy
 SHUTDOWN_SECONDS = 30.0  # for Serve's controller to end
-GRACE_SECONDS = DEADLINE_SECONDS + 10  # a replica told to stop finishes what it has begun
-UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of load before the replicas follow it
+GRACE_SECONDS = DEADLINE_SECONDS + 10  # for a stopping replica to finish its requests
+UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of load before replicas are added, removed
 
 
 class Model:
-    """One replica: engines and their app, which Serve asks for once they are there."""
+    """One replica: the engines, and the app that Serve asks for once they are loaded."""
 
     def __init__(self, config: ServeConfig) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
-        # here and not in `build`: Serve stores what a builder returns, and keys do not belong there
+        # not read in `build`: Serve stores what a builder returns, and keys must not be stored
         self.config, self.keys = config, read_keys(config.api_key_file)
         self.checkpoints = {config.model_name: config.checkpoint, **config.other_models}
         engine = Engine.load(Path(config.checkpoint))
@@ -58,10 +58,10 @@ class Model:
         return self.asgi
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """`user_config: {checkpoints: {name: directory}}`: load what has changed beside what serves, then swap it in.
+        """Load the models that changed in `user_config: {checkpoints: {name: directory}}`, then swap them in.
 
-        A new base takes its adapters with it. Requests under way end with the model they began with, and none is
-        refused meanwhile; if one directory cannot be loaded, nothing is swapped.
+        A new base reloads its adapters too. Running requests end with the model they began with, and none is refused
+        meanwhile. If one directory cannot be loaded, nothing is swapped.
         """
         service, base = self.asgi.state.service, self.config.model_name
         wanted = {**self.checkpoints, **user_config.get("checkpoints", {})}
@@ -78,12 +78,12 @@ class Model:
 
 
 def _load(path: Path, base: Engine) -> Engine:
-    """A model, or an adapter on the weights of `base`."""
-    return base.adapted(path) if is_adapter(path) else Engine.load(path)
+    """Load a model, or an adapter on the weights of `base`."""
+    return base.load_adapter(path) if is_adapter(path) else Engine.load(path)
 
 
 def build(args: ServeConfig) -> serve.Application:
-    """The Serve application of a config; Serve validates the `args` of a YAML into `ServeConfig`."""
+    """Return the Serve application of a config; Serve validates the `args` of a YAML into `ServeConfig`."""
     if not args.checkpoint:
         raise ServeError("serve.checkpoint is empty; name a model directory, as `dtrpo export` writes one")
     gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
@@ -91,7 +91,7 @@ def build(args: ServeConfig) -> serve.Application:
         name="Model",
         **_replicas(args),
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
-        # the app refuses by itself what waits beyond MAX_ACTIVE_REQUESTS; the rest is room for health and model queries
+        # the app itself refuses requests beyond MAX_ACTIVE_REQUESTS; the rest is room for health and model queries
         max_ongoing_requests=2 * MAX_ACTIVE_REQUESTS,
         max_queued_requests=2 * MAX_ACTIVE_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
@@ -105,12 +105,12 @@ def build(args: ServeConfig) -> serve.Application:
 
 
 def _replicas(args: ServeConfig) -> dict[str, Any]:
-    """A fixed number of replicas, or bounds between which they follow the requests under way."""
+    """Return a fixed number of replicas, or bounds between which they follow the number of running requests."""
     if args.max_replicas is None:
         return {"num_replicas": args.num_replicas}
     scaling = AutoscalingConfig(
         min_replicas=args.num_replicas,
-        initial_replicas=max(args.num_replicas, 1),  # a first replica shows at once whether the checkpoint loads
+        initial_replicas=max(args.num_replicas, 1),  # the first replica shows at once whether the checkpoint loads
         max_replicas=args.max_replicas,
         target_ongoing_requests=max(1, args.max_batch // 2),  # a batch half full: room for a burst while one starts
         upscale_delay_s=UPSCALE_SECONDS,
@@ -121,10 +121,10 @@ def _replicas(args: ServeConfig) -> dict[str, Any]:
 
 
 def start(config: ServeConfig) -> str:
-    """Serve `config` in the Ray session at hand, wait until it answers, and return its base URL.
+    """Serve `config` in the current Ray session, wait until it answers, and return its base URL.
 
-    Port 0 picks a free one. Raises ServeError for a port in use, unusable keys or a replica that does not come up, and
-    ModelError for a checkpoint that is none.
+    Port 0 picks a free one. Raises ServeError for a port in use, unusable keys or a replica that does not start, and
+    ModelError for a directory that is not a model.
     """
     read_keys(config.api_key_file)
     application = build(config)
@@ -156,18 +156,18 @@ def start(config: ServeConfig) -> str:
 
 
 def stop() -> None:
-    """Let the replicas finish what they have begun, then take Serve down. Does nothing where it does not run."""
+    """Let the replicas finish their requests, then shut Serve down. Does nothing if it does not run."""
     if APP_NAME in serve.status().applications:
-        with suppress(TimeoutError):  # raised after a minute: what still decodes then is cut off
-            serve.delete(APP_NAME)  # `shutdown` alone would take the proxy away from under every answer
+        with suppress(TimeoutError):  # raised after a minute: requests that still decode are cut off
+            serve.delete(APP_NAME)  # `shutdown` alone would end the proxy before the responses are sent
     compat.end_serve_controller(SHUTDOWN_SECONDS)
     serve.shutdown()
 
 
 def read_keys(path: Path | None) -> frozenset[str]:
-    """The API keys of a file, one a line, or without a file of the variable DTRPO_API_KEY, with commas between them.
+    """Return the API keys of a file, one a line, or without a file those of DTRPO_API_KEY, separated by commas.
 
-    None where there is neither. Raises ServeError for a file that holds none.
+    Raises ServeError for a file without keys.
     """
     if path is None:
         return frozenset(key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip())
@@ -181,10 +181,10 @@ def read_keys(path: Path | None) -> frozenset[str]:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port itself, if nobody listens there, or a free one for 0. Raises ServeError.
+    """Return the port if nobody listens there, or a free one for 0. Raises ServeError.
 
-    Serve binds with SO_REUSEPORT and would share a taken port in silence, so this asks first without it. It asks for a
-    while: the proxy of a server that has just stopped takes a moment to die.
+    Serve binds with SO_REUSEPORT and would share a taken port silently, so this binds first without it. It retries for
+    a while, since the proxy of a server that has just stopped takes a moment to end.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     deadline = time.monotonic() + PORT_SECONDS
@@ -203,7 +203,7 @@ def free_port(host: str, port: int) -> int:
 
 
 def _url(host: str, port: int) -> str:
-    """The address to reach a listener at; an unspecified one listens on loopback too."""
+    """Return the URL of a listener; one on an unspecified address is reached on loopback."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
@@ -221,7 +221,7 @@ def _wait_until_ready(url: str) -> None:
 
 
 def _failure() -> str | None:
-    """Why a replica did not come up: the last line of its traceback, which names the error."""
+    """Return the last line of the traceback of a replica that did not start, which names the error."""
     application = serve.status().applications.get(APP_NAME)
     for deployment in application.deployments.values() if application else ():
         lines = [line.strip() for line in deployment.message.splitlines() if "Error" in line]

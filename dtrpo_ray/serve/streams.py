@@ -1,4 +1,4 @@
-"""Answers that take a while: server-sent events, and clients that hang up before the end."""
+"""Long responses: server-sent events, and clients that hang up before the end."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -11,9 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, bool]) -> bool | None:
-    """The result of `work`, or None if the client hangs up first: then it is cancelled."""
+    """Return the result of `work`; if the client hangs up first, cancel it and return None."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(request.receive))
+    watcher = asyncio.ensure_future(_wait_for_disconnect(request.receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
@@ -24,13 +24,13 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, bool])
                 await each
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(Response):
-    """Sends the events of an iterator until the client hangs up; `done` is called at the end, whatever the end is."""
+    """Sends the events of an iterator until the client hangs up; calls `done` at the end, however it comes."""
 
     media_type = "text/event-stream"
 
@@ -41,7 +41,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
-        watcher = asyncio.ensure_future(_disconnected(receive))
+        watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
             await asyncio.wait({sending, watcher}, return_when=asyncio.FIRST_COMPLETED)
         finally:

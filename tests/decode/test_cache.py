@@ -23,10 +23,10 @@ def test_idle_content_is_found_until_room_is_needed() -> None:
     for page, digest in zip(pages, digests, strict=True):
         assert pool.publish(page, digest)
     pool.release(pages)
-    assert pool.known(digests) == pages
+    assert pool.cached_prefix(digests) == pages
     assert pool.acquire(pages[:1], 3) is None  # three pages in all
     assert pool.acquire(pages[:1], 1) == [pages[2]]  # of one prefix the end is forgotten first
-    assert pool.known(digests) == pages[:2]
+    assert pool.cached_prefix(digests) == pages[:2]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.booleans()), max_size=40))
@@ -34,7 +34,7 @@ def test_no_page_has_two_owners_and_none_is_lost(script: list[tuple[int, int, bo
     pool, held = PagePool(8), []
     for prompt, count, leave in script:
         digests = block_digests([prompt] * count, 1)
-        shared = pool.known(digests)
+        shared = pool.cached_prefix(digests)
         fresh = pool.acquire(shared, count - len(shared))
         if fresh is not None:
             for page, digest in zip(fresh, digests[len(shared) :], strict=True):

@@ -55,7 +55,7 @@ def test_an_adapter_decodes_as_the_merged_model_and_the_base_as_before(
         SamplingParams(max_new_tokens=9, denoising_steps=2),
     )
     base = engine.generate(prompts, params, [0, 0])
-    adapted = engine.adapted(adapter).generate(prompts, params, [0, 0])
+    adapted = engine.load_adapter(adapter).generate(prompts, params, [0, 0])
     assert [g.ids for g in adapted] == [g.ids for g in decode_all(trained.eval(), prompts, params, [0, 0])]
     assert [g.ids for g in adapted] != [g.ids for g in base]
     assert engine.generate(prompts, params, [0, 0]) == base

@@ -400,7 +400,7 @@ def test_adapters_stand_on_the_base_that_serves(
     def expected(base: Path) -> list[str]:
         engine = Engine.load(base)
         params = SamplingParams(max_new_tokens=20, denoising_steps=2, ignore_eos=True)
-        made = [e.generate([e.encode("0123")], params, [0])[0] for e in (engine, engine.adapted(adapter))]
+        made = [e.generate([e.encode("0123")], params, [0])[0] for e in (engine, engine.load_adapter(adapter))]
         return [engine.decode(each.text_ids) for each in made]
 
     model = replica(aligned=str(adapter))
