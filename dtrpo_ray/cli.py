@@ -36,7 +36,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A TOML job file; shipped ones lie in jobs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a field, e.g. train.lr=1e-5. Repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Make every stage anew, finished or not.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Make every stage again, finished or not.")]
 
 
 def _version(asked: bool) -> None:
@@ -55,7 +55,7 @@ def command(
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr: stdout is for results."""
+    """Print a line on stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -157,7 +157,7 @@ def status(
     check: Annotated[bool, typer.Option("--check", help="Read every byte of every checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How a training stage stands: live, cut off or finished; its checkpoints; what went wrong."""
+    """Show the state of a training stage: live, cut off or finished; its checkpoints; its errors."""
     from dtrpo_ray.train.status import read_status
 
     value = read_status(run, check)
@@ -171,7 +171,7 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row breaks a rule.")] = False,
     quarantine: Annotated[Path | None, typer.Option(help="Write the rows that break a rule, with reasons.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest row of a table: prompt and a side.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer directory that a table's ids are of.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer directory of a table's token ids.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
@@ -187,7 +187,7 @@ def check(
 
             reports += check_data(file, max_tokens, kind=parsed.task.type)
         if not reports:
-            counts: dict[str, Any] = {"job": parsed.name, "task": parsed.task.type}
+            counts: dict[str, object] = {"job": parsed.name, "task": parsed.task.type}
             if parsed.puzzle and parsed.puzzle.public_tests:
                 found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
                 names = [path.name for path in parsed.puzzle.public_tests]
@@ -217,7 +217,7 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
 
 @app.command("eval")
 def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-    """Base against aligned on held-out prompts, at every decoding budget."""
+    """Evaluate base and aligned on held-out prompts, at every decoding budget."""
     with open_pipeline(job, overrides, fresh, "eval") as pipeline:
         value = pipeline.evaluate()
     result({"verb": "eval", **value}, as_json, evaluation_text(value))

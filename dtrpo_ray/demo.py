@@ -17,6 +17,7 @@ from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Comparison
 from dtrpo_ray.report.page import Answer
 from dtrpo_ray.serve.server import free_port, read_keys, start, stop
+from dtrpo_ray.stages import Json, JsonObject
 
 NUM_PUZZLES = 10
 TIMEOUT_SECONDS = 120
@@ -101,7 +102,7 @@ def _verdict(answer: Answer) -> str:
 
 def _ask(url: str, config: ServeConfig, model: str, prompts: list[str], budget: int, job: Job) -> list[Answer]:
     most = job.eval.max_new_tokens if job.eval else 32
-    body = {"model": model, "prompt": prompts, "max_tokens": most, "temperature": 0, "steps": budget}
+    body: dict[str, Json] = {"model": model, "prompt": prompts, "max_tokens": most, "temperature": 0, "steps": budget}
     choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]
     texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
     score = puzzle_module(job.puzzle).score if job.puzzle else None
@@ -111,13 +112,12 @@ def _ask(url: str, config: ServeConfig, model: str, prompts: list[str], budget: 
     ]
 
 
-def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+def _post(url: str, body: JsonObject, key: str | None) -> Any:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's web proxy
     with direct.open(request, timeout=TIMEOUT_SECONDS) as response:
-        value: dict[str, Any] = json.load(response)
-    return value
+        return json.load(response)
 
 
 def closing_lines(page: Path, job_file: Path, overrides: Sequence[str]) -> list[str]:

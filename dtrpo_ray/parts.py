@@ -1,7 +1,7 @@
-"""Ray Data shell: parts of work on a pool of actors, each part done once, whatever is killed in between.
+"""A resumable map on Ray Data: every part of the work completes exactly once, even if workers die.
 
-A worker turns a part into files whose names are the part's own, and returns a summary. The summary, renamed into
-`done/` when all else is written, says that the part is done; a second run takes it as it is.
+A worker turns a part into files named after it and returns a summary. The summary, renamed into `done/` after all
+else is written, marks the part as done; a second run takes it as it is.
 """
 
 import time
@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, cast
 
 import pyarrow as pa
 import ray.data
@@ -20,22 +20,30 @@ from dtrpo_ray.files import read_json, write_json
 from dtrpo_ray.progress import bar, console
 from dtrpo_ray.session import CPU_WORKER_ENV, uses_gpu
 
-DONE = "done"  # the folder of summaries, and of a dot for each try of a part
+DONE = "done"  # the folder of the summaries, and of files with one dot for each try of a part
 TRIES = 3  # of a part whose workers die
-PLAIN_SECONDS = 30  # between lines of progress where there is no terminal
+PLAIN_SECONDS = 30  # between lines of progress without a terminal
 
-Worker = Callable[[Any, Path], Mapping[str, Any]]
-"""(part, folder) -> {"rows": how many it read, ...}; what it writes it may write again."""
+Part = TypeVar("Part")
+Summary = TypeVar("Summary", bound=Mapping[str, object])
+Worker = Callable[[Part, Path], Summary]
+"""(part, folder) -> {"rows": the number of rows it read, ...}. Writing a part again gives the same files."""
+
+
+class _Outcome(TypedDict):
+    part: int
+    rows: int
+    error: str | None
 
 
 class _Actor:
-    """Makes its worker at the first part, so that what cannot be made is an error like any other."""
+    """A process that makes its worker at the first part, so that a failure to make it is reported like any other."""
 
-    def __init__(self, make: Callable[[], Worker], parts: Sequence[Any], out: Path) -> None:
+    def __init__(self, make: Callable[[], Worker[Any, Any]], parts: Sequence[Any], out: Path) -> None:
         self.make, self.parts, self.out = make, parts, out
 
     @cached_property
-    def work(self) -> Worker:
+    def work(self) -> Worker[Any, Any]:
         return self.make()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -46,7 +54,7 @@ class _Actor:
             summary = self.work(part, self.out)
             write_json(_summary(self.out, number), summary)
             rows = int(summary["rows"])
-        except DtrpoError as problem:  # the user's to mend: another try would say the same
+        except DtrpoError as problem:  # the user must mend it: another try would fail too
             error = str(problem)
         except OSError as problem:
             error = f"{part}: {problem}; writing to {self.out}. Mend it and run the same command again"
@@ -66,9 +74,14 @@ class _Actor:
 
 
 def run_parts(
-    parts: Sequence[Any], make: Callable[[], Worker], out: Path, cluster: ClusterConfig, label: str, gpu: bool = False
-) -> list[dict[str, Any]]:
-    """The summary of every part, in order; those that are done already are not done again.
+    parts: Sequence[Part],
+    make: Callable[[], Worker[Part, Summary]],
+    out: Path,
+    cluster: ClusterConfig,
+    label: str,
+    gpu: bool = False,
+) -> list[Summary]:
+    """Do the parts that are not done yet; return the summaries of all, in order.
 
     Raises DataError with a worker's message, or naming a part on which workers died; finished parts are kept.
     """
@@ -78,19 +91,19 @@ def run_parts(
         file.unlink()
     for number in left:
         _tries(out, number).unlink(missing_ok=True)
-    began = told = time.perf_counter()
+    began = printed = time.perf_counter()
     rows = 0
     with bar() as progress:
         task = progress.add_task(label, total=len(left), note="", visible=console.is_terminal)
-        results = _results(left, make, parts, out, cluster, gpu and uses_gpu(cluster))
-        for done, row in enumerate(results, 1):
+        actor = {"make": make, "parts": parts, "out": out.resolve()}
+        for done, row in enumerate(_outcomes(left, actor, cluster, gpu and uses_gpu(cluster)), 1):
             if row["error"] is not None:
                 raise DataError(row["error"])
             rows, now = rows + row["rows"], time.perf_counter()
             speed = f"{rows / (now - began):,.0f} rows/s"
             progress.update(task, advance=1, note=speed)
-            if not console.is_terminal and now - told > PLAIN_SECONDS:
-                told, wait = now, (now - began) / done * (len(left) - done)
+            if not console.is_terminal and now - printed > PLAIN_SECONDS:
+                printed, wait = now, (now - began) / done * (len(left) - done)
                 console.print(f"{label}: part {done}/{len(left)}  {speed}  {wait:.0f} s left", highlight=False)
     seconds = time.perf_counter() - began
     kept = f", {len(parts) - len(left)} part(s) were done before" if len(left) < len(parts) else ""
@@ -98,15 +111,13 @@ def run_parts(
     return [read_json(_summary(out, number)) for number in range(len(parts))]
 
 
-def _results(
-    left: list[int], make: Callable[[], Worker], parts: Sequence[Any], out: Path, cluster: ClusterConfig, gpu: bool
-) -> Iterator[dict[str, Any]]:
+def _outcomes(left: list[int], actor: dict[str, Any], cluster: ClusterConfig, gpu: bool) -> Iterator[_Outcome]:
     if not left:
         return iter(())
     source = ray.data.from_arrow([pa.table({"part": [number]}) for number in left])
     done = source.map_batches(
         _Actor,
-        fn_constructor_kwargs={"make": make, "parts": parts, "out": out.resolve()},
+        fn_constructor_kwargs=actor,
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(cluster.num_actors, len(left))),
@@ -115,8 +126,7 @@ def _results(
         runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
     )
     done.context.enable_progress_bars = False  # ours counts rows
-    rows: Iterator[dict[str, Any]] = iter(done.iter_rows())
-    return rows
+    return cast(Iterator[_Outcome], iter(done.iter_rows()))
 
 
 def _summary(out: Path, number: int) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,7 +150,7 @@ class Pipeline:
             "intermediate_size": init.intermediate_size,
             "num_hidden_layers": init.num_layers,
             "num_attention_heads": init.num_heads,
-            "num_key_value_heads": init.num_kv_heads or init.num_heads,
+            "num_key_value_heads": init.num_heads,
             "head_dim": init.hidden_size // init.num_heads,
             "block_size": init.block_size,
             "mask_token_id": mask_token_id(tokenizer),
@@ -333,7 +333,7 @@ class Pipeline:
             parts = prepare.import_parts(task, answers.part_rows if answers else None)
             label = name if answers else "prepare"
             done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
-            counts = prepare.finish_import(cast("list[prepare.PartSummary]", done), schema, out / TABLE)
+            counts = prepare.finish_import(done, schema, out / TABLE)
             console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
@@ -533,7 +533,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
 
 
-def _rewards(done: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+def _rewards(done: Sequence[dict[str, Any]], out: Path) -> JsonObject:
     """Sum up the parts of a scored stage. Raises DataError if no row got a reward."""
     scored = sum(part["scored"] for part in done)
     unscored = sum(part["rows"] for part in done) - scored
@@ -553,7 +553,7 @@ def _seed_of(*parts: int | str) -> int:
     return int.from_bytes(bytes.fromhex(sha256_json(list(parts))[:12]))
 
 
-def weight_fields(config: TrainConfig) -> dict[str, Any]:
+def weight_fields(config: TrainConfig) -> JsonObject:
     """Return the fields of a training section that change weights and so name its stage."""
     return config.model_dump(mode="json", exclude=set(NO_WEIGHTS))
 

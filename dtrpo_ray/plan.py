@@ -1,5 +1,7 @@
-"""A job -> what it would run: batches, forwards, memory, checkpoint size, and how long a step took where it was run
-before. Imports neither torch nor ray."""
+"""A job -> a plan of its run: batches, forwards, memory, checkpoint size, and the time of a step in an earlier run.
+
+Imports neither torch nor ray.
+"""
 
 import json
 import math
@@ -24,16 +26,14 @@ CHUNK_LOGITS = 2**26  # as in `likelihood`, which imports torch: logits that exi
 
 
 def parameters(init: ModelInit, vocab_size: int) -> int:
-    """Parameters of an untied Qwen3 model of these sizes."""
-    head = init.hidden_size // init.num_heads
-    kv = (init.num_kv_heads or init.num_heads) * head
-    attention = init.hidden_size * (2 * init.num_heads * head + 2 * kv) + 2 * head
+    """Count the parameters of an untied Qwen3 model of these sizes."""
+    attention = 4 * init.hidden_size**2 + 2 * (init.hidden_size // init.num_heads)
     layer = attention + 3 * init.hidden_size * init.intermediate_size + 2 * init.hidden_size
     return init.num_layers * layer + 2 * vocab_size * init.hidden_size + init.hidden_size
 
 
 def stored_parameters(folder: Path) -> int:
-    """Parameters of a model directory, from the headers of its safetensors files, whatever their dtype."""
+    """Count the parameters of a model directory from the headers of its safetensors files."""
     count = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "np") as tensors:
@@ -41,8 +41,8 @@ def stored_parameters(folder: Path) -> int:
     return count
 
 
-def vocabulary(job: Job) -> int | None:
-    """Vocabulary size, padded to a multiple of 8; None if only the model directory knows."""
+def vocabulary(job: Job) -> int:
+    """Return the vocabulary size, for model.init padded to a multiple of 8."""
     if job.model.path:
         return _sizes(job.model.path)["vocab_size"]
     if job.model.tokenizer:
@@ -58,8 +58,8 @@ def vocabulary(job: Job) -> int | None:
     return 8 * -(-(len(puzzle_module(job.puzzle).ALPHABET) + 2) // 8)
 
 
-def _sizes(folder: Path) -> dict[str, Any]:
-    """A model directory's config.json. Raises ModelError for one that cannot be read or lacks a size."""
+def _sizes(folder: Path) -> dict[str, int]:
+    """Read the numbers of a model directory's config.json. Raises ModelError if it is unreadable or lacks a size."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -69,24 +69,23 @@ def _sizes(folder: Path) -> dict[str, Any]:
     for key in needed:
         if not isinstance(config, dict) or not isinstance(config.get(key), int):
             raise ModelError(f"{file}: {key} is missing or no whole number")
-    return dict(config)
+    return {key: value for key, value in config.items() if isinstance(value, int)}
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """A JSON-able description of the run, stage by stage."""
+    """Describe the run stage by stage, as JSON."""
     vocab, init = vocabulary(job), job.model.init
     if job.model.path:
         count = stored_parameters(job.model.path)
     else:
         assert init is not None
-        assert vocab is not None
         count = parameters(init, vocab)
     stages: dict[str, Any] = {}
     workers = job.cluster.fewest_workers  # each holds the most then
     if job.sft:
         bounds = (Shape.of(job), *row_bounds(job, pair=False))
         stages["base"] = training(job.sft, workers, count, job.sft.num_examples, bounds)
-        stages["base"] |= measured(job.storage, "base", job.sft, stages["base"]["optimizer_steps"])
+        stages["base"] |= previous_steps(job.storage, "base", job.sft, stages["base"]["optimizer_steps"])
     prompts = job.task.max_rows if isinstance(job.task, FilesTask) else job.rollout and job.rollout.num_prompts
     if job.rollout:
         made = prompts and prompts * job.rollout.num_samples
@@ -96,16 +95,16 @@ def plan(job: Job) -> dict[str, Any]:
         rows = prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
     bounds = (Shape.of(job), *row_bounds(job, job.train.objective.is_preference))
     stages["train"] = {**training(job.train, workers, count, rows, bounds), "rounds": job.rounds}
-    stages["train"] |= measured(job.storage, "train-1", job.train, stages["train"]["optimizer_steps"])
+    stages["train"] |= previous_steps(job.storage, "train-1", job.train, stages["train"]["optimizer_steps"])
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"
     return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": vocab, "stages": stages}
 
 
-def measured(storage: Path, stage: str, config: TrainConfig, num_steps: int | None) -> dict[str, Any]:
-    """What an optimizer step took in the newest run of a stage on this storage; {} if there was none.
+def previous_steps(storage: Path, stage: str, config: TrainConfig, num_steps: int | None) -> dict[str, Any]:
+    """Return the time of an optimizer step in the newest run of a stage on this storage; {} if there was none.
 
-    `differs` names the settings in which that run was another one, the number of workers not among them.
+    `differs` names that run's other settings, except the number of workers.
     """
     runs = [(file.stat().st_mtime, file) for file in storage.glob(f"stages/{stage}-*/{METRICS}")]
     rows = read_metrics(max(runs)[1])[1:] if runs else []  # the first step warms up
@@ -113,16 +112,16 @@ def measured(storage: Path, stage: str, config: TrainConfig, num_steps: int | No
         return {}
     folder = max(runs)[1].parent
     then, now = json.loads((folder / RUN).read_text())["config"], config.model_dump(mode="json")
-    begun = [event for event in read_events(folder / EVENTS) if "num_workers" in event]
+    starts = [event for event in read_events(folder / EVENTS) if "num_workers" in event]
     seconds = statistics.median(row["step_seconds"] for row in rows)
-    facts = {"run": str(folder), "step_seconds": seconds, "num_workers": begun[-1]["num_workers"] if begun else None}
+    facts = {"run": str(folder), "step_seconds": seconds, "num_workers": starts[-1]["num_workers"] if starts else None}
     facts["differs"] = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
     return {"measured": {**facts, "seconds": seconds * num_steps if num_steps else None}}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes that memory depends on: of a Qwen-like trunk, which every family here is close to."""
+    """The sizes that memory depends on, for a Qwen-like trunk; every family here is close to one."""
 
     hidden: int
     intermediate: int
@@ -133,20 +132,24 @@ class Shape:
 
     @classmethod
     def of(cls, job: Job) -> "Shape":
-        """From the model directory's config.json, or from model.init."""
+        """Read the sizes from the model directory's config.json or from model.init."""
         if job.model.path:
             config = _sizes(job.model.path)
             heads = config["num_attention_heads"]
             size = config.get("head_dim") or config["hidden_size"] // heads
             kv = config.get("num_key_value_heads") or heads
-            layers, width = config["num_hidden_layers"], config["intermediate_size"]
-            return cls(config["hidden_size"], width, layers, heads * size, kv * size, config["vocab_size"])
+            return cls(
+                hidden=config["hidden_size"],
+                intermediate=config["intermediate_size"],
+                layers=config["num_hidden_layers"],
+                queries=heads * size,
+                keys=kv * size,
+                vocab=config["vocab_size"],
+            )
         init, vocab = job.model.init, vocabulary(job)
         assert init is not None
-        assert vocab is not None
-        size = init.hidden_size // init.num_heads
-        keys = (init.num_kv_heads or init.num_heads) * size
-        return cls(init.hidden_size, init.intermediate_size, init.num_layers, init.hidden_size, keys, vocab)
+        h, i = init.hidden_size, init.intermediate_size
+        return cls(hidden=h, intermediate=i, layers=init.num_layers, queries=h, keys=h, vocab=vocab)
 
 
 def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
@@ -162,7 +165,7 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
 def activation_bytes(
     shape: Shape, rows: int, row_tokens: int, scored: int, bf16: bool, recomputed: bool = False
 ) -> dict[str, int]:
-    """What one micro-batch keeps for its backward pass: of the trunk, and of the head at the scored tokens.
+    """Return the bytes that a micro-batch keeps for its backward pass: the trunk's, and the head's at scored tokens.
 
     Counted from the tensors that transformers' Qwen3 saves in a layer: two norms (input, normalised, scaled), queries
     and keys with their norms, what attention reads and writes, four of the MLP; the norms upcast to float32. All layers
@@ -257,7 +260,8 @@ def training(
     if bounds:
         shape, tokens, scored = bounds
         rows_of, length = packed_rows(micro, tokens, config.row_tokens)
-        memory |= activation_bytes(shape, rows_of, length, micro * scored, bf16, config.gradient_checkpointing)
+        recomputed = config.gradient_checkpointing
+        memory |= activation_bytes(shape, rows_of, length, micro * scored, bf16, recomputed=recomputed)
     return {
         "objective": config.objective.type,
         "global_batch": config.global_batch,

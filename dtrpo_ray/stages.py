@@ -1,7 +1,7 @@
-"""Finished work on disk: a stage is a folder named by the hash of all it depends on, sealed by a manifest.
+"""Finished work on disk: a stage is a folder named by the hash of all its inputs, sealed by a manifest.
 
-A stage is made in `NAME-KEY.partial` and renamed when its manifest is written, so what has its final name is whole.
-A `.partial` folder of the same key may be resumed (training does), never taken for finished.
+A stage is made in `NAME-KEY.partial` and renamed after its manifest is written, so a folder with the final name is
+complete. Training may resume in a `.partial` folder of the same key; nothing takes one for finished.
 """
 
 import json
@@ -51,7 +51,7 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all output hashes: what later stages depend on."""
+        """SHA-256 over all output hashes, the input of later stages."""
         return sha256_json(self.outputs)
 
     def lineage(self) -> StageRow:
@@ -68,14 +68,14 @@ class Stage:
 
 
 class Store:
-    """The folder of stages of a storage path. A stage is looked for, or with `fresh` made anew, once in a command."""
+    """The stages of a storage path. A command looks for each stage once; with `fresh` it makes each once."""
 
     def __init__(self, root: Path, fresh: bool = False, announce: Callable[[str], None] = print) -> None:
         self.root, self.fresh, self.announce = root / "stages", fresh, announce
         self._known: dict[str, Stage] = {}
 
     def make_folders(self) -> None:
-        """The folders that stages and their locks lie in. Raises ConfigError where they cannot be."""
+        """Make the folders of stages and their locks. Raises ConfigError if that fails."""
         try:
             for folder in (self.root, self.root.with_name("locks")):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Store:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """One command at a time finds or makes a stage; another waits, then finds it. A dead one holds nothing."""
+        """Hold the lock of a stage, so that a second command waits and then finds it. A dead process holds no lock."""
         lock = FileLock(self.root.with_name("locks") / f"{name}.lock")
         try:
             lock.acquire(timeout=0)
@@ -121,7 +121,7 @@ class Store:
         if self.fresh:
             for old in (path, partial_folder(path)):
                 shutil.rmtree(old, ignore_errors=True)
-        elif found := self._finished(name, key, path):
+        elif found := self._find(name, key, path):
             self.announce(f"{name}: reused {key[:12]} ({path})")
             return found
         partial = partial_folder(path)
@@ -134,14 +134,15 @@ class Store:
         write_json(partial / MANIFEST, record)
         partial.replace(path)
         self.announce(f"{name}: made {key[:12]} in {seconds:.1f} s ({path})")
-        return Stage(name, key, path, seconds, False, hashes, summary)
+        return Stage(name, key, path, seconds, reused=False, outputs=hashes, summary=summary)
 
-    def _finished(self, name: str, key: str, path: Path) -> Stage | None:
+    def _find(self, name: str, key: str, path: Path) -> Stage | None:
         with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
             record = json.loads((path / MANIFEST).read_text())
             broken = [f for f, digest in record["outputs"].items() if sha256_file(path / f) != digest]
             if record["key"] == key and not broken:
-                return Stage(name, key, path, record["seconds"], True, record["outputs"], record["summary"])
+                facts = {name: record[name] for name in ("seconds", "outputs", "summary")}
+                return Stage(name, key, path, reused=True, **facts)
         if path.exists():
             self.announce(f"{name}: {path} is damaged (its hashes do not hold); making it anew")
             shutil.rmtree(path)

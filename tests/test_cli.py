@@ -105,12 +105,12 @@ def test_plan_prints_derived_numbers_as_one_json_line() -> None:
     assert value["parameters"] == 658_816
 
 
-def test_check_reports_a_valid_job() -> None:
-    told = json.loads(dtrpo("check", DEMO, "--json").stdout.splitlines()[-1])
-    tests = told.pop("public_tests")
-    assert told == {"job": "demo", "task": "sudoku"}
-    assert len(tests) == 6
-    assert set(tests.values()) <= {108, "missing"}
+def test_check_reports_a_valid_job(tmp_path: Path) -> None:
+    given, solved = "\n".join(["0234", "3412", "2143", "4321"]), "\n".join(["1234", "3412", "2143", "4321"])
+    (tmp_path / "here.jsonl").write_text(json.dumps({"input": given, "output": solved}) + "\n")
+    files = f"task.public_tests=['{tmp_path}/here.jsonl', '{tmp_path}/nowhere.jsonl']"
+    report = json.loads(dtrpo("check", DEMO, "--json", "--set", files).stdout.splitlines()[-1])
+    assert report == {"job": "demo", "task": "sudoku", "public_tests": {"here.jsonl": 1, "nowhere.jsonl": "missing"}}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("train.offload=yes", ["offload = 'yes' must be true or false"]),
         ("train.lr=1\nx = 2", ["expected dotted.key=value"]),
         ("eval.budgets=[1, 1]", ["budgets = [1, 1] lists a budget twice"]),
-        ("model.init.num_kv_heads=3", ["num_kv_heads = 3 does not divide num_heads = 4"]),
         ("model.init.num_heads=3", ["hidden_size = 128 gives 3 heads"]),
         ("model.init.hidden_size=12", ["hidden_size = 12 gives 4 heads 3 units each"]),
         ("name=stages", ["is a folder of every storage"]),

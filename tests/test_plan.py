@@ -32,12 +32,12 @@ from dtrpo_ray.plan import (
 DEMO = ROOT / "jobs" / "demo.toml"
 
 
-@pytest.mark.parametrize(("hidden", "layers", "heads", "kv"), [(32, 1, 2, None), (64, 3, 4, 2)])
-def test_the_parameter_count_is_the_models(hidden: int, layers: int, heads: int, kv: int | None) -> None:
-    init = ModelInit(hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv, intermediate_size=48)
+@pytest.mark.parametrize(("hidden", "layers", "heads"), [(32, 1, 2), (64, 3, 4)])
+def test_the_parameter_count_is_the_models(hidden: int, layers: int, heads: int) -> None:
+    init = ModelInit(hidden_size=hidden, num_layers=layers, num_heads=heads, intermediate_size=48)
     config = {
         "model_type": "sdar", "vocab_size": 16, "hidden_size": hidden, "intermediate_size": 48,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv or heads,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
         "head_dim": hidden // heads, "block_size": 4, "mask_token_id": 6, "eos_token_id": 5,
         "tie_word_embeddings": False, "rope_theta": 10000.0,
     }  # fmt: skip

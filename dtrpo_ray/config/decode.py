@@ -1,4 +1,4 @@
-"""`[rollout]` and `[eval]`: how prompts are decoded."""
+"""`[rollout]` and `[eval]`: the decoding of prompts."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -99,8 +99,6 @@ class EvalConfig(Section):
     """0 is greedy."""
     batch_size: int = Field(500, ge=1)
     max_new_tokens: int = Field(16, ge=1)
-    num_examples: int = Field(4, ge=0)
-    """Denoisings kept for the report."""
 
     @model_validator(mode="after")
     def _each_budget_once(self) -> "EvalConfig":

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.section import Section
 from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.errors import ConfigError
 
 
@@ -39,7 +40,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def load_serve(checkpoint: Path, overrides: Sequence[str] = ()) -> ServeConfig:
-    """The endpoint of a model directory that no job made: the defaults of `[serve]` and `field=value` overrides.
+    """Configure the endpoint of a model directory: the defaults of `[serve]` and `field=value` overrides.
 
     Raises ConfigError naming the field, the value and what is allowed.
     """
@@ -49,8 +50,8 @@ def load_serve(checkpoint: Path, overrides: Sequence[str] = ()) -> ServeConfig:
     try:
         return ServeConfig.model_validate({**tree, "checkpoint": str(checkpoint)})
     except ValidationError as error:
-        told = "\n".join(f"serve {checkpoint}: {_explain(problem, ServeConfig)}" for problem in error.errors())
-        raise ConfigError(told) from None
+        message = "\n".join(f"serve {checkpoint}: {_explain(problem, ServeConfig)}" for problem in error.errors())
+        raise ConfigError(message) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -81,7 +82,7 @@ def _explain(problem: Any, root: type[Section] = Job) -> str:
 
 
 def _suggestion(root: type[Section], loc: Sequence[Any], where: str) -> str:
-    """What the section of an unknown field does have: the nearest spelling, or all of it."""
+    """Name the field with the nearest spelling in the section of an unknown field, or all of its fields."""
     section: Any = root
     variants: list[Any] = []
     for part in loc[:-1]:
@@ -98,21 +99,23 @@ def _suggestion(root: type[Section], loc: Sequence[Any], where: str) -> str:
 
 
 def _require_files(path: Path, job: Job) -> None:
+    score, task = job.score, job.task
     wanted: list[tuple[str, str | Path | None]] = [
         ("model.path", job.model.path),
         ("model.tokenizer", job.model.tokenizer),
+        ("serve.api_key_file", job.serve.api_key_file),
+        ("score.reward_model", score.reward_model if score else None),
+        ("score.judge.model", score.judge.model if score and score.judge else None),
+        ("drafts.model", job.drafts.model if job.drafts else None),
     ]
-    wanted.append(("serve.api_key_file", job.serve.api_key_file))
-    wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
-    wanted.append(("score.reward_model", job.score.reward_model if job.score else None))
-    wanted.append(("score.judge.model", job.score.judge.model if job.score and job.score.judge else None))
-    wanted.append(("drafts.model", job.drafts.model if job.drafts else None))
+    if not isinstance(task, PuzzleTask):
+        wanted += [("task.files", file) for file in task.files if "://" not in file]
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")
-    names = [file.name for file in getattr(job.task, "public_tests", ())]
+    names = [file.name for file in job.puzzle.public_tests] if job.puzzle else []
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"{path}: task.public_tests: two files are named {min(twice)}; the evaluation tells by name")
+        raise ConfigError(f"{path}: task.public_tests: two files are named {min(twice)}; rename one")
     if job.name in ("stages", "locks"):
         raise ConfigError(f"{path}: name = {job.name!r} is a folder of every storage; give the job another name")
     if job.model.path and not (job.model.path / "config.json").is_file():

@@ -13,8 +13,6 @@ class ModelInit(Section):
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
-    num_kv_heads: int | None = Field(None, ge=1)
-    """Key/value heads; num_heads if absent."""
     intermediate_size: int = Field(256, ge=8)
     block_size: int = Field(4, ge=1)
     """Tokens of a block, on the global grid."""
@@ -27,13 +25,11 @@ class ModelInit(Section):
                 f"hidden_size = {self.hidden_size} gives {self.num_heads} heads {self.hidden_size / self.num_heads:g} "
                 "units each; it must be an even whole number"
             )
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}")
         return self
 
 
 class ModelConfig(Section):
-    """Where the base model comes from: a directory, or a random initialisation that [sft] trains."""
+    """The source of the base model: a directory, or a random initialisation that [sft] trains."""
 
     path: Path | None = None
     """A model directory (config.json, model.safetensors, tokenizer)."""

@@ -1,4 +1,4 @@
-"""Base against aligned: decoded held-out prompts -> accuracy with 95 % intervals and tokens per forward."""
+"""Decoded held-out prompts of base and aligned -> accuracy with 95 % intervals and tokens per forward."""
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Z95 = 1.959964
 HELD_OUT = "held-out"
+NUM_EXAMPLES = 4  # denoisings kept for the report
 
 
 class Score(TypedDict):
@@ -76,7 +77,7 @@ class Evaluation(TypedDict):
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (Wilson 1927), which stays inside [0, 1]."""
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927), which stays inside [0, 1]."""
     p, z2 = correct / total, Z95**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 / (1 + z2 / total) * sqrt(p * (1 - p) / total + z2 / (4 * total**2))
@@ -93,7 +94,7 @@ def summarise(
         groups.setdefault((test_set, int(budget)), []).append(row)
     table = [_table_row(rows, *group, config.temperature) for group, rows in groups.items()]
     smallest = min(groups, key=lambda group: (group[1], group[0] != HELD_OUT))
-    kept = list(_examples(groups[smallest], answers, config.num_examples, tokenizer))
+    kept = list(_examples(groups[smallest], answers, tokenizer))
     return {"table": sorted(table, key=lambda r: (r["set"] != HELD_OUT, r["set"], r["budget"])), "examples": kept}
 
 
@@ -114,10 +115,10 @@ def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperatu
 
 
 def _examples(
-    rows: list[dict[str, Any]], answers: dict[str, str], count: int, tokenizer: "PreTrainedTokenizerBase"
+    rows: list[dict[str, Any]], answers: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Example]:
-    failed = [r for r in rows if r["reward"] < 1][: count // 2]
-    solved = [r for r in rows if r["reward"] >= 1][: count - len(failed)]
+    failed = [r for r in rows if r["reward"] < 1][: NUM_EXAMPLES // 2]
+    solved = [r for r in rows if r["reward"] >= 1][: NUM_EXAMPLES - len(failed)]
     for row in failed + solved:
         yield {
             "prompt": row["prompt"],
