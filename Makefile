@@ -33,7 +33,8 @@ test-extra: $(DEV)
 
 # vLLM pins packages of its own: an environment that holds what $(VENV) lacks or has otherwise, and sees the rest
 test-vllm: $(VLLM)/.stamp
-	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_jobs.py -k 'vllm or drafts'
+	RAY_worker_niceness=0 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest \
+		tests/test_vllm.py tests/test_jobs.py -k 'vllm or drafts'
 
 lint: $(DEV)
 	$(BIN)/ruff check .
