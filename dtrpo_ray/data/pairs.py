@@ -1,4 +1,4 @@
-"""Scored trajectories -> preference pairs by a strategy: ties never pair, the same response counts once."""
+"""Scored trajectories -> preference pairs by a strategy. Ties never pair, and equal responses count once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,10 @@ from dtrpo_ray.data.schemas import CONTRACT_VERSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, write_whole
 from dtrpo_ray.errors import DataError
 
-_COMPARED = 1 << 24  # ids compared at once
+_COMPARED_IDS = 1 << 24  # ids that are compared at once
 _MOST = 256  # responses to a prompt at a setting that are looked at from either end of the rewards
 
-# what two sides share, in PREFERENCE; and what each has of its own
+# columns of PREFERENCE that the two sides share, and those that each side has
 SAME_PROMPT = ("prompt_ids", "mask_id", "block_size", "block_origin", "tokenizer_hash", "reward_source")
 SHARED = (*SAME_PROMPT, "prompt_id", "model_hash", "data_hash")
 _SIDE = {"ids": "response_ids", "steps": "steps", "types": "types", "reward": "reward"}
@@ -31,7 +31,7 @@ class PairCounts(TypedDict):
 
 
 class Pairer:
-    """Pairs the responses of a part, which holds whole prompts, into a file of the part's name, if there are pairs."""
+    """Pairs the responses of a part, which holds whole prompts; writes a file of the part's name if there are pairs."""
 
     def __init__(self, config: PairConfig) -> None:
         self.config = config
@@ -46,7 +46,7 @@ class Pairer:
 
 
 def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
-    """Pairs (the table preference/v1) of a trajectory table.
+    """Return the pairs (preference/v1) of a trajectory table.
 
     Only responses to the same prompt, by the same model at the same settings (the length allowed aside), pair, and only
     where rewards differ by `min_margin` or more; `config.strategy` says which of them. Raises DataError for rows of one
@@ -65,11 +65,11 @@ def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
     chosen = list(_select(table, group, good, bad, config))
     first = np.unique(group, return_index=True)[1]  # groups in the order of their first rows
     chosen.sort(key=lambda pair: first[group[pair[0]]])
-    return _paired(table, np.array(chosen, dtype=np.int64).reshape(-1, 2))
+    return _pairs_table(table, np.array(chosen, dtype=np.int64).reshape(-1, 2))
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    """An integer for each value, equal where values are."""
+    """Return an integer for each value; equal values have equal ones."""
     return np.asarray(column.combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy())
 
 
@@ -95,14 +95,14 @@ def _require_one_prompt(table: pa.Table, prompt: np.ndarray) -> None:
 
 
 def _list_keys(column: Any) -> pa.Array:
-    """Lists of ids as bytes, which compare."""
+    """Return lists of ids as bytes, which Arrow can compare."""
     data = np.ascontiguousarray(column.flatten().to_numpy())
     offsets = (np.asarray(column.offsets, dtype=np.int64) - column.offsets[0].as_py()) * data.itemsize
     return pa.Array.from_buffers(pa.large_binary(), len(column), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:
-    """Rows in the order of the table, the first of each response to a prompt at a setting."""
+    """Return the first row of each different response to a prompt at a setting, in the order of the table."""
     responses = _codes(pa.chunked_array([_list_keys(table["response_ids"].combine_chunks())]))
     return np.sort(np.unique(np.stack([group, responses]), axis=1, return_index=True)[1])
 
@@ -110,7 +110,7 @@ def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:
 def _candidates(
     table: pa.Table, group: np.ndarray, rows: np.ndarray, reference: np.ndarray, config: PairConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every (good, bad) of rows that may pair, group by group, of the best and the worst of each."""
+    """Return every (good, bad) of rows that may pair, from the best and the worst of each group, group by group."""
     reward = table["reward"].to_numpy()
     most = max(_MOST, config.max_pairs_per_prompt)  # no strategy but `closest` would take further ones
     by_reference = config.strategy == "references"
@@ -126,7 +126,7 @@ def _candidates(
 
 
 def _first(group: np.ndarray, rows: np.ndarray, key: np.ndarray, most: int) -> np.ndarray:
-    """Of each group the `most` rows of the smallest key, group by group."""
+    """Return the `most` rows of the smallest key of each group, group by group."""
     rows = rows[np.lexsort([rows, key[rows], group[rows]])]
     return rows[np.arange(len(rows)) - np.searchsorted(group[rows], group[rows]) < most]
 
@@ -134,7 +134,7 @@ def _first(group: np.ndarray, rows: np.ndarray, key: np.ndarray, most: int) -> n
 def _select(
     table: pa.Table, group: np.ndarray, good: np.ndarray, bad: np.ndarray, config: PairConfig
 ) -> Iterator[tuple[int, int]]:
-    """The pairs that a strategy takes, in its order. Ties go to the smaller row_ids (rows are sorted by them)."""
+    """Yield the pairs that a strategy takes, in its order. Ties go to the smaller row_ids (rows are sorted by them)."""
     reward = table["reward"].to_numpy()
     if config.strategy == "closest":
         order = np.lexsort([bad, good, _distances(table["response_ids"], good, bad), group[good]])
@@ -154,17 +154,17 @@ def _select(
 
 
 def _distances(ids: pa.ChunkedArray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Positions in which two responses differ, missing ones included."""
+    """Return the number of positions in which two responses differ, missing ones included."""
     lengths = pc.list_value_length(ids).to_numpy()
     width = int(lengths.max(initial=0))
     padded = np.full((len(ids), width), -1, dtype=np.int32)
     padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(ids).to_numpy()
-    step = max(1, _COMPARED // max(width, 1))
+    step = max(1, _COMPARED_IDS // max(width, 1))
     parts = [(padded[one[i : i + step]] != padded[other[i : i + step]]).sum(1) for i in range(0, len(one), step)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _paired(table: pa.Table, pairs: np.ndarray) -> pa.Table:
+def _pairs_table(table: pa.Table, pairs: np.ndarray) -> pa.Table:
     better, worse = table.take(pa.array(pairs[:, 0])), table.take(pa.array(pairs[:, 1]))
     columns: dict[str, pa.Array] = {name: better[name] for name in SHARED}
     columns |= {f"chosen_{name}": better[source] for name, source in _SIDE.items()}

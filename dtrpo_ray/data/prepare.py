@@ -1,4 +1,4 @@
-"""A job's task -> the tables and tokenizer its stages read: examples, prompts, or imported files."""
+"""A job's task -> the tables and the tokenizer that its stages read: examples, prompts, or imported files."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ FORMAT_OF: dict[str, Callable[[str], Format[Any]]] = {
 
 
 def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model directory, of `model.tokenizer`, or the puzzle's characters."""
+    """Return the tokenizer of the model directory, of `model.tokenizer`, or of the puzzle's characters."""
     if source := job.model.path or job.model.tokenizer:
         return load_tokenizer(source)
     assert job.puzzle is not None
@@ -111,7 +111,7 @@ class ImportJob:
 
 
 class Importer:
-    """Makes tables of imported files, part by part: read, validate, template, tokenize, bucket by length, write.
+    """Imports files part by part: read, validate, template, tokenize, bucket by length, write.
 
     A part of a file becomes `part-FILE-PART-BATCH-BUCKET.parquet`, the bucket being the next power of two of a row's
     tokens, and `refused-FILE-PART.jsonl`. Writing a part again gives the same bytes.
@@ -146,7 +146,7 @@ class Importer:
         return summary
 
     def _batches(self, part: "ImportPart") -> Iterator[tuple[Any, list[Rejected]]]:
-        """Rows to tokenize together, and those refused before that."""
+        """Yield rows to tokenize together, and the rows refused before that."""
         yield from self.form(part.shard.file).tables(part.shard)
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
@@ -156,7 +156,7 @@ class Importer:
 
 @dataclass(frozen=True, slots=True)
 class ImportPart:
-    """A part of a file, by a name that is unique in the job."""
+    """A part of a file, with a name that is unique in the job."""
 
     name: str
     shard: Shard
@@ -166,9 +166,9 @@ class ImportPart:
 
 
 def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
-    """The parts of a task's files, in their order, up to `max_rows` rows.
+    """Return the parts of a task's files in their order, up to `max_rows` rows.
 
-    A part has `rows` rows, or as many as an import takes.
+    A part has `rows` rows, or PART_ROWS if they are not given.
     """
     parts: list[ImportPart] = []
     left = task.max_rows

@@ -1,4 +1,4 @@
-"""What every row of a table must pass: named rules, each vectorised over a whole table. No torch, no ray.
+"""The rules that every row of a table must pass, each vectorised over a whole table. No torch, no ray.
 
 `verdicts` finds the first broken rule of each row, so that the counts by rule and the good rows add up to the table.
 """
@@ -31,14 +31,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What only the caller knows: the tokenizer that ids must belong to, and the longest row (prompt and a side)."""
+    """Limits that only the caller knows: the tokenizer of the ids, and the longest row (prompt and a side)."""
 
     tokenizer_hash: str | None = None
     max_tokens: int | None = None
 
 
 def rules_of(schema: pa.Schema, expected: Expected | None = None) -> list[Rule]:
-    """The rules of a table, in the order they are applied."""
+    """Return the rules of a table, in the order they are applied."""
     names, expected = schema.names, expected or Expected()
     rules = [
         Rule("unknown version", f"contract_version is not {CONTRACT_VERSION}; convert the store", _wrong_version),
@@ -58,12 +58,12 @@ def rules_of(schema: pa.Schema, expected: Expected | None = None) -> list[Rule]:
             rules += _side_rules(names, side)
     if "mask_id" in names:
         says = "prompt_ids holds the mask token: nothing would fill it"
-        rules.append(Rule("mask token", says, partial(_masked, ids="prompt_ids")))
+        rules.append(Rule("mask token", says, partial(_holds_mask, ids="prompt_ids")))
     for reward in ("reward", "chosen_reward", "rejected_reward"):
         if reward in names:
             rules.append(Rule("bad value", f"{reward} is not finite", partial(_not_finite, name=reward)))
             says = f"{reward} has no reward_source: who gave it?"
-            rules.append(Rule("missing value", says, partial(_unsourced, name=reward)))
+            rules.append(Rule("missing value", says, partial(_lacks_source, name=reward)))
     if "rejected_ids" in names:
         says = "chosen_ids and rejected_ids are identical: nothing to prefer"
         rules.append(Rule("identical sides", says, _identical))
@@ -77,7 +77,7 @@ def rules_of(schema: pa.Schema, expected: Expected | None = None) -> list[Rule]:
 
 
 def verdicts(table: pa.Table, rules: list[Rule]) -> np.ndarray:
-    """int [rows]: the index of the first rule that a row breaks, or GOOD. A row that broke one rule meets no other."""
+    """Return int [rows], the index of the first rule that each row breaks, or GOOD."""
     found = np.full(len(table), GOOD)
     alive, rest = np.arange(len(table)), table
     for number, rule in enumerate(rules):
@@ -99,7 +99,7 @@ def check_table(table: pa.Table, where: str) -> pa.Table:
 
 
 def _row_name(table: pa.Table, row: int) -> str:
-    """A row's id, which may be missing or no UTF-8, or else its number from 1."""
+    """Return a row's id, which need not be UTF-8, or its number from 1 if it has none."""
     name = table["row_id"].cast(pa.binary())[row].as_py()
     return name.decode(errors="backslashreplace") if name else f"number {row + 1}"
 
@@ -107,7 +107,7 @@ def _row_name(table: pa.Table, row: int) -> str:
 def block_ranks(
     steps: np.ndarray, lengths: np.ndarray, starts: np.ndarray, block_size: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Dense ranks of a whole column: (ranks int [tokens], row of each token int [tokens]).
+    """Return the dense ranks of a whole column as int [tokens], and the row of each token as int [tokens].
 
     `steps` (int [tokens]) are the flattened steps of all rows, `lengths` (int [rows]) how many each has, `starts` the
     place of each response's first token on its grid. Ranks count 0, 1, .. within each block; negative steps stay.
@@ -125,7 +125,7 @@ def block_ranks(
 
 
 def starts_on_grid(table: pa.Table) -> np.ndarray:
-    """int [rows]: where each response's first token stands on its grid of blocks."""
+    """Return int [rows], the place of each response's first token on its grid of blocks."""
     on_global = np.array(table["block_origin"].to_pylist()) == "global"  # else the grid starts at the response
     return list_lengths(table["prompt_ids"]) * on_global
 
@@ -142,7 +142,7 @@ def _hole_rules(schema: pa.Schema) -> Iterator[Rule]:
 
 
 def _value_rules(names: list[str]) -> Iterator[Rule]:
-    """Rules on single numbers, null ones aside."""
+    """Yield the rules on single numbers; nulls pass them."""
     yield Rule("bad value", "row_id is empty", lambda t: np.asarray(pc.equal(pc.binary_length(t["row_id"]), 0)))
     for name in (n for n in names if n.endswith("_ids")):
         yield Rule("bad value", f"{name} holds a number below 0", partial(_holds_negative, name=name))
@@ -165,7 +165,7 @@ def _side_rules(names: list[str], side: str) -> Iterator[Rule]:
         yield Rule("lengths differ", says, partial(_lengths_differ, name=name, ids=ids))
     if "mask_id" in names:
         says = f"{ids} holds the mask token: the response was never finished"
-        yield Rule("mask token", says, partial(_masked, ids=ids))
+        yield Rule("mask token", says, partial(_holds_mask, ids=ids))
         says = f"{ids} does not end on the block grid: the terminal block must be whole"
         yield Rule("off the grid", says, partial(_off_grid, ids=ids))
     steps, ranks, types = (f"{prefix}{n}" for n in ("steps", "ranks", "types"))
@@ -191,7 +191,7 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def list_lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """int [rows]: how many values each list has, a null one none."""
+    """Return int [rows], the number of values of each list; a null list has none."""
     return np.asarray(pc.list_value_length(column).fill_null(0).to_numpy(), dtype=np.int64)
 
 
@@ -200,7 +200,7 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def rows_where(column: pa.Array | pa.ChunkedArray, flat: Any) -> np.ndarray:
-    """Which rows of a list column have a True among the flattened values."""
+    """Return bool [rows]: whether a row of a list column has a True among the flattened values."""
     owner = np.repeat(np.arange(len(column)), list_lengths(column))
     return np.bincount(owner, np.asarray(flat, dtype=bool), minlength=len(column)) > 0
 
@@ -218,7 +218,7 @@ def _holds_negative(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _outside(table: pa.Table, name: str, most: float) -> np.ndarray:
-    """Not in [0, most); a null is."""
+    """Return bool [rows]: whether a value is outside [0, most); a null is not."""
     values = table[name].cast(pa.float64()).fill_null(0.0).to_numpy()
     return ~((values >= 0) & (values < most))
 
@@ -252,7 +252,7 @@ def _lengths_differ(table: pa.Table, name: str, ids: str) -> np.ndarray:
     return np.asarray(differ.fill_null(False).to_numpy())
 
 
-def _masked(table: pa.Table, ids: str) -> np.ndarray:
+def _holds_mask(table: pa.Table, ids: str) -> np.ndarray:
     mask_of_value = np.repeat(_numbers(table["mask_id"]), list_lengths(table[ids]))
     return rows_where(table[ids], _flat(table[ids]) == mask_of_value)
 
@@ -287,7 +287,7 @@ def _not_finite(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(pc.invert(pc.is_finite(table[name])).fill_null(False).to_numpy())
 
 
-def _unsourced(table: pa.Table, name: str) -> np.ndarray:
+def _lacks_source(table: pa.Table, name: str) -> np.ndarray:
     named = pc.greater(pc.utf8_length(table["reward_source"]), 0).fill_null(False)
     return np.asarray(pc.and_not(table[name].is_valid(), named).to_numpy())
 

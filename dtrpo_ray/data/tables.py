@@ -21,7 +21,7 @@ from dtrpo_ray.files import sha256_file, whole_file, write_json
 TABLE_MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 FILE_ROWS = 20_000  # rows of one Parquet file, so that Ray Data has files to spread
 DUPLICATE = "duplicate id"
-IDS_AT_ONCE = 2_000_000  # that the search for repeated ones holds, some 200 MB
+IDS_AT_ONCE = 2_000_000  # ids that the search for repeated ones holds, about 200 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Report:
         return {"rows": self.rows, "good": self.rows - len(self.refused), "refused": refused}
 
     def lines(self) -> list[str]:
-        """The report as a table of text."""
+        """Return the report as a table of text."""
         return [f"{self.source}: {self.table}", *count_lines(self.totals)]
 
 
@@ -97,7 +97,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def table_files(path: Path) -> list[Path]:
-    """The Parquet files of a folder by name, or the one file. Raises DataError if there is none."""
+    """Return the Parquet files of a folder by name, or the one file. Raises DataError if there is none."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: no Parquet files here")
@@ -105,7 +105,7 @@ def table_files(path: Path) -> list[Path]:
 
 
 def read_file(file: Path, schema: pa.Schema) -> pa.Table:
-    """One file, in the columns and types of `schema`; a column that may be null may also be absent.
+    """Read one file in the columns and types of `schema`; a column that may be null may also be absent.
 
     Raises DataError naming the file.
     """
@@ -138,24 +138,26 @@ class TablePart:
         return f"{first} and {len(others)} more file(s)" if others else str(first)
 
     def read(self, schema: pa.Schema) -> pa.Table:
-        """The rows, each checked against `schema`'s rules. Raises DataError naming file and row."""
-        return pa.concat_tables(check_table(_taken(file, rows, schema), str(file)) for file, rows in self.rows.items())
+        """Return the rows, each checked against the rules of `schema`. Raises DataError naming file and row."""
+        return pa.concat_tables(
+            check_table(_read_rows(file, rows, schema), str(file)) for file, rows in self.rows.items()
+        )
 
 
-def _taken(file: Path, rows: pa.Array | None, schema: pa.Schema) -> pa.Table:
+def _read_rows(file: Path, rows: pa.Array | None, schema: pa.Schema) -> pa.Table:
     table = read_file(file, schema)
     return table if rows is None else table.take(rows)
 
 
 def file_parts(files: Sequence[Path]) -> list[TablePart]:
-    """Each file as a part of its own."""
+    """Return one part for each file."""
     return [TablePart(file.name, {file: None}) for file in files]
 
 
 def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
-    """The rows of a table in parts, by the number of each row's part over all files; rows stay in their order.
+    """Return the rows of a table in parts; `part` has the part of each row over all files, -1 to leave it out.
 
-    A row of part -1 is left out.
+    Rows stay in their order.
     """
     starts = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])
     order = np.argsort(part, kind="stable")
@@ -171,7 +173,7 @@ def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
 
 
 def prompt_parts(files: Sequence[Path], size: int) -> list[TablePart]:
-    """The rows of a table in parts of whole prompts, each of `size` rows or a few more; prompts stay in their order."""
+    """Return parts of whole prompts, each of `size` rows or a few more; prompts stay in their order."""
     ids = pq.read_table(list(files), columns=["prompt_id"])["prompt_id"]
     prompt = ids.combine_chunks().dictionary_encode().indices.to_numpy()
     before = np.cumsum(np.bincount(prompt)) - np.bincount(prompt)  # rows of earlier prompts
@@ -179,14 +181,14 @@ def prompt_parts(files: Sequence[Path], size: int) -> list[TablePart]:
 
 
 def id_shares(rows: int) -> int:
-    """In how many shares `repeated_rows` should look at so many ids."""
+    """Return the number of shares in which `repeated_rows` should look at the ids of `rows` rows."""
     return max(1, -(-rows // IDS_AT_ONCE))
 
 
 def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> dict[Path, dict[int, tuple[Path, int]]]:
-    """File -> number of each row that repeats a row_id -> file and number of the first row that has it.
+    """Map file -> number of each row that repeats a row_id -> file and number of the first row that has it.
 
-    Looks at one of so many `shares` of the ids, and holds no others.
+    Only one of the `shares` of the ids is looked at and held in memory.
     """
     held: list[tuple[Path, np.ndarray, pa.Array]] = []
     for file in files:
@@ -212,7 +214,7 @@ def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> dic
 
 
 def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
-    """A table with some of its columns replaced, in the types that they had."""
+    """Return a table with some of its columns replaced, in the types that they had."""
     for name, values in columns.items():
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
@@ -220,7 +222,7 @@ def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def schema_of(path: Path) -> pa.Schema | None:
-    """Which of our tables a folder or file holds, by its columns; None if none."""
+    """Return the schema that the columns of a folder or file fit, None if none does."""
     try:
         names = set(pq.read_schema(table_files(path)[0]).names)
     except (DataError, OSError, pa.ArrowInvalid):
@@ -229,7 +231,7 @@ def schema_of(path: Path) -> pa.Schema | None:
 
 
 def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None) -> Report:
-    """Every row of every file against every rule; holds one file and the rows refused.
+    """Check every row of every file against every rule; one file at a time is in memory.
 
     Raises DataError naming a file that cannot be read, or whose bytes are not those of its manifest.
     """
@@ -318,7 +320,7 @@ def check_manifest(folder: Path) -> None:
 
 
 def quarantine_lines(rejected: Iterable[Rejected]) -> Iterator[str]:
-    """One JSON line {origin, reason, detail} for each row refused; no text of the row itself."""
+    """Yield a JSON line {origin, reason, detail} for each refused row; it quotes no text of the row."""
     return (json.dumps(asdict(row)) + "\n" for row in rejected)
 
 

@@ -168,7 +168,7 @@ class FileRecorder(Importer):
             same = {"prompt_id": prompt_ids[int(at)].as_py(), "prompt": row.prompt, "answer": row.answer}
             same |= {"prompt_ids": ids.take(np.array([at])).flat.tolist()}
             asked += self._samples(same, row.origin)
-        return apply_rules(self.recorder.decode(asked), refusals.rejected(lambda at: [rows[at].origin]))
+        return apply_rules(self.recorder.decode(asked), refusals.to_rejected(lambda at: [rows[at].origin]))
 
     def _samples(self, same: Asked, origin: str) -> Iterator[Asked]:
         steps = self.config.denoising_steps

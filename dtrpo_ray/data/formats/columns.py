@@ -1,4 +1,4 @@
-"""Columns of many rows at once: lists of numbers as numpy sees them, JSON as Arrow writes it, and who is refused."""
+"""Operations on whole columns: lists of numbers in numpy, JSON texts and ids in Arrow, and the refused rows."""
 
 import hashlib
 import json
@@ -34,20 +34,20 @@ class Ragged:
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> "Ragged":
-        """Of Python's lists of integers."""
+        """Build it from lists of integers."""
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         values = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         return cls(values, np.cumsum(lengths) - lengths, lengths)
 
     @classmethod
     def from_arrow(cls, column: pa.ListArray) -> "Ragged":
-        """Of a list column; a null one has no values."""
+        """Build it from a list column; a null list has no values."""
         lengths = list_lengths(column)
         return cls(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths) - lengths, lengths)
 
     @classmethod
     def where(cls, first: np.ndarray, one: "Ragged", other: "Ragged") -> "Ragged":
-        """The rows of `one` where `first` (bool [rows]) says so, else those of `other`."""
+        """Return the rows of `one` where `first` (bool [rows]) is True, else those of `other`."""
         starts = np.where(first, one.starts, other.starts + len(one.values))
         return cls(np.concatenate([one.values, other.values]), starts, np.where(first, one.lengths, other.lengths))
 
@@ -56,24 +56,24 @@ class Ragged:
 
     @property
     def owner(self) -> np.ndarray:
-        """int [total]: the row that each number belongs to, row after row."""
+        """Return int [total], the row of each number, row after row."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
     @property
     def flat(self) -> np.ndarray:
-        """[total]: the numbers, row after row."""
+        """Return the numbers [total], row after row."""
         return np.asarray(self.values[_places(self.starts, self.lengths)])
 
     def take(self, rows: np.ndarray) -> "Ragged":
-        """The rows of these numbers."""
+        """Return the rows with these numbers."""
         return Ragged(self.values, self.starts[rows], self.lengths[rows])
 
     def without_first(self, count: np.ndarray) -> "Ragged":
-        """Each row without its first `count` [rows] numbers."""
+        """Return each row without its first `count` [rows] numbers."""
         return Ragged(self.values, self.starts + count, self.lengths - count)
 
-    def extended(self, count: Any, filler: Any) -> "Ragged":
-        """Each row with `count` times `filler` after its own; both are one number, or [rows]."""
+    def append(self, count: Any, filler: Any) -> "Ragged":
+        """Return each row with `count` times `filler` appended; both are one number, or [rows]."""
         lengths = self.lengths + count
         starts = np.cumsum(lengths) - lengths
         fillers = np.broadcast_to(np.asarray(filler, dtype=self.values.dtype), lengths.shape)
@@ -81,18 +81,18 @@ class Ragged:
         values[_places(starts, self.lengths)] = self.flat
         return Ragged(values, starts, lengths)
 
-    def grouped(self, counts: np.ndarray) -> "Ragged":
-        """Rows joined: the first `counts[0]` of these become one, then the next `counts[1]`, and so on."""
+    def join(self, counts: np.ndarray) -> "Ragged":
+        """Join rows: the first `counts[0]` become one, then the next `counts[1]`, and so on."""
         owner = np.repeat(np.arange(len(counts)), counts)
         sums = np.bincount(owner, self.lengths, minlength=len(counts)).astype(np.int64)
         return Ragged(self.flat, np.cumsum(sums) - sums, sums)
 
     def any(self, true: np.ndarray) -> np.ndarray:
-        """bool [rows]: whether any of a row's numbers is `true` (bool [total], as `flat` orders them)."""
+        """Return bool [rows]: whether `true` (bool [total], in the order of `flat`) is True for a number of the row."""
         return np.bincount(self.owner[true], minlength=len(self)) > 0
 
     def same_as(self, other: "Ragged") -> np.ndarray:
-        """bool [rows]: whether both have the same numbers."""
+        """Return bool [rows]: whether both have the same numbers."""
         same = self.lengths == other.lengths
         rows = np.flatnonzero(same)
         one, two = self.take(rows), other.take(rows)
@@ -100,14 +100,14 @@ class Ragged:
         return same
 
     def to_arrow(self, type: pa.DataType, known: np.ndarray | None = None) -> pa.ListArray:
-        """As a list column of this type; null where `known` (bool [rows]) is False."""
+        """Return a list column of this type, null where `known` (bool [rows]) is False."""
         lengths = self.lengths if known is None else np.where(known, self.lengths, 0)
         values = pa.array(Ragged(self.values, self.starts, lengths).flat, type.value_type)
         return lists_of(lengths, values, type, known)
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int [total]: the place of each number of rows of these `lengths` that begin at `starts`."""
+    """Return int [total], the place of each number of rows of these `lengths` that begin at `starts`."""
     before = np.cumsum(lengths) - lengths
     return np.asarray(np.repeat(starts - before, lengths) + np.arange(lengths.sum()))
 
@@ -120,14 +120,14 @@ def list_owner(column: pa.ListArray) -> np.ndarray:
 def lists_of(
     lengths: np.ndarray, values: pa.Array, type: pa.DataType | None = None, known: np.ndarray | None = None
 ) -> pa.ListArray:
-    """A list column of so many of `values` each; null where `known` (bool [rows]) is False."""
+    """Return a list column with `lengths` of the `values` in each row, null where `known` (bool [rows]) is False."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     mask = None if known is None or not len(known) else pa.array(~known)
     return pa.ListArray.from_arrays(offsets, values, type=type or pa.list_(values.type), mask=mask)
 
 
 def prompt_columns(prompts: Sequence[str | list[dict[str, str]] | None]) -> dict[str, list[Any]]:
-    """The columns `prompt` and `messages` of prompts, each in the one that it belongs in."""
+    """Return the columns `prompt` and `messages`, with each prompt in one of them."""
     return {
         "prompt": [prompt if isinstance(prompt, str) else None for prompt in prompts],
         "messages": [None if isinstance(prompt, str) else prompt for prompt in prompts],
@@ -135,31 +135,31 @@ def prompt_columns(prompts: Sequence[str | list[dict[str, str]] | None]) -> dict
 
 
 class Refusals:
-    """Which rows are refused, each for the first reason that is found."""
+    """The refused rows of a table, each with the first reason that is found."""
 
     def __init__(self, rows: int) -> None:
         self.good = np.ones(rows, dtype=bool)
         self.found: dict[int, tuple[str, str]] = {}
 
     def refuse(self, bad: np.ndarray, reason: str, detail: Callable[[int], str]) -> None:
-        """Refuse rows that are still good where `bad` (bool [rows]) is True; `detail` is asked for each of them."""
+        """Refuse rows that are still good where `bad` (bool [rows]) is True; `detail` maps a row to its message."""
         for row in np.flatnonzero(bad & self.good).tolist():
             self.found[row] = (reason, detail(row))
         self.good &= ~bad
 
     def refuse_places(self, details: dict[int, str], reason: str, among: np.ndarray | None = None) -> None:
-        """Refuse the rows of `details`, of those where `among` (bool [rows]) is True."""
+        """Refuse the rows of `details` for which `among` (bool [rows]) is True."""
         bad = np.zeros(len(self.good), dtype=bool)
         bad[list(details)] = True
         self.refuse(bad if among is None else bad & among, reason, lambda row: details[row])
 
-    def rejected(self, origins: Callable[[int], list[str]]) -> list[Rejected]:
-        """The refused in the order of the rows, once for each of a row's `origins`."""
+    def to_rejected(self, origins: Callable[[int], list[str]]) -> list[Rejected]:
+        """Return the refusals in the order of the rows, one for each of a row's `origins`."""
         return [Rejected(origin, *self.found[row]) for row in sorted(self.found) for origin in origins(row)]
 
 
 def json_texts(column: pa.Array, *, canonical: bool = True) -> pa.StringArray:
-    """The JSON of each row, as json.dumps has it: text, integers, lists and structs of them, and null.
+    """Return the JSON of each row, as json.dumps writes it: text, integers, lists and structs of them, and null.
 
     `canonical`: sorted keys, no spaces, ASCII; else as json.dumps(row, ensure_ascii=False).
     """
@@ -186,19 +186,19 @@ def json_texts(column: pa.Array, *, canonical: bool = True) -> pa.StringArray:
 
 
 def content_id(content: Any) -> str:
-    """16 hex digits of the SHA-256 of the canonical JSON: the same content has the same id in any file and run."""
+    """Return 16 hex digits of the SHA-256 of the canonical JSON: equal contents have equal ids in any file and run."""
     text = json.dumps(content, sort_keys=True, separators=_COMPACT)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def content_ids(texts: pa.StringArray) -> pa.StringArray:
-    """The `content_id` of each canonical JSON."""
+    """Return the `content_id` of each canonical JSON."""
     digests = map(hashlib.sha256, texts.cast(pa.binary()).to_pylist())
     return pc.utf8_slice_codeunits(pa.array(map(methodcaller("hexdigest"), digests), pa.string()), 0, 16)
 
 
 def first_places(texts: pa.StringArray) -> np.ndarray:
-    """int [rows]: the first row that has the same text."""
+    """Return int [rows], the first row that has the same text."""
     codes = texts.dictionary_encode().indices.to_numpy(zero_copy_only=False)
     _, first = np.unique(codes, return_index=True)
     return np.asarray(first[codes])

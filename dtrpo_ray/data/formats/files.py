@@ -1,4 +1,4 @@
-"""Where rows lie: the files behind a path or URI, and the parts in which they are read."""
+"""The files behind a path or URI, and the parts in which they are read."""
 
 import json
 import zlib
@@ -14,8 +14,8 @@ from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import join_path, open_filesystem, sha256_stream
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
-PART_ROWS = 5_000  # rows that one task reads
-SHARE_BYTES = 1 << 27  # of a file, for each time that it is read to pair a share of its prompts
+PART_ROWS = 5_000  # rows of a file that one task reads
+SHARE_BYTES = 1 << 27  # a larger file of unpaired rows is read several times, each time for a share of its prompts
 _CHUNK_BYTES = 1 << 23
 
 
@@ -23,8 +23,8 @@ _CHUNK_BYTES = 1 << 23
 class Shard:
     """A part of a file that one task reads: `rows` rows (of JSONL: lines) from number `first` (from 0) on, or all.
 
-    `start` is the byte of a JSONL file where that row begins, else 0. Of rows that are paired by their prompts a part
-    has one `share` of so many of the prompts.
+    `start` is the byte of a JSONL file where that row begins, else 0. A part of unpaired rows has one `share` of the
+    prompts, given as (number, count).
     """
 
     file: str
@@ -40,7 +40,7 @@ class Shard:
 
 
 def data_files(where: str) -> list[str]:
-    """The files behind a path or URI: itself, or those of a folder (one of `datasets` included), by name.
+    """Return the files behind a path or URI: itself, or those of a folder (also one of `datasets`), by name.
 
     Raises DataError for a path that is not there, a folder without data, and a `datasets` folder of several splits.
     """
@@ -74,7 +74,7 @@ def _refuse_splits(where: str, dataset_dict: bytes) -> list[str]:
 
 
 def _files_of_state(where: str, state_json: bytes) -> list[str]:
-    """The files of a `datasets` folder by its state.json."""
+    """Return the files of a `datasets` folder by its state.json."""
     try:
         state = json.loads(state_json)
         selection = state.get("_indices_data_files")
@@ -89,7 +89,7 @@ def _files_of_state(where: str, state_json: bytes) -> list[str]:
 
 
 def file_name(file: str) -> str:
-    """A path or URI by whose end the kind of file is known: without the options of a URI (`?region=...`)."""
+    """Return a path or URI whose ending shows the kind of file: without the options of a URI (`?region=...`)."""
     path = file.partition("?")[0]
     return path if "://" in file and path.endswith(ENDINGS) else file
 
@@ -102,7 +102,7 @@ def sha256_data(file: str) -> str:
 
 
 def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
-    """A file in parts of `rows`, else PART_ROWS, rows; one part if it cannot be entered in the middle (gzip, JSON)."""
+    """Split a file into parts of `rows` rows, or PART_ROWS; gzip and JSON, which cannot be entered midway, stay whole."""
     rows = rows or PART_ROWS
     name = file_name(file)
     filesystem, path = open_filesystem(file)
@@ -127,7 +127,7 @@ def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
 
 
 def share_shards(file: str) -> list[Shard]:
-    """A file whose rows must meet, whole in each part, for one share of its prompts that fits into memory."""
+    """Return parts that each read the whole file, for a share of its prompts that fits into memory."""
     filesystem, path = open_filesystem(file)
     with readable(file):
         size = filesystem.get_file_info(path).size or 0
@@ -138,7 +138,7 @@ def share_shards(file: str) -> list[Shard]:
 
 @contextmanager
 def readable(file: str) -> Iterator[None]:
-    """Around the reading of a file: what goes wrong is a DataError that names it."""
+    """Turn errors of reading a file into a DataError that names it."""
     try:
         yield
     except DataError:

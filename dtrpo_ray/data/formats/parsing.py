@@ -70,7 +70,7 @@ class Record:
         """Return the first of these names whose field is there."""
         return next((name for name in names if self.get(name) is not None), None)
 
-    def required(self, name: str) -> Any:
+    def require(self, name: str) -> Any:
         """Return a field as it is; it must be there."""
         if (value := self.get(name)) is None:
             raise Refusal("missing field", name)
@@ -78,7 +78,7 @@ class Record:
 
     def text(self, name: str) -> str:
         """Return a text that must be there."""
-        return as_text(self.required(name), name)
+        return as_text(self.require(name), name)
 
     def text_or_empty(self, name: str) -> str:
         """Return a text, "" if it is missing."""
@@ -86,11 +86,11 @@ class Record:
 
     def items(self, name: str) -> list[Any]:
         """Return a list of anything."""
-        return as_list(self.required(name), name)
+        return as_list(self.require(name), name)
 
     def integer(self, name: str, least: int = 0) -> int:
         """Return an integer from `least` to MOST."""
-        value = self.required(name)
+        value = self.require(name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not an integer")
         if not least <= value <= MOST:
@@ -99,22 +99,22 @@ class Record:
 
     def integers(self, name: str) -> list[int]:
         """Return a list of integers that int32 holds."""
-        return as_integers(self.required(name), name)
+        return as_integers(self.require(name), name)
 
     def label(self, name: str) -> bool:
         """Return true or false."""
-        if not isinstance(value := self.required(name), bool):
+        if not isinstance(value := self.require(name), bool):
             raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not true or false")
         return value
 
     def prompt(self, name: str = "prompt") -> Prompt:
         """Return a prompt, as text or as messages."""
-        value = self.required(name)
+        value = self.require(name)
         return value if isinstance(value, str) else as_messages(value, name)
 
     def messages(self, name: str, chat: Chat = OPENAI) -> Messages:
         """Return a conversation in our spelling."""
-        return as_messages(self.required(name), name, chat)
+        return as_messages(self.require(name), name, chat)
 
     def reference(self, name: str) -> str | None:
         """Return a reference answer as a verifier reads it: text as it is, anything else as JSON."""

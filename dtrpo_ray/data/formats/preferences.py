@@ -150,7 +150,7 @@ def require_pair(prompt: Prompt, chosen: str, rejected: str) -> None:
 
 def _explicit(row: Record) -> Pair:
     """TRL with a prompt (text or messages); UltraFeedback, whose sides repeat the prompt as their first turn."""
-    prompt, chosen, rejected = (row.required(name) for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (row.require(name) for name in ("prompt", "chosen", "rejected"))
     if not isinstance(prompt, str):
         return as_messages(prompt, "prompt"), _answer(chosen, "chosen"), _answer(rejected, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -164,7 +164,7 @@ def _explicit(row: Record) -> Pair:
 
 def _implicit(row: Record) -> Pair:
     """TRL without a prompt: two lists of messages, two HH-RLHF dialogues or two texts, alike at their beginning."""
-    chosen, rejected = row.required("chosen"), row.required("rejected")
+    chosen, rejected = row.require("chosen"), row.require("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not chosen.startswith(HUMAN) and not rejected.startswith(HUMAN):
             return _split_texts(chosen, rejected)
@@ -175,7 +175,7 @@ def _implicit(row: Record) -> Pair:
 def _sharegpt(row: Record) -> Pair:
     """LLaMA-Factory ranking over `conversations` of {from, value}."""
     prompt = _system(row) + row.messages("conversations", SHAREGPT)
-    chosen, rejected = (_answer(row.required(side), side, SHAREGPT) for side in ("chosen", "rejected"))
+    chosen, rejected = (_answer(row.require(side), side, SHAREGPT) for side in ("chosen", "rejected"))
     return prompt, chosen, rejected
 
 
@@ -200,7 +200,7 @@ def _alpaca_prompt(row: Record) -> Messages:
 
 def _trl_labelled(row: Record) -> Labelled:
     """TRL unpaired: a prompt (text or messages), a completion, and a label that says whether it is good."""
-    prompt, completion = row.prompt(), row.required("completion")
+    prompt, completion = row.prompt(), row.require("completion")
     return prompt, _answer(completion, "completion"), row.label("label")
 
 

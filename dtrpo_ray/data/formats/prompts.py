@@ -91,8 +91,8 @@ def _human_eval(row: Record) -> Question:
 
 def _mbpp(row: Record) -> Question:
     """A task in words and its tests, which alone name the function; the sanitized set calls `text` `prompt`."""
-    task = as_text(row.required("text" if row.get("text") is not None else "prompt"), "text")
-    tests = row.required("test_list")
+    task = as_text(row.require("text" if row.get("text") is not None else "prompt"), "text")
+    tests = row.require("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise Refusal("wrong type", "test_list is not a list of text")
     imports = row.get("test_imports") or []
@@ -103,13 +103,13 @@ def _mbpp(row: Record) -> Question:
 
 
 def _ifeval(row: Record) -> Question:
-    answer = {name: row.required(name) for name in ("instruction_id_list", "kwargs")}
+    answer = {name: row.require(name) for name in ("instruction_id_list", "kwargs")}
     return row.text("prompt"), as_reference(answer, "kwargs")
 
 
 def _mt_bench(row: Record) -> Question:
     """The first turn alone: the next one follows an answer that is not there yet."""
-    turns = row.required("turns")
+    turns = row.require("turns")
     if not isinstance(turns, list) or not turns:
         raise Refusal("wrong type", "turns is not a list of text")
     return as_text(turns[0], "turns"), None
@@ -117,7 +117,7 @@ def _mt_bench(row: Record) -> Question:
 
 def _column(name: str, row: Record) -> Question:
     """A column of prompts, as text or messages, beside which there may be one of ANSWERS."""
-    row.required(name)
+    row.require(name)
     found = row.first(ANSWERS)
     answer = None if found is None else row.reference(found)
     return row.prompt(name), answer

@@ -191,10 +191,10 @@ def _jetengine(row: Record) -> list[ResponseRow]:
 
 def _sglang(row: Record) -> list[ResponseRow]:
     """SGLang's replay fields, as DARE reads them: the terminal block whole, steps from 1."""
-    if not isinstance(found := row.required("meta_info"), dict):
+    if not isinstance(found := row.require("meta_info"), dict):
         raise Refusal("wrong type", "meta_info is not an object")
     meta = Record(found)
-    version = meta.required("dllm_replay_contract_version")
+    version = meta.require("dllm_replay_contract_version")
     if version != REPLAY_CONTRACT:
         raise Refusal("unknown version", f"dllm_replay_contract_version is {version}; known is {REPLAY_CONTRACT}")
     ids, stop = meta.integers("dllm_replay_token_ids"), meta.integer("dllm_stop_length")

@@ -1,4 +1,4 @@
-"""Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks, column by column."""
+"""Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks, a table at a time."""
 
 import re
 from collections.abc import Mapping
@@ -35,14 +35,14 @@ from dtrpo_ray.models.tokenizer import (
 
 JOIN = " + "  # between the origins of a pair made of two rows
 _TWO_ROWS = re.compile(rf"(.+):(\d+){re.escape(JOIN)}\1:(\d+)", re.DOTALL)
-IMPORTED = "the file"  # who gave the rewards that an imported row brings
+IMPORTED = "the file"  # the source of the rewards of imported rows
 _INTS = pa.list_(pa.int32())
 _SAMPLER = TRAJECTORY.field("sampler").type
 
 
 @dataclass(frozen=True)
 class Target:
-    """What rows are made for: a tokenizer, a model's grid, and the longest prompt and response in tokens.
+    """The tokenizer and grid of a model that rows are made for, and the longest prompt and response in tokens.
 
     A prompt keeps its last `max_prompt_tokens`; a response counts with its end token and the fill of its block.
     """
@@ -56,27 +56,27 @@ class Target:
 
     @cached_property
     def mask_id(self) -> int:
-        """Of the tokenizer's mask token."""
+        """Return the id of the tokenizer's mask token."""
         return mask_token_id(self.tokenizer)
 
     @cached_property
     def vocabulary(self) -> int:
-        """Ids that the tokenizer knows are below."""
+        """Return the exclusive upper bound of the tokenizer's ids."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
     def control(self) -> re.Pattern[str]:
-        """The spellings that the tokenizer reads as control tokens."""
+        """Return a pattern of the spellings that the tokenizer reads as control tokens."""
         return control_tokens(self.tokenizer)
 
     @cached_property
     def end(self) -> int:
-        """The token that closes plain text and fills a block."""
+        """Return the token that closes plain text and fills a block."""
         return eos_token_id(self.tokenizer)
 
     @cached_property
     def turn_end(self) -> int:
-        """The token that closes an answer to messages, as the chat template ends an assistant's turn."""
+        """Return the token that closes an answer to messages, as the chat template ends an assistant's turn."""
         found = turn_end_id(self.tokenizer)
         return self.end if found is None else found
 
@@ -92,7 +92,7 @@ class Target:
         }
 
     def fill(self, prompt: Ragged, response: Ragged) -> np.ndarray:
-        """int [rows]: tokens that each terminal block lacks."""
+        """Return int [rows], the number of tokens that each terminal block lacks."""
         return -(response.lengths + prompt.lengths * (self.block_origin == "global")) % self.block_size
 
 
@@ -100,18 +100,18 @@ class Target:
 
 
 def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
-    """`preferences.PAIRS` -> preference/v1 (no recorded steps, no rewards), and the rows refused."""
+    """Turn `preferences.PAIRS` into preference/v1 (no recorded steps, no rewards). Return also the refused rows."""
     rows, refusals = rows.combine_chunks(), Refusals(len(rows))
     texts = {side: _column(rows, side) for side in ("chosen", "rejected")}
     prompts = prompt_json(rows)
     row_ids = _ids_of_lists(prompts, *map(json_texts, texts.values()))
     _refuse_repeated(row_ids, rows, refusals)
     _refuse_control(rows, texts, target, refusals)
-    prompt = _shortened(encode_prompts(rows, prompts, target).required(refusals), target, refusals)
+    prompt = _shorten(encode_prompts(rows, prompts, target).require(refusals), target, refusals)
     ends = _ends(rows, target)
-    sides = {side: encode_texts(target.tokenizer, text).required(refusals) for side, text in texts.items()}
-    sides = {side: ids.extended(1, ends) for side, ids in sides.items()}
-    sides = {side: ids.extended(target.fill(prompt, ids), target.end) for side, ids in sides.items()}
+    sides = {side: encode_texts(target.tokenizer, text).require(refusals) for side, text in texts.items()}
+    sides = {side: ids.append(1, ends) for side, ids in sides.items()}
+    sides = {side: ids.append(target.fill(prompt, ids), target.end) for side, ids in sides.items()}
     _refuse_unfit({"prompt": prompt, **sides}, target, refusals)
     same = sides["chosen"].same_as(sides["rejected"])
     refusals.refuse(same, "identical tokens", lambda _: "chosen and rejected differ as text and not as tokens")
@@ -124,11 +124,11 @@ def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list
         "prompt_ids": prompt.to_arrow(_INTS),
         **{f"{side}_ids": ids.to_arrow(_INTS) for side, ids in sides.items()},
     }
-    return _finished(columns, PREFERENCE, target, refusals, partners)
+    return _finish(columns, PREFERENCE, target, refusals, partners)
 
 
 def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
-    """`responses.RESPONSES` -> trajectory/v1, and the rows refused.
+    """Turn `responses.RESPONSES` into trajectory/v1. Return also the refused rows.
 
     Text without ids is closed by an end token, as in preferences. A response with steps that stops before its terminal
     block does, as samplers that cut at the end token write it, is filled with end tokens that no step ever reached:
@@ -137,23 +137,25 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
     rows, refusals = rows.combine_chunks(), Refusals(len(rows))
     has = {name: np.asarray(_column(rows, name).is_valid()) for name in rows.schema.names}
     prompts, text = prompt_json(rows), _column(rows, "response")
-    told = [_column(rows, n) for n in ("prompt_ids", "response", "response_ids", "pieces", "steps", "max_new_tokens")]
-    row_ids = _ids_of_lists(prompts, *map(json_texts, told))
+    identity = [
+        _column(rows, n) for n in ("prompt_ids", "response", "response_ids", "pieces", "steps", "max_new_tokens")
+    ]
+    row_ids = _ids_of_lists(prompts, *map(json_texts, identity))
     _refuse_repeated(row_ids, rows, refusals)
     # a response that came as ids or with steps may end in the control tokens that its source spelled out
     bare = ~(has["response_ids"] | has["pieces"] | has["steps"])
     _refuse_control(rows, {"response": pc.if_else(pa.array(bare), text, "")}, target, refusals)
     given = {name: Ragged.from_arrow(_column(rows, name)) for name in ("prompt_ids", "response_ids")}
     _refuse_unknown(given, target, refusals)
-    encoded = encode_prompts(rows, prompts, target).required(refusals, ~has["prompt_ids"])
+    encoded = encode_prompts(rows, prompts, target).require(refusals, ~has["prompt_ids"])
     prompt = Ragged.where(has["prompt_ids"], given["prompt_ids"], encoded)
-    prompt = _shortened(prompt, target, refusals, has["steps"])
+    prompt = _shorten(prompt, target, refusals, has["steps"])
     ids, steps = _tokens(rows, given["response_ids"], has, target, refusals)
     open_ended = ~has["response_ids"] & ~has["steps"]
-    ids = ids.extended(open_ended, _ends(rows, target))
+    ids = ids.append(open_ended, _ends(rows, target))
     fill = target.fill(prompt, ids)
-    ids = ids.extended(fill, target.end)
-    steps = steps.extended(fill * has["steps"], NEVER)
+    ids = ids.append(fill, target.end)
+    steps = steps.append(fill * has["steps"], NEVER)
     _refuse_unfit({"prompt": prompt, "response": ids}, target, refusals)
     scored = has["logps"] & has["response_ids"]
     starts = prompt.lengths * (target.block_origin == "global")
@@ -161,33 +163,33 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
     in_order = np.cumsum(steps.lengths) - steps.lengths
     columns = {
         "row_id": row_ids,
-        "prompt_id": content_ids(pc.if_else(pc.equal(prompts, "null"), json_texts(told[0]), prompts)),
+        "prompt_id": content_ids(pc.if_else(pc.equal(prompts, "null"), json_texts(identity[0]), prompts)),
         "prompt": _prompt_texts(rows, prompt, target, refusals),
-        "response": pc.coalesce(text, _decoded(ids, has["response"], target, refusals, skip_special_tokens=True)),
+        "response": pc.coalesce(text, _decode(ids, has["response"], target, refusals, skip_special_tokens=True)),
         "prompt_ids": prompt.to_arrow(_INTS),
         "response_ids": ids.to_arrow(_INTS),
         "steps": steps.to_arrow(_INTS, has["steps"]),
         "ranks": Ragged(ranks, in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
         "types": Ragged(np.full(len(ranks), DIFFUSION), in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
         "logps": Ragged.from_arrow(_column(rows, "logps"))
-        .extended(fill * has["logps"], 0.0)
+        .append(fill * has["logps"], 0.0)
         .to_arrow(TRAJECTORY.field("logps").type, scored),
         "reward_source": pc.if_else(_column(rows, "reward").is_valid(), IMPORTED, None),
         "shift": pa.repeat(pa.scalar(target.shift, pa.int32()), len(rows)),
         "sampler": _sampler(_column(rows, "max_new_tokens")),
         **{name: _column(rows, name) for name in ("origin", "answer", "reward", "denoising_steps", "engine")},
     }
-    return _finished(columns, TRAJECTORY, target, refusals)
+    return _finish(columns, TRAJECTORY, target, refusals)
 
 
 def tokenize_prompts(rows: pa.Table, target: Target) -> tuple[pa.StringArray, Ragged, Refusals]:
-    """The prompt_id and ids of prompts without an answer yet, and which of them could not be in a row of ours."""
+    """Return the prompt_id and ids of prompts without an answer, and the prompts that no row may have."""
     rows, refusals = rows.combine_chunks(), Refusals(len(rows))
     prompts = prompt_json(rows)
     prompt_ids = content_ids(prompts)
     _refuse_repeated(prompt_ids, rows, refusals, "the prompt of")
     _refuse_control(rows, {}, target, refusals)
-    ids = _shortened(encode_prompts(rows, prompts, target).required(refusals), target, refusals)
+    ids = _shorten(encode_prompts(rows, prompts, target).require(refusals), target, refusals)
     _refuse_unfit({"prompt": ids}, target, refusals)
     return prompt_ids, ids, refusals
 
@@ -197,24 +199,24 @@ def tokenize_prompts(rows: pa.Table, target: Target) -> tuple[pa.StringArray, Ra
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The ids of each text, and why those in `unfit` have none."""
+    """The ids of each text; `unfit` has the reason why a text has none."""
 
     ids: Ragged
     unfit: dict[int, str]
 
-    def required(self, refusals: Refusals, rows: np.ndarray | None = None) -> Ragged:
-        """The ids; of all `rows` (bool [rows]) those without are refused."""
+    def require(self, refusals: Refusals, rows: np.ndarray | None = None) -> Ragged:
+        """Refuse those of `rows` (bool [rows], or all) that have no ids. Return the ids."""
         refusals.refuse_places(self.unfit, "cannot be tokenized", rows)
         return self.ids
 
     def take(self, rows: np.ndarray) -> "Encoded":
-        """The texts of these numbers."""
+        """Return the texts with these numbers."""
         unfit = {i: self.unfit[row] for i, row in enumerate(rows.tolist()) if row in self.unfit} if self.unfit else {}
         return Encoded(self.ids.take(rows), unfit)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pa.StringArray) -> Encoded:
-    """Ids of each text without special tokens, all in one call; a null text has none."""
+    """Tokenize texts without special tokens, all in one call; a null text has no ids."""
     different = texts.fill_null("").dictionary_encode()  # the answers to a prompt repeat it
     values, unfit = different.dictionary.to_pylist(), dict[int, str]()
     try:
@@ -230,7 +232,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pa.StringArray) -> E
 
 
 def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> Encoded:
-    """Ids of each prompt, messages in the chat template; `prompts` is the JSON by which equal ones are found."""
+    """Tokenize prompts, messages in the chat template; `prompts` is the JSON by which equal ones are found."""
     first, which = np.unique(first_places(prompts), return_inverse=True)
     different = rows.take(pa.array(first))
     chats = _column(different, "messages")
@@ -244,7 +246,7 @@ def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> E
 
 
 def prompt_json(rows: pa.Table) -> pa.StringArray:
-    """The canonical JSON of each prompt, text or messages, which is what its id is made of; "null" for neither."""
+    """Return the canonical JSON of each prompt, of which its id is made; "null" for neither text nor messages."""
     messages = _column(rows, "messages")
     return pc.if_else(messages.is_valid(), json_texts(messages), json_texts(_column(rows, "prompt")))
 
@@ -253,25 +255,25 @@ def prompt_json(rows: pa.Table) -> pa.StringArray:
 
 
 def _column(rows: pa.Table, name: str) -> pa.Array:
-    """A column in one piece."""
+    """Return a column as one array."""
     column = rows[name]
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _ids_of_lists(*texts: pa.StringArray) -> pa.StringArray:
-    """The content ids of JSON lists, of whose elements each column has one of every row."""
+    """Return the content id of each row's JSON list, whose elements are the row's `texts`."""
     commas = [part for text in texts for part in (",", text)][1:]
     return content_ids(pc.binary_join_element_wise("[", *commas, "]", ""))
 
 
 def _ends(rows: pa.Table, target: Target) -> np.ndarray:
-    """int [rows]: the token that closes an answer to each prompt."""
+    """Return int [rows], the token that closes an answer to each prompt."""
     chat = np.asarray(_column(rows, "messages").is_valid())
     return np.where(chat, target.turn_end, target.end) if chat.any() else np.full(len(rows), target.end)
 
 
-def _shortened(prompt: Ragged, target: Target, refusals: Refusals, has_steps: np.ndarray | bool = False) -> Ragged:
-    """The last `max_prompt_tokens` of a prompt; before recorded steps only whole blocks go, which keeps their grid."""
+def _shorten(prompt: Ragged, target: Target, refusals: Refusals, has_steps: np.ndarray | bool = False) -> Ragged:
+    """Keep the last `max_prompt_tokens`; before recorded steps only whole blocks are cut, which keeps their grid."""
     cut = np.maximum(0, prompt.lengths - target.max_prompt_tokens)
     cut += np.where(has_steps, -cut % target.block_size, 0) * (target.block_origin == "global")
 
@@ -286,21 +288,21 @@ def _shortened(prompt: Ragged, target: Target, refusals: Refusals, has_steps: np
 def _tokens(
     rows: pa.Table, given: Ragged, has: Mapping[str, np.ndarray], target: Target, refusals: Refusals
 ) -> tuple[Ragged, Ragged]:
-    """Ids and steps of each response as its source has it: as ids, as pieces of text, or as a text."""
+    """Return ids and steps of each response, which its source gives as ids, as pieces of text, or as a text."""
     steps, pieces = Ragged.from_arrow(_column(rows, "steps")), _column(rows, "pieces")
     in_pieces = has["pieces"] & ~has["response_ids"]
     by_text = ~in_pieces & ~has["response_ids"]
-    text = encode_texts(target.tokenizer, _column(rows, "response")).required(refusals, by_text)
+    text = encode_texts(target.tokenizer, _column(rows, "response")).require(refusals, by_text)
     # the step map may count the end that the text omits
     omitted = by_text & has["steps"] & (text.lengths + 1 == steps.lengths)
-    ids = Ragged.where(has["response_ids"], given, text.extended(omitted, _ends(rows, target)))
+    ids = Ragged.where(has["response_ids"], given, text.append(omitted, _ends(rows, target)))
     if in_pieces.any():
         # tokens of another tokenizer: each becomes one or more of ours, which share its step
         pieces, counts = pieces.filter(pa.array(in_pieces)), np.where(in_pieces, steps.lengths, 0)
         encoded, owner = encode_texts(target.tokenizer, pieces.flatten()), np.repeat(np.arange(len(rows)), counts)
         unfit = {int(owner[place]): detail for place, detail in sorted(encoded.unfit.items(), reverse=True)}
         refusals.refuse_places(unfit, "cannot be tokenized")
-        joined = encoded.ids.grouped(counts)
+        joined = encoded.ids.join(counts)
         shared = np.repeat(steps.take(np.flatnonzero(in_pieces)).flat, encoded.ids.lengths)
         ids = Ragged.where(in_pieces, joined, ids)
         steps = Ragged.where(in_pieces, Ragged(shared, joined.starts, joined.lengths), steps)
@@ -320,15 +322,15 @@ def _sampler(max_new_tokens: pa.Array) -> pa.StructArray:
 
 
 def _prompt_texts(rows: pa.Table, ids: Ragged, target: Target, refusals: Refusals) -> pa.StringArray:
-    """The column `prompt`, as `prompt_text` has it."""
+    """Return the column `prompt`, as `prompt_text` writes it."""
     text, messages = _column(rows, "prompt"), _column(rows, "messages")
     as_json = pc.if_else(messages.is_valid(), json_texts(messages, canonical=False), None)
     known = np.asarray(pc.or_(text.is_valid(), messages.is_valid()))
-    return pc.coalesce(text, as_json, _decoded(ids, known, target, refusals))
+    return pc.coalesce(text, as_json, _decode(ids, known, target, refusals))
 
 
-def _decoded(ids: Ragged, known: np.ndarray, target: Target, refusals: Refusals, **options: bool) -> pa.StringArray:
-    """The text of ids in the place of good rows where it is not `known`, else null."""
+def _decode(ids: Ragged, known: np.ndarray, target: Target, refusals: Refusals, **options: bool) -> pa.StringArray:
+    """Decode the ids of good rows whose text is not `known`; the others are null."""
     rows = np.flatnonzero(~known & refusals.good)
     texts = np.full(len(ids), None, dtype=object)
     if len(rows):
@@ -365,7 +367,7 @@ def _refuse_control(rows: pa.Table, sides: Mapping[str, pa.StringArray], target:
 
 
 def _matches(texts: pa.StringArray, pattern: re.Pattern[str]) -> np.ndarray:
-    """bool [rows]: where a pattern of literals is found."""
+    """Return bool [rows]: whether a pattern of literals is found."""
     return np.asarray(pc.match_substring_regex(texts, pattern.pattern).fill_null(False).to_numpy(zero_copy_only=False))
 
 
@@ -393,14 +395,14 @@ def _refuse_unfit(texts: Mapping[str, Ragged], target: Target, refusals: Refusal
             refusals.refuse(ids.lengths > target.max_response_tokens, "response too long", detail)
 
 
-def _finished(
+def _finish(
     columns: dict[str, pa.Array],
     schema: pa.Schema,
     target: Target,
     refusals: Refusals,
     partners: pa.StringArray | None = None,
 ) -> tuple[pa.Table, list[Rejected]]:
-    """The rows that are good and pass the rules of their table, and those that were refused.
+    """Return the rows that are good and pass the rules of their table, and the refused ones.
 
     Only a row with a partner is made of two rows of the file.
     """
@@ -410,12 +412,12 @@ def _finished(
     table = pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
     origins = table["origin"]
     two = np.zeros(rows, dtype=bool) if partners is None else np.asarray(partners.is_valid())
-    rejected = refusals.rejected(lambda row: split_origins(str(origins[row])) if two[row] else [str(origins[row])])
+    rejected = refusals.to_rejected(lambda row: split_origins(str(origins[row])) if two[row] else [str(origins[row])])
     return apply_rules(table.filter(pa.array(refusals.good)), rejected)
 
 
 def split_origins(origin: str) -> list[str]:
-    """The column `origin` as the rows it names: one, or two of the same file, whose name may hold anything."""
+    """Split a column `origin` into the rows it names: one, or two of the same file, whose name may hold anything."""
     found = _TWO_ROWS.fullmatch(origin)
     return [f"{found[1]}:{found[2]}", f"{found[1]}:{found[3]}"] if found else [origin]
 

@@ -39,10 +39,10 @@ def test_lists_of_numbers_do_what_python_s_lists_do(lists: list[list[int]], data
     cut = [data.draw(st.integers(0, len(lists[row]))) for row in order]
     shorter = picked.without_first(np.array(cut, dtype=np.int64))
     assert python(shorter) == [lists[row][n:] for row, n in zip(order, cut, strict=True)]
-    assert python(shorter.extended(np.array(cut, dtype=np.int64), np.array(order, dtype=np.int64))) == [
+    assert python(shorter.append(np.array(cut, dtype=np.int64), np.array(order, dtype=np.int64))) == [
         lists[row][n:] + [row] * n for row, n in zip(order, cut, strict=True)
     ]
-    assert python(ragged.extended(1, 9)) == [[*numbers, 9] for numbers in lists]
+    assert python(ragged.append(1, 9)) == [[*numbers, 9] for numbers in lists]
     other = ragged.take(np.array(list(rows)[::-1], dtype=np.int64))
     assert ragged.same_as(other).tolist() == [a == b for a, b in zip(lists, lists[::-1], strict=True)]
     first = np.array([row % 2 == 0 for row in rows], dtype=bool)
@@ -55,7 +55,7 @@ def test_lists_of_numbers_do_what_python_s_lists_do(lists: list[list[int]], data
 @given(st.lists(LISTS, max_size=4))
 def test_rows_that_are_joined_follow_each_other(groups: list[list[list[int]]]) -> None:
     rows = Ragged.of([row for group in groups for row in group])
-    joined = rows.grouped(np.array([len(group) for group in groups], dtype=np.int64))
+    joined = rows.join(np.array([len(group) for group in groups], dtype=np.int64))
     assert python(joined) == [[number for row in group for number in row] for group in groups]
 
 
@@ -91,7 +91,7 @@ def test_a_row_is_refused_for_the_first_reason_found_and_once_for_each_of_its_or
     refusals.refuse(np.array([False, True, False, True]), "one", lambda row: f"row {row}")
     refusals.refuse(np.array([True, True, False, False]), "two", str)
     assert refusals.good.tolist() == [False, False, True, False]
-    assert refusals.rejected(lambda row: [f"f:{row}"] * (1 + (row == 3))) == [
+    assert refusals.to_rejected(lambda row: [f"f:{row}"] * (1 + (row == 3))) == [
         Rejected("f:0", "two", "0"),
         Rejected("f:1", "one", "row 1"),
         Rejected("f:3", "one", "row 3"),

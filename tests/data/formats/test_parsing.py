@@ -30,9 +30,9 @@ def test_a_reference_is_text_or_json(value: Any, found: str | None) -> None:
 
 
 def test_fields_are_there_and_are_text() -> None:
-    assert (Record({"a": 0}).required("a"), as_text("b", "b")) == (0, "b")
+    assert (Record({"a": 0}).require("a"), as_text("b", "b")) == (0, "b")
     for use, reason in (
-        (lambda: Record({"a": None}).required("a"), "missing field"),
+        (lambda: Record({"a": None}).require("a"), "missing field"),
         (lambda: as_text(5, "b"), "wrong type"),
     ):
         with pytest.raises(Refusal) as caught:
