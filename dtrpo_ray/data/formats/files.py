@@ -102,7 +102,7 @@ def sha256_data(file: str) -> str:
 
 
 def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
-    """Split a file into parts of `rows` rows, or PART_ROWS; gzip and JSON, which cannot be entered midway, stay whole."""
+    """Split a file into parts of `rows` rows, or PART_ROWS; gzip and JSON cannot be entered midway and stay whole."""
     rows = rows or PART_ROWS
     name = file_name(file)
     filesystem, path = open_filesystem(file)
