@@ -100,11 +100,11 @@ def _finite_everywhere(groups: list[dict[str, Any]]) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> SkippableAdamW:
-    """Return AdamW over the trained parameters; with `offload` DeepSpeed's, whose state lies in CPU memory."""
+    """Return AdamW over the trained parameters; with `offload` DeepSpeed's, whose state is in CPU memory."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = partial(_cpu_adam(), adamw_mode=True) if config.offload else SkippableAdamW
-    made: SkippableAdamW = optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
-    return made
+    result: SkippableAdamW = optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    return result
 
 
 def make_schedule(

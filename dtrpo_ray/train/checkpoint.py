@@ -194,7 +194,7 @@ def require_any(root: str) -> None:
 
 
 def root_of(run: Path, recorded: str) -> str:
-    """Return where a stage's checkpoints lie now: those inside its folder moved with it when it was finished."""
+    """Return the current place of a stage's checkpoints: those inside its folder moved with it when it finished."""
     inside = run / Path(recorded).name
     return str(inside) if "://" not in recorded and inside.is_dir() else recorded
 
@@ -212,12 +212,12 @@ def local_folder(where: str) -> Iterator[Path]:
         yield Path(where)
         return
     filesystem, path = open_storage(where)
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            download(filesystem, path, Path(made) / Path(path).name)
+            download(filesystem, path, Path(scratch) / Path(path).name)
         except OSError as error:
             raise CheckpointError(f"{where}: cannot be downloaded ({error})") from None
-        yield Path(made) / Path(path).name
+        yield Path(scratch) / Path(path).name
 
 
 def remove(filesystem: pafs.FileSystem, place: Place) -> None:
@@ -228,7 +228,7 @@ def remove(filesystem: pafs.FileSystem, place: Place) -> None:
 
 
 def remove_folder(filesystem: pafs.FileSystem, path: str) -> None:
-    """Delete a folder with all in it; one that is gone, or that nobody made (gs://), is no error."""
+    """Delete a folder with all in it; one that is gone, or was never created (gs://), is no error."""
     with suppress(FileNotFoundError):
         filesystem.delete_dir(path)
 

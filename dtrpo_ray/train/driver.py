@@ -141,7 +141,7 @@ def _place(out: Path, cluster: ClusterConfig) -> tuple[str, str]:
 
 
 def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
-    """Delete the checkpoints of a stage that is made anew, wherever they lie."""
+    """Delete the checkpoints of a stage that starts anew, wherever they are stored."""
     filesystem, path = checkpoint.open_storage(join_path(*_place(out, cluster)))
     if filesystem.get_file_info(path).type != FileType.NotFound:
         checkpoint.remove_folder(filesystem, path)

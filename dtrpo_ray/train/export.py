@@ -185,25 +185,25 @@ def export_checkpoint(
     """
     filesystem, path = checkpoint.open_storage(str(source))
     facts = checkpoint.verify(filesystem, checkpoint.Place(0, 0, path))
-    folder = Path(facts["base"])
-    if not folder.is_dir():
-        raise CheckpointError(f"{source}: its base model {folder} is gone; its tokenizer and config.json are needed")
+    base_folder = Path(facts["base"])
+    if not base_folder.is_dir():
+        raise CheckpointError(f"{source}: its base model {base_folder} is gone; export needs its tokenizer")
     config = TrainConfig.model_validate(facts["config"])
-    model = _checkpoint_model(source, folder, config)
+    model = _checkpoint_model(source, base_folder, config)
     adapter = config.lora is not None and not merged
-    card = _checkpoint_card(facts, base or base_name(folder), adapter)
+    card = _checkpoint_card(facts, base or base_name(base_folder), adapter)
     if config.lora and merged:
         merge_adapters(model)
     model = model.to(getattr(torch, dtype)) if dtype else model
-    with whole_folder(out) as made:
+    with whole_folder(out) as folder:
         if config.lora and adapter:
             assert card.base is not None
-            save_adapter(model, config.lora, card.base, made)
-            (made / "README.md").write_text(card.text())
+            save_adapter(model, config.lora, card.base, folder)
+            (folder / "README.md").write_text(card.text())
         else:
-            copy_companions(folder, made)
-            save_model(model, made)
-            _finish(made, card, None)
+            copy_companions(base_folder, folder)
+            save_model(model, folder)
+            _finish(folder, card, None)
     return facts
 
 

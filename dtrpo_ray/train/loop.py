@@ -16,7 +16,7 @@ from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train.backend import Backend
 
-MAX_DROPPED = 10  # dropped steps in a row that end the run whatever the policy
+MAX_DROPPED = 10  # dropped steps in a row that end the run, even with on_nonfinite = "skip"
 
 Rows = Sequence[Mapping[str, Any]]
 Collate = Callable[[Rows], MicroBatch]
@@ -32,14 +32,14 @@ def collate(
 ) -> Collate:
     """Return the function that turns rows into the `MicroBatch` of this objective and model.
 
-    `reference` orders rows for the schedule "confidence" and lies on `device`; `fill` adds its log-probs from a cache.
+    `reference` orders rows for the schedule "confidence" and is on `device`; `fill` adds its log-probs from a cache.
     """
     layout, objective = ModelLayout.of(model), config.objective
 
     def to_batch(rows: Rows) -> MicroBatch:
         if objective.orders_by_reference:
             if reference is None:
-                raise TrainError('train.objective.schedule = "confidence" orders by the reference: it must be at hand')
+                raise TrainError('train.objective.schedule = "confidence" orders by the reference, and there is none')
             rows = order_by_confidence(reference, rows, device or torch.device("cpu"), config.row_tokens)
         batch = build_batch(rows, objective, layout, seed, config.row_tokens)
         return fill(batch, rows) if fill else batch
@@ -174,17 +174,17 @@ def optimizer_step(
     names = sorted(totals)
     means = backend.reduce(torch.stack([totals[n].cpu().double() for n in names]))
     metrics = dict(zip(names, means.tolist(), strict=True))
-    asked, tokens = metrics.pop("due") > 0, metrics.pop("trunk_tokens")
+    drain_due, tokens = metrics.pop("due") > 0, metrics.pop("trunk_tokens")
     lossless = not means.isfinite().all()
     metrics["grad_norm"], metrics["lr"] = backend.step(skip=lossless)
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
     if not lossless and math.isfinite(metrics["grad_norm"]):
-        return StepResult(metrics, asked, False, [])
+        return StepResult(metrics, drain_due, False, [])
     finite = torch.cat(losses).isfinite().tolist()
     ids = [str(row["row_id"]) for part in parts for row in part]
     bad = [row_id for row_id, good in zip(ids, finite, strict=True) if not (good and lossless)]
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return StepResult({**known, "skipped": 1.0}, asked, True, bad)
+    return StepResult({**known, "skipped": 1.0}, drain_due, True, bad)
 
 
 def _not_finite(step: int, bad_rows: list[str], dropped: int) -> str:

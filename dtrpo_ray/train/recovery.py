@@ -207,7 +207,7 @@ class Saver:
             shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step: int, at_once: bool = False) -> None:
-        """Write the checkpoint of a step; `at_once` returns when it lies in storage."""
+        """Write the checkpoint of a step; `at_once` returns once it is in storage."""
         self.wait()
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         self.backend.save(folder, step)

@@ -68,7 +68,7 @@ def reference_values(
     batch = to_batch(rows)
     with torch.no_grad():
         logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
-    made = [
+    cached = [
         {
             "row_id": row_id,
             "side": side,
@@ -80,7 +80,7 @@ def reference_values(
         }
         for (row_id, side, epoch), where, draws in _sides(batch, rows)
     ]
-    return pa.Table.from_pylist(made, schema=LOGPS_SCHEMA)
+    return pa.Table.from_pylist(cached, schema=LOGPS_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class RunRecord(BaseModel):
 
     @classmethod
     def of(cls, stage: TrainStage, config: TrainConfig, root: str) -> "RunRecord":
-        """Describe a run whose checkpoints lie in `root`."""
+        """Describe a run whose checkpoints are in `root`."""
         return cls(
             config=config.model_dump(mode="json"),
             seed=stage.seed,

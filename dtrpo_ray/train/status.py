@@ -14,7 +14,9 @@ from dtrpo_ray.stages import MANIFEST
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.run import RunRecord
 
-QUIET_SECONDS = 300  # a run that has written nothing for so long, or for three of its own metric lines, is cut off
+QUIET_SECONDS = (
+    300  # a run that has written nothing for so long, and for the time of three metric lines, counts as cut off
+)
 SHOWN_EVENTS = 10
 
 
@@ -72,7 +74,7 @@ def read_status(run: Path, check: bool = False) -> RunStatus:
     """
     record = RunRecord.read(run)
     if record is None:
-        raise DataError(f"{run}: not a training stage (no readable {RUN}); they lie in STORAGE/stages")
+        raise DataError(f"{run}: not a training stage (no readable {RUN}); name a folder of STORAGE/stages")
     rows, events = read_metrics(run / METRICS), read_events(run / EVENTS)
     starts = [event for event in events if event["event"] in ("start", "resume")]
     quiet = time.time() - max((f.stat().st_mtime for f in (run / METRICS, run / EVENTS) if f.exists()), default=0)

@@ -75,11 +75,11 @@ class Sinks:
 
 
 def profiler(out: Path, num_steps: int) -> Any:
-    """Start torch's profiler over `num_steps` optimizer steps after two to warm up; the trace lies in profile/."""
-    made = torch.profiler.profile(
+    """Start torch's profiler over `num_steps` optimizer steps after two to warm up; the trace goes to profile/."""
+    profile = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=num_steps, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(str(out / "profile")),
         profile_memory=True,
     )
-    made.start()
-    return made
+    profile.start()
+    return profile

@@ -1,4 +1,4 @@
-"""Metrics rows -> TensorBoard, Weights & Biases, MLflow: by name, imported here alone and only when asked for.
+"""Metrics rows -> TensorBoard, Weights & Biases, MLflow: by name, imported only here and only if named.
 
 The JSON lines of `metrics` are always written; a tracker that fails is dropped with a warning, a run never is.
 """

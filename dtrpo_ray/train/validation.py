@@ -35,7 +35,7 @@ class Question(TypedDict):
 
 
 class Line(TypedDict):
-    """The fixed columns of a line of validation.jsonl; the metrics stand beside them."""
+    """The fixed columns of a line of validation.jsonl; the metrics are columns too."""
 
     step: int
     num_prompts: int
@@ -84,8 +84,8 @@ def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[st
 
 def _measure_in_child(folder: Path, out: Path, config: dict[str, Any]) -> Measured:
     """Run `measure` in a child process. Raises TrainError with its last line of output."""
-    with tempfile.TemporaryDirectory() as made:
-        result = Path(made) / "result.json"
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
         words = [sys.executable, "-m", "dtrpo_ray.train.validation"]
         words += [str(folder), str(out), json.dumps(config), str(result)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -101,9 +101,9 @@ def measure(folder: Path, out: Path, train: TrainConfig) -> Measured:
     """Let the checkpoint in `folder` answer the questions of the stage's folder `out`, and score its answers."""
     config = train.validation
     assert config is not None
-    with tempfile.TemporaryDirectory() as made:
-        facts = export_checkpoint(folder, Path(made) / "model", merged=True)
-        engine = Engine.load(Path(made) / "model")
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = export_checkpoint(folder, Path(scratch) / "model", merged=True)
+        engine = Engine.load(Path(scratch) / "model")
     questions = json.loads((out / QUESTIONS).read_text())
     prompts = questions["prompts"]
     params = SamplingParams(max_new_tokens=config.max_new_tokens, denoising_steps=config.denoising_steps)
