@@ -39,7 +39,7 @@ from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.parts import run_parts
-from dtrpo_ray.produce.rollout import DecodeJob, Recorder, prompts_parts
+from dtrpo_ray.produce.rollout import DecodeJob, DecodeRequest, Recorder, request_parts
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
 from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
@@ -156,14 +156,14 @@ def pipelines(folder: Path, rows: int, model_rows: int) -> Iterator[Pipeline]:
     by_prompt = prompt_parts(files_of(folder, "score"), rows // PARTS)
     yield Pipeline("pair", by_prompt, partial(Pairer, PairConfig()))
     prompts = [
-        {"row_id": f"{i:06d}", "prompt_id": f"{i:06d}", "prompt": "1 plus 1 is", "denoising_steps": 4}
+        DecodeRequest(row_id=f"{i:06d}", prompt_id=f"{i:06d}", prompt="1 plus 1 is", denoising_steps=4)
         for i in range(model_rows)
     ]
     batch = max(1, model_rows // PARTS)
     job = DecodeJob(
         base.resolve(), "bench", SamplingParams(max_new_tokens=TOKENS, denoising_steps=4, temperature=1.0), batch, SEED
     )
-    yield Pipeline("rollout", prompts_parts(prompts, batch), partial(Recorder, job, sharers))
+    yield Pipeline("rollout", request_parts(prompts, batch), partial(Recorder, job, sharers))
     config = TrainConfig(
         objective=Objective(schedule="random"), global_batch=8, micro_batch=8, max_steps=model_rows // 8
     )

@@ -5,8 +5,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -47,11 +47,11 @@ from dtrpo_ray.parts import run_parts
 from dtrpo_ray.produce.drafts import Drafter
 from dtrpo_ray.produce.llm import require_vllm
 from dtrpo_ray.produce.rollout import (
-    Asked,
     DecodeJob,
+    DecodeRequest,
     FileRecorder,
     Recorder,
-    prompts_parts,
+    request_parts,
     require_fit,
     sampling_params,
 )
@@ -217,15 +217,15 @@ class Pipeline:
         policy = self.policy(number - 1).digest
         return {"rollout": config.model_dump(mode="json"), "policy": policy, "seed": self.job.seed, "round": number}
 
-    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[Asked]:
+    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[DecodeRequest]:
         puzzles = generate_puzzles(self._puzzle(), config.num_prompts, "train", _seed_of(self.job.seed, number))
         return [
-            {
-                "row_id": f"r{number}-{i:06d}-{sample:02d}",
-                "prompt_id": f"r{number}-{i:06d}",
-                "prompt": puzzle["prompt"],
-                "denoising_steps": config.denoising_steps[sample % len(config.denoising_steps)],
-            }
+            DecodeRequest(
+                row_id=f"r{number}-{i:06d}-{sample:02d}",
+                prompt_id=f"r{number}-{i:06d}",
+                prompt=puzzle["prompt"],
+                denoising_steps=config.denoising_steps[sample % len(config.denoising_steps)],
+            )
             for i, puzzle in enumerate(puzzles)
             for sample in range(config.num_samples)
         ]
@@ -238,11 +238,11 @@ class Pipeline:
         scorer = scorer_path(self._puzzle())
         return DecodeJob(model.path.resolve(), model.digest, params, batch_size, seed=self.job.seed, scorer=scorer)
 
-    def _record(self, prompts: list[Asked], decode: DecodeJob, out: Path, label: str) -> list[dict[str, Any]]:
+    def _record(self, prompts: list[DecodeRequest], decode: DecodeJob, out: Path, label: str) -> list[dict[str, Any]]:
         """Decode and score puzzles into a table; return the summaries of its parts."""
-        data_hash = sha256_json([row["prompt"] for row in prompts])
+        data_hash = sha256_json([request.prompt for request in prompts])
         (out / TABLE).mkdir(exist_ok=True)
-        parts = prompts_parts([{**row, "data_hash": data_hash} for row in prompts], decode.batch_size)
+        parts = request_parts([replace(request, data_hash=data_hash) for request in prompts], decode.batch_size)
         recorder = partial(Recorder, decode, self.job.cluster.num_actors)
         done = run_parts(parts, recorder, out / TABLE, self.job.cluster, label, gpu=True)
         write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
@@ -473,12 +473,12 @@ class Pipeline:
 
         def make(out: Path) -> JsonObject:
             prompts = [
-                {
-                    "row_id": f"{title}/{k}/{i:06d}",
-                    "prompt_id": f"{title}/{i:06d}",
-                    "prompt": row["prompt"],
-                    "denoising_steps": k,
-                }
+                DecodeRequest(
+                    row_id=f"{title}/{k}/{i:06d}",
+                    prompt_id=f"{title}/{i:06d}",
+                    prompt=row["prompt"],
+                    denoising_steps=k,
+                )
                 for k in config.budgets
                 for title, rows in sets.items()
                 for i, row in enumerate(rows)
@@ -533,7 +533,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
 
 
-def _rewards(done: Sequence[dict[str, Any]], out: Path) -> JsonObject:
+def _rewards(done: Sequence[Mapping[str, Any]], out: Path) -> JsonObject:
     """Sum up the parts of a scored stage. Raises DataError if no row got a reward."""
     scored = sum(part["scored"] for part in done)
     unscored = sum(part["rows"] for part in done) - scored

@@ -137,7 +137,7 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("drafts.temperature=0", "num_samples = 8: at temperature = 0 they are all the same; set 1"),
+        ("drafts.temperature=0", "num_samples = 8: at temperature = 0 all answers are the same; set 1"),
         ("drafts.engine.x=[1]", "drafts.engine.x"),
         ("drafts.modle=m", "did you mean drafts.model?"),
         ("task.type=trajectories", "task.type = 'trajectories' brings its responses: remove [rollout] and [drafts]"),

@@ -172,18 +172,18 @@ def policy(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Path:
     return folder
 
 
-def sudoku_prompts(count: int) -> list[dict[str, Any]]:
+def sudoku_prompts(count: int) -> list[Any]:
     from dtrpo_ray.data.tasks.sudoku import generate
+    from dtrpo_ray.produce.rollout import DecodeRequest
 
     puzzles = generate(count, "train", seed=0, blanks=(1, 1))
-    names = [{"row_id": f"r-{i:02d}", "prompt_id": f"r-{i:02d}"} for i in range(count)]
-    return [{**names[i], "prompt": puzzle["prompt"], "denoising_steps": 1 + i % 2} for i, puzzle in enumerate(puzzles)]
+    return [DecodeRequest(f"r-{i:02d}", f"r-{i:02d}", puzzle["prompt"], 1 + i % 2) for i, puzzle in enumerate(puzzles)]
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, policy: Path) -> None:
     from dtrpo_ray.decode.types import SamplingParams
-    from dtrpo_ray.produce.rollout import DecodeJob, Recorder, prompts_parts
+    from dtrpo_ray.produce.rollout import DecodeJob, Recorder, request_parts
 
     prompts = sudoku_prompts(21)
     job = DecodeJob(
@@ -194,15 +194,15 @@ def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, poli
         0,
         "dtrpo_ray.data.tasks.sudoku:score",
     )
-    parts = prompts_parts(prompts, 2)
+    parts = request_parts(prompts, 2)
     assert len(parts) == 6
     pool, alone = pool_and_alone(parts, partial(Recorder, job, 2), tmp_path)
     assert same_files(pool, alone)
     table = read_table(pool, TRAJECTORY).sort_by("row_id")
-    assert table["row_id"].to_pylist() == [row["row_id"] for row in prompts]
+    assert table["row_id"].to_pylist() == [request.row_id for request in prompts]
 
     (tmp_path / "one").mkdir()
-    Recorder(replace(job, batch_size=100), 2)(prompts_parts(prompts, 100)[0], tmp_path / "one")
+    Recorder(replace(job, batch_size=100), 2)(request_parts(prompts, 100)[0], tmp_path / "one")
     sampled = ["row_id", "response_ids", "steps", "seed", "reward"]  # a wider batch moves the last bits of logps
     assert read_table(tmp_path / "one", TRAJECTORY).sort_by("row_id").select(sampled).equals(table.select(sampled))
 
@@ -256,7 +256,7 @@ def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Pa
     from dtrpo_ray.pipeline import Pipeline
     from dtrpo_ray.stages import Store
 
-    rows = [{"prompt": row["prompt"], "answer": "1"} for row in sudoku_prompts(5)]
+    rows = [{"prompt": row.prompt, "answer": "1"} for row in sudoku_prompts(5)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections: dict[str, Any] = {
         "task": {"type": "prompts", "files": [str(tmp_path / "prompts.jsonl")]},

@@ -1,4 +1,4 @@
-"""`[model]`: the base model."""
+"""The section `[model]`: the base model."""
 
 from pathlib import Path
 

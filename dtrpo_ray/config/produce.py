@@ -1,4 +1,4 @@
-"""`[drafts]`, `[score]` and `[pair]`: answers, their rewards, and the pairs made of them."""
+"""The sections `[drafts]`, `[score]` and `[pair]`: answers, their rewards, and the pairs made of them."""
 
 from pathlib import Path
 from typing import Literal
@@ -26,14 +26,14 @@ class DraftsConfig(_LanguageModel):
     top_k: int = Field(0, ge=0)
     """0: no limit."""
     max_new_tokens: int = Field(512, ge=1)
-    """In tokens of that model; an answer that does not end before goes to the quarantine file."""
+    """Counted in tokens of that model; an answer that does not end within them goes to the quarantine file."""
     batch_size: int = Field(256, ge=1)
-    """Prompts of one part of the work, which is done whole or done again."""
+    """Prompts of one part of the work; an interrupted part is done again whole."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "DraftsConfig":
         if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError(f"num_samples = {self.num_samples}: at temperature = 0 they are all the same; set 1")
+            raise ValueError(f"num_samples = {self.num_samples}: at temperature = 0 all answers are the same; set 1")
         return self
 
 
@@ -56,14 +56,14 @@ neither is better, "Verdict: tie"."""
 
 
 class JudgeConfig(_LanguageModel):
-    """A language model on vLLM that compares the responses to a prompt two by two, in both orders, greedily."""
+    """A language model on vLLM that compares the responses to a prompt in pairs, in both orders, greedily."""
 
     template: str = JUDGE_TEMPLATE
-    """What it is asked; {prompt}, {first} and {second} are filled in, and a verdict A, B or tie is read back."""
+    """The question; {prompt}, {first} and {second} are filled in, and a verdict A, B or tie is read from the reply."""
     max_new_tokens: int = Field(512, ge=1)
-    """A reply that is cut off before its verdict is unparsable."""
+    """A reply that is cut off before its verdict counts as unparsable."""
     batch_size: int = Field(256, ge=1)
-    """Responses of one part of the work, about: all that answer a prompt are judged together."""
+    """Approximate responses of one part of the work; all responses to a prompt are judged together."""
 
     @model_validator(mode="after")
     def _has_its_fields(self) -> "JudgeConfig":
@@ -72,11 +72,16 @@ class JudgeConfig(_LanguageModel):
         return self
 
 
+# each name is a module of dtrpo_ray/produce/verifiers; a new verifier is one file there and one name here
+VerifierName = Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions"]
+
+
 class ScoreConfig(Section):
     """Rewards of recorded trajectories."""
 
-    scorer: Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions", "reward_model", "judge"]
-    """A verifier of dtrpo_ray/verifiers, which reads the column `answer`; a reward model; a language model as judge."""
+    scorer: Literal[VerifierName, "reward_model", "judge"]
+    """A verifier (dtrpo_ray/produce/verifiers), which reads the column `answer`; a reward model; or a language model as
+    judge."""
     judge: JudgeConfig | None = None
     """For scorer = "judge"."""
     reward_model: Path | None = None
@@ -103,6 +108,6 @@ class PairConfig(Section):
     reference_engine: str = "reference"
     """The `engine` of reference responses, which pair with responses of any settings."""
     max_pairs_per_prompt: int = Field(1, ge=1)
-    """Most pairs of a prompt and setting."""
+    """Upper bound of pairs per prompt and setting."""
     min_margin: float = Field(0.5, gt=0)
     """Smallest difference of rewards; ties never pair."""

@@ -1,7 +1,7 @@
-"""Prompts -> drafts: answers of an ordinary language model on vLLM, as rows of trajectory/v1 without a step map.
+"""Draft answers to prompts with an ordinary language model on vLLM, as rows of trajectory/v1 without steps.
 
-A draft is read as an imported text is: on the grid and with the tokenizer of the model that will be aligned. Its seed
-comes from (seed, row id), and its row id from its prompt and its number, so parts and actors change nothing.
+A draft is treated like imported text: it is tokenized for the model that will be aligned, and on that model's grid. Its
+row id comes from its prompt and number, its seed from (seed, row id), so neither depends on parts or actors.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ ENGINE_NAME = "vllm"
 
 
 class Drafter(Importer):
-    """Answers the prompts of a part of a file, and imports the answers."""
+    """Answer the prompts of a part of a file, and import the answers."""
 
     def __init__(self, source: ImportJob, config: DraftsConfig, model_hash: str, seed: int) -> None:
         super().__init__(source)
         self.config, self.model_hash, self.seed = config, model_hash, seed
-        self.how = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+        self.sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)
 
     def _batches(self, part: ImportPart) -> Iterator[tuple[pa.Table, list[Rejected]]]:
@@ -40,7 +40,7 @@ class Drafter(Importer):
             yield responses_table(drafts), refused + unfit
 
     def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
-        """The drafts of a batch of prompts, and the prompts that cannot be asked."""
+        """Yield the drafts of a batch of prompts, and a refusal for each prompt that cannot be asked."""
         asked: list[tuple[PromptRow, list[int]]] = []
         for row in rows:
             ids = self._encode(row, first_seen)
@@ -50,7 +50,7 @@ class Drafter(Importer):
                 asked.append((row, ids))
         drafts = [(row, ids, number) for row, ids in asked for number in range(1, self.config.num_samples + 1)]
         seeds = [draft_seed(self.seed, draft_id(content_id(row.prompt), number)) for row, _, number in drafts]
-        replies = self.model.generate([ids for _, ids, _ in drafts], self.how, seeds)
+        replies = self.model.generate([ids for _, ids, _ in drafts], self.sampling, seeds)
         for (row, _, number), reply in zip(drafts, replies, strict=True):
             yield self._draft(row, number, reply)
 
@@ -91,10 +91,10 @@ class Drafter(Importer):
 
 
 def draft_id(prompt_id: str, number: int) -> str:
-    """The row id of a prompt's draft; drafts of a prompt count from 1."""
+    """Return the row id of a prompt's draft; drafts of a prompt count from 1."""
     return f"{prompt_id}-{number:03d}"
 
 
 def draft_seed(seed: int, row_id: str) -> int:
-    """The seed of one draft, whatever it is drawn beside."""
+    """Derive the seed of one draft."""
     return int(row_generator(seed, row_id, 0, "draft").integers(2**63))

@@ -1,12 +1,13 @@
-"""An ordinary (autoregressive) language model on vLLM: prompts -> replies. Only this file imports vllm, when it loads.
+"""Run an ordinary (autoregressive) language model on vLLM. Only this file imports vllm, and only to load a model.
 
-The engine runs in this process: scheduling is then deterministic, and nothing outlives a killed actor.
+The engine runs in this process, so that scheduling is deterministic and nothing outlives a killed actor.
 """
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a reply is drawn; temperature 0 is greedy, top_k 0 no limit."""
+    """The sampling parameters of a reply; temperature 0 is greedy, top_k 0 means no limit."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -38,14 +39,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The text of a reply, and whether the model ended it or ran out of tokens."""
+    """The text of a reply; `ended` is False if the model ran out of tokens."""
 
     text: str
     ended: bool
 
 
 def require_vllm(field: str) -> None:
-    """Raise ConfigError with the command that installs vLLM where there is none, without importing it."""
+    """Raise ConfigError with the command that installs vLLM if it is missing, without importing it."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"{field}: needs vLLM, which is not installed here; {INSTALL}")
 
@@ -53,7 +54,7 @@ def require_vllm(field: str) -> None:
 class LanguageModel:
     """A model directory, loaded by vLLM with `engine`, the arguments of vllm.LLM. Raises ModelError."""
 
-    def __init__(self, path: Path, engine: dict[str, Any]) -> None:
+    def __init__(self, path: Path, engine: Mapping[str, str | int | float | bool]) -> None:
         require_vllm(str(path))
         os.environ.update(ENVIRONMENT | {name: os.environ[name] for name in ENVIRONMENT if name in os.environ})
         import vllm
@@ -63,29 +64,37 @@ class LanguageModel:
             self.llm: Any = vllm.LLM(model=str(path), **engine)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{path}: vLLM cannot load it with engine = {engine} ({reason})") from None
+            raise ModelError(f"{path}: vLLM cannot load it with engine = {dict(engine)} ({reason})") from None
         self.longest = int(self.llm.model_config.max_model_len)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Messages in the chat template, text as it is, with the special tokens that the tokenizer begins with.
+        """Encode messages through the chat template, text as it is, with the tokenizer's opening special tokens.
 
-        Raises DataError for a prompt without ids, ModelError for messages where there is no template.
+        Raises DataError for a prompt without ids, ModelError for messages if there is no template.
         """
         if not isinstance(prompt, str):
             return encode_prompt(self.tokenizer, prompt)
         try:
             return list(self.tokenizer.encode(prompt))
-        except Exception as error:  # the tokenizers library raises no narrower one
+        except Exception as error:  # the tokenizers library raises a bare Exception
             raise DataError(f"the tokenizer cannot encode the text {prompt[:40]!r} ({error})") from None
 
-    def generate(self, prompts: Sequence[list[int]], how: Sampling, seeds: Sequence[int] | None = None) -> list[Reply]:
-        """A reply to each prompt, in their order; each is drawn with its own seed. vLLM batches them as it likes."""
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> list[Reply]:
+        """Return a reply to each prompt, in their order, each drawn with its own seed; vLLM chooses the batches."""
         if not prompts:
             return []
-        given: dict[str, Any] = {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p}
-        given |= {"top_k": how.top_k}
-        each: Sequence[int | None] = seeds if seeds is not None else [None] * len(prompts)
-        params = [self.vllm.SamplingParams(**given, seed=seed) for seed in each]
+        params = [
+            self.vllm.SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=seed,
+            )
+            for seed in (seeds or repeat(None, len(prompts)))
+        ]
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         done = [output.outputs[0] for output in self.llm.generate(inputs, params, use_tqdm=False)]
         return [Reply(reply.text, reply.finish_reason == "stop") for reply in done]

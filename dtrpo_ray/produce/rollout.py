@@ -1,13 +1,12 @@
-"""Prompts -> decoded responses as rows of trajectory/v1: the workers of a part, which hold the engine.
+"""Decode responses to prompts and record them as rows of trajectory/v1; the workers here hold the engine.
 
-A response's seed comes from (seed, row id), so parts, batches and actors change nothing.
+A response's seed comes from (seed, row id), so its text does not depend on parts, batches or actors.
 """
 
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,16 +30,27 @@ from dtrpo_ray.models.registry import skeleton_of
 from dtrpo_ray.models.tokenizer import prompt_text, tokenizer_hash
 from dtrpo_ray.session import cpu_threads
 
-Asked = dict[str, Any]
-"""A response to decode: row_id, prompt_id, prompt (text or messages), denoising_steps; and perhaps prompt_ids, answer,
-origin and data_hash."""
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """One response to decode. `prompt` is text or messages; `prompt_ids` are its ids if it is encoded already."""
+
+    row_id: str
+    prompt_id: str
+    prompt: str | list[dict[str, str]]
+    denoising_steps: int
+    prompt_ids: list[int] | None = None
+    answer: str | None = None
+    origin: str | None = None
+    data_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """One pass over prompts: with which model, how, and who scores ("module:function") or nobody.
+    """The model, sampling parameters and scorer ("module:function" or None) of one pass over requests.
 
-    Denoising steps are each row's own; rows of as many are decoded `batch_size` at a time.
+    Each request has its own number of denoising steps; requests with the same number are decoded `batch_size` at a
+    time.
     """
 
     model: Path
@@ -64,7 +74,7 @@ def require_fit(model: Path, config: RolloutConfig) -> None:
 
 
 class Recorder:
-    """Loads the engine once, then decodes and scores parts of prompts, each into a file of the part's name."""
+    """Load the engine once, then decode and score parts of requests, each into a file of the part's name."""
 
     def __init__(self, job: DecodeJob, sharers: int) -> None:
         torch.set_num_threads(cpu_threads(sharers))
@@ -72,49 +82,47 @@ class Recorder:
         self.tokenizer_hash = tokenizer_hash(self.engine.tokenizer)
         self.score = pkgutil.resolve_name(job.scorer) if job.scorer else None
 
-    def __call__(self, part: "PromptsPart", out: Path) -> dict[str, Any]:
-        """Decode one part. Raises DataError if a row breaks a rule of its table."""
-        table = check_table(self.decode(part.rows), str(part))
+    def __call__(self, part: "RequestPart", out: Path) -> dict[str, float]:
+        """Decode one part and return its counts. Raises DataError if a row breaks a rule of its table."""
+        table = check_table(self.decode(part.requests), str(part))
         write_whole(table, out / part.name)
         rewards = table["reward"].drop_null().to_pylist()
         return {"rows": len(table), "scored": len(rewards), "sum": sum(rewards)}
 
-    def decode(self, asked: Sequence[Asked]) -> pa.Table:
-        """A trajectory for each row, those of as many denoising steps together."""
-        made: list[TrajectoryRow] = []
-        for steps in sorted({row["denoising_steps"] for row in asked}):
-            rows = [row for row in asked if row["denoising_steps"] == steps]
+    def decode(self, requests: Sequence[DecodeRequest]) -> pa.Table:
+        """Decode a trajectory for each request, those with the same number of denoising steps together."""
+        rows: list[TrajectoryRow] = []
+        for steps in sorted({request.denoising_steps for request in requests}):
+            same = [request for request in requests if request.denoising_steps == steps]
             params = self.job.params.model_copy(update={STEPS: steps})
-            for start in range(0, len(rows), self.job.batch_size):
-                made += self._decode(rows[start : start + self.job.batch_size], params)
-        return pa.Table.from_pylist(made, schema=TRAJECTORY)
-
-    def _decode(self, rows: Sequence[Asked], params: SamplingParams) -> list[TrajectoryRow]:
-        prompts = [row.get("prompt_ids") or self.engine.encode(row["prompt"]) for row in rows]
-        seeds = [int(row_generator(self.job.seed, row["row_id"], 0, "decode").integers(2**63)) for row in rows]
-        done = self.engine.generate(prompts, params, seeds)
-        whole = zip(rows, prompts, seeds, done, strict=True)
-        return [self._trajectory(row, prompt, seed, params, generation) for row, prompt, seed, generation in whole]
+            for start in range(0, len(same), self.job.batch_size):
+                batch = same[start : start + self.job.batch_size]
+                prompts = [request.prompt_ids or self.engine.encode(request.prompt) for request in batch]
+                seeds = [decode_seed(self.job.seed, request.row_id) for request in batch]
+                generations = self.engine.generate(prompts, params, seeds)
+                decoded = zip(batch, prompts, seeds, generations, strict=True)
+                rows += [self._trajectory(*one, params) for one in decoded]
+        return pa.Table.from_pylist(rows, schema=TRAJECTORY)
 
     def _trajectory(
-        self, row: Asked, prompt: list[int], seed: int, params: SamplingParams, generation: Generation
+        self, request: DecodeRequest, prompt: list[int], seed: int, generation: Generation, params: SamplingParams
     ) -> TrajectoryRow:
         text = self.engine.decode(generation.text_ids)
         return {
             "contract_version": CONTRACT_VERSION,
-            "row_id": row["row_id"],
-            "prompt_id": row["prompt_id"],
-            "origin": row.get("origin"),
-            "answer": row.get("answer"),
-            "data_hash": row.get("data_hash"),
-            "prompt": prompt_text(row["prompt"], prompt, self.engine.tokenizer),
+            "row_id": request.row_id,
+            "prompt_id": request.prompt_id,
+            "origin": request.origin,
+            "answer": request.answer,
+            "data_hash": request.data_hash,
+            "prompt": prompt_text(request.prompt, prompt, self.engine.tokenizer),
             "response": text,
             "prompt_ids": prompt,
             "response_ids": generation.ids,
             "steps": generation.steps,
             "logps": generation.logps,
             "num_forwards": generation.num_forwards,
-            "reward": self.score(row["prompt"], text) if self.score else None,
+            "reward": self.score(request.prompt, text) if self.score else None,
             "reward_source": self.job.scorer,
             **how_decoded(self.engine.model, params, len(prompt), generation.steps),
             "seed": seed,
@@ -124,26 +132,31 @@ class Recorder:
         }
 
 
+def decode_seed(seed: int, row_id: str) -> int:
+    """Derive the seed of one response."""
+    return int(row_generator(seed, row_id, 0, "decode").integers(2**63))
+
+
 @dataclass(frozen=True, slots=True)
-class PromptsPart:
+class RequestPart:
     """Some responses to decode, and the name of the file that they become."""
 
     name: str
-    rows: list[Asked]
+    requests: list[DecodeRequest]
 
     def __str__(self) -> str:
-        return f"prompts {self.rows[0]['row_id']} to {self.rows[-1]['row_id']}"
+        return f"prompts {self.requests[0].row_id} to {self.requests[-1].row_id}"
 
 
-def prompts_parts(asked: Sequence[Asked], batch_size: int) -> list[PromptsPart]:
-    """Rows in parts of about a batch for each number of denoising steps, which are decoded apart."""
-    size = batch_size * len({row["denoising_steps"] for row in asked})
-    chunks = [list(asked[start : start + size]) for start in range(0, len(asked), size)]
-    return [PromptsPart(f"part-{number:05d}.parquet", rows) for number, rows in enumerate(chunks)]
+def request_parts(requests: Sequence[DecodeRequest], batch_size: int) -> list[RequestPart]:
+    """Cut requests into parts of about one batch for each number of denoising steps, since these decode apart."""
+    size = batch_size * len({request.denoising_steps for request in requests})
+    chunks = [list(requests[start : start + size]) for start in range(0, len(requests), size)]
+    return [RequestPart(f"part-{number:05d}.parquet", chunk) for number, chunk in enumerate(chunks)]
 
 
 class FileRecorder(Importer):
-    """Decodes the prompts of a part of a file, several samples of each, in a round of a job."""
+    """Decode several responses to each prompt of a part of a file, in one round of a job."""
 
     def __init__(self, source: ImportJob, job: DecodeJob, config: RolloutConfig, number: int, sharers: int) -> None:
         super().__init__(source)
@@ -162,16 +175,21 @@ class FileRecorder(Importer):
             return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
 
         refusals.refuse(ids.lengths > self.room, "prompt too long", detail)
-        asked: list[Asked] = []
+        requests: list[DecodeRequest] = []
         for at in np.flatnonzero(refusals.good):
-            row = rows[at]
-            same = {"prompt_id": prompt_ids[int(at)].as_py(), "prompt": row.prompt, "answer": row.answer}
-            same |= {"prompt_ids": ids.take(np.array([at])).flat.tolist()}
-            asked += self._samples(same, row.origin)
-        return apply_rules(self.recorder.decode(asked), refusals.to_rejected(lambda at: [rows[at].origin]))
+            encoded = ids.take(np.array([at])).flat.tolist()
+            requests += self._samples(rows[at], prompt_ids[int(at)].as_py(), encoded)
+        return apply_rules(self.recorder.decode(requests), refusals.to_rejected(lambda at: [rows[at].origin]))
 
-    def _samples(self, same: Asked, origin: str) -> Iterator[Asked]:
+    def _samples(self, row: PromptRow, prompt_id: str, prompt_ids: list[int]) -> Iterator[DecodeRequest]:
         steps = self.config.denoising_steps
         for sample in range(self.config.num_samples):
-            names = {"row_id": f"r{self.number}-{same['prompt_id']}-{sample:02d}", "origin": f"{origin}#{sample + 1}"}
-            yield {**same, **names, "denoising_steps": steps[sample % len(steps)]}
+            yield DecodeRequest(
+                row_id=f"r{self.number}-{prompt_id}-{sample:02d}",
+                prompt_id=prompt_id,
+                prompt=row.prompt,
+                denoising_steps=steps[sample % len(steps)],
+                prompt_ids=prompt_ids,
+                answer=row.answer,
+                origin=f"{row.origin}#{sample + 1}",
+            )

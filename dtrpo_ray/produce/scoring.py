@@ -1,11 +1,13 @@
-"""Recorded responses -> rewards: a file of trajectory/v1 at a time by a verifier or a reward model, for a judge the
-responses to some prompts, in whatever files they are."""
+"""Score recorded responses by a verifier, a reward model or a judge.
+
+Verifiers and reward models score a file of trajectory/v1 at a time; a judge all responses to some prompts at a time.
+"""
 
 import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -17,17 +19,26 @@ from dtrpo_ray.errors import ConfigError, DataError, ModelError
 from dtrpo_ray.models.tokenizer import load_tokenizer, prompt_messages
 from dtrpo_ray.produce.judge import Judge
 
-WITHOUT_ANSWER = ("sudoku", "countdown")  # verifiers that the prompt alone may do for
-
-# what no response may do but score nothing; a machine's trouble (OSError) is not among them
-_OF_A_RESPONSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
+# errors caused by the response itself, which then scores 0; OSError is the machine's and not among them
+_RESPONSE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
 
 Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
-"""(prompts, responses, reference answers) -> rewards; None where there is none to give."""
+"""(prompts, responses, reference answers) -> rewards; None for a response without a reward."""
+
+
+class ScoreSummary(TypedDict):
+    """The counts of a scored part."""
+
+    rows: int
+    scored: int
+    sum: float
+    comparisons: NotRequired[dict[str, int]]
+    failed: NotRequired[int]
+    caution: NotRequired[str]
 
 
 class Scorer:
-    """Scores the parts of a trajectory table, each into a file of the part's name."""
+    """Score the parts of a trajectory table, each into a file of the part's name."""
 
     def __init__(self, config: ScoreConfig) -> None:
         self.source: str = config.scorer
@@ -42,7 +53,7 @@ class Scorer:
         else:
             self.score = self.verifier = Verifier(config.scorer)
 
-    def __call__(self, part: TablePart, out: Path) -> dict[str, Any]:
+    def __call__(self, part: TablePart, out: Path) -> ScoreSummary:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
         table = part.read(TRAJECTORY)
         columns = [table[name].to_pylist() for name in ("prompt", "response", "answer")]
@@ -54,22 +65,26 @@ class Scorer:
         given = [reward for reward in rewards if reward is not None]
         sources = [None if reward is None else self.source for reward in rewards]
         write_whole(with_columns(table, {"reward": list(rewards), "reward_source": sources}), out / part.name)
-        summary: dict[str, Any] = {"rows": len(table), "scored": len(given), "sum": sum(given)}
+        summary: ScoreSummary = {"rows": len(table), "scored": len(given), "sum": sum(given)}
         if self.judge is not None:
             summary["comparisons"] = dict(self.judge.counts)
             self.judge.counts.clear()
         if self.verifier is not None:
-            summary |= {"failed": self.verifier.failed, "caution": self.verifier.caution()}
+            summary["failed"], summary["caution"] = self.verifier.failed, self.verifier.caution()
             self.verifier.failed = 0
         return summary
 
 
 class Unscorable(Exception):
-    """(row number, reason); never leaves this module."""
+    """The error of one row: (row number, reason). `Scorer` adds the file and raises DataError."""
 
 
 class Verifier:
-    """A module of verifiers/, over rows. `failed` counts the responses that it raised an error for, scored 0."""
+    """Score rows by a module of verifiers/. `failed` counts the responses that raised an error and scored 0.
+
+    A module has `score(prompt, response, answer) -> float`, and may have `caution() -> str`, a warning about this
+    machine ("" for none), and `ANSWER_OPTIONAL = True` if the prompt alone may be enough.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.failed = name, 0
@@ -80,21 +95,21 @@ class Verifier:
         return [self._one(row, *texts) for row, texts in enumerate(zip(prompts, responses, answers, strict=True))]
 
     def _one(self, row: int, prompt: str, response: str, answer: str | None) -> float:
-        if answer is None and self.name not in WITHOUT_ANSWER:
+        if answer is None and not getattr(self.module, "ANSWER_OPTIONAL", False):
             raise Unscorable(row, f"answer is null, and score.scorer = {self.name!r} compares with it")
         try:
             return float(self.module.score(prompt, response, answer))
         except ConfigError:
             raise
-        except DataError as error:  # of the reference
+        except DataError as error:  # the reference is unreadable
             raise Unscorable(row, str(error)) from None
-        except _OF_A_RESPONSE:
+        except _RESPONSE_ERRORS:
             self.failed += 1
             return 0.0
 
 
 class RewardModel:
-    """A sequence-classification model of one label: its logit of a conversation is the reward."""
+    """Reward a conversation by the logit of a sequence-classification model of one label."""
 
     def __init__(self, path: Path, batch_size: int) -> None:
         self.batch_size, self.device = batch_size, "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,7 +127,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
-        """Rewards in the order of the rows; batches are of like length. Too long a conversation is refused."""
+        """Return rewards in the order of the rows; batches are of similar length, and too long rows are refused."""
         texts = [conversation(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for row, tokens in enumerate(ids):
@@ -128,7 +143,7 @@ class RewardModel:
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
-    """A prompt (text, or messages as JSON) and its answer as a reward model reads them: in its chat template."""
+    """Format a prompt (text, or messages as JSON) and its answer in the reward model's chat template."""
     messages = prompt_messages(prompt)
     if tokenizer.chat_template is None:
         return "\n".join([*(turn["content"] for turn in messages), response])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dtrpo_ray.config.produce import JUDGE_TEMPLATE, JudgeConfig
-from dtrpo_ray.produce.judge import Judge, mean_points, outcome, question, read_verdict, shown
+from dtrpo_ray.produce.judge import Judge, mean_points, outcome, question, read_verdict, readable_prompt
 from dtrpo_ray.produce.llm import Reply, Sampling
 
 
@@ -57,8 +57,8 @@ def test_a_question_is_filled_in_once() -> None:
 
 def test_a_conversation_is_shown_with_its_roles() -> None:
     turns = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Why?"}]
-    assert shown(json.dumps(turns)) == "system: Rules.\nuser: Why?"
-    assert shown("Why?") == shown(json.dumps(turns[1:])) == "Why?"
+    assert readable_prompt(json.dumps(turns)) == "system: Rules.\nuser: Why?"
+    assert readable_prompt("Why?") == readable_prompt(json.dumps(turns[1:])) == "Why?"
 
 
 def test_only_the_same_answer_in_both_places_decides() -> None:

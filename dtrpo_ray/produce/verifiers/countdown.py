@@ -1,4 +1,4 @@
-"""Countdown in prose: one expression, or our own derivation, that reaches a target with every number used once."""
+"""Verify Countdown in prose: an expression, or our own derivation, reaches a target and uses every number once."""
 
 import ast
 import json
@@ -9,7 +9,9 @@ from typing import Any
 
 from dtrpo_ray.data.tasks import countdown
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.produce.verifiers.extract import marked, unreadable
+from dtrpo_ray.produce.verifiers.extract import answer_error, marked_answers
+
+ANSWER_OPTIONAL = True
 
 _LONGEST = 200  # characters of an expression
 _SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", r"\left": "", r"\right": ""}
@@ -21,27 +23,27 @@ def score(prompt: str, response: str, answer: str | None = None) -> float:
     if countdown.score(",".join(map(str, [*numbers, target])), response.strip()):
         return 1.0
     used: list[int] = []
-    value = _value(next(marked(response), response), used)
+    value = _value(next(marked_answers(response), response), used)
     return float(value == target and Counter(used) == Counter(numbers))
 
 
 def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
-    """Numbers and target: of the reference [[numbers], target] if it is a list, else of the prompt.
+    """Read numbers and target from the reference [[numbers], target] if it is a list, else from the prompt.
 
-    Raises DataError for a list of another kind, and where there are no numbers.
+    Raises DataError for a list of another form, and if there are no numbers.
     """
     try:
         given = json.loads(answer or "")
     except ValueError:
         given = None
     except RecursionError as error:
-        raise unreadable("countdown", repr(error)) from None
+        raise answer_error("countdown", repr(error)) from None
     if isinstance(given, list):
         try:
             numbers, target = given
             return [_integer(number) for number in numbers], _integer(target)
         except (TypeError, ValueError):
-            raise unreadable("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers") from None
+            raise answer_error("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers") from None
     found = [int(n) for n in re.findall(r"\d+", prompt) if len(n) <= _LONGEST]
     if len(found) < 3:
         raise DataError("the prompt holds no numbers and target for countdown, nor does answer; see docs/data.md")
@@ -49,7 +51,7 @@ def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
 
 
 def _integer(number: Any) -> int:
-    """3, 3.0 and "3"."""
+    """Convert 3, 3.0 or "3"; raise ValueError for anything else."""
     if isinstance(number, bool) or (isinstance(number, float) and not number.is_integer()):
         raise ValueError(number)
     return int(number)

@@ -1,6 +1,6 @@
-r"""Where a model's text says its answer: the last `\boxed{}`, the last <answer>, or what follows the last ####.
+r"""Find the answer in a model's text: the last `\boxed{}`, the last <answer>, or what follows the last ####.
 
-A verifier raises DataError for a reference answer that it cannot read, so that the row is named.
+A verifier raises DataError for a reference answer that it cannot read; the scorer adds the row.
 """
 
 import json
@@ -13,8 +13,8 @@ from dtrpo_ray.errors import DataError
 _TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 
 
-def boxed(text: str) -> str | None:
-    r"""What the last whole `\boxed{...}` or `\fbox{...}` holds, braces balanced."""
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last whole `\boxed{...}` or `\fbox{...}`, braces balanced."""
     found = None
     for start in (match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)):
         depth = 1
@@ -26,9 +26,9 @@ def boxed(text: str) -> str | None:
     return found
 
 
-def marked(text: str) -> Iterator[str]:
-    """The places that mark an answer, the most explicit first."""
-    if (inside := boxed(text)) is not None:
+def marked_answers(text: str) -> Iterator[str]:
+    """Yield the marked answers, the most explicit mark first."""
+    if (inside := last_box(text)) is not None:
         yield inside
     if tags := _TAG.findall(text):
         yield tags[-1].strip()
@@ -36,17 +36,17 @@ def marked(text: str) -> Iterator[str]:
         yield text.rsplit("####", 1)[1].strip()
 
 
-def unreadable(verifier: str, why: object) -> DataError:
-    """The error of a reference answer that a verifier cannot read."""
+def answer_error(verifier: str, why: object) -> DataError:
+    """Make the error of a reference answer that a verifier cannot read."""
     return DataError(f"answer is not what {verifier} reads ({why}); see docs/data.md")
 
 
 def json_object(answer: str, verifier: str) -> dict[str, Any]:
-    """A reference answer that is a JSON object. Raises DataError for another."""
+    """Parse a reference answer that is a JSON object. Raises DataError for any other."""
     try:
         given = json.loads(answer)
     except (ValueError, RecursionError) as error:
-        raise unreadable(verifier, repr(error)) from None
+        raise answer_error(verifier, repr(error)) from None
     if not isinstance(given, dict):
-        raise unreadable(verifier, f"a JSON {type(given).__name__}, not an object")
+        raise answer_error(verifier, f"a JSON {type(given).__name__}, not an object")
     return given

@@ -1,10 +1,10 @@
-"""GSM8K: a number against the number of the reference ("... #### 18", or the number alone)."""
+"""Verify GSM8K: compare a number with the number of the reference ("... #### 18", or the number alone)."""
 
 import re
 from decimal import Decimal
 from fractions import Fraction
 
-from dtrpo_ray.produce.verifiers.extract import marked, unreadable
+from dtrpo_ray.produce.verifiers.extract import answer_error, marked_answers
 
 # a hyphen after a word, a number or a bracket is no sign: 5-18
 _NUMBER = re.compile(r"(?<![\w.)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -14,7 +14,7 @@ _FRACTION = re.compile(r"\s*(-?\d+)\s*/\s*(\d+)\s*")
 
 
 def number(text: str) -> Fraction | None:
-    """The last number of a text, thousands separated or not; the value of a text that is one fraction."""
+    """Return the last number of a text, thousands separated or not, or the value of a text that is one fraction."""
     text = _FRAC.sub(r"\1/\2", _SEPARATOR.sub("", text))
     if whole := _FRACTION.fullmatch(text):
         over, under = (Fraction(Decimal(part)) for part in whole.groups())
@@ -30,9 +30,9 @@ def score(prompt: str, response: str, answer: str) -> float:
     """
     wanted = number(answer.rsplit("####", 1)[-1])
     if wanted is None:
-        raise unreadable("gsm8k", "it holds no number")
-    places = list(marked(response))
+        raise answer_error("gsm8k", "it holds no number")
+    places = list(marked_answers(response))
     if "####" in response:
-        places[-1] = places[-1].split("\n")[0]  # what stands below is no answer
+        places[-1] = places[-1].split("\n")[0]  # text below the line is no answer
     given = next((value for place in places if (value := number(place)) is not None), number(response))
     return float(given == wanted)

@@ -1,41 +1,46 @@
-"""Instruction checks as IFEval's (arXiv 2311.07911): each named instruction is a predicate on the text alone.
+"""Verify instructions as IFEval does (arXiv 2311.07911): each named instruction is a predicate on the text alone.
 
-Two things differ from the published code, which asks nltk: sentences are counted by their end marks, and words in
-capitals are found by a regular expression. Languages are told apart by the library langdetect.
+Two checks replace the published code's use of nltk: sentences are counted by their end marks, and words in capitals are
+found by a regular expression. The library langdetect recognises languages.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dtrpo_ray.errors import ConfigError, DataError
-from dtrpo_ray.produce.verifiers.extract import json_object, unreadable
+from dtrpo_ray.produce.verifiers.extract import answer_error, json_object
 
 _SENTENCE_END = re.compile(r"""[.!?]+["')\]]*(?=\s|$)""")
 _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
 def score(prompt: str, response: str, answer: str) -> float:
-    """The share of instructions followed. `answer` is JSON {instruction_id_list, kwargs}, as IFEval's rows have it."""
+    """Return the share of instructions followed. `answer` is IFEval's JSON {instruction_id_list, kwargs}."""
     given = json_object(answer, "instructions")
     names, kwargs = given.get("instruction_id_list"), given.get("kwargs")
     if not isinstance(names, list) or not isinstance(kwargs, list) or not 0 < len(names) == len(kwargs):
-        raise unreadable("instructions", "instruction_id_list and kwargs are not two lists as long as each other")
+        raise answer_error("instructions", "instruction_id_list and kwargs are not two lists of the same length")
     if unknown := [name for name in names if name not in INSTRUCTIONS]:
         raise DataError(f"instruction {unknown[0]!r} is not one of {', '.join(INSTRUCTIONS)}")
     held = [_follows(name, response, arguments) for name, arguments in zip(names, kwargs, strict=True)]
     return sum(held) / len(held)
 
 
-def _follows(name: str, text: str, arguments: dict[str, Any] | None) -> bool:
+def _follows(name: str, text: str, arguments: Mapping[str, Any] | None) -> bool:
     try:
         known = {key: value for key, value in (arguments or {}).items() if value is not None}
         return bool(text.strip()) and INSTRUCTIONS[name](text, **known)
     except ConfigError:
         raise
-    except (TypeError, AttributeError, ValueError, re.error) as error:  # keywords are patterns, as in published code
-        raise unreadable("instructions", f"{name}: {error}") from None
+    except (
+        TypeError,
+        AttributeError,
+        ValueError,
+        re.error,
+    ) as error:  # keywords are patterns, as published
+        raise answer_error("instructions", f"{name}: {error}") from None
 
 
 def _compare(count: int, relation: str, bound: int) -> bool:
@@ -69,7 +74,7 @@ def _language(text: str, language: str) -> bool:
     try:
         return bool(langdetect.detect(text) == language)
     except langdetect.LangDetectException:
-        return True  # nothing to tell by, as the published code has it
+        return True  # no language found counts as followed, as in the published code
 
 
 def _sentences(text: str, num_sentences: int, relation: str) -> bool:
@@ -110,7 +115,7 @@ def _bullets(text: str, num_bullets: int) -> bool:
     return len(found) == num_bullets
 
 
-def _constrained(text: str) -> bool:
+def _constrained_response(text: str) -> bool:
     return any(answer in text.strip() for answer in _ANSWERS)
 
 
@@ -151,7 +156,7 @@ def _ends(text: str, end_phrase: str) -> bool:
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
-def _quoted(text: str) -> bool:
+def _quotation(text: str) -> bool:
     bare = text.strip()
     return len(bare) > 1 and bare[0] == bare[-1] == '"'
 
@@ -173,7 +178,7 @@ INSTRUCTIONS: dict[str, Callable[..., bool]] = {
     "detectable_content:number_placeholders": _placeholders,
     "detectable_content:postscript": _postscript,
     "detectable_format:number_bullet_lists": _bullets,
-    "detectable_format:constrained_response": _constrained,
+    "detectable_format:constrained_response": _constrained_response,
     "detectable_format:number_highlighted_sections": _highlights,
     "detectable_format:multiple_sections": _sections,
     "detectable_format:json_format": _json,
@@ -181,7 +186,7 @@ INSTRUCTIONS: dict[str, Callable[..., bool]] = {
     "combination:two_responses": _two_responses,
     "combination:repeat_prompt": _repeats,
     "startend:end_checker": _ends,
-    "startend:quotation": _quoted,
+    "startend:quotation": _quotation,
     "change_case:capital_word_frequency": _capital_words,
     "change_case:english_capital": lambda text: text.isupper(),
     "change_case:english_lowercase": lambda text: text.islower(),

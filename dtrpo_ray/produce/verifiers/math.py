@@ -1,7 +1,7 @@
-"""MATH: an expression against the reference's, compared as mathematics by the library math-verify.
+"""Verify MATH: compare an expression with the reference's as mathematics, by the library math-verify.
 
-Some expressions are never done (9^{9^{9^9}}), and nothing but the end of a process stops them: a worker of this process
-compares, one row after the other, and another takes its place when its alarm has ended it.
+Some expressions never finish (9^{9^{9^9}}), and only killing the process stops them. So a worker process compares, one
+row after the other; its own alarm ends it when a row takes too long, and a new worker takes its place.
 """
 
 import atexit
@@ -14,12 +14,12 @@ from functools import cache
 from threading import Lock
 
 from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.produce.verifiers.extract import marked, unreadable
+from dtrpo_ray.produce.verifiers.extract import answer_error, marked_answers
 
-SECONDS = 10  # of the clock for a row
+SECONDS = 10  # wall-clock time for a row
 MEMORY_BYTES = 4 << 30
 
-# an alarm that nobody handles ends the process, whatever it is at; so it does when this process has ended
+# an unhandled alarm ends the process whatever it is doing, also after this process has ended
 _WORKER = """
 import json, resource, signal, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
@@ -44,9 +44,9 @@ for line in sys.stdin:
     # no timeouts of the library: they are alarms that its own code may catch
     def reference():
         global read, known
-        if read != gold:  # responses to a prompt come one after the other
+        if read != gold:  # responses to one prompt follow each other
             known = parse(gold, parsing_timeout=None)
-            verify(known, one, timeout_seconds=None)  # one that is never done is not the response's fault
+            verify(known, one, timeout_seconds=None)  # a reference that never finishes is not the response's fault
             read = gold
         return bool(known)
 
@@ -62,10 +62,10 @@ for line in sys.stdin:
 def score(prompt: str, response: str, answer: str) -> float:
     """1.0 if the marked answer (the whole response if none is) equals the reference; else 0.0.
 
-    Raises DataError for a reference that is no mathematics or not read within SECONDS, and ArithmeticError for a
-    response that is not compared within SECONDS or that the library breaks at.
+    Raises DataError for a reference that is no mathematics or takes longer than SECONDS, and ArithmeticError for a
+    response that takes longer than SECONDS or makes the library fail.
     """
-    given = next(marked(response), None)
+    given = next(marked_answers(response), None)
     found = rf"\boxed{{{given}}}" if given is not None else response
     return float(_worker().compare(rf"\boxed{{{answer}}}", found))
 
@@ -82,20 +82,20 @@ def _worker() -> "_Worker":
 
 
 class _Worker:
-    """A process that compares; starting it costs a second, so that it is kept."""
+    """A process that compares; it is kept because starting it takes a second."""
 
     def __init__(self) -> None:
         self.lock, self.process = Lock(), self._start()
 
     def compare(self, gold: str, found: str) -> bool:
-        """Whether the two are equal. Raises what `score` does."""
+        """Return True if the two are equal. Raises the errors of `score`."""
         with self.lock:
             if self.process.poll() is not None:
                 self.process = self._start()
             reference = self._ask(json.dumps([SECONDS, gold, found]))
             if reference is not True:
                 why = "it holds no mathematics" if reference is False else reference
-                raise unreadable("math", why or f"it takes longer than {SECONDS} s")
+                raise answer_error("math", why or f"it takes longer than {SECONDS} s")
             equal = self._reply()
             if not isinstance(equal, bool):
                 raise ArithmeticError(equal or f"not compared within {SECONDS} s")
@@ -117,7 +117,7 @@ class _Worker:
         return process
 
     def _ask(self, line: str) -> bool | str | None:
-        """The worker's first reply."""
+        """Send a line and return the worker's first reply."""
         assert self.process.stdin
         with suppress(BrokenPipeError):
             self.process.stdin.write(line + "\n")
@@ -125,10 +125,10 @@ class _Worker:
         return self._reply()
 
     def _reply(self) -> bool | str | None:
-        """The next line of the worker; None if it has ended."""
+        """Return the worker's next reply; None if it has ended."""
         assert self.process.stdout
         if line := self.process.stdout.readline():
-            told: bool | str = json.loads(line)
-            return told
+            reply: bool | str = json.loads(line)
+            return reply
         self.end()
         return None

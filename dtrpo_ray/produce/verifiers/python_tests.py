@@ -1,10 +1,10 @@
-"""Python unit tests (HumanEval, MBPP): the response's code runs against the reference's tests in another process.
+"""Verify Python code (HumanEval, MBPP): run the reference's unit tests against the response in another process.
 
-The process has no environment, an empty folder of its own, and limits on processor time, memory, and the size and
-number of files and processes. Linux namespaces keep it from the network, from other processes, from /tmp and /run, and
-from writing outside its folder, and end with it whatever it started. On a machine that does not permit them, which
-scoring tells, the limits alone hold: they stop accidents, and are no wall against hostile code. In both cases it can
-read what this user can, and reach sockets and devices of this user elsewhere.
+The process has an empty environment and folder, and limits on processor time, memory, and the size and number of files
+and processes. Linux namespaces keep it from the network, other processes, /tmp, /run and from writing outside its
+folder, and end with it all that it started. If the machine does not permit namespaces, scoring warns and only the
+limits hold: they stop accidents, not hostile code. Either way the code can read this user's files, and reach this
+user's sockets and devices elsewhere.
 """
 
 import json
@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from dtrpo_ray.errors import ConfigError
-from dtrpo_ray.produce.verifiers.extract import json_object, unreadable
+from dtrpo_ray.produce.verifiers.extract import answer_error, json_object
 
 CPU_SECONDS, WALL_SECONDS = 5, 10
 _LIMITS = {
@@ -29,7 +29,7 @@ _LIMITS = {
     "RLIMIT_FSIZE": 1 << 20,
     "RLIMIT_NOFILE": 64,
     "RLIMIT_CORE": 0,
-    "RLIMIT_NPROC": 64,  # of all processes of this user, where there are no namespaces; root has no such limit
+    "RLIMIT_NPROC": 64,  # without namespaces it counts all processes of this user; root has no such limit
 }
 _PROBE_SECONDS, _BACKSTOP_SECONDS = 60, 5
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|$)", re.DOTALL)
@@ -47,35 +47,35 @@ def score(prompt: str, response: str, answer: str) -> float:
     elif isinstance(given.get("test_list"), list) and given["test_list"]:
         tests = "\n".join(map(str, [given.get("test_setup_code") or "", *given["test_list"]]))
     else:
-        raise unreadable("python_tests", "neither prompt, test and entry_point as text, nor a test_list")
+        raise answer_error("python_tests", "neither prompt, test and entry_point as text, nor a test_list")
     return float(passes(code, tests))
 
 
 def code_of(response: str) -> str:
-    """The code blocks of a response, joined; the whole response if it has none."""
+    """Join the code blocks of a response; return the whole response if it has none."""
     blocks = _FENCE.findall(response)
     return "\n\n".join(blocks) if blocks else response
 
 
 def passes(code: str, tests: str, wall_seconds: float = WALL_SECONDS) -> bool:
-    """Whether `tests` run to their end after `code`, within the limits."""
+    """Return True if `tests` run to their end after `code`, within the limits."""
     return _run(code, tests, wall_seconds, isolated=namespaces())
 
 
 @cache
 def namespaces() -> bool:
-    """Whether this machine permits the namespaces, asked twice.
+    """Return True if this machine permits the namespaces, in one of two tries.
 
-    Raises ConfigError if not even an empty test passes: else every response would fail.
+    Raises ConfigError if not even an empty test passes, since every response would then fail.
     """
     permitted = any(_run("", "", _PROBE_SECONDS, isolated=True) for _ in range(2))
     if not permitted and not _run("", "", _PROBE_SECONDS, isolated=False):
-        raise ConfigError(f"python_tests: {sys.executable} runs no empty test within the limits {_LIMITS}; mend it")
+        raise ConfigError(f"python_tests: {sys.executable} runs no empty test within the limits {_LIMITS}; repair it")
     return permitted
 
 
 def caution() -> str:
-    """What who scores on this machine should know, "" if nothing."""
+    """Return a warning about scoring on this machine, or ""."""
     if namespaces():
         return ""
     return (
@@ -89,7 +89,7 @@ def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
     job = {"code": code, "tests": tests, "word": word, "limits": _LIMITS}
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as verdict,  # no pipe: the limit on files holds for it, and none of it is read in vain
+        tempfile.TemporaryFile() as verdict,  # not a pipe: the limit on file sizes holds for a file
     ):
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", _SANDBOX, "isolated" if isolated else "limited", str(wall_seconds)],
@@ -105,10 +105,10 @@ def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            process.terminate()  # its own end is its namespace's
+            process.terminate()  # it ends its namespace
             with suppress(subprocess.TimeoutExpired):
                 process.wait(1)
-            with suppress(ProcessLookupError):  # what it started, too
+            with suppress(ProcessLookupError):  # and the processes that it started
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.wait()

@@ -14,7 +14,7 @@ import pytest
 
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.produce.verifiers import countdown, gsm8k, instructions, python_tests, sudoku
-from dtrpo_ray.produce.verifiers.extract import boxed, marked
+from dtrpo_ray.produce.verifiers.extract import last_box, marked_answers
 
 GRID, PUZZLE = "1234341221434321", "1034341201434320"
 
@@ -25,9 +25,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_last_whole_box_counts_braces_balanced() -> None:
-    assert boxed(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
-    assert boxed("none") is None
-    assert list(marked(r"<answer>\boxed{5}</answer> #### 7")) == ["5", r"\boxed{5}", "7"]
+    assert last_box(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
+    assert last_box("none") is None
+    assert list(marked_answers(r"<answer>\boxed{5}</answer> #### 7")) == ["5", r"\boxed{5}", "7"]
 
 
 @pytest.mark.parametrize(
