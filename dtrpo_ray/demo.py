@@ -90,7 +90,10 @@ def ask_served(pipeline: Pipeline, budget: int) -> Iterator[Questions]:
     with console.status("serving the aligned model"):
         url = start(config)
     try:
-        answers = {name: _ask(url, config, model, prompts, budget, job) for name, model in models.items()}
+        answers = {
+            name: _ask(job, prompts, url=url, config=config, model=model, budget=budget)
+            for name, model in models.items()
+        }
         yield Questions(url, budget, answers)
     finally:
         stop()
@@ -100,7 +103,7 @@ def _verdict(answer: Answer) -> str:
     return f"{answer['text']} ({'correct' if answer['correct'] else 'wrong'})"
 
 
-def _ask(url: str, config: ServeConfig, model: str, prompts: list[str], budget: int, job: Job) -> list[Answer]:
+def _ask(job: Job, prompts: list[str], *, url: str, config: ServeConfig, model: str, budget: int) -> list[Answer]:
     most = job.eval.max_new_tokens if job.eval else 32
     body: dict[str, Json] = {"model": model, "prompt": prompts, "max_tokens": most, "temperature": 0, "steps": budget}
     choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]

@@ -439,12 +439,14 @@ class Pipeline:
         if job.puzzle is None:
             files = table_files(table.path / TABLE)  # beside what an import leaves in the folder
             ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
-            prompts = [validation.Question(prompt=str(tokenizer.decode(row)), prompt_ids=row) for row in ids]
+            prompts = [validation.ValidationPrompt(prompt=str(tokenizer.decode(row)), prompt_ids=row) for row in ids]
             validation.write_questions(prompts, None, out)
             return
         puzzles = generate_puzzles(job.puzzle, count, "train", _seed_of(job.seed, "validation"))
         texts = [row["prompt"] for row in puzzles]
-        prompts = [validation.Question(prompt=text, prompt_ids=encode_prompt(tokenizer, text)) for text in texts]
+        prompts = [
+            validation.ValidationPrompt(prompt=text, prompt_ids=encode_prompt(tokenizer, text)) for text in texts
+        ]
         validation.write_questions(prompts, scorer_path(job.puzzle), out)
 
     @once

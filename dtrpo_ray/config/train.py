@@ -8,10 +8,10 @@ from dtrpo_ray.config.section import Section
 
 
 class Objective(Section):
-    """What a training stage minimises."""
+    """The loss that a training stage minimises."""
 
     type: Literal["sft", "dtrpo", "elbo_dpo"] = "dtrpo"
-    """dtrpo; or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks)."""
+    """dtrpo, or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks)."""
     beta: float = Field(0.1, gt=0)
     """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -26,33 +26,34 @@ class Objective(Section):
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     """Denoising steps sampled per block, stratified; "all" takes every step (exact, dtrpo only); ELBO draws else."""
     schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
-    """Where the unmasking order comes from, dtrpo only: the row's recorded steps, or one made up (docs/method.md)."""
+    """Source of the unmasking order, dtrpo only: the row's recorded steps, or a constructed order (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
-    """Tokens unmasked per denoising step of a made-up schedule."""
+    """Tokens unmasked per denoising step of a constructed schedule."""
     given_tokens: Literal["exclude", "clean"] = "exclude"
-    """Tokens no denoising step chose (autoregressive firsts of blocks), dtrpo and elbo_dpo only: unscored, or scored
-    from the clean stream."""
+    """Tokens that no denoising step chose (autoregressive first tokens of blocks): left unscored, or scored from the
+    clean stream; dtrpo and elbo_dpo only."""
     first_token: Literal["clean", "noisy"] = "clean"
-    """Where a shifted model reads a block's first token: the clean block before it (decoder), or the noisy (SFT)."""
+    """State from which a shifted model predicts a block's first token: the clean block before it (as in decoding), or
+    the noisy one (as in SFT)."""
 
     @property
     def is_preference(self) -> bool:
-        """Whether both sides of a pair are read and compared with a reference model."""
+        """True if both sides of a pair are read and compared with a reference model."""
         return self.type != "sft"
 
     @property
     def follows_steps(self) -> bool:
-        """Whether the states are those of denoising steps, recorded or made up by `schedule`."""
+        """True if the sampled states are denoising steps, recorded or constructed by `schedule`."""
         return self.type == "dtrpo"
 
     @property
     def needs_recorded_steps(self) -> bool:
-        """Whether each row must bring the denoising steps of its responses."""
+        """True if each row must contain the denoising steps of its responses."""
         return self.follows_steps and self.schedule == "recorded"
 
     @property
     def orders_by_reference(self) -> bool:
-        """Whether the reference's confidence orders the tokens, which takes a forward of its own."""
+        """True if the reference's confidence orders the tokens, which costs one more forward pass."""
         return self.follows_steps and self.schedule == "confidence"
 
     @model_validator(mode="after")
@@ -76,7 +77,7 @@ class LoraConfig(Section):
 
 
 class ValidationConfig(Section):
-    """What each checkpoint is asked while the training goes on, in a task of its own beside it.
+    """Validation of each checkpoint in a separate Ray task while training continues.
 
     On GPUs the task takes one; where the workers have them all, it waits until they are done.
     """
@@ -152,7 +153,7 @@ class TrainConfig(Section):
 
     @property
     def runs_reference(self) -> bool:
-        """Whether each step runs a frozen reference beside the policy."""
+        """True if each optimizer step runs a frozen reference beside the policy."""
         return self.objective.is_preference and self.reference == "frozen"
 
     def rows_per_rank(self, num_workers: int) -> int:

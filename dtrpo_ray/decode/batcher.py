@@ -17,8 +17,8 @@ from dtrpo_ray.models.base import DiffusionLM
 
 logger = logging.getLogger(__name__)
 
-Message = list[tuple[int, DecoderEvent]] | Exception
-Emit = Callable[[Message], None]
+Delivery = list[tuple[int, DecoderEvent]] | Exception
+Emit = Callable[[Delivery], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +168,7 @@ class Batcher:
                 _emit(ticket, error)
 
 
-def _emit(ticket: Ticket, message: Message) -> None:
+def _emit(ticket: Ticket, message: Delivery) -> None:
     try:
         ticket.emit(message)
     except RuntimeError:  # the listening event loop is closed

@@ -17,7 +17,7 @@ from dtrpo_ray.models.likelihood import token_logps
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class FamilyFacts:
     """The published facts of a family, printed by `dtrpo models`; `sources` say where each was read.
 
     `model_type` and `architectures` are those of its `config.json`. `mask_id`, `eos_id` and `block_size` apply if the
@@ -74,7 +74,7 @@ class DiffusionLM(nn.Module, ABC):
     the token at p, else 0: callers read hidden states at `position - shift`.
     """
 
-    facts: ClassVar[Facts]
+    facts: ClassVar[FamilyFacts]
     lm: Any  # the trunk: a causal language model of transformers
     lora: ClassVar[LoraTargets]
     config: ConfigJson

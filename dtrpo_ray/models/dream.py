@@ -6,7 +6,7 @@ at the response: config.json may set it, the default 32 is ours, and it does not
 
 from transformers import PreTrainedConfig, Qwen2ForCausalLM
 
-from dtrpo_ray.models.base import Facts
+from dtrpo_ray.models.base import FamilyFacts
 from dtrpo_ray.models.config_json import ConfigJson
 from dtrpo_ray.models.trunk import TrunkLM
 
@@ -14,7 +14,7 @@ from dtrpo_ray.models.trunk import TrunkLM
 class Dream(TrunkLM):
     """Full-attention Qwen2.5, tokens predicted from the state before them."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         model_type="Dream",
         architectures=("DreamModel",),
         releases="Dream-v0-Base/Instruct-7B, Dream-Coder-v0-7B, DiffuCoder-7B",

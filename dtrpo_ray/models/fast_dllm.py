@@ -6,14 +6,14 @@ called `bd_size`; config.json and generation_config.json name different padding 
 
 from transformers import Qwen2ForCausalLM
 
-from dtrpo_ray.models.base import Facts
+from dtrpo_ray.models.base import FamilyFacts
 from dtrpo_ray.models.trunk import TrunkLM
 
 
 class FastDLLM(TrunkLM):
     """Block-diffusion Qwen2.5, tokens predicted from the state before them."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         model_type="Fast_dLLM_Qwen",
         architectures=("Fast_dLLM_QwenForCausalLM",),
         releases="Fast_dLLM_v2_1.5B, Fast_dLLM_v2_7B",

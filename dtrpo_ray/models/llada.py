@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import Facts, TensorPiece
+from dtrpo_ray.models.base import FamilyFacts, TensorPiece
 from dtrpo_ray.models.config_json import ConfigJson
 from dtrpo_ray.models.trunk import TrunkLM
 
@@ -31,7 +31,7 @@ TOP_NAMES = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_o
 class LLaDA(TrunkLM):
     """Full-attention Llama. `config` holds the keys of a LLaDA `config.json`."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         model_type="llada",
         architectures=("LLaDAModelLM",),
         releases="LLaDA-8B-Base/Instruct, LLaDA-1.5",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import Facts, LoraTargets, TensorPiece
+from dtrpo_ray.models.base import FamilyFacts, LoraTargets, TensorPiece
 from dtrpo_ray.models.config_json import ConfigJson
 from dtrpo_ray.models.trunk import (
     QWEN_LORA,
@@ -44,7 +44,7 @@ def _require_groups(keys: ConfigJson) -> None:
 class LLaDA2(TrunkLM):
     """Block-diffusion mixture of experts. Adapters go on attention, dense and shared MLPs, not on routed experts."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         model_type="llada2_moe",
         architectures=("LLaDA2MoeModelLM",),
         releases="LLaDA2.0-mini/flash, LLaDA2.1-mini",

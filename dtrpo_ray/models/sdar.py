@@ -10,14 +10,14 @@ from typing import Any
 from transformers import Qwen3ForCausalLM
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import Facts
+from dtrpo_ray.models.base import FamilyFacts
 from dtrpo_ray.models.trunk import QWEN_SIZES, TrunkLM
 
 
 class SDAR(TrunkLM):
     """Block-diffusion Qwen3. `config` holds the keys of an SDAR `config.json`."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         model_type="sdar",
         architectures=("SDARForCausalLM",),
         releases="SDAR-1.7B/4B/8B-Chat, TraDo-4B/8B-Instruct",

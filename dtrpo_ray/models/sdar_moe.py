@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 from transformers import Qwen3MoeForCausalLM
 
-from dtrpo_ray.models.base import Facts, LoraTargets, TensorPiece
+from dtrpo_ray.models.base import FamilyFacts, LoraTargets, TensorPiece
 from dtrpo_ray.models.trunk import QWEN_LORA, QWEN_SIZES, TrunkLM, split_experts
 
 
 class SDARMoe(TrunkLM):
     """Block-diffusion Qwen3-MoE. Adapters go on attention only: the routed experts are no linear modules."""
 
-    facts = Facts(
+    facts = FamilyFacts(
         model_type="sdar_moe",
         architectures=("SDARMoeForCausalLM",),
         releases="SDAR-30B-A3B-Chat",

@@ -19,7 +19,7 @@ from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.data.tables import Rejected, with_columns
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import row_generator
-from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
+from dtrpo_ray.produce.llm import GenerateParams, LanguageModel, Reply
 
 ENGINE_NAME = "vllm"
 
@@ -30,7 +30,7 @@ class Drafter(Importer):
     def __init__(self, source: ImportJob, config: DraftsConfig, model_hash: str, seed: int) -> None:
         super().__init__(source)
         self.config, self.model_hash, self.seed = config, model_hash, seed
-        self.sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+        self.sampling = GenerateParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)
 
     def _batches(self, part: ImportPart) -> Iterator[tuple[pa.Table, list[Rejected]]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dtrpo_ray.config.produce import JUDGE_FIELDS, JudgeConfig
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.models.tokenizer import prompt_messages
-from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
+from dtrpo_ray.produce.llm import GenerateParams, LanguageModel, Reply
 
 Verdict = Literal["first", "second", "tie"]
 NAMES: dict[str, Verdict] = {"a": "first", "b": "second"}
@@ -93,7 +93,7 @@ class Judge:
         asked = [order for one, other in pairs for order in ((one, other), (other, one))]
         ids = [self._encode(readable_prompt(prompts[a]), responses[a], responses[b]) for a, b in asked]
         fit = [place for place, tokens in enumerate(ids) if tokens is not None]
-        replies: list[Reply] = self.model.generate([ids[at] for at in fit], Sampling(self.config.max_new_tokens))
+        replies: list[Reply] = self.model.generate([ids[at] for at in fit], GenerateParams(self.config.max_new_tokens))
         verdicts = dict(zip(fit, (read_verdict(reply.text) for reply in replies), strict=True))
         points = []
         for number, (one, other) in enumerate(pairs):

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class GenerateParams:
     """The sampling parameters of a reply; temperature 0 is greedy, top_k 0 means no limit."""
 
     max_new_tokens: int
@@ -80,7 +80,7 @@ class LanguageModel:
             raise DataError(f"the tokenizer cannot encode the text {prompt[:40]!r} ({error})") from None
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+        self, prompts: Sequence[list[int]], sampling: GenerateParams, seeds: Sequence[int] | None = None
     ) -> list[Reply]:
         """Return a reply to each prompt, in their order, each drawn with its own seed; vLLM chooses the batches."""
         if not prompts:

@@ -22,7 +22,7 @@ from dtrpo_ray.produce.judge import Judge
 # errors caused by the response itself, which then scores 0; OSError is the machine's and not among them
 _RESPONSE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
 
-Score = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
+Scoring = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
 """(prompts, responses, reference answers) -> rewards; None for a response without a reward."""
 
 
@@ -45,7 +45,7 @@ class Scorer:
         self.judge: Judge | None = None
         self.verifier: Verifier | None = None
         if config.reward_model is not None:
-            self.score: Score = RewardModel(config.reward_model, config.batch_size)
+            self.score: Scoring = RewardModel(config.reward_model, config.batch_size)
             self.source += f" {config.reward_model.name}"
         elif config.judge is not None:
             self.score = self.judge = Judge(config.judge)

@@ -57,7 +57,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ScorePair:
     """Base beside aligned on one test set at one budget."""
 
     set: str
@@ -167,18 +167,18 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def pair_up(evaluation: Evaluation | None) -> list[Pair]:
+def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     """Put base beside aligned for each set and budget of an evaluation at one temperature; the held-out set first."""
-    pairs: dict[tuple[Any, ...], Pair] = {}
+    pairs: dict[tuple[Any, ...], ScorePair] = {}
     for row in evaluation["table"] if evaluation else ():
         natural = tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row["set"]))
         key = (row["set"] != HELD_OUT, natural, row["budget"])
-        pair = pairs.get(key, Pair(row["set"], row["budget"]))
+        pair = pairs.get(key, ScorePair(row["set"], row["budget"]))
         pairs[key] = replace(pair, base=row) if row["model"] == "base" else replace(pair, aligned=row)
     return [pairs[key] for key in sorted(pairs)]
 
 
-def _by_set(pairs: list[Pair]) -> dict[str, list[Pair]]:
+def _by_set(pairs: list[ScorePair]) -> dict[str, list[ScorePair]]:
     return {name: [p for p in pairs if p.set == name] for name in dict.fromkeys(p.set for p in pairs)}
 
 
@@ -315,7 +315,7 @@ def _mark_rounds(axes: Axes, bounds: list[float], theme: Theme) -> None:
 # ---- accuracy plots
 
 
-def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Pair]) -> Plot:
+def _accuracy_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> Plot:
     sets = _by_set(pairs)
     if not sets:
         return _skip(out, name, title, "no such set was evaluated")
@@ -339,7 +339,7 @@ def _accuracy_plot(out: Path, name: str, title: str, pairs: list[Pair]) -> Plot:
     return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
 
 
-def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[Pair], labelled: bool) -> None:
+def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[ScorePair], labelled: bool) -> None:
     for model, marker, side in (("base", "s", -1), ("aligned", "o", 1)):
         scores = [pair.base if model == "base" else pair.aligned for pair in pairs]
         measured = [(place, pairs[place], score) for place, score in enumerate(scores) if score]

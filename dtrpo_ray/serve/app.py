@@ -40,7 +40,7 @@ MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 P = ParamSpec("P")
 Result = TypeVar("Result")
 OpenAPI = dict[int | str, dict[str, Any]]
-Prompt = str | list[int] | list[dict[str, str]]
+PromptInput = str | list[int] | list[dict[str, str]]
 
 REFUSALS: OpenAPI = {
     code: {"model": api.ErrorBody, "description": text}
@@ -197,7 +197,7 @@ class Service:
     # --- before decoding ---
 
     async def _begin(
-        self, body: api.CompletionRequest | api.ChatRequest, prompts: Sequence[Prompt], max_tokens: int | None
+        self, body: api.CompletionRequest | api.ChatRequest, prompts: Sequence[PromptInput], max_tokens: int | None
     ) -> ActiveRequest:
         """Check a request, tokenize it and send its choices to the decoding thread."""
         begun = time.monotonic()
@@ -322,7 +322,7 @@ class Service:
             events = await request.events.get()
             if isinstance(events, Exception):
                 raise events
-            yield await self._tokenize(responses.read_events, request, events, stream)
+            yield await self._tokenize(responses.stream_events, request, events, stream)
             if first and any(choice.blocks for choice in request.choices):
                 self.monitor.first.labels(request.model_name).observe(time.monotonic() - request.begun)
                 first = False
@@ -346,7 +346,7 @@ def _check_blocks(body: api.CompletionRequest | api.ChatRequest, engine: Engine)
         raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
 
 
-def _encode(engine: Engine, prompt: Prompt, field: str) -> list[int]:
+def _encode(engine: Engine, prompt: PromptInput, field: str) -> list[int]:
     if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
         ids = [int(part) for part in prompt]  # type: ignore[arg-type]
         if max(ids) >= engine.num_tokens and max(ids) != engine.model.mask_id:

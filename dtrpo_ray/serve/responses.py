@@ -20,7 +20,7 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
 
-Answer = TypeVar("Answer", bound=BaseModel)
+ReplyModel = TypeVar("ReplyModel", bound=BaseModel)
 
 HALF_CHARACTER = "\ufffd"
 
@@ -166,7 +166,7 @@ class ActiveRequest:
         return api.Usage(prompt_tokens=self.prompt_tokens, completion_tokens=count, total_tokens=total)
 
 
-def read_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]], stream: bool) -> list[bytes]:
+def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]], stream: bool) -> list[bytes]:
     """Add events to their choices; return what a stream sends of them, nothing without `stream`."""
     sent: list[bytes] = []
     for index, event in events:
@@ -182,7 +182,7 @@ def read_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]], 
     return sent
 
 
-def _answer(kind: type[Answer], request: ActiveRequest, **fields: object) -> Answer:
+def _answer(kind: type[ReplyModel], request: ActiveRequest, **fields: object) -> ReplyModel:
     return kind(id=request.id, created=int(time.time()), model=request.model_name, **fields)
 
 

@@ -24,7 +24,7 @@ from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.files import open_pyarrow, sha256_file, sha256_stream, whole_file
 
 COMPLETE = "COMPLETE"
-VALIDATION = "validation.json"  # beside the sealed files, since it is measured after they were sealed
+SCORES_FILE = "validation.json"  # beside the sealed files, since it is measured after they were sealed
 FACTS_SCHEMA = 1
 ATTEMPTS = 5
 MAX_PENDING = 8  # checkpoints that are kept because their validation is still to come
@@ -41,7 +41,7 @@ class PlanFacts(TypedDict):
     consumed: list[int]
 
 
-class Facts(TypedDict):
+class CheckpointFacts(TypedDict):
     """Rank 0's description of a checkpoint, as JSON in COMPLETE; `config` is a TrainConfig."""
 
     step: int
@@ -57,7 +57,7 @@ class Facts(TypedDict):
     metrics: dict[str, float]
 
 
-class SealedFacts(Facts):
+class SealedFacts(CheckpointFacts):
     """COMPLETE: the facts, and the SHA-256 of each rank's list of files."""
 
     schema: int
@@ -73,7 +73,7 @@ class _RankListing(TypedDict):
     """The files that a rank uploaded, in its rank-R.json."""
 
     rank: int
-    facts: Facts
+    facts: CheckpointFacts
     files: dict[str, _FileEntry]
 
 
@@ -107,7 +107,7 @@ def open_storage(where: str) -> tuple[pafs.FileSystem, str]:
         raise CheckpointError(f"{where}: cannot be opened ({error}); give a path or an s3:// or gs:// URI") from None
 
 
-def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: Facts) -> None:
+def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts: CheckpointFacts) -> None:
     """Upload one rank's files, then its list, then COMPLETE if this was the last rank.
 
     COMPLETE carries the facts of rank 0, so that two ranks which write it at once write the same. A failing write is
@@ -236,13 +236,13 @@ def remove_folder(filesystem: pafs.FileSystem, path: str) -> None:
 def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, float]) -> None:
     """Put the metrics of a validation beside the checkpoint in the folder `path`, if that is still there."""
     if _exists(filesystem, f"{path}/{COMPLETE}"):
-        _retry(lambda: _put(filesystem, f"{path}/{VALIDATION}", json.dumps(metrics).encode()))
+        _retry(lambda: _put(filesystem, f"{path}/{SCORES_FILE}", json.dumps(metrics).encode()))
 
 
 def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float] | None:
     """Return the metrics of a checkpoint's validation, {} if it failed, None if there is none that can be read."""
     try:
-        measured: dict[str, float] = json.loads(_get(filesystem, f"{place.path}/{VALIDATION}"))
+        measured: dict[str, float] = json.loads(_get(filesystem, f"{place.path}/{SCORES_FILE}"))
     except (OSError, ValueError):
         return None
     return measured

@@ -24,7 +24,7 @@ from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import EVENTS, append_event
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.backend import DeepSpeedBackend, to_universal, uses_bf16
-from dtrpo_ray.train.checkpoint import Facts, Place, SealedFacts
+from dtrpo_ray.train.checkpoint import CheckpointFacts, Place, SealedFacts
 from dtrpo_ray.train.run import RunSpec, TrainStage
 
 STACKS = "stacks"  # the folder of stack dumps in a stage's
@@ -228,7 +228,7 @@ class Saver:
         """Wait until no upload is under way."""
         self.uploaded.wait()
 
-    def _facts(self, step: int) -> Facts:
+    def _facts(self, step: int) -> CheckpointFacts:
         stage = self.spec.stage
         read = rows_read(step, self.spec.epoch_rows, self.config)
         return {
@@ -245,7 +245,7 @@ class Saver:
             "metrics": self.metrics,
         }
 
-    def _upload(self, folder: Path, name: str, facts: Facts) -> Checkpoint:
+    def _upload(self, folder: Path, name: str, facts: CheckpointFacts) -> Checkpoint:
         path = f"{self.path}/{name}"
         try:
             checkpoint.write(folder, self.filesystem, path, self.rank, facts)

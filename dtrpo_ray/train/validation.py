@@ -27,7 +27,7 @@ QUESTIONS = "questions.json"
 TIMEOUT_SECONDS = 3600  # of one validation; later ones wait for it
 
 
-class Question(TypedDict):
+class ValidationPrompt(TypedDict):
     """A prompt as text and as ids."""
 
     prompt: str
@@ -49,7 +49,7 @@ class Measured(TypedDict):
     line: Line
 
 
-def write_questions(prompts: Sequence[Question], scorer: str | None, out: Path) -> None:
+def write_questions(prompts: Sequence[ValidationPrompt], scorer: str | None, out: Path) -> None:
     """Store the questions for every checkpoint, and their scorer ("module:function"), if there is one."""
     (out / QUESTIONS).write_text(json.dumps({"prompts": list(prompts), "scorer": scorer}))
 

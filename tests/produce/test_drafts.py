@@ -16,7 +16,7 @@ from dtrpo_ray.data.tables import QUARANTINE, read_table
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.produce import drafts
 from dtrpo_ray.produce.drafts import Drafter, draft_id, draft_seed
-from dtrpo_ray.produce.llm import Reply, Sampling
+from dtrpo_ray.produce.llm import GenerateParams, Reply
 
 PROMPTS: list[Any] = ["1+1", "2+2", {"prompt": "3"}, "1+1", "x", "4444444444", "5", "6", {"prompt": 7}]
 GRID = {"block_size": 4, "block_origin": "global", "shift": 0}
@@ -34,8 +34,8 @@ class Echo:
     def encode(self, prompt: str) -> list[int]:
         return list(self.tokenizer(prompt)["input_ids"])
 
-    def generate(self, prompts: list[list[int]], how: Sampling, seeds: list[int]) -> list[Reply]:
-        assert how == Sampling(8, 0.5, 0.9, 0)
+    def generate(self, prompts: list[list[int]], how: GenerateParams, seeds: list[int]) -> list[Reply]:
+        assert how == GenerateParams(8, 0.5, 0.9, 0)
         texts = [self.tokenizer.decode(ids) for ids in prompts]
         return [Reply("" if t == "6" else str(s)[-5:], t != "5") for t, s in zip(texts, seeds, strict=True)]
 

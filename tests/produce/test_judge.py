@@ -10,7 +10,7 @@ import pytest
 
 from dtrpo_ray.config.produce import JUDGE_TEMPLATE, JudgeConfig
 from dtrpo_ray.produce.judge import Judge, mean_points, outcome, question, read_verdict, readable_prompt
-from dtrpo_ray.produce.llm import Reply, Sampling
+from dtrpo_ray.produce.llm import GenerateParams, Reply
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ class Wordy:
         self.asked.append(prompt)
         return prompt if isinstance(prompt, str) else prompt[0]["content"]
 
-    def generate(self, prompts: list[Any], how: Sampling) -> list[Reply]:
-        assert how == Sampling(8, temperature=0.0)
+    def generate(self, prompts: list[Any], how: GenerateParams) -> list[Reply]:
+        assert how == GenerateParams(8, temperature=0.0)
         return [Reply(self.verdict(*text.split("|")), True) for text in prompts]
 
     def verdict(self, prompt: str, first: str, second: str) -> str:

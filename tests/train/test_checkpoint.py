@@ -11,12 +11,21 @@ from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.train import checkpoint
-from dtrpo_ray.train.checkpoint import COMPLETE, Facts, Place, facts_of, folder_name, open_storage, places, verify
+from dtrpo_ray.train.checkpoint import (
+    COMPLETE,
+    CheckpointFacts,
+    Place,
+    facts_of,
+    folder_name,
+    open_storage,
+    places,
+    verify,
+)
 
 LOCAL = pafs.LocalFileSystem()
 
 
-def facts(step: int, **metrics: float) -> Facts:
+def facts(step: int, **metrics: float) -> CheckpointFacts:
     return {
         "step": step,
         "num_workers": 2,
@@ -252,7 +261,7 @@ def test_what_was_written_before_a_resume_goes_before_what_came_after(tmp_path: 
 def test_a_validation_that_is_half_written_or_failed(tmp_path: Path) -> None:
     root = str(tmp_path / "run")
     paths = [write(tmp_path, root, step) for step in (2, 4, 6)]
-    (Path(paths[0]) / checkpoint.VALIDATION).write_text('{"accu')
+    (Path(paths[0]) / checkpoint.SCORES_FILE).write_text('{"accu')
     assert checkpoint.validation_of(LOCAL, Place(2, 0, paths[0])) is None
     assert checkpoint.prune(LOCAL, root, 1, "accuracy", validated=True) == []  # all three wait
     checkpoint.write_validation(LOCAL, paths[1], {})  # it failed, and those before it will not be asked again

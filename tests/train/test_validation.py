@@ -53,7 +53,7 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
     monkeypatch.setattr(validation, "_measure_in_child", here)
     metrics = validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json"))
     assert metrics == {"accuracy": 0.75, "answer_tokens": 1.0}
-    assert json.loads((Path(path) / checkpoint.VALIDATION).read_text()) == metrics
+    assert json.loads((Path(path) / checkpoint.SCORES_FILE).read_text()) == metrics
     line = read_metrics(tmp_path / VALIDATION)[0]
     assert (line["step"], line["samples"]) == (4, [{"prompt": "7", "answer": "7"}])
     event = read_metrics(tmp_path / EVENTS)[0]

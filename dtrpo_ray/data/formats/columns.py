@@ -112,11 +112,6 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.asarray(np.repeat(starts - before, lengths) + np.arange(lengths.sum()))
 
 
-def list_owner(column: pa.ListArray) -> np.ndarray:
-    """int [total]: the row of each of `column.flatten()`."""
-    return np.repeat(np.arange(len(column)), list_lengths(column))
-
-
 def lists_of(
     lengths: np.ndarray, values: pa.Array, type: pa.DataType | None = None, known: np.ndarray | None = None
 ) -> pa.ListArray:
