@@ -32,7 +32,7 @@ from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.models.tokenizer import load_tokenizer
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.produce.llm import LanguageModel, Reply, Sampling
+from dtrpo_ray.produce.llm import LanguageModel, Reply, GenerateParams
 from dtrpo_ray.serve.app import create_app
 from dtrpo_ray.stages import Store
 
@@ -151,10 +151,10 @@ def test_one_process_draws_what_the_pool_drew_whatever_the_batch(pipeline: Pipel
     texts = [row for row in rows if not row["prompt"].startswith("[{")]
     model = LanguageModel(models["drafter"], ENGINE)
     ids, seeds = [model.encode(row["prompt"]) for row in texts], [row["seed"] for row in texts]
-    together = model.generate(ids, Sampling(64, 1.0), seeds)
+    together = model.generate(ids, GenerateParams(64, 1.0), seeds)
     assert together == [Reply(row["response"], True) for row in texts]
-    assert model.generate(ids[:1], Sampling(64, 1.0), seeds[:1]) == together[:1]
-    assert model.generate([], Sampling(8)) == []
+    assert model.generate(ids[:1], GenerateParams(64, 1.0), seeds[:1]) == together[:1]
+    assert model.generate([], GenerateParams(8)) == []
     with pytest.raises(ModelError, match=r"vLLM cannot load it with engine = \{'no_such': 1\}"):
         LanguageModel(models["drafter"], {"no_such": 1})
 
