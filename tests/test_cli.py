@@ -168,7 +168,8 @@ def test_serve_answers_until_it_is_interrupted(tmp_path: Path, tiny: SDAR) -> No
     save_model(tiny, tmp_path)
     character_tokenizer("abcdefghijklmnopqrstu").save_pretrained(tmp_path)
     words = ["serve", str(tmp_path), "--set", "port=0", "--set", f"other_models.base={tmp_path}", "--json"]
-    with subprocess.Popen([sys.executable, "-m", "dtrpo_ray", *words], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "dtrpo_ray", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_take_ctrl_c) as process:
         assert process.stdout is not None
         try:
             said = json.loads(process.stdout.readline())
@@ -189,3 +190,7 @@ def test_serve_answers_until_it_is_interrupted(tmp_path: Path, tiny: SDAR) -> No
         assert process.wait(60) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{said['url']}/health")
+
+
+def _take_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it starts in the background

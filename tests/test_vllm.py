@@ -32,7 +32,7 @@ from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.models.tokenizer import load_tokenizer
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.produce.llm import LanguageModel, Reply, GenerateParams
+from dtrpo_ray.produce.llm import GenerateParams, LanguageModel, Reply
 from dtrpo_ray.serve.app import create_app
 from dtrpo_ray.stages import Store
 
