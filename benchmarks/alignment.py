@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.report.evaluation import ModelScore, compare, wilson_interval
+from dtrpo_ray.report.evaluation import Score, compare, wilson_interval
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
@@ -91,7 +91,7 @@ def markdown(rows: list[dict[str, Any]], job_file: Path) -> str:
 
 def _line(rows: list[dict[str, Any]], key: tuple[str, str, int], models: list[str]) -> str:
     found = {r["model"]: r for r in rows if (r["set"], str(r["seed"]), r["budget"]) == key}
-    verdicts = {c["model"]: c["verdict"] for c in compare(cast("list[ModelScore]", list(found.values())))}
+    verdicts = {c["model"]: c["verdict"] for c in compare(cast("list[Score]", list(found.values())))}
     cells = []
     for model in models:
         row = found.get(model)

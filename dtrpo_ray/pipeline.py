@@ -57,15 +57,7 @@ from dtrpo_ray.produce.rollout import (
 )
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.progress import console
-from dtrpo_ray.report.evaluation import (
-    HELD_OUT,
-    Evaluation,
-    ModelEvaluation,
-    ModelExample,
-    ModelScore,
-    compare,
-    summarise,
-)
+from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
 from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store
 from dtrpo_ray.train import driver, validation
 from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
@@ -452,10 +444,10 @@ class Pipeline:
     @once
     def evaluate(self) -> Evaluation:
         """Evaluate base and aligned on held-out prompts and public test sets."""
-        table: list[ModelScore] = []
-        examples: list[ModelExample] = []
+        table: list[Score] = []
+        examples: list[Example] = []
         for name, model in (("base", self.base()), ("aligned", self.aligned())):
-            record: ModelEvaluation = read_json(self._evaluate_model(name, model).path / "eval.json")
+            record: Evaluation = read_json(self._evaluate_model(name, model).path / "eval.json")
             table += [{"model": name, **row} for row in record["table"]]
             examples += [{"model": name, **row} for row in record["examples"]]
         return {"table": table, "examples": examples, "comparison": compare(table)}

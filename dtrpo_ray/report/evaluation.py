@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -19,6 +19,7 @@ NUM_EXAMPLES = 4  # denoisings kept for the report
 class Score(TypedDict):
     """The accuracy of a model on a test set at a budget, the number of denoising steps per block."""
 
+    model: NotRequired[str]  # absent in the file of one model
     set: str
     budget: int
     temperature: float
@@ -30,13 +31,10 @@ class Score(TypedDict):
     tokens_per_forward: float
 
 
-class ModelScore(Score):
-    model: str
-
-
 class Example(TypedDict):
     """One denoising, for the report: `steps` has the step that unmasked each token."""
 
+    model: NotRequired[str]  # absent in the file of one model
     prompt: str
     answer: str
     response: str
@@ -45,10 +43,6 @@ class Example(TypedDict):
     budget: int
     steps: list[int]
     tokens: list[str]
-
-
-class ModelExample(Example):
-    model: str
 
 
 class Comparison(TypedDict):
@@ -61,19 +55,12 @@ class Comparison(TypedDict):
     verdict: Literal["better", "worse", "same"]
 
 
-class ModelEvaluation(TypedDict):
-    """The file `eval.json` of one model."""
+class Evaluation(TypedDict):
+    """Base against aligned; the file `eval.json` of one model has no comparison."""
 
     table: list[Score]
     examples: list[Example]
-
-
-class Evaluation(TypedDict):
-    """Base against aligned."""
-
-    table: list[ModelScore]
-    examples: list[ModelExample]
-    comparison: list[Comparison]
+    comparison: NotRequired[list[Comparison]]
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -86,7 +73,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 def summarise(
     trajectories: pa.Table, answers: dict[str, str], config: EvalConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> ModelEvaluation:
+) -> Evaluation:
     """Evaluate one model's trajectories, whose row ids read "set/budget/number"."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in trajectories.sort_by("row_id").to_pylist():
@@ -132,19 +119,17 @@ def _examples(
         }
 
 
-def compare(table: Sequence[ModelScore]) -> list[Comparison]:
+def compare(table: Sequence[Score]) -> list[Comparison]:
     """Compare each model with the base on every (set, budget)."""
     base = {(r["set"], r["budget"]): r for r in table if r["model"] == "base"}
-    rows: list[Comparison] = []
-    for row in table:
-        other = base.get((row["set"], row["budget"]))
-        if row["model"] == "base" or other is None:
-            continue
-        rows.append({
+    return [
+        {
             "model": row["model"],
             "set": row["set"],
             "budget": row["budget"],
             "gain": row["accuracy"] - other["accuracy"],
             "verdict": "better" if row["low"] > other["high"] else "worse" if row["high"] < other["low"] else "same",
-        })  # fmt: skip
-    return rows
+        }
+        for row in table
+        if row["model"] != "base" and (other := base.get((row["set"], row["budget"])))
+    ]

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dtrpo_ray.files import whole_file
-from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, ModelExample, ModelScore
+from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare
 from dtrpo_ray.stages import StageRow
 
 Theme = dict[str, str]
@@ -58,26 +58,18 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class ScorePair:
-    """Base beside aligned on one test set at one budget."""
+    """Base beside aligned on one test set at one budget.
+
+    `gain` is aligned minus base in percentage points, None if either is missing; `apart` is True if the 95 % intervals
+    do not overlap.
+    """
 
     set: str
     budget: int
-    base: ModelScore | None = None
-    aligned: ModelScore | None = None
-
-    @property
-    def gain(self) -> float | None:
-        """Aligned minus base in percentage points; None if either is missing."""
-        if self.base is None or self.aligned is None:
-            return None
-        return 100 * (self.aligned["accuracy"] - self.base["accuracy"])
-
-    @property
-    def apart(self) -> bool:
-        """True if the 95 % intervals do not overlap."""
-        if self.base is None or self.aligned is None:
-            return False
-        return self.aligned["low"] > self.base["high"] or self.aligned["high"] < self.base["low"]
+    base: Score | None
+    aligned: Score | None
+    gain: float | None
+    apart: bool
 
 
 class Answer(TypedDict):
@@ -99,7 +91,7 @@ class Cell(TypedDict):
     rank: int | None
 
 
-class DrawnExample(ModelExample):
+class DrawnExample(Example):
     """An example with its tokens as blocks of cells."""
 
     sudoku: bool
@@ -154,7 +146,7 @@ def points(difference: float) -> str:
     return "0.0" if text[1:] == "0.0" else text
 
 
-def _accuracy_text(row: ModelScore) -> str:
+def _accuracy_text(row: Score) -> str:
     return f"{100 * row['accuracy']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
@@ -169,13 +161,21 @@ def _count(number: int, noun: str) -> str:
 
 def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     """Put base beside aligned for each set and budget of an evaluation at one temperature; the held-out set first."""
-    pairs: dict[tuple[Any, ...], ScorePair] = {}
-    for row in evaluation["table"] if evaluation else ():
-        natural = tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row["set"]))
-        key = (row["set"] != HELD_OUT, natural, row["budget"])
-        pair = pairs.get(key, ScorePair(row["set"], row["budget"]))
-        pairs[key] = replace(pair, base=row) if row["model"] == "base" else replace(pair, aligned=row)
-    return [pairs[key] for key in sorted(pairs)]
+    table = evaluation["table"] if evaluation else []
+    scores = {(row["set"], row["budget"], row["model"]): row for row in table}
+    changes = {(row["set"], row["budget"]): row for row in compare(table)}
+    pairs = []
+    for test_set, budget in dict.fromkeys((row["set"], row["budget"]) for row in table):
+        base, aligned = (scores.get((test_set, budget, model)) for model in ("base", "aligned"))
+        change = changes.get((test_set, budget))
+        gain, apart = 100 * change["gain"] if change else None, bool(change and change["verdict"] != "same")
+        pairs.append(ScorePair(test_set, budget, base, aligned, gain=gain, apart=apart))
+    return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.budget))
+
+
+def _natural(name: str) -> list[str | int]:
+    """Split a name so that its numbers sort as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _by_set(pairs: list[ScorePair]) -> dict[str, list[ScorePair]]:
@@ -412,7 +412,7 @@ def _visible(token: str) -> str:
     return token.replace("\n", "⏎").replace(" ", "␣") or "∅"
 
 
-def _example(job: dict[str, Any], example: ModelExample) -> DrawnExample:
+def _example(job: dict[str, Any], example: Example) -> DrawnExample:
     """Cut a denoising's tokens into the blocks that were decoded.
 
     `steps` count denoising forwards over the response from 0, negative if none unmasked the token. The response ends
