@@ -34,12 +34,7 @@ def _follows(name: str, text: str, arguments: Mapping[str, Any] | None) -> bool:
         return bool(text.strip()) and INSTRUCTIONS[name](text, **known)
     except ConfigError:
         raise
-    except (
-        TypeError,
-        AttributeError,
-        ValueError,
-        re.error,
-    ) as error:  # keywords are patterns, as published
+    except (TypeError, AttributeError, ValueError, re.error) as error:  # keywords are patterns, as published
         raise answer_error("instructions", f"{name}: {error}") from None
 
 
@@ -47,20 +42,10 @@ def _compare(count: int, relation: str, bound: int) -> bool:
     return count < bound if relation == "less than" else count >= bound
 
 
-def _existence(text: str, keywords: list[str]) -> bool:
-    return all(re.search(word, text, re.IGNORECASE) for word in keywords)
-
-
-def _frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
-    return _compare(len(re.findall(keyword, text, re.IGNORECASE)), relation, frequency)
-
-
-def _forbidden(text: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in forbidden_words)
-
-
-def _letters(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
-    return _compare(text.lower().count(letter.lower()), let_relation, let_frequency)
+def _parts(text: str, separator: str) -> list[str]:
+    """Split a text at a pattern; nothing before the first separator, or after the last, is no part."""
+    parts = [part.strip() for part in re.split(separator, text)]
+    return parts[not parts[0] : len(parts) - (not parts[-1])]
 
 
 def _language(text: str, language: str) -> bool:
@@ -77,17 +62,8 @@ def _language(text: str, language: str) -> bool:
         return True  # no language found counts as followed, as in the published code
 
 
-def _sentences(text: str, num_sentences: int, relation: str) -> bool:
-    return _compare(len(_SENTENCE_END.findall(text)), relation, num_sentences)
-
-
-def _words(text: str, num_words: int, relation: str) -> bool:
-    return _compare(len(re.findall(r"\w+", text)), relation, num_words)
-
-
 def _paragraphs(text: str, num_paragraphs: int) -> bool:
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
-    parts = parts[not parts[0] : len(parts) - (not parts[-1])]
+    parts = _parts(text, r"\s?\*\*\*\s?")
     return all(parts) and len(parts) == num_paragraphs
 
 
@@ -98,10 +74,6 @@ def _paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, fi
         return False
     word = re.split(r"[.,?!'\"]", paragraph.split()[0].lstrip("'").lstrip('"'))[0].lower()
     return count == num_paragraphs and word == first_word.lower()
-
-
-def _placeholders(text: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
 
 
 def _postscript(text: str, postscript_marker: str) -> bool:
@@ -115,18 +87,10 @@ def _bullets(text: str, num_bullets: int) -> bool:
     return len(found) == num_bullets
 
 
-def _constrained_response(text: str) -> bool:
-    return any(answer in text.strip() for answer in _ANSWERS)
-
-
 def _highlights(text: str, num_highlights: int) -> bool:
     single = [part for part in re.findall(r"\*[^\n\*]*\*", text) if part.strip("*").strip()]
     double = [part for part in re.findall(r"\*\*[^\n\*]*\*\*", text) if part[2:-2].strip()]
     return len(single) + len(double) >= num_highlights
-
-
-def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) - 1 >= num_sections
 
 
 def _json(text: str) -> bool:
@@ -138,56 +102,54 @@ def _json(text: str) -> bool:
     return True
 
 
-def _title(text: str) -> bool:
-    return any(found.strip("<>").strip() for found in re.findall(r"<<[^\n]+>>", text))
-
-
 def _two_responses(text: str) -> bool:
-    parts = [part.strip() for part in text.split("******")]
-    parts = parts[not parts[0] : len(parts) - (not parts[-1])]
+    parts = _parts(text, r"\*{6}")
     return all(parts) and len(parts) == 2 and parts[0] != parts[1]
 
 
-def _repeats(text: str, prompt_to_repeat: str) -> bool:
-    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-
-
-def _ends(text: str, end_phrase: str) -> bool:
-    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-
-
-def _quotation(text: str) -> bool:
-    bare = text.strip()
-    return len(bare) > 1 and bare[0] == bare[-1] == '"'
-
-
-def _capital_words(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    return _compare(sum(word.isupper() for word in re.findall(r"\S+", text)), capital_relation, capital_frequency)
-
-
 INSTRUCTIONS: dict[str, Callable[..., bool]] = {
-    "keywords:existence": _existence,
-    "keywords:frequency": _frequency,
-    "keywords:forbidden_words": _forbidden,
-    "keywords:letter_frequency": _letters,
+    "keywords:existence": lambda text, keywords: all(re.search(word, text, re.IGNORECASE) for word in keywords),
+    "keywords:frequency": lambda text, keyword, frequency, relation: _compare(
+        len(re.findall(keyword, text, re.IGNORECASE)), relation, frequency
+    ),
+    "keywords:forbidden_words": lambda text, forbidden_words: (
+        not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in forbidden_words)
+    ),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation: _compare(
+        text.lower().count(letter.lower()), let_relation, let_frequency
+    ),
     "language:response_language": _language,
-    "length_constraints:number_sentences": _sentences,
+    "length_constraints:number_sentences": lambda text, num_sentences, relation: _compare(
+        len(_SENTENCE_END.findall(text)), relation, num_sentences
+    ),
     "length_constraints:number_paragraphs": _paragraphs,
-    "length_constraints:number_words": _words,
+    "length_constraints:number_words": lambda text, num_words, relation: _compare(
+        len(re.findall(r"\w+", text)), relation, num_words
+    ),
     "length_constraints:nth_paragraph_first_word": _paragraph_first_word,
-    "detectable_content:number_placeholders": _placeholders,
+    "detectable_content:number_placeholders": lambda text, num_placeholders: (
+        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    ),
     "detectable_content:postscript": _postscript,
     "detectable_format:number_bullet_lists": _bullets,
-    "detectable_format:constrained_response": _constrained_response,
+    "detectable_format:constrained_response": lambda text: any(answer in text for answer in _ANSWERS),
     "detectable_format:number_highlighted_sections": _highlights,
-    "detectable_format:multiple_sections": _sections,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
+        len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) - 1 >= num_sections
+    ),
     "detectable_format:json_format": _json,
-    "detectable_format:title": _title,
+    "detectable_format:title": lambda text: any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", text)),
     "combination:two_responses": _two_responses,
-    "combination:repeat_prompt": _repeats,
-    "startend:end_checker": _ends,
-    "startend:quotation": _quotation,
-    "change_case:capital_word_frequency": _capital_words,
+    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda text, end_phrase: (
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
+    "startend:quotation": lambda text: re.fullmatch(r'".*"', text.strip(), re.DOTALL) is not None,
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: _compare(
+        sum(word.isupper() for word in text.split()), capital_relation, capital_frequency
+    ),
     "change_case:english_capital": lambda text: text.isupper(),
     "change_case:english_lowercase": lambda text: text.islower(),
     "punctuation:no_comma": lambda text: "," not in text,
