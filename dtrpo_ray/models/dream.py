@@ -6,12 +6,11 @@ at the response: config.json may set it, the default 32 is ours, and it does not
 
 from transformers import PreTrainedConfig, Qwen2ForCausalLM
 
-from dtrpo_ray.models.base import FamilyFacts
+from dtrpo_ray.models.base import DiffusionLM, FamilyFacts
 from dtrpo_ray.models.config_json import ConfigJson
-from dtrpo_ray.models.trunk import TrunkLM
 
 
-class Dream(TrunkLM):
+class Dream(DiffusionLM):
     """Full-attention Qwen2.5, tokens predicted from the state before them."""
 
     facts = FamilyFacts(
@@ -22,7 +21,6 @@ class Dream(TrunkLM):
         attention="full",
         block_origin="response",
         shift=1,
-        block_key="block_size",
         block_size=32,
         mask_id=151666,
         eos_id=151643,

@@ -6,11 +6,10 @@ called `bd_size`; config.json and generation_config.json name different padding 
 
 from transformers import Qwen2ForCausalLM
 
-from dtrpo_ray.models.base import FamilyFacts
-from dtrpo_ray.models.trunk import TrunkLM
+from dtrpo_ray.models.base import DiffusionLM, FamilyFacts
 
 
-class FastDLLM(TrunkLM):
+class FastDLLM(DiffusionLM):
     """Block-diffusion Qwen2.5, tokens predicted from the state before them."""
 
     facts = FamilyFacts(
@@ -18,8 +17,6 @@ class FastDLLM(TrunkLM):
         architectures=("Fast_dLLM_QwenForCausalLM",),
         releases="Fast_dLLM_v2_1.5B, Fast_dLLM_v2_7B",
         trunk="Qwen2",
-        attention="block",
-        block_origin="global",
         shift=1,
         block_key="bd_size",
         block_size=32,

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import FamilyFacts, TensorPiece
+from dtrpo_ray.models.base import DiffusionLM, FamilyFacts, TensorPiece
 from dtrpo_ray.models.config_json import ConfigJson
-from dtrpo_ray.models.trunk import TrunkLM
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -28,7 +27,7 @@ LAYER_NAMES = {
 TOP_NAMES = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
 
 
-class LLaDA(TrunkLM):
+class LLaDA(DiffusionLM):
     """Full-attention Llama. `config` holds the keys of a LLaDA `config.json`."""
 
     facts = FamilyFacts(
@@ -38,9 +37,7 @@ class LLaDA(TrunkLM):
         trunk="Llama",
         attention="full",
         block_origin="response",
-        shift=0,
-        block_key="block_size",  # no key of the release, whose decoding takes any block length
-        block_size=32,
+        block_size=32,  # no key of the release, whose decoding takes any block length
         mask_id=126336,
         eos_id=126081,
         sources=(

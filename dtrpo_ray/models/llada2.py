@@ -11,14 +11,8 @@ from collections.abc import Iterator
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import FamilyFacts, LoraTargets, TensorPiece
+from dtrpo_ray.models.base import QWEN_LORA, QWEN_SIZES, DiffusionLM, FamilyFacts, LoraTargets, TensorPiece
 from dtrpo_ray.models.config_json import ConfigJson
-from dtrpo_ray.models.trunk import (
-    QWEN_LORA,
-    QWEN_SIZES,
-    TrunkLM,
-    split_experts,
-)
 
 RENAMED = {
     "embed_tokens.": "word_embeddings.",
@@ -41,7 +35,7 @@ def _require_groups(keys: ConfigJson) -> None:
         raise ModelError(f"config.json: num_experts_per_tok = {chosen} exceeds the experts of {room}")
 
 
-class LLaDA2(TrunkLM):
+class LLaDA2(DiffusionLM):
     """Block-diffusion mixture of experts. Adapters go on attention, dense and shared MLPs, not on routed experts."""
 
     facts = FamilyFacts(
@@ -49,10 +43,6 @@ class LLaDA2(TrunkLM):
         architectures=("LLaDA2MoeModelLM",),
         releases="LLaDA2.0-mini/flash, LLaDA2.1-mini",
         trunk="GLM-4-MoE",
-        attention="block",
-        block_origin="global",
-        shift=0,
-        block_key="block_size",
         block_size=32,
         mask_id=156895,
         eos_id=156892,
@@ -115,7 +105,7 @@ class LLaDA2(TrunkLM):
 
     def upstream(self, name: str) -> Iterator[TensorPiece]:
         if ".experts." in name:
-            yield from split_experts(name, self.config["moe_intermediate_size"], self.config["num_experts"])
+            yield from self.split_experts(name)
         elif any(f".{part}_proj." in name for part in "qkv") and "self_attn" in name:
             yield self._qkv_piece(name)
         else:

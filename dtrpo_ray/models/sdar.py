@@ -10,11 +10,10 @@ from typing import Any
 from transformers import Qwen3ForCausalLM
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import FamilyFacts
-from dtrpo_ray.models.trunk import QWEN_SIZES, TrunkLM
+from dtrpo_ray.models.base import QWEN_SIZES, DiffusionLM, FamilyFacts
 
 
-class SDAR(TrunkLM):
+class SDAR(DiffusionLM):
     """Block-diffusion Qwen3. `config` holds the keys of an SDAR `config.json`."""
 
     facts = FamilyFacts(
@@ -22,11 +21,7 @@ class SDAR(TrunkLM):
         architectures=("SDARForCausalLM",),
         releases="SDAR-1.7B/4B/8B-Chat, TraDo-4B/8B-Instruct",
         trunk="Qwen3",
-        attention="block",
-        block_origin="global",
-        shift=0,
-        block_key="block_size",  # 4, 8, 16, 32 or 64 by release: a guess would decode noise
-        block_size=None,
+        block_size=None,  # 4, 8, 16, 32 or 64 by release: a guess would decode noise
         mask_id=151669,
         eos_id=None,
         sources=("JetAstra/SDAR: config.json and modeling_sdar.py of SDAR-4B-Chat", "Gen-Verse/dLLM-RL: generate.py"),

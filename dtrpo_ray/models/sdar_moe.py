@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 from transformers import Qwen3MoeForCausalLM
 
-from dtrpo_ray.models.base import FamilyFacts, LoraTargets, TensorPiece
-from dtrpo_ray.models.trunk import QWEN_LORA, QWEN_SIZES, TrunkLM, split_experts
+from dtrpo_ray.models.base import QWEN_LORA, QWEN_SIZES, DiffusionLM, FamilyFacts, LoraTargets, TensorPiece
 
 
-class SDARMoe(TrunkLM):
+class SDARMoe(DiffusionLM):
     """Block-diffusion Qwen3-MoE. Adapters go on attention only: the routed experts are no linear modules."""
 
     facts = FamilyFacts(
@@ -20,10 +19,6 @@ class SDARMoe(TrunkLM):
         architectures=("SDARMoeForCausalLM",),
         releases="SDAR-30B-A3B-Chat",
         trunk="Qwen3-MoE",
-        attention="block",
-        block_origin="global",
-        shift=0,
-        block_key="block_size",
         block_size=4,
         mask_id=151669,
         eos_id=151643,
@@ -39,4 +34,4 @@ class SDARMoe(TrunkLM):
     def upstream(self, name: str) -> Iterator[TensorPiece]:
         if ".experts." not in name:
             return super().upstream(name)
-        return split_experts(name, self.config["moe_intermediate_size"], self.config["num_experts"])
+        return self.split_experts(name)
