@@ -1,4 +1,4 @@
-"""OpenAI request bodies -> validated requests, and the types of every answer. Imports nothing but pydantic.
+"""OpenAI request bodies -> validated requests, and the types of every answer. No torch, no ray.
 
 An unsupported field that would change the meaning of an answer is refused by name; any other unknown field is ignored,
 since clients send many. `null` means absent.
@@ -6,6 +6,7 @@ since clients send many. `null` means absent.
 
 from typing import Annotated, Any, Literal, Self
 
+import pyarrow as pa
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -14,11 +15,13 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    create_model,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dtrpo_ray.config.decode import Remasking, Sampling
+from dtrpo_ray.data.schemas import TRAJECTORY
 
 MAX_CHOICES = 64  # of one request: prompts times n
 MAX_ALTERNATIVES = 20  # of each token
@@ -227,40 +230,32 @@ class Tokenized(BaseModel):
     max_model_len: int
 
 
-class Trajectory(BaseModel):
+_TYPES: dict[pa.DataType, Any] = {
+    pa.string(): str,
+    pa.int32(): int,
+    pa.int64(): int,
+    pa.float64(): float,
+    pa.list_(pa.int32()): list[int],
+    pa.list_(pa.float32()): list[float],
+}
+_Row: Any = create_model("_Row", **{column.name: _TYPES.get(column.type, dict) for column in TRAJECTORY})
+
+
+class Trajectory(_Row):
     """A choice as a row of the table trajectory/v1 (docs/data.md), and the text of each token.
 
     `response_ids` continue to the end of the last block, past an end of sequence or a stop text. The endpoint knows no
     hashes, origin, answer or reward: these are null.
     """
 
-    contract_version: int
-    row_id: str
-    prompt_id: str
     origin: None = None
-    prompt: str
-    response: str
     answer: None = None
-    prompt_ids: list[int]
-    response_ids: list[int]
-    steps: list[int]
-    """The denoising forward, from 0, that unmasked each token; -2: unmasked without one."""
-    ranks: list[int]
-    types: list[int]
-    logps: list[float]
-    num_forwards: int
     reward: None = None
     reward_source: str = ""
-    block_size: int
     block_origin: Literal["global", "response"]
-    mask_id: int
     shift: Literal[0, 1]
-    denoising_steps: int
-    temperature: float
     sampler: dict[str, str | float | int | None]
     support: Literal["full", "truncated"]
-    seed: int
-    engine: str
     model_hash: None = None
     tokenizer_hash: None = None
     data_hash: None = None

@@ -16,7 +16,7 @@ from functools import partial
 from importlib import metadata, resources
 from typing import Any, ParamSpec, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -26,7 +26,15 @@ from dtrpo_ray.decode.engine import Engine, block_size_error
 from dtrpo_ray.decode.types import DecoderEvent, SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.serve import api, responses
-from dtrpo_ray.serve.middleware import OPEN_PATHS, Gate, error_body, on_http_error, on_invalid_request, refusal, shorten
+from dtrpo_ray.serve.middleware import (
+    INTERNAL_ERROR,
+    OPEN_PATHS,
+    Gate,
+    on_http_error,
+    on_invalid_request,
+    refusal,
+    shorten,
+)
 from dtrpo_ray.serve.monitor import Monitor
 from dtrpo_ray.serve.responses import ActiveRequest, Choice, ServedModel
 from dtrpo_ray.serve.streams import EventStream, unless_disconnected
@@ -280,22 +288,19 @@ class Service:
         if request.body.stream:
             return EventStream(self._stream(request), partial(self._end, request))
         try:
-            finished = await unless_disconnected(connection, self._drain(request))
-            if finished is None:
-                return Response(status_code=499)  # nobody is there to read it
-            answer = await self._tokenize(responses.whole_response, request)
+            response = await unless_disconnected(connection.receive, self._answer(request))
         finally:
             self._end(request)
-        return JSONResponse(answer.model_dump(exclude={"denoising"}))
+        return response or Response(status_code=499)  # nobody is there to read it
 
-    async def _drain(self, request: ActiveRequest) -> bool:
+    async def _answer(self, request: ActiveRequest) -> Response:
         try:
             async with asyncio.timeout_at(_deadline(request)):
                 async for _ in self._events(request, stream=False):
                     pass
         except TimeoutError:
-            raise refusal(504, _deadline_message(), code="deadline") from None
-        return True
+            raise _deadline_refusal() from None
+        return JSONResponse(await self._tokenize(responses.whole_response, request))
 
     async def _stream(self, request: ActiveRequest) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; a failure after the first byte is an event too, since the status has been sent."""
@@ -305,12 +310,12 @@ class Service:
                     for event in events:
                         yield event
             if request.body.stream_options.include_usage:
-                yield responses.sse(responses.empty_chunk(request).model_copy(update={"usage": request.usage()}))
+                yield responses.sse(responses.answer(request, [], usage=request.usage()))
         except TimeoutError:
-            yield responses.sse(error_body(504, _deadline_message(), code="deadline"))
+            yield responses.sse(_deadline_refusal().detail)
         except Exception:
             logger.exception("a stream failed")
-            yield responses.sse(error_body(500, "internal error; the server's log names the cause"))
+            yield responses.sse(refusal(500, INTERNAL_ERROR).detail)
         finally:
             self._end(request)
         yield b"data: [DONE]\n\n"
@@ -378,8 +383,9 @@ def _deadline(request: ActiveRequest) -> float:
     return asyncio.get_running_loop().time() + DEADLINE_SECONDS - (time.monotonic() - request.begun)
 
 
-def _deadline_message() -> str:
-    return f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
+def _deadline_refusal() -> HTTPException:
+    message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
+    return refusal(504, message, code="deadline")
 
 
 def _row_seeds(seed: int, num_prompts: int, n: int) -> list[int]:

@@ -13,7 +13,7 @@ from dtrpo_ray.serve import api
 
 MAX_BODY_BYTES = 2**20
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})  # no key is asked for here
-
+INTERNAL_ERROR = "internal error; the server's log names the cause"
 _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Gate:
         if self.keys and path not in OPEN_PATHS and not self._has_key(scope):
             message = "the API key is missing or wrong; send the header `Authorization: Bearer KEY`"
             headers = {"WWW-Authenticate": "Bearer"}
-            return await error(401, message, code="invalid_api_key", headers=headers)(scope, receive, send)
+            return await _respond(refusal(401, message, code="invalid_api_key", headers=headers))(scope, receive, send)
         begun = False
 
         async def send_once_begun(message: Message) -> None:
@@ -46,7 +46,7 @@ class Gate:
             if begun:  # the status has been sent
                 raise
             logger.exception("%s %s failed", scope["method"], path)
-            await error(500, "internal error; the server's log names the cause")(scope, receive, send)
+            await _respond(refusal(500, INTERNAL_ERROR))(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
@@ -71,32 +71,25 @@ def _limit_body(receive: Receive) -> Receive:
     return count
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> api.ErrorBody:
-    """Return a message in OpenAI's shape; `param` is the field to change."""
-    kind = _ERROR_TYPES.get(status, "invalid_request_error")
-    return api.ErrorBody(error=api.ErrorDetail(message=message, type=kind, param=param, code=code))
-
-
-def error(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    """Return an error as a response."""
-    return JSONResponse(error_body(status, message, param, code).model_dump(), status, headers)
-
-
 def refusal(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> HTTPException:
-    """Return an error as an exception to raise."""
-    return HTTPException(status, error_body(status, message, param, code).model_dump(), headers)
+    """Return an error to raise, its `detail` a body in OpenAI's shape; `param` is the field to change."""
+    kind = _ERROR_TYPES.get(status, "invalid_request_error")
+    body = api.ErrorBody(error=api.ErrorDetail(message=message, type=kind, param=param, code=code))
+    return HTTPException(status, body.model_dump(), headers)
+
+
+def _respond(problem: StarletteHTTPException) -> JSONResponse:
+    return JSONResponse(problem.detail, problem.status_code, problem.headers)
 
 
 async def on_http_error(_: Request, problem: Exception) -> JSONResponse:
     """Answer a `refusal`, or an error of the framework's own such as 404 and 405."""
     assert isinstance(problem, StarletteHTTPException)
     if isinstance(problem.detail, dict):
-        return JSONResponse(problem.detail, problem.status_code, problem.headers)
-    return error(problem.status_code, str(problem.detail), headers=dict(problem.headers or {}))
+        return _respond(problem)
+    return _respond(refusal(problem.status_code, str(problem.detail), headers=dict(problem.headers or {})))
 
 
 async def on_invalid_request(_: Request, problem: Exception) -> JSONResponse:
@@ -104,15 +97,15 @@ async def on_invalid_request(_: Request, problem: Exception) -> JSONResponse:
     assert isinstance(problem, RequestValidationError)
     first = problem.errors()[0]
     if first["type"] == "json_invalid":
-        return error(400, "the body is not valid JSON")
+        return _respond(refusal(400, "the body is not valid JSON"))
     param = next((str(part) for part in first["loc"][1:]), None)
     where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return error(400, message, param)
+        return _respond(refusal(400, message, param))
     given = "" if first["type"] == "missing" else f" = {shorten(first['input'])}"
     code = api.UNSUPPORTED if first["type"] == api.UNSUPPORTED else None
-    return error(400, f"{where}{given}: {message}", param, code)
+    return _respond(refusal(400, f"{where}{given}: {message}", param, code))
 
 
 def shorten(value: object) -> str:

@@ -9,7 +9,6 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -19,8 +18,6 @@ from dtrpo_ray.decode.batcher import Batcher, Ticket
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
-
-ReplyModel = TypeVar("ReplyModel", bound=BaseModel)
 
 HALF_CHARACTER = "\ufffd"
 
@@ -176,74 +173,57 @@ def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]]
         if isinstance(event, Committed):
             new = choice.add(event)
             if new and stream:
-                sent.append(sse(_chunk(request, index, new)))
+                sent.append(sse(answer(request, [_choice(request, index, new, stream=True)])))
         elif isinstance(event, Unmasked) and stream:
-            sent.append(sse(_denoising_chunk(request, index, event)))
+            sent.append(sse(answer(request, [], denoising=_denoising(choice, index, event))))
     return sent
 
 
-def _answer(kind: type[ReplyModel], request: ActiveRequest, **fields: object) -> ReplyModel:
-    return kind(id=request.id, created=int(time.time()), model=request.model_name, **fields)
-
-
-def whole_response(request: ActiveRequest) -> api.Completion | api.ChatCompletion:
+def whole_response(request: ActiveRequest) -> dict[str, object]:
     """Return the answer to a request whose choices have all finished."""
-    if isinstance(request.body, api.CompletionRequest):
-        texts = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
-        parts = [_completion_choice(request, i, text) for i, text in enumerate(texts)]
-        return _answer(api.Completion, request, choices=parts, usage=request.usage())
-    choices = [
-        api.ChatChoice(
-            index=i,
-            message=api.Message(role="assistant", content=choice.text),
-            logprobs=_chat_logprobs(choice, choice.tokens),
-            finish_reason=choice.finish_reason or "length",
-            trajectory=_trajectory(request, i),
-        )
-        for i, choice in enumerate(request.choices)
-    ]
-    return _answer(api.ChatCompletion, request, choices=choices, usage=request.usage())
+    texts = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
+    choices = [_choice(request, i, text, stream=False) for i, text in enumerate(texts)]
+    return answer(request, choices, stream=False, usage=request.usage())
 
 
-def empty_chunk(request: ActiveRequest) -> api.Completion | api.ChatChunk:
-    """Return a chunk without choices, the form in which OpenAI sends usage."""
-    if isinstance(request.body, api.CompletionRequest):
-        return _answer(api.Completion, request, choices=[])
-    return _answer(api.ChatChunk, request, choices=[])
+def answer(
+    request: ActiveRequest,
+    choices: list[BaseModel],
+    *,
+    stream: bool = True,
+    usage: api.Usage | None = None,
+    denoising: api.Denoising | None = None,
+) -> dict[str, object]:
+    """Return a response's body, or that of a chunk of a stream; `usage` and `denoising` are left out where absent."""
+    chat = api.ChatChunk if stream else api.ChatCompletion
+    kind: type[BaseModel] = api.Completion if isinstance(request.body, api.CompletionRequest) else chat
+    head = {"id": request.id, "created": int(time.time()), "model": request.model_name}
+    body = kind(**head, choices=choices, usage=usage, denoising=denoising).model_dump()
+    return {k: v for k, v in body.items() if v is not None or k not in ("usage", "denoising")}
 
 
-def _chunk(request: ActiveRequest, index: int, new: NewText) -> api.Completion | api.ChatChunk:
-    if isinstance(request.body, api.CompletionRequest):
-        return _answer(api.Completion, request, choices=[_completion_choice(request, index, new)])
+def _choice(request: ActiveRequest, index: int, new: NewText, *, stream: bool) -> BaseModel:
     choice = request.choices[index]
-    role_sent, choice.role_sent = choice.role_sent, True
-    part = api.ChatChunkChoice(
+    kind: type[BaseModel] = api.ChatChoice
+    text: dict[str, object] = {"message": {"role": "assistant", "content": new.text}}
+    if isinstance(request.body, api.CompletionRequest):
+        kind, text = api.CompletionChoice, {"text": new.text}
+    elif stream:
+        role = None if choice.role_sent else "assistant"
+        kind, text = api.ChatChunkChoice, {"delta": {"role": role, "content": new.text}}
+        choice.role_sent = True
+    logprobs = _completion_logprobs if kind is api.CompletionChoice else _chat_logprobs
+    ended = new.finish_reason and request.body.return_trajectory
+    return kind(
+        **text,
         index=index,
-        delta=api.Delta(role=None if role_sent else "assistant", content=new.text),
-        logprobs=_chat_logprobs(choice, new.tokens),
+        logprobs=None if choice.alternatives is None else logprobs(choice, new.tokens),
         finish_reason=new.finish_reason,
-        trajectory=_trajectory(request, index) if new.finish_reason else None,
-    )
-    return _answer(api.ChatChunk, request, choices=[part])
-
-
-def _completion_choice(request: ActiveRequest, index: int, new: NewText) -> api.CompletionChoice:
-    return api.CompletionChoice(
-        index=index,
-        text=new.text,
-        logprobs=_completion_logprobs(request.choices[index], new.tokens),
-        finish_reason=new.finish_reason,
-        trajectory=_trajectory(request, index) if new.finish_reason else None,
+        trajectory=choice.trajectory(f"{request.id}-{index}") if ended else None,
     )
 
 
-def _trajectory(request: ActiveRequest, index: int) -> api.Trajectory | None:
-    return request.choices[index].trajectory(f"{request.id}-{index}") if request.body.return_trajectory else None
-
-
-def _completion_logprobs(choice: Choice, tokens: list[Token]) -> api.CompletionLogprobs | None:
-    if choice.alternatives is None:
-        return None
+def _completion_logprobs(choice: Choice, tokens: list[Token]) -> api.CompletionLogprobs:
     top = [{choice.engine.decode([i]): logp for i, logp in token.top} for token in tokens]
     return api.CompletionLogprobs(
         tokens=[token.text for token in tokens],
@@ -253,10 +233,7 @@ def _completion_logprobs(choice: Choice, tokens: list[Token]) -> api.CompletionL
     )
 
 
-def _chat_logprobs(choice: Choice, tokens: list[Token]) -> api.ChatLogprobs | None:
-    if choice.alternatives is None:
-        return None
-
+def _chat_logprobs(choice: Choice, tokens: list[Token]) -> api.ChatLogprobs:
     def alternative(text: str, logp: float) -> api.Alternative:
         return api.Alternative(token=text, logprob=logp, bytes=list(text.encode()))
 
@@ -270,12 +247,12 @@ def _chat_logprobs(choice: Choice, tokens: list[Token]) -> api.ChatLogprobs | No
     return api.ChatLogprobs(content=content)
 
 
-def _denoising_chunk(request: ActiveRequest, index: int, event: Unmasked) -> BaseModel:
-    engine, choice = request.served.engine, request.choices[index]
+def _denoising(choice: Choice, index: int, event: Unmasked) -> api.Denoising:
+    engine = choice.engine
     size = choice.params.block_length or engine.model.block_size
     # tokens of the prompt in the choice's first block
     head = len(choice.prompt) % size if engine.model.block_origin == "global" else 0
-    step = api.Denoising(
+    return api.Denoising(
         index=index,
         step=event.step,
         places=event.places,
@@ -285,10 +262,8 @@ def _denoising_chunk(request: ActiveRequest, index: int, event: Unmasked) -> Bas
         block_start=(event.places[0] + head) // size * size - head,
         block_size=size,
     )
-    return empty_chunk(request).model_copy(update={"denoising": step})
 
 
-def sse(value: BaseModel) -> bytes:
-    """Return a server-sent event; `usage` and `denoising`, which most chunks lack, are left out where absent."""
-    fields = {k: v for k, v in value.model_dump().items() if v is not None or k not in ("usage", "denoising")}
-    return b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n"
+def sse(body: object) -> bytes:
+    """Return a server-sent event with a JSON body."""
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"

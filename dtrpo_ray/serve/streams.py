@@ -3,17 +3,18 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import TypeVar
 
-from fastapi import Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+Result = TypeVar("Result")
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, bool]) -> bool | None:
+
+async def unless_disconnected(receive: Receive, work: Coroutine[object, None, Result]) -> Result | None:
     """Return the result of `work`; if the client hangs up first, cancel it and return None."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_wait_for_disconnect(request.receive))
+    watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
@@ -40,15 +41,9 @@ class EventStream(Response):
         self.events, self.done = events, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
-            await asyncio.wait({sending, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            await unless_disconnected(receive, self._send(send))
         finally:
-            for each in (sending, watcher):
-                each.cancel()
-                with suppress(asyncio.CancelledError):
-                    await each
             await self.events.aclose()
             self.done()  # closing an iterator that never began runs none of it
 
