@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from dtrpo_ray.report.evaluation import Evaluation
     from dtrpo_ray.report.page import Answer
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -20,21 +20,10 @@ from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.config.train import TrainConfig
-from dtrpo_ray.data import prepare
+from dtrpo_ray.data import prepare, tables
 from dtrpo_ray.data.formats.files import data_files, sha256_data
 from dtrpo_ray.data.pairs import Pairer
 from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
-from dtrpo_ray.data.tables import (
-    FILE_ROWS,
-    QUARANTINE,
-    count_lines,
-    file_parts,
-    prompt_parts,
-    read_manifest,
-    read_table,
-    table_files,
-    write_manifest,
-)
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, read_public_tests, scorer_path
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ConfigError, DataError
@@ -44,21 +33,13 @@ from dtrpo_ray.models.lora import target_modules
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 from dtrpo_ray.parts import run_parts
+from dtrpo_ray.produce import rollout
 from dtrpo_ray.produce.drafts import Drafter
 from dtrpo_ray.produce.llm import require_vllm
-from dtrpo_ray.produce.rollout import (
-    DecodeJob,
-    DecodeRequest,
-    FileRecorder,
-    Recorder,
-    request_parts,
-    require_fit,
-    sampling_params,
-)
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
-from dtrpo_ray.stages import Json, JsonObject, Stage, StageRow, Store
+from dtrpo_ray.stages import JsonObject, Stage, StageRow, Store
 from dtrpo_ray.train import driver, validation
 from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
 from dtrpo_ray.train.run import NO_WEIGHTS, CachedLogps, RunRecord, TrainStage
@@ -72,9 +53,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def once(
-    method: Callable[Concatenate["Pipeline", P], R],
-) -> Callable[Concatenate["Pipeline", P], R]:
+def once(method: Callable[Concatenate["Pipeline", P], R]) -> Callable[Concatenate["Pipeline", P], R]:
     """Keep a method's results in its pipeline, so that files are hashed and stages looked up once in a command."""
 
     @wraps(method)
@@ -124,14 +103,13 @@ class Pipeline:
             return ModelRef(job.model.path, sha256_json(_hashes(job.model.path)))
         source = job.model.tokenizer
         tokenizer = _hashes(source) if source else job.task.type
-        inputs: dict[str, Json] = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
+        inputs: JsonObject = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
         return _model_of(self._stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
 
     def _make_initial(self, out: Path) -> JsonObject:
         init = self.job.model.init
         assert init is not None
         tokenizer = prepare.job_tokenizer(self.job)
-        (out / MODEL).mkdir(exist_ok=True)
         tokenizer.save_pretrained(out / MODEL)
         eos = tokenizer.eos_token_id
         config = {
@@ -163,7 +141,7 @@ class Pipeline:
         job = self.job
         if job.sft is None:
             return self.initial()
-        inputs: dict[str, Json] = {
+        inputs: JsonObject = {
             "task": job.task.model_dump(mode="json", exclude={"public_tests"}),
             "count": job.sft.num_examples,
             "seed": job.seed,
@@ -175,7 +153,7 @@ class Pipeline:
     def _make_examples(self, out: Path) -> JsonObject:
         (out / TABLE).mkdir(exist_ok=True)
         summary = prepare.write_examples(self.job, load_tokenizer(self.initial().path), out / TABLE)
-        read_table(out / TABLE, EXAMPLE)
+        tables.read_table(out / TABLE, EXAMPLE)
         return summary
 
     @once
@@ -193,13 +171,15 @@ class Pipeline:
             return self._import("trajectories", "trajectories", TRAJECTORY)
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
-        task = job.task.model_dump(mode="json", exclude={"public_tests"})
-        inputs = {**self._rollout_inputs(config, number), "task": task}
+        inputs = {
+            **self._rollout_inputs(config, number),
+            "task": job.task.model_dump(mode="json", exclude={"public_tests"}),
+        }
 
         def make(out: Path) -> JsonObject:
-            require_fit(policy.path, config)
+            rollout.require_fit(policy.path, config)
             prompts = self._rollout_prompts(config, number)
-            decode = self._decode_job(policy, sampling_params(config), config.batch_size)
+            decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
             done = self._record(prompts, decode, out, label=f"rollout-{number}")
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
@@ -209,10 +189,11 @@ class Pipeline:
         policy = self.policy(number - 1).digest
         return {"rollout": config.model_dump(mode="json"), "policy": policy, "seed": self.job.seed, "round": number}
 
-    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[DecodeRequest]:
-        puzzles = generate_puzzles(self._puzzle(), config.num_prompts, "train", _seed_of(self.job.seed, number))
+    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[rollout.DecodeRequest]:
+        assert self.job.puzzle is not None
+        puzzles = generate_puzzles(self.job.puzzle, config.num_prompts, "train", _seed_of(self.job.seed, number))
         return [
-            DecodeRequest(
+            rollout.DecodeRequest(
                 row_id=f"r{number}-{i:06d}-{sample:02d}",
                 prompt_id=f"r{number}-{i:06d}",
                 prompt=puzzle["prompt"],
@@ -222,22 +203,20 @@ class Pipeline:
             for sample in range(config.num_samples)
         ]
 
-    def _puzzle(self) -> PuzzleTask:
-        assert self.job.puzzle is not None
-        return self.job.puzzle
+    def _decode_job(self, model: ModelRef, params: SamplingParams, batch_size: int) -> rollout.DecodeJob:
+        scorer = scorer_path(self.job.puzzle) if self.job.puzzle else None
+        path, seed = model.path.resolve(), self.job.seed
+        return rollout.DecodeJob(path, model.digest, params, batch_size, seed=seed, scorer=scorer)
 
-    def _decode_job(self, model: ModelRef, params: SamplingParams, batch_size: int) -> DecodeJob:
-        scorer = scorer_path(self._puzzle())
-        return DecodeJob(model.path.resolve(), model.digest, params, batch_size, seed=self.job.seed, scorer=scorer)
-
-    def _record(self, prompts: list[DecodeRequest], decode: DecodeJob, out: Path, label: str) -> list[dict[str, Any]]:
+    def _record(
+        self, prompts: list[rollout.DecodeRequest], decode: rollout.DecodeJob, out: Path, label: str
+    ) -> list[dict[str, Any]]:
         """Decode and score puzzles into a table; return the summaries of its parts."""
         data_hash = sha256_json([request.prompt for request in prompts])
-        (out / TABLE).mkdir(exist_ok=True)
-        parts = request_parts([replace(request, data_hash=data_hash) for request in prompts], decode.batch_size)
-        recorder = partial(Recorder, decode, self.job.cluster.num_actors)
+        parts = rollout.request_parts([replace(request, data_hash=data_hash) for request in prompts], decode.batch_size)
+        recorder = partial(rollout.Recorder, decode, self.job.cluster.num_actors)
         done = run_parts(parts, recorder, out / TABLE, self.job.cluster, label, gpu=True)
-        write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
+        tables.write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
         return done
 
     @once
@@ -256,13 +235,12 @@ class Pipeline:
         def make(out: Path) -> JsonObject:
             if config.judge:
                 require_vllm("score.judge")
-            (out / TABLE).mkdir(exist_ok=True)
-            files = [file.resolve() for file in table_files(trajectories.path / TABLE)]
-            parts = prompt_parts(files, config.judge.batch_size) if config.judge else file_parts(files)
+            files = [file.resolve() for file in tables.table_files(trajectories.path / TABLE)]
+            parts = tables.prompt_parts(files, config.judge.batch_size) if config.judge else tables.file_parts(files)
             scorer = partial(Scorer, config)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
-            write_manifest(out / TABLE, TRAJECTORY, rows=rows)
+            tables.write_manifest(out / TABLE, TRAJECTORY, rows=rows)
             return {"trajectories": rows, **_rewards(done, out)}
 
         return self._stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
@@ -274,16 +252,16 @@ class Pipeline:
         if job.task.brings_pairs:
             return self._import("pairs", "pairs", PREFERENCE)
         trajectories = self.scored(number)
-        inputs: dict[str, Json] = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
+        inputs: JsonObject = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
         def make(out: Path) -> JsonObject:
-            (out / TABLE).mkdir(exist_ok=True)
-            parts = prompt_parts([file.resolve() for file in table_files(trajectories.path / TABLE)], FILE_ROWS)
+            files = [file.resolve() for file in tables.table_files(trajectories.path / TABLE)]
+            parts = tables.prompt_parts(files, tables.FILE_ROWS)
             done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
             if not made:
                 raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
-            write_manifest(out / TABLE, PREFERENCE, rows=made)
+            tables.write_manifest(out / TABLE, PREFERENCE, rows=made)
             return {"pairs": made, **({"unscored": unscored} if unscored else {})}
 
         return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
@@ -296,28 +274,31 @@ class Pipeline:
 
     def _drafts(self, config: DraftsConfig) -> "_Answers":
         digest = sha256_json(_hashes(config.model))
-        inputs: dict[str, Json] = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
+        inputs: JsonObject = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
         drafter = partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
         return _Answers(inputs, drafter, config.batch_size, partial(require_vllm, "drafts"))
 
     def _rollout(self, config: RolloutConfig, number: int) -> "_Answers":
-        policy, seed, inputs = self.policy(number - 1), self.job.seed, self._rollout_inputs(config, number)
-        decode = DecodeJob(policy.path.resolve(), policy.digest, sampling_params(config), config.batch_size, seed)
-        recorder = partial(FileRecorder, job=decode, config=config, number=number, sharers=self.job.cluster.num_actors)
+        policy, inputs, actors = (
+            self.policy(number - 1),
+            self._rollout_inputs(config, number),
+            self.job.cluster.num_actors,
+        )
+        decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
+        recorder = partial(rollout.FileRecorder, job=decode, config=config, number=number, sharers=actors)
         rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
-        return _Answers(inputs, recorder, max(1, rows), partial(require_fit, policy.path, config))
+        return _Answers(inputs, recorder, max(1, rows), partial(rollout.require_fit, policy.path, config))
 
     def _import(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
         job, task = self.job, self.job.task
         assert not isinstance(task, PuzzleTask)
         hashes = {file: sha256_data(file) for where in task.files for file in data_files(where)}
-        inputs: dict[str, Json] = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base().digest}
-        inputs |= answers.inputs if answers else {}
+        inputs: JsonObject = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base().digest}
+        inputs = {**inputs, **(answers.inputs if answers else {})}
 
         def make(out: Path) -> JsonObject:
             if answers:
                 answers.require()
-            (out / TABLE).mkdir(exist_ok=True)
             model = skeleton_of(self.base().path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
             source = prepare.ImportJob(task, self.base().path.resolve(), grid, hashes)
@@ -326,10 +307,11 @@ class Pipeline:
             label = name if answers else "prepare"
             done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
             counts = prepare.finish_import(done, schema, out / TABLE)
-            console.print("\n".join(count_lines(counts)), highlight=False, soft_wrap=True)
+            console.print("\n".join(tables.count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
-                raise DataError(f"{task.files[0]}: no row is left; see the reasons in {out / TABLE / QUARANTINE}")
-            manifest = read_manifest(out / TABLE)
+                reasons = out / TABLE / tables.QUARANTINE
+                raise DataError(f"{task.files[0]}: no row is left; see the reasons in {reasons}")
+            manifest = tables.read_manifest(out / TABLE)
             assert manifest is not None
             return {
                 noun: manifest["rows"],
@@ -355,16 +337,11 @@ class Pipeline:
         """Return the reference's log-probs of a round's pairs, at the states that its training will draw."""
         config, reference, pairs = self.job.train, self.policy(number - 1), self.pairs(number)
         seed, draws = self.job.seed + number, {"objective", "num_epochs", "max_steps", "global_batch", "precision"}
-        inputs: dict[str, Json] = {
-            "config": config.model_dump(mode="json", include=draws),
-            "reference": reference.digest,
-            "seed": seed,
-            "table": pairs.digest,
-        }
+        fields = config.model_dump(mode="json", include=draws)
+        inputs: JsonObject = {"config": fields, "reference": reference.digest, "seed": seed, "table": pairs.digest}
 
         def make(out: Path) -> JsonObject:
-            cluster, files = self.job.cluster, [file.resolve() for file in table_files(pairs.path / TABLE)]
-            (out / REF_LOGPS).mkdir(exist_ok=True)
+            cluster, files = self.job.cluster, [file.resolve() for file in tables.table_files(pairs.path / TABLE)]
             parts = epoch_parts(files, config, seed)
             base = reference.path.resolve()
             scorer = partial(ReferenceScorer, base, config, seed, reference.digest, cluster.num_actors)
@@ -380,9 +357,9 @@ class Pipeline:
     def _train(
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
-        inputs: dict[str, Json] = {"config": weight_fields(config), "base": base.digest, "seed": seed}
         workers = self.workers[name] = self._workers(name)
-        inputs |= {"table": table.digest, "num_workers": workers}
+        fixed: JsonObject = {"base": base.digest, "seed": seed, "table": table.digest, "num_workers": workers}
+        inputs: JsonObject = {"config": weight_fields(config), **fixed}
 
         def make(out: Path) -> JsonObject:
             if workers != self.job.cluster.num_workers:
@@ -427,19 +404,18 @@ class Pipeline:
 
     def _write_questions(self, count: int, base: ModelRef, table: Stage, out: Path) -> None:
         """Write the questions of validation: fresh puzzles of the training split, or the table's first prompts."""
-        job, tokenizer = self.job, load_tokenizer(base.path)
-        if job.puzzle is None:
-            files = table_files(table.path / TABLE)  # beside what an import leaves in the folder
+        puzzle, tokenizer = self.job.puzzle, load_tokenizer(base.path)
+        if puzzle:
+            puzzles = generate_puzzles(puzzle, count, "train", _seed_of(self.job.seed, "validation"))
+            texts = [row["prompt"] for row in puzzles]
+            ids = [encode_prompt(tokenizer, text) for text in texts]
+        else:
+            files = tables.table_files(table.path / TABLE)  # beside what an import leaves in the folder
             ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
-            prompts = [validation.ValidationPrompt(prompt=str(tokenizer.decode(row)), prompt_ids=row) for row in ids]
-            validation.write_questions(prompts, None, out)
-            return
-        puzzles = generate_puzzles(job.puzzle, count, "train", _seed_of(job.seed, "validation"))
-        texts = [row["prompt"] for row in puzzles]
-        prompts = [
-            validation.ValidationPrompt(prompt=text, prompt_ids=encode_prompt(tokenizer, text)) for text in texts
-        ]
-        validation.write_questions(prompts, scorer_path(job.puzzle), out)
+            texts = [str(tokenizer.decode(row)) for row in ids]
+        pairs = zip(texts, ids, strict=True)
+        prompts = [validation.ValidationPrompt(prompt=text, prompt_ids=row) for text, row in pairs]
+        validation.write_questions(prompts, scorer_path(puzzle) if puzzle else None, out)
 
     @once
     def evaluate(self) -> Evaluation:
@@ -457,17 +433,12 @@ class Pipeline:
         if config is None or job.puzzle is None:
             raise ConfigError("nothing to evaluate: the job has no [eval] section, or its task has no verifier")
         sets = self._test_sets()
-        sizes = {title: sha256_json(rows) for title, rows in sets.items()}
-        inputs: dict[str, Json] = {
-            "eval": config.model_dump(mode="json"),
-            "model": model.digest,
-            "sets": sizes,
-            "seed": job.seed,
-        }
+        fields, hashes = config.model_dump(mode="json"), {title: sha256_json(rows) for title, rows in sets.items()}
+        inputs: JsonObject = {"eval": fields, "model": model.digest, "sets": hashes, "seed": job.seed}
 
         def make(out: Path) -> JsonObject:
             prompts = [
-                DecodeRequest(
+                rollout.DecodeRequest(
                     row_id=f"{title}/{k}/{i:06d}",
                     prompt_id=f"{title}/{i:06d}",
                     prompt=row["prompt"],
@@ -481,7 +452,7 @@ class Pipeline:
                 max_new_tokens=config.max_new_tokens, denoising_steps=1, temperature=config.temperature
             )
             self._record(prompts, self._decode_job(model, params, config.batch_size), out, label=f"eval-{name}")
-            done = read_table(out / TABLE, TRAJECTORY)
+            done = tables.read_table(out / TABLE, TRAJECTORY)
             answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
             record = summarise(done, answers, config, load_tokenizer(model.path))
             (out / "eval.json").write_text(json.dumps(record))
@@ -491,8 +462,9 @@ class Pipeline:
 
     @once
     def _test_sets(self) -> dict[str, list[dict[str, str]]]:
-        config, task = self.job.eval, self._puzzle()
+        config, task = self.job.eval, self.job.puzzle
         assert config is not None
+        assert task is not None
         for path in task.public_tests:
             if not path.exists():
                 message = f"task.public_tests: {path} does not exist and is left out"

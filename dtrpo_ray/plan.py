@@ -181,10 +181,7 @@ def activation_bytes(
     chunk = min(scored, max(1, CHUNK_LOGITS // shape.vocab))
     momentary = BYTES_FP32 + (BYTES_BF16 if bf16 else 0)
     layers = layer + shape.layers * h * (BYTES_BF16 if bf16 else BYTES_FP32) if recomputed else shape.layers * layer
-    return {
-        "activations": tokens * (layers + final),
-        "scored_logits": chunk * (head + momentary * shape.vocab),
-    }
+    return {"activations": tokens * (layers + final), "scored_logits": chunk * (head + momentary * shape.vocab)}
 
 
 def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int, bf16: bool) -> dict[str, int]:

@@ -110,12 +110,7 @@ class Store:
             lock.release()
 
     def _find_or_make(
-        self,
-        name: str,
-        key: str,
-        inputs: JsonObject,
-        outputs: Iterable[str],
-        make: Callable[[Path], JsonObject],
+        self, name: str, key: str, inputs: JsonObject, outputs: Iterable[str], make: Callable[[Path], JsonObject]
     ) -> Stage:
         path = self.root / f"{name}-{key[:12]}"
         if self.fresh:
