@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dtrpo_ray.decode.decoder import Decoder, pages_needed
-from dtrpo_ray.decode.types import Committed, Finished, SamplingParams
+from dtrpo_ray.decode.types import Committed, Generation, SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import build_model
 
@@ -86,8 +86,8 @@ def serve_load(
             now = time.perf_counter()
             if isinstance(event, Committed):
                 first.setdefault(key, now - begun[key])
-            elif isinstance(event, Finished):
-                done[key], answers[key] = now - begun[key], event.generation.text_ids
+            elif isinstance(event, Generation):
+                done[key], answers[key] = now - begun[key], event.text_ids
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     tokens = sum(map(len, answers.values()))
     latency = np.array([done[key] for key in sorted(done)])  # type: ignore[type-var]

@@ -12,18 +12,18 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from dtrpo_ray.decode.decoder import Decoder
-from dtrpo_ray.decode.types import Counters, DecoderEvent, Finished, SamplingParams
+from dtrpo_ray.decode.types import DecoderEvent, Generation, SamplingParams
 from dtrpo_ray.models.base import DiffusionLM
 
 logger = logging.getLogger(__name__)
 
 Delivery = list[tuple[int, DecoderEvent]] | Exception
-Emit = Callable[[Delivery], None]
+Emit = Callable[[Delivery], object]
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request in a batcher. The decoding thread calls `emit` with (row, event) pairs, the last of them `Finished`
+    """A request in a batcher. The decoding thread calls `emit` with (row, event) pairs, the last of them a `Generation`
     for each row, or with the failure that ended the request."""
 
     prompts: Sequence[Sequence[int]]
@@ -41,7 +41,7 @@ class Batcher:
     def __init__(self, model: DiffusionLM, max_rows: int, max_pages: int, num_tokens: int | None = None) -> None:
         self.new_decoder = lambda: Decoder(model, max_rows, max_pages, num_tokens)
         self.decoder = self.new_decoder()
-        self.total = Counters()
+        self.counters = self.decoder.counters  # since the start
         self.keys = itertools.count()
         self.owner: dict[Hashable, tuple[Ticket, int]] = {}
         self.waiting: deque[tuple[Ticket, int]] = deque()
@@ -96,11 +96,6 @@ class Batcher:
     def num_waiting(self) -> int:
         return len(self.waiting)
 
-    @property
-    def counters(self) -> Counters:
-        """Work done since the start."""
-        return self.total + self.decoder.counters
-
     def _run(self) -> None:
         while True:
             with self.changed:
@@ -138,7 +133,7 @@ class Batcher:
         by_ticket: dict[int, tuple[Ticket, list[tuple[int, DecoderEvent]]]] = {}
         for key, event in events:
             ticket, row = self.owner[key]
-            if isinstance(event, Finished):
+            if isinstance(event, Generation):
                 del self.owner[key]
                 ticket.keys.discard(key)  # type: ignore[arg-type]
             by_ticket.setdefault(id(ticket), (ticket, []))[1].append((row, event))
@@ -159,8 +154,8 @@ class Batcher:
         tickets = {id(ticket): ticket for ticket, _ in [*self.owner.values(), *self.waiting]}
         self.owner.clear()
         self.waiting.clear()
-        self.total = self.total + self.decoder.counters
         self.decoder = self.new_decoder()
+        self.decoder.counters = self.counters
         for ticket in tickets.values():
             if not ticket.cancelled:
                 ticket.cancelled = True

@@ -24,7 +24,6 @@ from dtrpo_ray.decode.types import (
     Committed,
     Counters,
     DecoderEvent,
-    Finished,
     Generation,
     SamplingParams,
     Unmasked,
@@ -332,7 +331,8 @@ class Decoder:
             row.forwards += 1
             row.block_steps += 1
         self.counters.denoising_steps += len(rows)
-        self.counters.canvas_positions += take.numel()
+        self.counters.steps_with_commits += len(rows)
+        self.counters.positions_with_commits += take.numel()
         return events
 
     def _open_positions(self, slots: list[int], rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,12 +412,12 @@ class Decoder:
         row.response.append(block)
         row.start, row.block_steps = span.stop, 0
         self.counters.committed_tokens += len(ids)
-        self.counters.committed_blocks += 1
-        self.counters.committed_positions += row.block
+        self.counters.steps_with_commits += 1
+        self.counters.positions_with_commits += row.block
         if row.start < row.end and row.stops.isdisjoint(ids):
             return [(row.key, block)]
         self._leave(slot)
-        return [(row.key, block), (row.key, Finished(row.generation()))]
+        return [(row.key, block), (row.key, row.generation())]
 
 
 def _widen(plane: Tensor, width: int, fill: int) -> Tensor:
@@ -443,5 +443,5 @@ def decode_all(
         assert admitted
     generations: dict[Hashable, Generation] = {}
     while decoder.num_running:
-        generations |= {key: event.generation for key, event in decoder.step() if isinstance(event, Finished)}
+        generations |= {key: event for key, event in decoder.step() if isinstance(event, Generation)}
     return [generations[key] for key in range(len(prompts))]

@@ -1,6 +1,6 @@
 """The decoder's inputs and outputs: sampling parameters, responses, and the events on the way. Data only."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ConfigDict, Field
@@ -37,10 +37,10 @@ def to_params(sampling: Sampling, *, max_new_tokens: int, denoising_steps: int, 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One response. `ids` and `steps` end on the block grid, so the last block is whole. `steps` counts denoising
-    forwards from 0: NEVER where no step unmasked the token, GIVEN where it was known before its block's first step.
-    `logps` are log mu at temperature 1; `text_ids` stops before the token that ends the text; `top` holds the
-    alternatives by place if the request asks for them."""
+    """One response, the last event of its request. `ids` and `steps` end on the block grid, so the last block is whole.
+    `steps` counts denoising forwards from 0: NEVER where no step unmasked the token, GIVEN where it was known before
+    its block's first step. `logps` are log mu at temperature 1; `text_ids` stops before the token that ends the text;
+    `top` holds the alternatives by place if the request asks for them."""
 
     ids: list[int]
     steps: list[int]
@@ -70,14 +70,7 @@ class Committed:
     top: dict[int, Alternatives]
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last event of a request."""
-
-    generation: Generation
-
-
-DecoderEvent = Unmasked | Committed | Finished
+DecoderEvent = Unmasked | Committed | Generation
 
 
 @dataclass(slots=True)
@@ -90,20 +83,8 @@ class Counters:
     passes: int = 0
     pass_tokens: int = 0
     denoising_steps: int = 0
-    canvas_positions: int = 0
+    steps_with_commits: int = 0
+    positions_with_commits: int = 0
     committed_tokens: int = 0
-    committed_blocks: int = 0
-    committed_positions: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
-
-    @property
-    def steps_with_commits(self) -> int:
-        return self.denoising_steps + self.committed_blocks
-
-    @property
-    def positions_with_commits(self) -> int:
-        return self.canvas_positions + self.committed_positions
-
-    def __add__(self, other: "Counters") -> "Counters":
-        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.decode.engine import Engine, block_size_error
-from dtrpo_ray.decode.types import DecoderEvent, SamplingParams, to_params
+from dtrpo_ray.decode.types import SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.serve import api, responses
 from dtrpo_ray.serve.middleware import (
@@ -215,34 +215,35 @@ class Service:
         engine = served.engine
         _check_blocks(body, engine)
         ids = [await self._tokenize(_encode, engine, prompt, field) for prompt in prompts]
-        params = self._params(body, self._limit(engine, ids, body.n, max_tokens, field))
+        params = to_params(
+            body,
+            max_new_tokens=self._limit(engine, ids, body.n, max_tokens, field),
+            denoising_steps=body.steps or self.config.denoising_steps,
+            stop_token_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            top_logprobs=body.num_alternatives or 0,
+        )
         if engine.model.shift and not all(ids):
             raise refusal(400, f"{field} has no token, and this model needs one to predict the next from", field)
         if self.num_active >= MAX_ACTIVE_REQUESTS:
             message = f"{MAX_ACTIVE_REQUESTS} requests are waiting already; try again"
             raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
+        choices = _choices(body, engine, ids, params)
         request = ActiveRequest(
             id=f"{prefix}-{uuid.uuid4().hex}",
             model_name=body.model or self.config.model_name,
             body=body,
             served=served,
-            choices=_choices(body, engine, ids, params),
+            choices=choices,
             prompt_tokens=sum(map(len, ids)),
             begun=begun,
         )
-        self._submit(request, params)
-        return request
-
-    def _submit(self, request: ActiveRequest, params: SamplingParams) -> None:
-        loop, body = asyncio.get_running_loop(), request.body
-
-        def emit(events: list[tuple[int, DecoderEvent]] | Exception) -> None:
-            loop.call_soon_threadsafe(request.events.put_nowait, events)
-
-        self.num_active += 1
-        prompts, seeds = [c.prompt for c in request.choices], [c.seed for c in request.choices]
+        emit = partial(asyncio.get_running_loop().call_soon_threadsafe, request.events.put_nowait)
         watch = body.stream and body.stream_options.include_denoising
-        request.ticket = request.served.batcher.submit(prompts, params, seeds, emit, watch)
+        self.num_active += 1
+        prompts, seeds = [choice.prompt for choice in choices], [choice.seed for choice in choices]
+        request.ticket = served.batcher.submit(prompts, params, seeds, emit, watch)
+        return request
 
     def _find(self, name: str | None) -> ServedModel:
         served = self.served.get(name or self.config.model_name)
@@ -250,16 +251,6 @@ class Service:
             message = f"model = {shorten(name)} is not served here; ask for {', '.join(map(repr, self.served))}"
             raise refusal(404, message, "model", "model_not_found")
         return served
-
-    def _params(self, body: api.CompletionRequest | api.ChatRequest, limit: int) -> SamplingParams:
-        return to_params(
-            body,
-            max_new_tokens=limit,
-            denoising_steps=body.steps or self.config.denoising_steps,
-            stop_token_ids=tuple(body.stop_token_ids),
-            ignore_eos=body.ignore_eos,
-            top_logprobs=body.num_alternatives or 0,
-        )
 
     def _limit(self, engine: Engine, prompts: list[list[int]], n: int, wanted: int | None, field: str) -> int:
         """Return the most tokens of each choice; `wanted` None asks for as many as there is room for."""
@@ -370,13 +361,14 @@ def _encode(engine: Engine, prompt: PromptInput, field: str) -> list[int]:
 def _choices(
     body: api.CompletionRequest | api.ChatRequest, engine: Engine, prompts: list[list[int]], params: SamplingParams
 ) -> list[Choice]:
-    seed = secrets.randbits(63) if body.seed is None else body.seed
-    rows = [prompt for prompt in prompts for _ in range(body.n)]
-    seeds = _row_seeds(seed, len(prompts), body.n)
-    return [
-        Choice(engine=engine, prompt=row, params=params, seed=each, stop=body.stop, alternatives=body.num_alternatives)
-        for row, each in zip(rows, seeds, strict=True)
-    ]
+    """Return `n` choices of each prompt; their seeds do not depend on `n`."""
+    shared = secrets.randbits(63) if body.seed is None else body.seed
+    choices = []
+    for number, prompt in enumerate(prompts):
+        for place in range(body.n):
+            seed = int(row_generator(shared, f"{number}|{place}", 0, "serve").integers(2**63))
+            choices.append(Choice(engine, prompt, params, seed, stop=body.stop, alternatives=body.num_alternatives))
+    return choices
 
 
 def _deadline(request: ActiveRequest) -> float:
@@ -386,12 +378,6 @@ def _deadline(request: ActiveRequest) -> float:
 def _deadline_refusal() -> HTTPException:
     message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
     return refusal(504, message, code="deadline")
-
-
-def _row_seeds(seed: int, num_prompts: int, n: int) -> list[int]:
-    """Return a seed for each choice of each prompt; it does not depend on `n`."""
-    places = [f"{prompt}|{choice}" for prompt in range(num_prompts) for choice in range(n)]
-    return [int(row_generator(seed, place, 0, "serve").integers(2**63)) for place in places]
 
 
 def _version() -> str:

@@ -12,12 +12,12 @@ Result = TypeVar("Result")
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[object, None, Result]) -> Result | None:
-    """Return the result of `work`; if the client hangs up first, cancel it and return None."""
+    """Return the result of `work`, None if it was cancelled; if the client hangs up first, cancel it."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        return task.result() if task.done() and not task.cancelled() else None
     finally:
         for each in (task, watcher):
             each.cancel()

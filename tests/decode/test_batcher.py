@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtrpo_ray.decode.batcher import Batcher
 from dtrpo_ray.decode.decoder import decode_all
-from dtrpo_ray.decode.types import DecoderEvent, Finished, SamplingParams
+from dtrpo_ray.decode.types import DecoderEvent, Generation, SamplingParams
 from dtrpo_ray.models.sdar import SDAR
 
 MakeModel = Callable[..., SDAR]
@@ -51,7 +51,7 @@ class Inbox:
         while len(done) < rows:
             events = self.queue.get(timeout=60)
             assert not isinstance(events, Exception)
-            done |= {row: event.generation.ids for row, event in events if isinstance(event, Finished)}
+            done |= {row: event.ids for row, event in events if isinstance(event, Generation)}
         return done
 
 

@@ -13,7 +13,7 @@ from dtrpo_ray.config.decode import Remasking
 from dtrpo_ray.decode import decoder as module
 from dtrpo_ray.decode.decoder import Decoder, decode_all, pages_needed
 from dtrpo_ray.decode.policies import POLICIES
-from dtrpo_ray.decode.types import Committed, DecoderEvent, Finished, Generation, SamplingParams, Unmasked
+from dtrpo_ray.decode.types import Committed, DecoderEvent, Generation, SamplingParams, Unmasked
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import GIVEN
 from dtrpo_ray.models.sdar import SDAR
@@ -55,7 +55,7 @@ def alone(model: SDAR) -> list[Generation]:
 
 
 def collect(decoder: Decoder) -> dict[Hashable, Generation]:
-    return {key: event.generation for key, event in decoder.step() if isinstance(event, Finished)}
+    return {key: event for key, event in decoder.step() if isinstance(event, Generation)}
 
 
 def run(decoder: Decoder) -> dict[Hashable, Generation]:
@@ -204,7 +204,7 @@ def test_events_tell_the_response(model: SDAR) -> None:
     events: list[tuple[Hashable, DecoderEvent]] = []
     while decoder.num_running:
         events += decoder.step()
-    (done,) = [e.generation for key, e in events if key == "seen" and isinstance(e, Finished)]
+    (done,) = [e for key, e in events if key == "seen" and isinstance(e, Generation)]
     steps = [e for key, e in events if key == "seen" and isinstance(e, Unmasked)]
     blocks = [e for key, e in events if key == "seen" and isinstance(e, Committed)]
     assert not [e for key, e in events if key == "unseen" and isinstance(e, Unmasked)]
