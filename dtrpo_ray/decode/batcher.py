@@ -30,7 +30,7 @@ class Ticket:
     params: SamplingParams
     seeds: Sequence[int]
     emit: Emit
-    watch: bool
+    watch: bool = False  # emit each denoising step too
     keys: set[int] = field(default_factory=set)  # of its rows in the decoder
     cancelled: bool = False
 
@@ -56,22 +56,13 @@ class Batcher:
         self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self.thread.start()
 
-    def submit(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        seeds: Sequence[int],
-        emit: Emit,
-        watch: bool = False,
-    ) -> Ticket:
-        """Queue a request, one row per prompt; `watch` emits each denoising step too."""
-        ticket = Ticket(prompts, params, seeds, emit, watch)
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a request, one row per prompt."""
         with self.changed:
             self.arrived.append(ticket)
             if self.ended:
                 self._start()
             self.changed.notify()
-        return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Free what a request holds before the next denoising step; nothing more is emitted."""

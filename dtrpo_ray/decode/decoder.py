@@ -257,7 +257,9 @@ class Decoder:
         self.counters.pass_tokens += sum(last - first for first, last in spans)
         for row, (_, last) in zip(rows, spans, strict=True):
             if self.caches:
-                self._fill(row, min(last, row.start))
+                cached = min(last, row.start)
+                self.unfilled.difference_update(row.pages[row.cached // row.block : cached // row.block])
+                row.cached = cached
         events: Reports = []
         if opened:
             at = torch.tensor([spans[p][1] - 1 - spans[p][0] for p in opened], device=self.device)
@@ -269,11 +271,6 @@ class Decoder:
             # column -1 belongs to the prompt, and nothing reads its state
             events = self._denoise([slots[p] for p in denoised], hidden[places, columns.clamp(min=0)])
         return events + self._finish_blocks([slots[p] for p in sorted(opened + denoised)])
-
-    def _fill(self, row: _Row, cached: int) -> None:
-        size = self.model.block_size
-        self.unfilled.difference_update(row.pages[row.cached // size : cached // size])
-        row.cached = cached
 
     def _forward(self, slots: list[int], spans: list[tuple[int, int]]) -> Tensor:
         """Return the hidden states [R, T, H] of the spans, padded on the right."""

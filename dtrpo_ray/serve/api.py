@@ -123,11 +123,6 @@ class _Request(_Body, Sampling):
     tools: Annotated[Any, _Only([])] = None
     functions: Annotated[Any, _Only([])] = None
 
-    @property
-    def num_alternatives(self) -> int | None:
-        """Return how many alternatives each token needs; None without log-probabilities."""
-        raise NotImplementedError
-
 
 def _as_prompts(value: Any) -> Any:
     """Make a list of prompts of one text, one list of ids, or a list of either."""
@@ -163,6 +158,7 @@ class CompletionRequest(_Request):
 
     @property
     def num_alternatives(self) -> int | None:
+        """Alternatives that each token needs; None without log-probabilities."""
         return None if self.logprobs is None or self.logprobs is False else self.logprobs
 
 
@@ -197,6 +193,9 @@ class ChatRequest(_Request):
     @property
     def num_alternatives(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+
+TextRequest = CompletionRequest | ChatRequest
 
 
 class TokenizeRequest(_Body):

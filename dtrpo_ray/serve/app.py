@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dtrpo_ray.config.serve import ServeConfig
+from dtrpo_ray.decode.batcher import Ticket
 from dtrpo_ray.decode.engine import Engine, block_size_error
 from dtrpo_ray.decode.types import SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
@@ -62,7 +63,6 @@ REFUSALS: OpenAPI = {
         504: "No answer before the server's deadline.",
     }.items()
 }
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 def create_app(
@@ -76,7 +76,7 @@ def create_app(
     app.add_exception_handler(StarletteHTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_request)
     post = partial(app.add_api_route, methods=["POST"])
-    refusals: OpenAPI = {**REFUSALS, 200: {"content": STREAM}}
+    refusals: OpenAPI = {**REFUSALS, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
     post("/v1/completions", service.complete, response_model=api.Completion, responses=refusals)
     post("/v1/chat/completions", service.chat, response_model=api.ChatCompletion, responses=refusals)
     post("/tokenize", service.tokenize, responses=_refusals(400, 401, 404, 413, 500))
@@ -134,16 +134,13 @@ class Service:
         if old:
             old.batcher.close()
 
-    def close(self) -> None:
-        """Let running requests finish, and end the threads."""
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Let running requests finish at the end, and end the threads."""
+        yield
         for served in self.served.values():
             served.batcher.close()
         self.tokenizing.shutdown(wait=False, cancel_futures=True)
-
-    @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        yield
-        self.close()
 
     # --- endpoints ---
 
@@ -205,7 +202,7 @@ class Service:
     # --- before decoding ---
 
     async def _begin(
-        self, body: api.CompletionRequest | api.ChatRequest, prompts: Sequence[PromptInput], max_tokens: int | None
+        self, body: api.TextRequest, prompts: Sequence[PromptInput], max_tokens: int | None
     ) -> ActiveRequest:
         """Check a request, tokenize it and send its choices to the decoding thread."""
         begun = time.monotonic()
@@ -242,7 +239,8 @@ class Service:
         watch = body.stream and body.stream_options.include_denoising
         self.num_active += 1
         prompts, seeds = [choice.prompt for choice in choices], [choice.seed for choice in choices]
-        request.ticket = served.batcher.submit(prompts, params, seeds, emit, watch)
+        request.ticket = Ticket(prompts, params, seeds, emit, watch)
+        served.batcher.submit(request.ticket)
         return request
 
     def _find(self, name: str | None) -> ServedModel:
@@ -334,7 +332,7 @@ class Service:
         self.monitor.requests.labels(request.model_name, "complete" if request.done else "abandoned").inc()
 
 
-def _check_blocks(body: api.CompletionRequest | api.ChatRequest, engine: Engine) -> None:
+def _check_blocks(body: api.TextRequest, engine: Engine) -> None:
     if problem := block_size_error(engine.model, body, body.steps):
         field, message = problem
         raise refusal(400, message, field)
@@ -358,9 +356,7 @@ def _encode(engine: Engine, prompt: PromptInput, field: str) -> list[int]:
     return ids
 
 
-def _choices(
-    body: api.CompletionRequest | api.ChatRequest, engine: Engine, prompts: list[list[int]], params: SamplingParams
-) -> list[Choice]:
+def _choices(body: api.TextRequest, engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[Choice]:
     """Return `n` choices of each prompt; their seeds do not depend on `n`."""
     shared = secrets.randbits(63) if body.seed is None else body.seed
     choices = []

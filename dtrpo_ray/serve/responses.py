@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.schemas import CONTRACT_VERSION
-from dtrpo_ray.decode.batcher import Batcher, Ticket
+from dtrpo_ray.decode.batcher import Batcher, Delivery, Ticket
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
@@ -145,12 +145,12 @@ class ActiveRequest:
 
     id: str
     model_name: str
-    body: api.CompletionRequest | api.ChatRequest
+    body: api.TextRequest
     served: ServedModel
     choices: list[Choice]
     prompt_tokens: int
     begun: float
-    events: asyncio.Queue[list[tuple[int, DecoderEvent]] | Exception] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Delivery] = field(default_factory=asyncio.Queue)
     ticket: Ticket | None = None
 
     @property

@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import time
-import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -215,7 +214,7 @@ def _wait_until_ready(url: str) -> None:
         try:
             with opener.open(f"{url}/ready", timeout=5):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.05)
     raise TimeoutError(f"{url}/ready gave no answer within {READY_SECONDS:g} s")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from dtrpo_ray.decode.batcher import Batcher
+from dtrpo_ray.decode.batcher import Batcher, Ticket
 from dtrpo_ray.decode.decoder import decode_all
 from dtrpo_ray.decode.types import DecoderEvent, Generation, SamplingParams
 from dtrpo_ray.models.sdar import SDAR
@@ -61,7 +61,7 @@ def test_requests_of_many_threads_get_their_own_answers(tiny: SDAR) -> None:
     prompts = [[i, 2 * i, 3] for i in range(6)]
 
     def submit(i: int) -> None:
-        batcher.submit([prompts[i]] * 2, PARAMS, [i, i + 50], inboxes[i].queue.put)
+        batcher.submit(Ticket([prompts[i]] * 2, PARAMS, [i, i + 50], inboxes[i].queue.put))
 
     threads = [threading.Thread(target=submit, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -78,8 +78,11 @@ def test_a_cancelled_request_leaves_at_the_next_step(gated: Gated) -> None:
     """One row decodes, another waits for its place; cancelled during a forward, the first gets no step after it."""
     batcher = Batcher(gated, 1, 99)
     first, second = Inbox(), Inbox()
-    ticket = batcher.submit([[1, 2]], PARAMS, [0], first.queue.put)
-    batcher.submit([[3]], SamplingParams(max_new_tokens=3, denoising_steps=1, ignore_eos=True), [0], second.queue.put)
+    ticket = Ticket([[1, 2]], PARAMS, [0], first.queue.put)
+    batcher.submit(ticket)
+    batcher.submit(
+        Ticket([[3]], SamplingParams(max_new_tokens=3, denoising_steps=1, ignore_eos=True), [0], second.queue.put)
+    )
     gated.permits.release()
     while not batcher.counters.denoising_steps:
         time.sleep(0.01)
@@ -96,9 +99,9 @@ def test_a_failure_is_told_and_the_thread_lives_on(gated: Gated) -> None:
     gated.fail = True
     gated.permits.release(99)
     inbox = Inbox()
-    batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+    batcher.submit(Ticket([[1]], PARAMS, [0], inbox.queue.put))
     assert isinstance(inbox.queue.get(timeout=30), ValueError)
-    batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+    batcher.submit(Ticket([[1]], PARAMS, [0], inbox.queue.put))
     assert list(inbox.rest(1)) == [0]
     batcher.close()
 
@@ -111,7 +114,7 @@ def test_a_request_on_its_way_to_a_closed_batcher_is_answered(tiny: SDAR) -> Non
         batcher.thread.join(10)
         assert not batcher.thread.is_alive()
         inbox = Inbox()
-        batcher.submit([[1]], PARAMS, [0], inbox.queue.put)
+        batcher.submit(Ticket([[1]], PARAMS, [0], inbox.queue.put))
         assert list(inbox.rest(1)) == [0]
     batcher.thread.join(10)
     assert not batcher.thread.is_alive()
