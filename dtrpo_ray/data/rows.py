@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from dtrpo_ray.data.schemas import DIFFUSION, FIRST, DecodingRow
+from dtrpo_ray.data.schemas import DIFFUSION, FIRST, TrajectoryRow
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_steps
 from dtrpo_ray.models.base import DiffusionLM
 
 
-def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, steps: list[int]) -> DecodingRow:
-    """Return the columns of a response with these `steps` (int [tokens])."""
+def how_decoded(model: DiffusionLM, params: SamplingParams, prompt_len: int, steps: list[int]) -> TrajectoryRow:
+    """Return these columns of a response with these `steps` (int [tokens])."""
     size = params.block_length or model.block_size
     blocks = block_slices(prompt_len, len(steps), size, model.block_origin)
     cut = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0)

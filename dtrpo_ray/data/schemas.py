@@ -5,7 +5,8 @@ block, the denoising step at which each was unmasked, and how it was decoded. `P
 train reads): a prompt and two sides. `EXAMPLE`: a prompt and its answer. `docs/data.md` describes every field.
 """
 
-from typing import TypedDict
+from types import UnionType
+from typing import Any, TypedDict, get_args, get_type_hints, is_typeddict
 
 import pyarrow as pa
 
@@ -19,54 +20,21 @@ FIRST = 1  # the model wrote it before its block's first denoising step: an auto
 FORCED = 2  # it was put there and not drawn
 TOKEN_TYPES = (DIFFUSION, FIRST, FORCED)
 
-_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_SAMPLER = pa.struct(
-    [
-        ("remasking", pa.string()),
-        ("threshold", pa.float64()),
-        ("tokens_per_step", pa.int32()),
-        ("small_block_size", pa.int32()),
-        ("entropy_bound", pa.float64()),
-        ("top_p", pa.float64()),
-        ("top_k", pa.int32()),
-        ("max_new_tokens", pa.int32()),
-    ]
-)
+_ARROW: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int32(),
+    float: pa.float64(),
+    list[int]: pa.list_(pa.int32()),
+    list[float]: pa.list_(pa.float32()),
+    list[str]: pa.list_(pa.string()),
+}
 
-TRAJECTORY = pa.schema(
-    [
-        ("contract_version", pa.int32()),
-        ("row_id", pa.string()),
-        ("prompt_id", pa.string()),
-        ("origin", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("answer", pa.string()),
-        ("prompt_ids", _INTS),
-        ("response_ids", _INTS),
-        ("steps", _INTS),
-        ("ranks", _INTS),
-        ("types", _INTS),
-        ("logps", _FLOATS),
-        ("num_forwards", pa.int32()),
-        ("reward", pa.float64()),
-        ("reward_source", pa.string()),
-        ("block_size", pa.int32()),
-        ("block_origin", pa.string()),
-        ("mask_id", pa.int32()),
-        ("shift", pa.int32()),
-        ("denoising_steps", pa.int32()),
-        ("temperature", pa.float64()),
-        ("sampler", _SAMPLER),
-        ("support", pa.string()),
-        ("seed", pa.int64()),
-        ("engine", pa.string()),
-        ("model_hash", pa.string()),
-        ("tokenizer_hash", pa.string()),
-        ("data_hash", pa.string()),
-    ],
-    metadata={"dtrpo.table": f"trajectory/v{CONTRACT_VERSION}"},
-)
+
+def arrow_fields(row: type, skip: tuple[str, ...] = ()) -> list[pa.Field]:
+    """Return the columns of a TypedDict or dataclass in its order; every column may be null to Arrow."""
+    hints = {name: hint for name, hint in get_type_hints(row).items() if name not in skip}
+    kinds = {name: get_args(hint)[0] if isinstance(hint, UnionType) else hint for name, hint in hints.items()}
+    return [pa.field(n, pa.struct(arrow_fields(k)) if is_typeddict(k) else _ARROW[k]) for n, k in kinds.items()]
 
 
 class SamplerRow(TypedDict):
@@ -82,23 +50,8 @@ class SamplerRow(TypedDict):
     max_new_tokens: int
 
 
-class DecodingRow(TypedDict):
-    """The columns of a row of TRAJECTORY that say how the response was decoded."""
-
-    ranks: list[int]
-    types: list[int]
-    block_size: int
-    block_origin: str
-    mask_id: int
-    shift: int
-    denoising_steps: int | None
-    temperature: float
-    sampler: SamplerRow
-    support: str
-
-
-class TrajectoryRow(DecodingRow):
-    """A row of TRAJECTORY as our decoder writes it."""
+class TrajectoryRow(TypedDict, total=False):
+    """A row of TRAJECTORY, or a part of one, as our decoder writes it."""
 
     contract_version: int
     row_id: str
@@ -110,10 +63,20 @@ class TrajectoryRow(DecodingRow):
     prompt_ids: list[int]
     response_ids: list[int]
     steps: list[int]
+    ranks: list[int]
+    types: list[int]
     logps: list[float] | None
     num_forwards: int
     reward: float | None
     reward_source: str | None
+    block_size: int
+    block_origin: str
+    mask_id: int
+    shift: int
+    denoising_steps: int | None
+    temperature: float
+    sampler: SamplerRow
+    support: str
     seed: int
     engine: str
     model_hash: str
@@ -121,19 +84,23 @@ class TrajectoryRow(DecodingRow):
     data_hash: str | None
 
 
+_NAME = "dtrpo.table"  # in a schema's metadata
+_COLUMNS = pa.schema(arrow_fields(TrajectoryRow), metadata={_NAME: f"trajectory/v{CONTRACT_VERSION}"})
+TRAJECTORY = _COLUMNS.set(_COLUMNS.get_field_index("seed"), pa.field("seed", pa.int64()))
+
 PREFERENCE = pa.schema(
     [
         ("contract_version", pa.int32()),
         ("row_id", pa.string()),
         ("prompt_id", pa.string()),
         ("origin", pa.string()),
-        ("prompt_ids", _INTS),
-        ("chosen_ids", _INTS),
-        ("rejected_ids", _INTS),
-        ("chosen_steps", _INTS),
-        ("rejected_steps", _INTS),
-        ("chosen_types", _INTS),
-        ("rejected_types", _INTS),
+        ("prompt_ids", _ARROW[list[int]]),
+        ("chosen_ids", _ARROW[list[int]]),
+        ("rejected_ids", _ARROW[list[int]]),
+        ("chosen_steps", _ARROW[list[int]]),
+        ("rejected_steps", _ARROW[list[int]]),
+        ("chosen_types", _ARROW[list[int]]),
+        ("rejected_types", _ARROW[list[int]]),
         ("chosen_reward", pa.float64()),
         ("rejected_reward", pa.float64()),
         ("reward_source", pa.string()),
@@ -144,17 +111,12 @@ PREFERENCE = pa.schema(
         ("tokenizer_hash", pa.string()),
         ("data_hash", pa.string()),
     ],
-    metadata={"dtrpo.table": f"preference/v{CONTRACT_VERSION}"},
+    metadata={_NAME: f"preference/v{CONTRACT_VERSION}"},
 )
 
 EXAMPLE = pa.schema(
-    [
-        ("contract_version", pa.int32()),
-        ("row_id", pa.string()),
-        ("prompt_ids", _INTS),
-        ("chosen_ids", _INTS),
-    ],
-    metadata={"dtrpo.table": f"example/v{CONTRACT_VERSION}"},
+    [PREFERENCE.field(name) for name in ("contract_version", "row_id", "prompt_ids", "chosen_ids")],
+    metadata={_NAME: f"example/v{CONTRACT_VERSION}"},
 )
 
 # what an import cannot know, and what only a scored or a recorded row has
@@ -171,4 +133,4 @@ SCHEMAS = (TRAJECTORY, PREFERENCE, EXAMPLE)
 
 def table_name(schema: pa.Schema) -> str:
     """Return a table's name and version, such as `trajectory/v1`."""
-    return str((schema.metadata or {}).get(b"dtrpo.table", b"?").decode())
+    return str((schema.metadata or {}).get(_NAME.encode(), b"?").decode())

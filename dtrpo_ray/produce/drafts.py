@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.data.formats.base import split_batches, split_rejected
-from dtrpo_ray.data.formats.columns import content_id
+from dtrpo_ray.data.formats.columns import content_id, rows_table
 from dtrpo_ray.data.formats.prompts import PromptRow
-from dtrpo_ray.data.formats.responses import ResponseRow, responses_table
+from dtrpo_ray.data.formats.responses import RESPONSES, ResponseRow
 from dtrpo_ray.data.formats.tokenize import tokenize_responses
 from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
 from dtrpo_ray.data.tables import Rejected, with_columns
@@ -37,7 +37,7 @@ class Drafter(Importer):
         prompts, first_seen = self.form(part.shard.file).read(part.shard), dict[str, str]()
         for rows, refused in split_batches(prompts, self.config.batch_size):
             drafts, unfit = split_rejected(self._answer(rows, first_seen))
-            yield responses_table(drafts), refused + unfit
+            yield rows_table(drafts, RESPONSES), refused + unfit
 
     def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
         """Yield the drafts of a batch of prompts, and a refusal for each prompt that cannot be asked."""

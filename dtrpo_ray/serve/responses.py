@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from dtrpo_ray.data.rows import how_decoded
-from dtrpo_ray.data.schemas import CONTRACT_VERSION
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, TrajectoryRow
 from dtrpo_ray.decode.batcher import Batcher, Delivery, Ticket
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
@@ -121,22 +121,22 @@ class Choice:
     def trajectory(self, row_id: str) -> api.Trajectory:
         """Return the choice as a row of the trajectory table."""
         steps = [step for b in self.blocks for step in b.steps]
-        return api.Trajectory(
-            contract_version=CONTRACT_VERSION,
-            row_id=row_id,
-            prompt_id=row_id,
-            prompt=self.engine.decode(self.prompt),
-            response=self.text,
-            prompt_ids=self.prompt,
-            response_ids=[token for b in self.blocks for token in b.ids],
-            steps=steps,
-            logps=[logp for b in self.blocks for logp in b.logps],
-            num_forwards=1 + max(steps, default=-1),
+        row: TrajectoryRow = {
+            "contract_version": CONTRACT_VERSION,
+            "row_id": row_id,
+            "prompt_id": row_id,
+            "prompt": self.engine.decode(self.prompt),
+            "response": self.text,
+            "prompt_ids": self.prompt,
+            "response_ids": [token for b in self.blocks for token in b.ids],
+            "steps": steps,
+            "logps": [logp for b in self.blocks for logp in b.logps],
+            "num_forwards": 1 + max(steps, default=-1),
             **how_decoded(self.engine.model, self.params, len(self.prompt), steps),
-            seed=self.seed,
-            engine=DECODER_NAME,
-            tokens=[self.engine.decode([token]) for token in self.ids],
-        )
+            "seed": self.seed,
+            "engine": DECODER_NAME,
+        }
+        return api.Trajectory(**row, tokens=[self.engine.decode([token]) for token in self.ids])
 
 
 @dataclass(slots=True)

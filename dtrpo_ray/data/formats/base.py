@@ -2,33 +2,36 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import pyarrow as pa
 
+from dtrpo_ray.data.formats.columns import rows_table
 from dtrpo_ray.data.formats.files import Shard, plan_shards
-from dtrpo_ray.data.formats.reading import raw_batches, raw_rows
+from dtrpo_ray.data.formats.parsing import Refusal, one_row
+from dtrpo_ray.data.formats.reading import BATCH_ROWS, raw_batches, raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 
 HEAD_ROWS = 1_000  # a file is recognised by the columns of so many rows
 
 R = TypeVar("R")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
 class Format(ABC, Generic[R]):
-    """A layout of rows, which a file has if it has all its `columns`. Every raw row becomes rows R or is refused."""
+    """A layout of rows, which a file has if it has all its `columns`. Every raw row becomes rows R or is refused.
+
+    `rows_each` rows of a file make one row R; `schema` has the columns of R.
+    """
 
     name: str
     columns: tuple[str, ...]
-
-    @property
-    def rows_each(self) -> int:
-        """Return how many rows of a file make one row."""
-        return 1
+    schema: ClassVar[pa.Schema]
+    rows_each: ClassVar[int] = 1
 
     def shards(self, file: str, rows: int | None = None) -> list[Shard]:
         """Return the parts of a file, of `rows` rows each if they are given."""
@@ -38,9 +41,10 @@ class Format(ABC, Generic[R]):
     def read(self, shard: Shard) -> Iterator[R | Rejected]:
         """Yield the rows of a part and the refusals."""
 
-    @abstractmethod
     def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
         """Yield the rows of a part as tables, with the refusals, a batch at a time."""
+        for rows, rejected in split_batches(self.read(shard), BATCH_ROWS):
+            yield rows_table(rows, self.schema), rejected
 
 
 class RowFormat(Format[R]):
@@ -52,10 +56,6 @@ class RowFormat(Format[R]):
     def parse_row(self, origin: str, value: Any) -> Iterator[R | Rejected]:
         """Yield the rows, or the refusals, that one raw row becomes."""
 
-    @abstractmethod
-    def table(self, rows: Sequence[R]) -> pa.Table:
-        """Return rows in columns."""
-
     def read(self, shard: Shard) -> Iterator[R | Rejected]:
         for origin, value in raw_rows(shard):
             yield from self.parse_row(origin, value)
@@ -63,7 +63,16 @@ class RowFormat(Format[R]):
     def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
         for batch in raw_batches(shard):
             good, refused = split_rejected(itertools.chain.from_iterable(self.parse_row(*row) for row in batch))
-            yield self.table(good), refused
+            yield rows_table(good, self.schema), refused
+
+
+def attempt(origin: str, make: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | Rejected:
+    """Return the row that `make` returns, or the refusal of the row at `origin` that it raises."""
+    try:
+        with one_row():
+            return make(*args, **options)
+    except Refusal as refusal:
+        return Rejected(origin, *refusal.args)
 
 
 F = TypeVar("F", bound=Format[Any])

@@ -5,14 +5,14 @@ format is recognised by its columns (`PREFERENCE_FORMATS`; docs/data.md shows ea
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.data.formats.base import Format, RowFormat, find_format, split_batches
-from dtrpo_ray.data.formats.columns import PROMPT, prompt_columns
+from dtrpo_ray.data.formats.base import Format, RowFormat, attempt, find_format
+from dtrpo_ray.data.formats.columns import PROMPT
 from dtrpo_ray.data.formats.files import Shard, share_shards
 from dtrpo_ray.data.formats.parsing import (
     OPENAI,
@@ -24,10 +24,9 @@ from dtrpo_ray.data.formats.parsing import (
     Refusal,
     as_messages,
     as_text,
-    one_row,
     require_text,
 )
-from dtrpo_ray.data.formats.reading import BATCH_ROWS, raw_rows
+from dtrpo_ray.data.formats.reading import raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.files import sha256_json
 
@@ -50,54 +49,35 @@ class PreferenceRow:
     rejected_origin: str | None = None
 
 
-# pairs in columns; `partner` is the second origin of a pair that was made of two rows
-PAIRS = pa.schema([*PROMPT, ("chosen", pa.string()), ("rejected", pa.string()), ("partner", pa.string())])
-
-
-def pairs_table(rows: Sequence[PreferenceRow]) -> pa.Table:
-    """Return pairs as a table PAIRS."""
-    columns = {name: [getattr(row, name) for row in rows] for name in ("origin", "chosen", "rejected")}
-    columns |= {**prompt_columns([row.prompt for row in rows]), "partner": [row.rejected_origin for row in rows]}
-    return pa.table(columns, schema=PAIRS)
+PAIRS = pa.schema([*PROMPT, *((name, pa.string()) for name in ("chosen", "rejected", "rejected_origin"))])
 
 
 @dataclass(frozen=True, slots=True)
 class PairFormat(RowFormat[PreferenceRow]):
     """A layout whose rows are pairs."""
 
+    schema = PAIRS
     parse: Callable[[Record], Pair]
 
     def parse_row(self, origin: str, value: Any) -> Iterator[PreferenceRow | Rejected]:
-        try:
-            with one_row():
-                row = PreferenceRow(*self.parse(Record.of_row(value)), origin)
-                require_pair(row.prompt, row.chosen, row.rejected)
-        except Refusal as refusal:
-            yield Rejected(origin, *refusal.args)
-        else:
-            yield row
+        yield attempt(origin, self.pair, value, origin)
 
-    def table(self, rows: Sequence[PreferenceRow]) -> pa.Table:
-        return pairs_table(rows)
+    def pair(self, value: Any, origin: str) -> PreferenceRow:
+        """Return the pair of a raw row. Raises Refusal."""
+        return require_pair(PreferenceRow(*self.parse(Record.of_row(value)), origin))
 
 
 @dataclass(frozen=True, slots=True)
 class UnpairedFormat(Format[PreferenceRow]):
     """A layout whose rows are single answers, good or bad; those to the same prompt are paired."""
 
+    schema = PAIRS
+    rows_each = 2
     parse: Callable[[Record], Labelled]
-
-    @property
-    def rows_each(self) -> int:
-        return 2
 
     def shards(self, file: str, rows: int | None = None) -> list[Shard]:
         """Return the whole file once for each share of its prompts, so that partners meet."""
         return share_shards(file)
-
-    def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
-        for rows, rejected in split_batches(self.read(shard), BATCH_ROWS):
-            yield pairs_table(rows), rejected
 
     def read(self, shard: Shard) -> Iterator[PreferenceRow | Rejected]:
         """Pair good and bad answers to the same prompt in the order of the file, each used once.
@@ -107,42 +87,43 @@ class UnpairedFormat(Format[PreferenceRow]):
         share, shares = shard.share
         groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
         for origin, value in raw_rows(shard):
-            try:
-                with one_row():
-                    prompt, answer, is_good = self.parse(Record.of_row(value))
-                    require_text(prompt, answer=answer)
-                    key = sha256_json(prompt)
-            except Refusal as refusal:
+            found = attempt(origin, self._judge, value)
+            if isinstance(found, Rejected):
                 if share == 0:
-                    yield Rejected(origin, *refusal.args)
+                    yield found
                 continue
-            if int(key[:8], 16) % shares != share:
-                continue
-            _, good, bad = groups.setdefault(key, (prompt, [], []))
-            (good if is_good else bad).append((origin, answer))
+            prompt, answer, is_good = found
+            key = sha256_json(prompt)
+            if int(key[:8], 16) % shares == share:
+                _, good, bad = groups.setdefault(key, (prompt, [], []))
+                (good if is_good else bad).append((origin, answer))
         for prompt, good, bad in groups.values():
             yield from _pair_answers(prompt, good, bad)
+
+    def _judge(self, value: Any) -> Labelled:
+        prompt, answer, is_good = self.parse(Record.of_row(value))
+        require_text(prompt, answer=answer)
+        return prompt, answer, is_good
 
 
 def _pair_answers(prompt: Prompt, good: _Answers, bad: _Answers) -> Iterator[PreferenceRow | Rejected]:
     for (good_at, chosen), (bad_at, rejected) in zip(good, bad, strict=False):
-        try:
-            require_pair(prompt, chosen, rejected)
-        except Refusal as refusal:
-            yield from (Rejected(origin, *refusal.args) for origin in (good_at, bad_at))
-        else:
-            yield PreferenceRow(prompt, chosen, rejected, good_at, bad_at)
+        row = attempt(good_at, require_pair, PreferenceRow(prompt, chosen, rejected, good_at, bad_at))
+        yield row
+        if isinstance(row, Rejected):
+            yield replace(row, origin=bad_at)
     used = min(len(good), len(bad))
     for kind, left in (("rejected", good[used:]), ("chosen", bad[used:])):
         for origin, _ in left:
             yield Rejected(origin, "no partner", f"the file has no {kind} answer to this prompt for it")
 
 
-def require_pair(prompt: Prompt, chosen: str, rejected: str) -> None:
-    """Raise Refusal for a pair without text, or whose sides are the same text."""
-    require_text(prompt, chosen=chosen, rejected=rejected)
-    if chosen.strip() == rejected.strip():
+def require_pair(row: PreferenceRow) -> PreferenceRow:
+    """Return a pair. Raises Refusal for one without text, or whose sides are the same text."""
+    require_text(row.prompt, chosen=row.chosen, rejected=row.rejected)
+    if row.chosen.strip() == row.rejected.strip():
         raise Refusal("identical sides", "chosen and rejected are the same text")
+    return row
 
 
 # === one raw row -> Pair or Labelled, a function for each format ===

@@ -2,26 +2,17 @@
 of preference pairs."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.data.formats.base import RowFormat, find_format
-from dtrpo_ray.data.formats.columns import PROMPT, prompt_columns
-from dtrpo_ray.data.formats.parsing import (
-    Prompt,
-    Record,
-    Refusal,
-    as_reference,
-    as_text,
-    one_row,
-    require_text,
-    require_utf8,
-)
-from dtrpo_ray.data.formats.preferences import Pair, PairFormat, preference_format, require_pair
+from dtrpo_ray.data.formats.base import RowFormat, attempt, find_format
+from dtrpo_ray.data.formats.columns import PROMPT
+from dtrpo_ray.data.formats.parsing import Prompt, Record, Refusal, as_reference, as_text, require_text, require_utf8
+from dtrpo_ray.data.formats.preferences import PairFormat, preference_format
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 
@@ -39,31 +30,24 @@ class PromptRow:
     answer: str | None = None
 
 
-def prompts_table(rows: Sequence[PromptRow]) -> pa.Table:
-    """Return prompts in columns."""
-    columns = {"origin": [row.origin for row in rows], **prompt_columns([row.prompt for row in rows])}
-    return pa.table(columns, schema=pa.schema(PROMPT))
+PROMPTS = pa.schema(PROMPT)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat(RowFormat[PromptRow]):
     """A layout of prompts; `parse` returns a row's prompt and answer."""
 
+    schema = PROMPTS
     parse: Callable[[Record], Question]
 
     def parse_row(self, origin: str, value: Any) -> Iterator[PromptRow | Rejected]:
-        try:
-            with one_row():
-                row = PromptRow(origin, *self.parse(Record.of_row(value)))
-                require_text(row.prompt)
-                require_utf8(row.answer)
-        except Refusal as refusal:
-            yield Rejected(origin, *refusal.args)
-        else:
-            yield row
+        yield attempt(origin, self._row, value, origin)
 
-    def table(self, rows: Sequence[PromptRow]) -> pa.Table:
-        return prompts_table(rows)
+    def _row(self, value: Any, origin: str) -> PromptRow:
+        row = PromptRow(origin, *self.parse(Record.of_row(value)))
+        require_text(row.prompt)
+        require_utf8(row.answer)
+        return row
 
 
 def prompt_format(file: str) -> PromptFormat:
@@ -73,14 +57,12 @@ def prompt_format(file: str) -> PromptFormat:
     except DataError:
         pairs = None
     if isinstance(pairs, PairFormat):
-        return PromptFormat(pairs.name, pairs.columns, partial(_prompt_of_pair, pairs.parse))
+        return PromptFormat(pairs.name, pairs.columns, partial(_prompt_of_pair, pairs))
     return find_format(file, PROMPT_FORMATS, "prompts, or of pairs")
 
 
-def _prompt_of_pair(parse: Callable[[Record], Pair], row: Record) -> Question:
-    pair = parse(row)
-    require_pair(*pair)
-    return pair[0], None
+def _prompt_of_pair(pairs: PairFormat, row: Record) -> Question:
+    return pairs.pair(row.fields, "").prompt, None
 
 
 def _human_eval(row: Record) -> Question:

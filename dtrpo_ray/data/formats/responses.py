@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from dtrpo_ray.data.formats.base import RowFormat, find_format
-from dtrpo_ray.data.formats.columns import PROMPT, prompt_columns
+from dtrpo_ray.data.formats.base import RowFormat, attempt, find_format
+from dtrpo_ray.data.formats.columns import PROMPT
 from dtrpo_ray.data.formats.files import file_name
 from dtrpo_ray.data.formats.parsing import (
     MOST,
@@ -23,9 +23,9 @@ from dtrpo_ray.data.formats.parsing import (
     as_integers,
     as_list,
     as_text,
-    one_row,
     require_utf8,
 )
+from dtrpo_ray.data.schemas import arrow_fields
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.method.trajectory import NEVER
 
@@ -59,62 +59,29 @@ class ResponseRow:
     max_new_tokens: int | None = None
 
 
-_INTS = pa.list_(pa.int32())
-# responses in columns: the fields of a ResponseRow
-RESPONSES = pa.schema(
-    [
-        *PROMPT,
-        ("engine", pa.string()),
-        ("response", pa.string()),
-        ("answer", pa.string()),
-        ("prompt_ids", _INTS),
-        ("response_ids", _INTS),
-        ("pieces", pa.list_(pa.string())),
-        ("steps", _INTS),
-        ("logps", pa.list_(pa.float32())),
-        ("reward", pa.float64()),
-        ("denoising_steps", pa.int32()),
-        ("max_new_tokens", pa.int32()),
-    ]
-)
-
-
-def responses_table(rows: Sequence[ResponseRow]) -> pa.Table:
-    """Return responses as a table RESPONSES."""
-    columns = {name: [getattr(row, name) for row in rows] for name in RESPONSES.names if name != "messages"}
-    return pa.table(columns | prompt_columns([row.prompt for row in rows]), schema=RESPONSES)
+RESPONSES = pa.schema([*PROMPT, *arrow_fields(ResponseRow, skip=("origin", "prompt"))])
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseFormat(RowFormat[ResponseRow]):
     """A layout whose rows hold one response or several, which `parse` returns."""
 
+    schema = RESPONSES
     parse: Callable[[Record], list[ResponseRow]]
     engine: str
 
     def parse_row(self, origin: str, value: Any) -> Iterator[ResponseRow | Rejected]:
-        try:
-            with one_row():
-                samples = self.parse(Record.of_row(value))
-        except Refusal as refusal:
-            yield Rejected(origin, *refusal.args)
+        samples = attempt(origin, lambda: self.parse(Record.of_row(value)))
+        if isinstance(samples, Rejected):
+            yield samples
             return
         for number, sample in enumerate(samples, 1):
             where = origin if len(samples) == 1 else f"{origin}#{number}"
-            try:
-                with one_row():
-                    require_response(sample)
-            except Refusal as refusal:
-                yield Rejected(where, *refusal.args)
-            else:
-                yield replace(sample, origin=where, engine=self.engine)
-
-    def table(self, rows: Sequence[ResponseRow]) -> pa.Table:
-        return responses_table(rows)
+            yield attempt(where, require_response, replace(sample, origin=where, engine=self.engine))
 
 
-def require_response(row: ResponseRow) -> None:
-    """Raise Refusal for a response that breaks a rule of every format."""
+def require_response(row: ResponseRow) -> ResponseRow:
+    """Return a response. Raises Refusal for one that breaks a rule of every format."""
     if row.prompt is None and row.prompt_ids is None:
         raise Refusal("missing field", "prompt")
     tokens = row.response_ids if row.response_ids is not None else row.pieces
@@ -126,6 +93,7 @@ def require_response(row: ResponseRow) -> None:
     if not (row.response_ids or row.pieces or (row.response or "").strip()):
         raise Refusal("empty side", "response has no text")
     require_utf8([row.prompt, row.response, row.answer, row.pieces])
+    return row
 
 
 # === one raw row -> its samples, a function for each format ===

@@ -115,7 +115,7 @@ def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list
     _refuse_unfit({"prompt": prompt, **sides}, target, refusals)
     same = sides["chosen"].same_as(sides["rejected"])
     refusals.refuse(same, "identical tokens", lambda _: "chosen and rejected differ as text and not as tokens")
-    origins, partners = _column(rows, "origin"), _column(rows, "partner")
+    origins, partners = _column(rows, "origin"), _column(rows, "rejected_origin")
     two_rows = pc.binary_join_element_wise(origins, partners, JOIN)
     columns = {
         "row_id": row_ids,
