@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,16 @@ GOOD = -1  # in `verdicts`
 _ROUNDING = 1e-4  # by which a log-probability in float32 may be above 0
 
 
+Mask = np.ndarray | pa.ChunkedArray  # bool [rows]; a null is False
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`find` maps a table to bool [rows], True where the row breaks the rule; it may rely on all earlier rules."""
+    """`find` maps a table to the rows that break the rule; it may rely on all earlier rules."""
 
     name: str
     says: str
-    find: Callable[[pa.Table], np.ndarray]
+    find: Callable[[pa.Table], Mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +42,30 @@ class Expected:
 def rules_of(schema: pa.Schema, expected: Expected | None = None) -> list[Rule]:
     """Return the rules of a table, in the order they are applied."""
     names, expected = schema.names, expected or Expected()
-    rules = [
-        Rule("unknown version", f"contract_version is not {CONTRACT_VERSION}; convert the store", _wrong_version),
-        *_hole_rules(schema),
-        *(Rule("bad UTF-8", f"{f.name} is not UTF-8", partial(_not_utf8, name=f.name)) for f in schema if _is_text(f)),
-    ]
+    digest, limit = expected.tokenizer_hash, expected.max_tokens
+    says = f"contract_version is not {CONTRACT_VERSION}; convert the store"
+    rules = [Rule("unknown version", says, lambda t: ~_to_numpy(pc.equal(t["contract_version"], CONTRACT_VERSION)))]
+    rules += (rule for field in schema for rule in _hole_rules(field))
+    rules += (_utf8_rule(field.name) for field in schema if pa.types.is_string(field.type))
     rules += _value_rules(names)
-    if "block_size" in names:
-        rules.append(Rule("bad value", "block_size is below 1", lambda t: _numbers(t["block_size"]) < 1))
-        says = f"block_origin is not {' or '.join(BLOCK_ORIGINS)}"
-        rules.append(Rule("bad value", says, partial(_unknown_text, name="block_origin", known=BLOCK_ORIGINS)))
-    if "support" in names:
-        says = f"support is not {' or '.join(SUPPORTS)}"
-        rules.append(Rule("bad value", says, partial(_unknown_text, name="support", known=SUPPORTS)))
     for side in ("response", "chosen", "rejected"):
         if f"{side}_ids" in names:
             rules += _side_rules(names, side)
     if "mask_id" in names:
-        says = "prompt_ids holds the mask token: nothing would fill it"
-        rules.append(Rule("mask token", says, partial(_holds_mask, ids="prompt_ids")))
+        rules.append(_mask_rule("prompt_ids", "nothing would fill it"))
     for reward in ("reward", "chosen_reward", "rejected_reward"):
         if reward in names:
-            rules.append(Rule("bad value", f"{reward} is not finite", partial(_not_finite, name=reward)))
-            says = f"{reward} has no reward_source: who gave it?"
-            rules.append(Rule("missing value", says, partial(_lacks_source, name=reward)))
+            rules += _reward_rules(reward)
     if "rejected_ids" in names:
         says = "chosen_ids and rejected_ids are identical: nothing to prefer"
         rules.append(Rule("identical sides", says, _identical))
-    if expected.tokenizer_hash and "tokenizer_hash" in names:
-        says = f"tokenizer_hash is not {expected.tokenizer_hash[:12]}...: the ids belong to another tokenizer"
-        rules.append(Rule("hash mismatch", says, partial(_other_tokenizer, expected=expected.tokenizer_hash)))
-    if expected.max_tokens:
-        says = f"prompt and response have more than {expected.max_tokens} tokens"
-        rules.append(Rule("too long", says, partial(_too_long, limit=expected.max_tokens)))
+    if digest and "tokenizer_hash" in names:
+        says = f"tokenizer_hash is not {digest[:12]}...: the ids belong to another tokenizer"
+        rules.append(Rule("hash mismatch", says, lambda t: ~_to_numpy(pc.equal(t["tokenizer_hash"], digest))))
+    if limit:
+        sides = [name for name in ("response_ids", "chosen_ids", "rejected_ids") if name in names]
+        says = f"prompt and response have more than {limit} tokens"
+        rules.append(Rule("too long", says, lambda t: _tokens(t, sides) > limit))
     return rules
 
 
@@ -81,7 +74,7 @@ def verdicts(table: pa.Table, rules: list[Rule]) -> np.ndarray:
     found = np.full(len(table), GOOD)
     alive, rest = np.arange(len(table)), table
     for number, rule in enumerate(rules):
-        bad = rule.find(rest)
+        bad = _to_numpy(rule.find(rest))
         if bad.any():
             found[alive[bad]] = number
             alive, rest = alive[~bad], rest.filter(pa.array(~bad))
@@ -130,64 +123,12 @@ def starts_on_grid(table: pa.Table) -> np.ndarray:
     return list_lengths(table["prompt_ids"]) * on_global
 
 
-# === the rules' predicates: table -> bool [rows] ===
+# === columns ===
 
 
-def _hole_rules(schema: pa.Schema) -> Iterator[Rule]:
-    for field in schema:
-        if field.name not in MAY_BE_NULL:
-            yield Rule("missing value", f"{field.name} is null", partial(_null, name=field.name))
-        if pa.types.is_list(field.type):
-            yield Rule("missing value", f"{field.name} holds a null", partial(_holds_null, name=field.name))
-
-
-def _value_rules(names: list[str]) -> Iterator[Rule]:
-    """Yield the rules on single numbers; nulls pass them."""
-    yield Rule("bad value", "row_id is empty", lambda t: np.asarray(pc.equal(pc.binary_length(t["row_id"]), 0)))
-    for name in (n for n in names if n.endswith("_ids")):
-        yield Rule("bad value", f"{name} holds a number below 0", partial(_holds_negative, name=name))
-    for name in (n for n in ("mask_id", "num_forwards", "denoising_steps", "temperature") if n in names):
-        says = f"{name} is below 0" + (" or not finite" if name == "temperature" else "")
-        yield Rule("bad value", says, partial(_outside, name=name, most=np.inf))
-    if "shift" in names:
-        yield Rule("bad value", "shift is neither 0 nor 1", partial(_outside, name="shift", most=2))
-    if "logps" in names:
-        says = "logps holds a number above 0, or none at all (NaN)"
-        yield Rule("bad value", says, lambda t: rows_where(t["logps"], ~(_flat(t["logps"]) <= _ROUNDING)))
-
-
-def _side_rules(names: list[str], side: str) -> Iterator[Rule]:
-    ids, prefix = f"{side}_ids", "" if side == "response" else f"{side}_"
-    yield Rule("empty side", f"{ids} is empty", lambda t: list_lengths(t[ids]) == 0)
-    along = [n for n in (f"{prefix}steps", f"{prefix}ranks", f"{prefix}types", f"{prefix}logps") if n in names]
-    for name in along:
-        says = f"{name} and {ids} differ in length"
-        yield Rule("lengths differ", says, partial(_lengths_differ, name=name, ids=ids))
-    if "mask_id" in names:
-        says = f"{ids} holds the mask token: the response was never finished"
-        yield Rule("mask token", says, partial(_holds_mask, ids=ids))
-        says = f"{ids} does not end on the block grid: the terminal block must be whole"
-        yield Rule("off the grid", says, partial(_off_grid, ids=ids))
-    steps, ranks, types = (f"{prefix}{n}" for n in ("steps", "ranks", "types"))
-    if steps in names:
-        says = f"{steps} holds a number below {GIVEN}"
-        yield Rule("bad value", says, lambda t: rows_where(t[steps], _flat(t[steps]) < GIVEN))
-    if types in names:
-        says = f"{types} holds a number that is not {', '.join(map(str, TOKEN_TYPES))}"
-        yield Rule("bad value", says, lambda t: rows_where(t[types], ~np.isin(_flat(t[types]), TOKEN_TYPES)))
-        says = f"{types} and {steps} disagree: {GIVEN} is the step of a token that no step chose, and of no other"
-        yield Rule("token types", says, partial(_types_disagree, types=types, steps=steps))
-    if ranks in names:
-        says = f"{ranks} are not a partition: each block's must be 0, 1, .. in the order of its {steps}"
-        yield Rule("not a partition", says, partial(_not_a_partition, ranks=ranks, steps=steps))
-
-
-def _is_text(field: pa.Field) -> bool:
-    return bool(pa.types.is_string(field.type))
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(column.to_numpy())
+def _to_numpy(mask: Mask) -> np.ndarray:
+    """Return bool [rows]."""
+    return mask if isinstance(mask, np.ndarray) else np.asarray(mask.fill_null(False).to_numpy())
 
 
 def list_lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -205,34 +146,34 @@ def rows_where(column: pa.Array | pa.ChunkedArray, flat: Any) -> np.ndarray:
     return np.bincount(owner, np.asarray(flat, dtype=bool), minlength=len(column)) > 0
 
 
-def _null(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(table[name].is_null().to_numpy())
+def _among(table: pa.Table, rows: Mask, find: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
+    """Return bool [rows]: those of `rows` that `find` finds in a table of these alone."""
+    found = _to_numpy(rows).copy()
+    found[found] = find(table.filter(pa.array(found)))
+    return found
 
 
-def _holds_null(table: pa.Table, name: str) -> np.ndarray:
-    return rows_where(table[name], pc.is_null(pc.list_flatten(table[name])).to_numpy())
+# === the rules of a column ===
 
 
-def _holds_negative(table: pa.Table, name: str) -> np.ndarray:
-    return rows_where(table[name], _flat(table[name]) < 0)
+def _hole_rules(field: pa.Field) -> Iterator[Rule]:
+    name = field.name
+    if name not in MAY_BE_NULL:
+        yield Rule("missing value", f"{name} is null", lambda t: t[name].is_null())
+    if pa.types.is_list(field.type):
+        says = f"{name} holds a null"
+        yield Rule("missing value", says, lambda t: rows_where(t[name], pc.list_flatten(t[name]).is_null()))
 
 
-def _outside(table: pa.Table, name: str, most: float) -> np.ndarray:
-    """Return bool [rows]: whether a value is outside [0, most); a null is not."""
-    values = table[name].cast(pa.float64()).fill_null(0.0).to_numpy()
-    return ~((values >= 0) & (values < most))
+def _utf8_rule(name: str) -> Rule:
+    def find(table: pa.Table) -> np.ndarray:
+        try:
+            table[name].validate(full=True)
+        except pa.ArrowInvalid:
+            return np.array([not _is_utf8(value) for value in table[name].cast(pa.binary()).to_pylist()], dtype=bool)
+        return np.zeros(len(table), dtype=bool)
 
-
-def _wrong_version(table: pa.Table) -> np.ndarray:
-    return np.asarray(pc.not_equal(table["contract_version"], CONTRACT_VERSION).fill_null(True).to_numpy())
-
-
-def _not_utf8(table: pa.Table, name: str) -> np.ndarray:
-    try:
-        table[name].validate(full=True)
-    except pa.ArrowInvalid:
-        return np.array([not _is_utf8(value) for value in table[name].cast(pa.binary()).to_pylist()], dtype=bool)
-    return np.zeros(len(table), dtype=bool)
+    return Rule("bad UTF-8", f"{name} is not UTF-8", find)
 
 
 def _is_utf8(value: bytes | None) -> bool:
@@ -242,72 +183,120 @@ def _is_utf8(value: bytes | None) -> bool:
         return False
 
 
-def _unknown_text(table: pa.Table, name: str, known: tuple[str, ...]) -> np.ndarray:
-    column = table[name]
-    return ~np.asarray(pc.or_(pc.is_in(column, pa.array(known)), column.is_null()).to_numpy())
+def _value_rules(names: list[str]) -> Iterator[Rule]:
+    """Yield the rules on single values; nulls pass them."""
+    yield Rule("bad value", "row_id is empty", lambda t: pc.equal(pc.binary_length(t["row_id"]), 0))
+    for name in (n for n in names if n.endswith("_ids")):
+        yield _items_rule(name, "below 0", lambda values: values < 0)
+    for name in (n for n in ("mask_id", "num_forwards", "denoising_steps", "temperature") if n in names):
+        yield _number_rule(name, "is below 0" + (" or not finite" if name == "temperature" else ""), np.inf)
+    if "shift" in names:
+        yield _number_rule("shift", "is neither 0 nor 1", 2)
+    if "logps" in names:
+        yield _items_rule("logps", "above 0, or none at all (NaN)", lambda values: ~(values <= _ROUNDING))
+    if "block_size" in names:
+        yield Rule("bad value", "block_size is below 1", lambda t: pc.less(t["block_size"], 1))
+        yield _known_rule("block_origin", BLOCK_ORIGINS)
+    if "support" in names:
+        yield _known_rule("support", SUPPORTS)
 
 
-def _lengths_differ(table: pa.Table, name: str, ids: str) -> np.ndarray:
-    differ = pc.not_equal(pc.list_value_length(table[name]), pc.list_value_length(table[ids]))
-    return np.asarray(differ.fill_null(False).to_numpy())
+def _items_rule(name: str, says: str, broken: Callable[[np.ndarray], np.ndarray]) -> Rule:
+    """Return the rule that no number in the lists of a column is `broken`."""
+    return Rule("bad value", f"{name} holds a number {says}", lambda t: rows_where(t[name], broken(_flat(t[name]))))
 
 
-def _holds_mask(table: pa.Table, ids: str) -> np.ndarray:
-    mask_of_value = np.repeat(_numbers(table["mask_id"]), list_lengths(table[ids]))
-    return rows_where(table[ids], _flat(table[ids]) == mask_of_value)
+def _number_rule(name: str, says: str, most: float) -> Rule:
+    """Return the rule that a number is in [0, most)."""
+
+    def find(table: pa.Table) -> np.ndarray:
+        values = table[name].cast(pa.float64()).fill_null(0.0).to_numpy()
+        return ~((values >= 0) & (values < most))
+
+    return Rule("bad value", f"{name} {says}", find)
 
 
-def _off_grid(table: pa.Table, ids: str) -> np.ndarray:
-    return np.asarray((starts_on_grid(table) + list_lengths(table[ids])) % _numbers(table["block_size"]) != 0)
+def _known_rule(name: str, known: tuple[str, ...]) -> Rule:
+    says = f"{name} is not {' or '.join(known)}"
+    return Rule("bad value", says, lambda t: pc.invert(pc.is_in(t[name], pa.array([*known, None]))))
 
 
-def _both(table: pa.Table, one: str, other: str) -> np.ndarray:
-    return np.asarray(pc.and_(table[one].is_valid(), table[other].is_valid()).to_numpy())
+def _mask_rule(ids: str, says: str) -> Rule:
+    def find(table: pa.Table) -> np.ndarray:
+        return rows_where(
+            table[ids], _flat(table[ids]) == np.repeat(table["mask_id"].to_numpy(), list_lengths(table[ids]))
+        )
+
+    return Rule("mask token", f"{ids} holds the mask token: {says}", find)
+
+
+def _reward_rules(name: str) -> Iterator[Rule]:
+    def lacks_source(table: pa.Table) -> pa.ChunkedArray:
+        named = pc.greater(pc.utf8_length(table["reward_source"]), 0).fill_null(False)
+        return pc.and_not(table[name].is_valid(), named)
+
+    yield Rule("bad value", f"{name} is not finite", lambda t: pc.invert(pc.is_finite(t[name])))
+    yield Rule("missing value", f"{name} has no reward_source: who gave it?", lacks_source)
+
+
+# === the rules of a side ===
+
+
+def _side_rules(names: list[str], side: str) -> Iterator[Rule]:
+    ids, prefix = f"{side}_ids", "" if side == "response" else f"{side}_"
+    steps, ranks, types, logps = (f"{prefix}{n}" for n in ("steps", "ranks", "types", "logps"))
+    yield Rule("empty side", f"{ids} is empty", lambda t: list_lengths(t[ids]) == 0)
+    for name in (n for n in (steps, ranks, types, logps) if n in names):
+        yield _lengths_rule(name, ids)
+    if "mask_id" in names:
+        yield _mask_rule(ids, "the response was never finished")
+        says = f"{ids} does not end on the block grid: the terminal block must be whole"
+        yield Rule(
+            "off the grid", says, lambda t: (starts_on_grid(t) + list_lengths(t[ids])) % t["block_size"].to_numpy() != 0
+        )
+    if steps in names:
+        yield _items_rule(steps, f"below {GIVEN}", lambda values: values < GIVEN)
+    if types in names:
+        allowed = f"that is not {', '.join(map(str, TOKEN_TYPES))}"
+        yield _items_rule(types, allowed, lambda values: ~np.isin(values, TOKEN_TYPES))
+        says = f"{types} and {steps} disagree: {GIVEN} is the step of a token that no step chose, and of no other"
+        yield Rule("token types", says, lambda t: _types_disagree(t, types, steps))
+    if ranks in names:
+        says = f"{ranks} are not a partition: each block's must be 0, 1, .. in the order of its {steps}"
+        yield Rule("not a partition", says, lambda t: _not_a_partition(t, ranks, steps))
+
+
+def _lengths_rule(name: str, ids: str) -> Rule:
+    def find(table: pa.Table) -> pa.ChunkedArray:
+        return pc.not_equal(pc.list_value_length(table[name]), pc.list_value_length(table[ids]))
+
+    return Rule("lengths differ", f"{name} and {ids} differ in length", find)
 
 
 def _types_disagree(table: pa.Table, types: str, steps: str) -> np.ndarray:
-    found, where = np.zeros(len(table), dtype=bool), _both(table, types, steps)
-    rows = table.filter(pa.array(where))
-    found[where] = rows_where(rows[types], (_flat(rows[types]) != DIFFUSION) != (_flat(rows[steps]) == GIVEN))
-    return found
+    def find(rows: pa.Table) -> np.ndarray:
+        return rows_where(rows[types], (_flat(rows[types]) != DIFFUSION) != (_flat(rows[steps]) == GIVEN))
+
+    return _among(table, pc.and_(table[types].is_valid(), table[steps].is_valid()), find)
 
 
 def _not_a_partition(table: pa.Table, ranks: str, steps: str) -> np.ndarray:
-    found = np.asarray(pc.and_not(table[ranks].is_valid(), table[steps].is_valid()).to_numpy()).copy()
-    where = _both(table, ranks, steps)
-    rows = table.filter(pa.array(where))
-    expected, _ = block_ranks(
-        _flat(rows[steps]), list_lengths(rows[steps]), starts_on_grid(rows), _numbers(rows["block_size"])
-    )
-    found[where] = rows_where(rows[ranks], _flat(rows[ranks]) != expected)
-    return found
+    def find(rows: pa.Table) -> np.ndarray:
+        lengths, sizes = list_lengths(rows[steps]), rows["block_size"].to_numpy()
+        expected, _ = block_ranks(_flat(rows[steps]), lengths, starts_on_grid(rows), sizes)
+        return rows_where(rows[ranks], _flat(rows[ranks]) != expected)
 
-
-def _not_finite(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(pc.invert(pc.is_finite(table[name])).fill_null(False).to_numpy())
-
-
-def _lacks_source(table: pa.Table, name: str) -> np.ndarray:
-    named = pc.greater(pc.utf8_length(table["reward_source"]), 0).fill_null(False)
-    return np.asarray(pc.and_not(table[name].is_valid(), named).to_numpy())
+    has_ranks, has_steps = table[ranks].is_valid(), table[steps].is_valid()
+    return _to_numpy(pc.and_not(has_ranks, has_steps)) | _among(table, pc.and_(has_ranks, has_steps), find)
 
 
 def _identical(table: pa.Table) -> np.ndarray:
-    chosen, rejected = table["chosen_ids"], table["rejected_ids"]
-    lengths = list_lengths(chosen)
-    same = lengths == list_lengths(rejected)
-    if same.any():
-        rows = table.filter(pa.array(same))
-        same[same] = ~rows_where(rows["chosen_ids"], _flat(rows["chosen_ids"]) != _flat(rows["rejected_ids"]))
-    return np.asarray(same)
+    def find(rows: pa.Table) -> np.ndarray:
+        return ~rows_where(rows["chosen_ids"], _flat(rows["chosen_ids"]) != _flat(rows["rejected_ids"]))
+
+    return _among(table, list_lengths(table["chosen_ids"]) == list_lengths(table["rejected_ids"]), find)
 
 
-def _other_tokenizer(table: pa.Table, expected: str) -> np.ndarray:
-    return np.asarray(pc.not_equal(table["tokenizer_hash"], expected).fill_null(True).to_numpy())
-
-
-def _too_long(table: pa.Table, limit: int) -> np.ndarray:
-    sides = [name for name in ("response_ids", "chosen_ids", "rejected_ids") if name in table.schema.names]
-    return np.asarray(
-        list_lengths(table["prompt_ids"]) + np.max([list_lengths(table[s]) for s in sides], axis=0) > limit
-    )
+def _tokens(table: pa.Table, sides: list[str]) -> np.ndarray:
+    """Return int [rows], the tokens of the prompt and its longest side."""
+    return list_lengths(table["prompt_ids"]) + np.max([list_lengths(table[side]) for side in sides], axis=0)
