@@ -21,7 +21,6 @@ from dtrpo_ray.method.trajectory import (
     block_slices,
     confidence_steps,
     dense_steps,
-    left_to_right_steps,
     random_steps,
     sample_elbo_states,
     sample_step_states,
@@ -58,8 +57,7 @@ class ModelLayout:
 
     def opens_block(self, prompt_len: int, response_len: int) -> np.ndarray:
         """Mark the response tokens that are the first of their block (bool [n])."""
-        first: np.ndarray = self._on_grid(prompt_len, prompt_len + np.arange(response_len)) % self.block_size == 0
-        return first
+        return self._on_grid(prompt_len, prompt_len + np.arange(response_len)) % self.block_size == 0
 
     def _on_grid(self, prompt_len: int, position: np.ndarray) -> np.ndarray:
         return position + grid_offset(prompt_len, self.block_size, self.block_origin)
@@ -117,9 +115,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _ScoredTokens:
-    """The scored tokens of one side: index in the response, and stream and position of the hidden state to read."""
+class _SampledSide:
+    """One response, its noisy versions (one per draw), and its scored tokens.
 
+    A scored token has its index in the response, the stream and position of the hidden state to read, and the columns
+    of `MicroBatch`.
+    """
+
+    response: np.ndarray
+    noisy: list[np.ndarray]
     index: np.ndarray
     stream: np.ndarray
     position: np.ndarray
@@ -127,15 +131,6 @@ class _ScoredTokens:
     exact: np.ndarray
     weight: np.ndarray
     nll_weight: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class _SampledSide:
-    """One response, its noisy versions (one per draw), and its scored tokens."""
-
-    response: np.ndarray
-    noisy: list[np.ndarray]
-    tokens: _ScoredTokens
 
 
 def build_batch(
@@ -195,8 +190,9 @@ def _sample_side(
     states, given = _states(row, side, objective, layout, seed)
     # a likelihood (sft, the SFT term, elbo) reads every hidden token, dtrpo the newly unmasked ones only
     all_hidden = side == "chosen" and (not objective.follows_steps or objective.rpo_alpha > 0)
-    tokens = _score(states, given & first, first, prompt_len, objective=objective, layout=layout, all_hidden=all_hidden)
-    if (tokens.position < 0).any():
+    index, stream, *columns = _score(states, given & first, first, objective, layout, all_hidden=all_hidden)
+    position = prompt_len + index - layout.shift
+    if (position < 0).any():
         raise DataError(
             f"row {row['row_id']}: prompt_ids is empty, and this model predicts a token from the one before it "
             "(shift = 1): begin prompts with a token, such as the tokenizer's first"
@@ -206,10 +202,10 @@ def _sample_side(
     for draw, state in enumerate(states, start=1):
         version = np.where(state.hidden, layout.mask_id, response)
         if layout.attention == "block":
-            read = layout.block_of(prompt_len, tokens.position[tokens.stream == draw])
+            read = layout.block_of(prompt_len, position[stream == draw])
             version = np.where(np.isin(block, read), version, LEFT_OUT)
         noisy.append(version)
-    return _SampledSide(response, noisy, tokens)
+    return _SampledSide(response, noisy, index, stream, position, *columns)
 
 
 def _states(
@@ -234,10 +230,9 @@ def _states(
         if objective.schedule == "random":
             order = block_generators(seed, row["row_id"], row["epoch"], "order")
             steps = random_steps(blocks, objective.tokens_per_step, order, given)
-        elif objective.schedule == "left_to_right":
-            steps = left_to_right_steps(blocks, objective.tokens_per_step, given)
         else:
-            confidence = _column(row, f"{side}_confidence", "confidence")
+            by_confidence = objective.schedule == "confidence"  # without any, left to right
+            confidence = _column(row, f"{side}_confidence", "confidence") if by_confidence else np.zeros(length)
             steps = confidence_steps(confidence, blocks, objective.tokens_per_step, given)
         steps = sequential_steps(steps, blocks) if full else steps
     states = sample_step_states(steps, state_blocks, objective.weighting, rng, objective.num_draws)
@@ -261,13 +256,12 @@ def _score(
     states: list[State],
     given: np.ndarray,
     first: np.ndarray,
-    prompt_len: int,
-    *,
     objective: Objective,
     layout: ModelLayout,
+    *,
     all_hidden: bool,
-) -> _ScoredTokens:
-    """Choose the tokens to score, their weights, and where their hidden states lie.
+) -> tuple[np.ndarray, ...]:
+    """Choose the tokens to score: their index, the stream to read, and draw, exact, weight, nll_weight.
 
     A shifted model reads the state before the token. Before the first token of a block that is the clean block before
     it, as in its decoder, or with `first_token` = "noisy" that block in the token's own stream, as in its training.
@@ -286,8 +280,7 @@ def _score(
         index = np.flatnonzero(given)
         once, zeros = np.ones(len(index)), np.zeros(len(index), dtype=np.int64)
         parts.append((index, zeros + CLEAN, zeros, once > 0, once, once))
-    index, stream, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return _ScoredTokens(index, stream, prompt_len + index - layout.shift, *columns)
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def packed_tokens(row: Mapping[str, Any], objective: Objective, attention: str) -> int:
@@ -341,14 +334,13 @@ def _collate(
             values = getattr(row, name) if name != "pair" else sum(r == other for other, _ in places[:b])
             grid[r, first : first + len(row.ids)] = values
         for s, side in enumerate(sides):
-            tokens = side.tokens
-            column = np.zeros(len(tokens.index), dtype=np.int64)
-            for stream in np.unique(tokens.stream).tolist():
-                here = tokens.stream == stream
-                column[here] = first + row.columns(s, stream, tokens.position[here])
+            column = np.zeros(len(side.index), dtype=np.int64)
+            for stream in np.unique(side.stream).tolist():
+                here = side.stream == stream
+                column[here] = first + row.columns(s, stream, side.position[here])
             slot = np.full(len(column), b * num_sides + s)
-            where = (np.full(len(column), r), column, side.response[tokens.index], slot, tokens.draw)
-            parts.append((*where, tokens.exact, tokens.weight, tokens.nll_weight))
+            where = (np.full(len(column), r), column, side.response[side.index], slot, side.draw)
+            parts.append((*where, side.exact, side.weight, side.nll_weight))
     names = ("scored_row", "scored_col", "target", "slot", "draw", "exact", "weight", "nll_weight")
     joined = dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
     types = {"exact": np.bool_, "weight": np.float32, "nll_weight": np.float32}
@@ -356,13 +348,10 @@ def _collate(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
         **{name: torch.from_numpy(values.astype(types.get(name, np.int64))) for name, values in joined.items()},
         tokens=torch.tensor([[len(side.response) for side in sides] for sides in sampled], dtype=torch.float32),
-        scored=torch.tensor([[_count_weighted(side) for side in sides] for sides in sampled], dtype=torch.float32),
+        scored=torch.tensor(
+            [[len(np.unique(side.index[side.weight > 0])) for side in sides] for sides in sampled], dtype=torch.float32
+        ),
         row_weight=torch.tensor([float(row.get("row_weight", 1.0)) for row in rows]),
         ref_logp=None,
         layout=layout,
     )
-
-
-def _count_weighted(side: _SampledSide) -> int:
-    """Count the response tokens that have a weight in some draw."""
-    return len(np.unique(side.tokens.index[side.tokens.weight > 0]))

@@ -48,12 +48,9 @@ def scored_logps(model: DiffusionLM, batch: MicroBatch, inputs: Inputs | None = 
     if ModelLayout.of(model) != batch.layout:
         raise ValueError(f"the batch was built for {batch.layout}, and the model is {ModelLayout.of(model)}")
     inputs = inputs or packed_inputs(batch)
-    if isinstance(inputs[2], BlockMask):
-        trunk: Any = model.lm  # a transformers model, in every family
-        if trunk.config._attn_implementation != "flex_attention":
-            trunk.set_attn_implementation("flex_attention")
-    logps: Tensor = model(*inputs, batch.scored_row, batch.scored_col, batch.target)
-    return logps
+    if isinstance(inputs[2], BlockMask) and model.lm.config._attn_implementation != "flex_attention":
+        model.lm.set_attn_implementation("flex_attention")
+    return model(*inputs, batch.scored_row, batch.scored_col, batch.target)
 
 
 def training_step(
@@ -96,8 +93,7 @@ def training_step(
 
 def checkpoint_layers(policy: DiffusionLM) -> None:
     """Recompute each layer of the trunk in the backward pass (gradient checkpointing), in training mode."""
-    trunk: Any = policy.lm
-    trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _spread(ratio_N: Tensor, batch: MicroBatch, num_draws: int) -> Tensor:

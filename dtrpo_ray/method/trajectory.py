@@ -11,7 +11,7 @@ of the two sides then take equal draws, whatever precedes them.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -82,11 +82,6 @@ def random_steps(
     `given` (bool [n]) marks tokens that no step chooses; they get GIVEN, and the others form the groups.
     """
     return _group(blocks, tokens_per_step, given, lambda block, free: rng(block).permutation(len(free)))
-
-
-def left_to_right_steps(blocks: list[slice], tokens_per_step: int, given: np.ndarray | None = None) -> np.ndarray:
-    """Unmask each block from left to right in sub-blocks of `tokens_per_step`."""
-    return _group(blocks, tokens_per_step, given, lambda block, free: np.arange(len(free)))
 
 
 def confidence_steps(
@@ -179,28 +174,23 @@ def _draw_steps(
 def sample_elbo_states(
     num_tokens: int, blocks: list[slice], rng: BlockGenerators, num_draws: int = 1, given: np.ndarray | None = None
 ) -> list[State]:
-    """Sample n independent Monte-Carlo draws of the block ELBO, each with its share 1 / n (VRPO, arXiv 2505.19223)."""
-    states = [sample_elbo_state(num_tokens, blocks, rng, given) for _ in range(num_draws)]
-    return [replace(s, weight=s.weight / num_draws, coverage=s.coverage / num_draws) for s in states]
-
-
-def sample_elbo_state(
-    num_tokens: int, blocks: list[slice], rng: BlockGenerators, given: np.ndarray | None = None
-) -> State:
     """Sample the block ELBO's state: per block l ~ U{1..B_b} random tokens hidden and all scored, weight B_b / l.
 
     This is the masked-diffusion bound (LLaDA, arXiv 2502.09992, eq. 14) applied per block: the control for dTRPO and,
-    averaged per token, the SFT objective. `given` (bool [n]) marks tokens that are shown and not counted, as in
-    `random_steps`.
+    averaged per token, the SFT objective. The draws are independent, each with its share 1 / `num_draws` (VRPO, arXiv
+    2505.19223). `given` (bool [n]) marks tokens that are shown and not counted, as in `random_steps`.
     """
-    hidden = np.zeros(num_tokens, dtype=bool)
-    weight = np.zeros(num_tokens)
-    for number, block in enumerate(blocks):
-        free = np.arange(block.start, block.stop)
-        free = free if given is None else free[~given[block]]
-        if len(free):
-            own = rng(number)
-            count = int(own.integers(1, len(free) + 1))
-            hidden[free[own.permutation(len(free))[:count]]] = True
-            weight[free] = len(free) / count
-    return State(hidden, hidden.copy(), weight * hidden, weight * hidden, np.zeros(num_tokens, dtype=bool))
+    states = []
+    for _ in range(num_draws):
+        hidden, weight = np.zeros(num_tokens, dtype=bool), np.zeros(num_tokens)
+        for number, block in enumerate(blocks):
+            free = np.arange(block.start, block.stop)
+            free = free if given is None else free[~given[block]]
+            if len(free):
+                own = rng(number)
+                count = int(own.integers(1, len(free) + 1))
+                hidden[free[own.permutation(len(free))[:count]]] = True
+                weight[free] = len(free) / count
+        weight = weight * hidden / num_draws
+        states.append(State(hidden, hidden, weight, weight, np.zeros(num_tokens, dtype=bool)))
+    return states

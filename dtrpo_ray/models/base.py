@@ -102,7 +102,9 @@ class DiffusionLM(nn.Module):
         super().__init__()
         facts = self.facts
         self.config = config = ConfigJson(config, facts.model_type)
-        config.require_sizes(self.sizes)
+        for key in self.sizes:
+            if config.integer(key) < 1:
+                raise config.error(key, "at least 1", config[key])
         self.vocab_size = self.vocabulary(config)
         self.mask_id = config.integer("mask_token_id", facts.mask_id)
         self.eos_id, *others = self.end_tokens(config)
@@ -167,8 +169,7 @@ class DiffusionLM(nn.Module):
     def trunk_config(self, keys: ConfigJson) -> PreTrainedConfig:
         """Convert the family's config keys, without HIDDEN_KEYS, to the trunk's config; by default unchanged."""
         config_class: Any = self.trunk.config_class
-        config: PreTrainedConfig = config_class(**keys)
-        return config
+        return config_class(**keys)
 
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, row_N: Tensor, col_N: Tensor, target_N: Tensor
@@ -233,6 +234,13 @@ class DiffusionLM(nn.Module):
         for name in self.lm.state_dict():
             if not (self.tied and name == "lm_head.weight") and ".lora_" not in name:
                 yield from self.upstream(name.replace(".base_layer.", "."))  # an adapted weight keeps its name
+
+    def published(self) -> dict[str, list[TensorPiece]]:
+        """Return the pieces of each tensor of the checkpoint, in the model's order."""
+        found: dict[str, list[TensorPiece]] = {}
+        for piece in self.pieces():
+            found.setdefault(piece.upstream, []).append(piece)
+        return found
 
     def upstream(self, name: str) -> Iterator[TensorPiece]:
         """Return the pieces of one tensor of the trunk, in the order of its elements; by default the same name."""

@@ -31,19 +31,16 @@ class ConfigJson(dict[str, Any]):
 
     def number(self, key: str) -> float:
         """Return a positive number. It has no default: a model with a guessed number loads, and computes noise."""
-        return self._require_positive(key, self.get(key))
+        value = self.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self.error(key, "a number above 0", value, "; copy it from the release's")
+        return float(value)
 
     def rope_parameters(self) -> dict[str, Any]:
         """Return the rotary positions in the form of transformers 5; earlier `rope_theta` was a key of its own."""
         given = self.get("rope_scaling") or self.get("rope_parameters") or {"rope_type": "default"}
         theta = given.get("rope_theta") if self.get("rope_theta") is None else self["rope_theta"]
-        return {**given, "rope_theta": self._require_positive("rope_theta", theta)}
-
-    def require_sizes(self, keys: tuple[str, ...]) -> None:
-        """Raise ModelError for a size that is absent, no integer, or below 1."""
-        for key in keys:
-            if self.integer(key) < 1:
-                raise self.error(key, "at least 1", self[key])
+        return {**given, "rope_theta": ConfigJson({"rope_theta": theta}, self.family).number("rope_theta")}
 
     def refuse(self, **supported: tuple[Any, ...]) -> None:
         """Raise ModelError for a key whose value changes the architecture; an absent key means the first value."""
@@ -57,11 +54,6 @@ class ConfigJson(dict[str, Any]):
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(key, "an integer", value)
         return value
-
-    def _require_positive(self, key: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(key, "a number above 0", value, "; copy it from the release's")
-        return float(value)
 
     def error(self, key: str, needed: str, value: Any, remedy: str = "") -> ModelError:
         """Make the error of a value that this family cannot use."""

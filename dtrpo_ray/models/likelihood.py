@@ -41,8 +41,7 @@ def token_logps(logits: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N:
     """
 
     def logps(hidden: Tensor, target: Tensor) -> Tensor:
-        values: Tensor = _LogSoftmaxAt.apply(logits(hidden), target)  # type: ignore[no-untyped-call]
-        return values
+        return _LogSoftmaxAt.apply(logits(hidden), target)  # type: ignore[no-untyped-call]
 
     chunk = max(1, CHUNK_LOGITS // vocab_size)
     if len(target_N) <= chunk:

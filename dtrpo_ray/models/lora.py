@@ -7,7 +7,6 @@ finds them in the release's own code.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dtrpo_ray.config.train import LoraConfig
 from dtrpo_ray.errors import ConfigError, ModelError
-from dtrpo_ray.models.base import DiffusionLM, TensorPiece
+from dtrpo_ray.models.base import DiffusionLM
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
@@ -79,20 +78,6 @@ def _layers(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
-@contextmanager
-def adapters_off(model: DiffusionLM) -> Iterator[None]:
-    """Run the model as the base that it was."""
-    # peft's own switch also turns requires_grad off and on, which DeepSpeed's hooks read
-    layers = [layer for _, layer in _layers(model)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
 class BaseReference:
     """The reference of a LoRA run: the policy with its adapters off, so that no second model is held.
 
@@ -103,8 +88,15 @@ class BaseReference:
         self._policy, self._model = policy, model
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        with adapters_off(self._model):
+        # peft's own switch also turns requires_grad off and on, which DeepSpeed's hooks read
+        layers = [layer for _, layer in _layers(self._model)]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
             return self._policy(*inputs)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -131,9 +123,7 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     Raises ModelError for a missing file, for other methods than LoRA, and for tensors that do not fit the base.
     """
     config, tensors = _read_adapter(path)
-    parts: dict[str, list[TensorPiece]] = {}
-    for piece in base.pieces():
-        parts.setdefault(piece.upstream.removesuffix(".weight"), []).append(piece)
+    parts = {name.removesuffix(".weight"): pieces for name, pieces in base.published().items()}
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         upstream = module.removeprefix("base_model.model.")
@@ -152,12 +142,11 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
         raise ModelError(f"{path}: {', '.join(sorted(tensors)[:4])} is no LoRA tensor")
     copy.load_state_dict(base.state_dict(), assign=True)
     copy.finish(next(base.parameters()).device)
-    escaped = {name: re.escape(name) for name in ranks}
     peft = _peft()
     adapters = peft.LoraConfig(
         target_modules=list(ranks),
-        rank_pattern={escaped[name]: rank for name, rank in ranks.items()},
-        alpha_pattern={escaped[name]: alpha for name, alpha in alphas.items()},
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items()},
     )
     peft.inject_adapter_in_model(adapters, copy, NAME)
     for name, layer in _layers(copy):
@@ -196,12 +185,9 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
     If the published layout fuses several of our modules (LLaDA2's q, k and v), their adapters become one of their
     joint rank with the same product: A stacked, B block-diagonal.
     """
-    pieces: dict[str, list[TensorPiece]] = {}
-    for piece in model.pieces():
-        pieces.setdefault(piece.upstream, []).append(piece)
     layers = {f"{name}.weight": layer for name, layer in _layers(model)}
     tensors, ranks, modules = dict[str, Tensor](), dict[str, int](), list[str]()
-    for upstream, parts in pieces.items():
+    for upstream, parts in model.published().items():
         adapted = [layers[p.ours] for p in parts if p.ours in layers]
         if not adapted:
             continue

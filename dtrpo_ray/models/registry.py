@@ -27,8 +27,7 @@ FAMILIES = {
 
 def family(model_type: str) -> type[DiffusionLM]:
     """Import the class of a family. Raises KeyError for an unknown one."""
-    found: type[DiffusionLM] = pkgutil.resolve_name(FAMILIES[model_type])
-    return found
+    return pkgutil.resolve_name(FAMILIES[model_type])
 
 
 def detect(config: Mapping[str, Any]) -> type[DiffusionLM]:

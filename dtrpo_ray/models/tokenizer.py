@@ -130,9 +130,10 @@ ADDED_TOKENS: dict[str, Callable[[Mapping[str, Any]], Iterable[tuple[str, int]]]
 }
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """Return the ids of a text, with the tokenizer's opening tokens if `special`. Raises DataError if it has none."""
     try:
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(tokenizer.encode(text, add_special_tokens=special))
     except Exception as error:  # the tokenizers library raises a bare Exception for text without tokens
         raise DataError(f"the tokenizer cannot encode the text {text[:40]!r} ({error})") from None
 
@@ -158,7 +159,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
 
     Raises DataError for text without tokens and for messages that the template refuses.
     """
-    return _encode(tokenizer, render_prompt(tokenizer, prompt))
+    return encode_text(tokenizer, render_prompt(tokenizer, prompt))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
@@ -200,15 +201,8 @@ def encode_response(
     length. The rest of the block is end-of-sequence tokens, trained like any other (as in LLaDA's SFT), so that
     sampler and trainer agree on the terminal block.
     """
-    ids = _encode(tokenizer, response) + ([] if end is None else [end])
+    ids = encode_text(tokenizer, response) + ([] if end is None else [end])
     return ids + [eos_token_id(tokenizer)] * (-(prompt_len + len(ids)) % block_size)
-
-
-def prompt_text(prompt: str | list[dict[str, str]] | None, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a prompt as the column `prompt` has it: the text, the messages as JSON, or else the decoded ids."""
-    if prompt is None:
-        return str(tokenizer.decode(ids))
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def prompt_messages(prompt: str) -> list[dict[str, str]]:

@@ -5,8 +5,8 @@ compared before a single weight is read.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,9 +81,13 @@ class Shards:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows [start, stop) of a tensor, in the dtype of the file."""
-        return (
-            self._files[name].get_slice(name)[start:stop] if self.shapes[name] else self._files[name].get_tensor(name)
-        )
+        file = self._files[name]
+        return file.get_slice(name)[start:stop] if self.shapes[name] else file.get_tensor(name)
+
+    def fill(self, target: Tensor, pieces: list[TensorPiece]) -> None:
+        """Fill one of our tensors from its pieces, in its own dtype."""
+        for piece in pieces:
+            target[piece.at].copy_(self.read(piece.upstream, piece.start, piece.stop))
 
 
 def load_weights(
@@ -101,42 +105,28 @@ def load_weights(
         by_tensor: dict[str, list[TensorPiece]] = {}
         for piece in model.pieces():
             by_tensor.setdefault(piece.ours, []).append(piece)
-        _compare(published_shapes(by_tensor.values(), shapes), shards, model.tied_tensors())
+        _compare(published_shapes(model.pieces(), shapes), shards, model.tied_tensors())
         for name, pieces in by_tensor.items():
-            split = sharding is not None and hasattr(own[name], "ds_shape")
-            with sharding.whole([own[name]]) if split and sharding else nullcontext():  # type: ignore[list-item]
-                if split and sharding:
-                    target = own[name].data if sharding.rank == 0 else None
-                else:
-                    buffer = not isinstance(own[name], nn.Parameter)
-                    target = torch.empty(shapes[name], dtype=own[name].dtype if buffer else dtype, device=device)
-                for piece in pieces if target is not None else ():
-                    assert target is not None
-                    target[piece.at].copy_(shards.read(piece.upstream, piece.start, piece.stop))
-            if not split:
-                assert target is not None
-                _assign(model, name, target)
+            tensor = own[name]
+            if sharding is not None and isinstance(tensor, nn.Parameter) and hasattr(tensor, "ds_shape"):
+                with sharding.whole([tensor]):
+                    if sharding.rank == 0:
+                        shards.fill(tensor.data, pieces)
+            else:
+                parameter = isinstance(tensor, nn.Parameter)
+                value = torch.empty(shapes[name], dtype=dtype if parameter else tensor.dtype, device=device)
+                shards.fill(value, pieces)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value) if parameter else value)
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        module._parameters[leaf] = nn.Parameter(value)
-
-
-def published_shapes(
-    pieces_of_each: Iterable[list[TensorPiece]], shapes: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
+def published_shapes(pieces: Iterable[TensorPiece], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Compute the shape of every tensor a checkpoint must have from the shapes of ours."""
     published: dict[str, tuple[int, ...]] = {}
-    for pieces in pieces_of_each:
-        for piece in pieces:
-            shape = tuple(torch.empty(shapes[piece.ours], device="meta")[piece.at].shape)
-            rows = published.get(piece.upstream, (0,))[0]
-            published[piece.upstream] = (rows + shape[0], *shape[1:]) if shape else ()
+    for piece in pieces:
+        shape = tuple(torch.empty(shapes[piece.ours], device="meta")[piece.at].shape)
+        rows = published.get(piece.upstream, (0,))[0]
+        published[piece.upstream] = (rows + shape[0], *shape[1:]) if shape else ()
     return published
 
 
@@ -157,8 +147,7 @@ def _compare(published: dict[str, tuple[int, ...]], shards: Shards, tied: tuple[
             raise ModelError(
                 f"{shards.where}: {len(found)} {problem} tensor(s), first {found[0]}; is config.json its own?"
             )
-    wrong = sorted(n for n in names if shards.shapes[n] != published[n])
-    if wrong:
+    if wrong := sorted(n for n in names if shards.shapes[n] != published[n]):
         name = wrong[0]
         raise ModelError(
             f"{shards.where}: {len(wrong)} misshapen tensor(s), first {name}: {list(shards.shapes[name])}, and "
@@ -166,39 +155,27 @@ def _compare(published: dict[str, tuple[int, ...]], shards: Shards, tied: tuple[
         )
 
 
-def published_tensors(model: DiffusionLM) -> Iterator[tuple[str, int, list[TensorPiece]]]:
-    """Yield (name, bytes, pieces) of every tensor of the upstream layout, in the model's order."""
-    state = model.state_dict()
-    by_name: dict[str, list[TensorPiece]] = {}
-    for piece in model.pieces():
-        by_name.setdefault(piece.upstream, []).append(piece)
-    for name, pieces in by_name.items():
-        parts = [state[piece.ours][piece.at] for piece in pieces]
-        yield name, sum(part.numel() * part.element_size() for part in parts), pieces
-
-
 def save_weights(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write the weights under their upstream names: one file, or shards of at most `max_shard_bytes` with an index.
 
     A tensor larger than that gets a shard for itself.
     """
-    shards: list[list[tuple[str, list[TensorPiece]]]] = [[]]
-    sizes, total = [0], 0
-    for name, size, pieces in published_tensors(model):
-        if shards[-1] and sizes[-1] + size > max_shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append((name, pieces))
-        sizes[-1] += size
-        total += size
     state, where = model.state_dict(), dict[str, str]()
+    shards, sizes = [dict[str, list[TensorPiece]]()], [0]
+    for name, pieces in model.published().items():
+        size = sum(state[piece.ours][piece.at].nbytes for piece in pieces)
+        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = pieces
+        sizes[-1] += size
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _gather(state, pieces) for name, pieces in shard}
+        tensors = {name: _gather(state, pieces) for name, pieces in shard.items()}
         save_file(tensors, path / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

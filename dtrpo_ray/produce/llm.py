@@ -6,13 +6,13 @@ The engine runs in this process, so that scheduling is deterministic and nothing
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from dtrpo_ray.errors import ConfigError, DataError, ModelError
-from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer
+from dtrpo_ray.errors import ConfigError, ModelError
+from dtrpo_ray.models.tokenizer import encode_prompt, encode_text, load_tokenizer
 
 INSTALL = (
     "install it with `pip install 'dtrpo-ray[vllm]'` on a GPU machine, or on CPU with `pip install "
@@ -29,9 +29,9 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class GenerateParams:
-    """The sampling parameters of a reply; temperature 0 is greedy, top_k 0 means no limit."""
+    """The sampling parameters of a reply, under vLLM's names; temperature 0 is greedy, top_k 0 means no limit."""
 
-    max_new_tokens: int
+    max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -72,12 +72,9 @@ class LanguageModel:
 
         Raises DataError for a prompt without ids, ModelError for messages if there is no template.
         """
-        if not isinstance(prompt, str):
-            return encode_prompt(self.tokenizer, prompt)
-        try:
-            return list(self.tokenizer.encode(prompt))
-        except Exception as error:  # the tokenizers library raises a bare Exception
-            raise DataError(f"the tokenizer cannot encode the text {prompt[:40]!r} ({error})") from None
+        if isinstance(prompt, str):
+            return encode_text(self.tokenizer, prompt, special=True)
+        return encode_prompt(self.tokenizer, prompt)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: GenerateParams, seeds: Sequence[int] | None = None
@@ -85,16 +82,8 @@ class LanguageModel:
         """Return a reply to each prompt, in their order, each drawn with its own seed; vLLM chooses the batches."""
         if not prompts:
             return []
-        params = [
-            self.vllm.SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=seed,
-            )
-            for seed in (seeds or repeat(None, len(prompts)))
-        ]
+        given = asdict(sampling)
+        params = [self.vllm.SamplingParams(**given, seed=seed) for seed in seeds or repeat(None, len(prompts))]
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         done = [output.outputs[0] for output in self.llm.generate(inputs, params, use_tqdm=False)]
         return [Reply(reply.text, reply.finish_reason == "stop") for reply in done]

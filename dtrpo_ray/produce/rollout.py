@@ -3,6 +3,7 @@
 A response's seed comes from (seed, row id), so its text does not depend on parts, batches or actors.
 """
 
+import json
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from dtrpo_ray.decode.types import DECODER_NAME, Generation, SamplingParams, to_
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.registry import skeleton_of
-from dtrpo_ray.models.tokenizer import prompt_text, tokenizer_hash
+from dtrpo_ray.models.tokenizer import tokenizer_hash
 from dtrpo_ray.session import cpu_threads
 
 
@@ -99,7 +100,7 @@ class Recorder:
             for start in range(0, len(same), self.job.batch_size):
                 batch = same[start : start + self.job.batch_size]
                 prompts = [request.prompt_ids or self.engine.encode(request.prompt) for request in batch]
-                seeds = [decode_seed(self.job.seed, request.row_id) for request in batch]
+                seeds = [int(row_generator(self.job.seed, r.row_id, 0, "decode").integers(2**63)) for r in batch]
                 generations = self.engine.generate(prompts, params, seeds)
                 decoded = zip(batch, prompts, seeds, generations, strict=True)
                 rows += [self._trajectory(*one, params) for one in decoded]
@@ -108,7 +109,7 @@ class Recorder:
     def _trajectory(
         self, request: DecodeRequest, prompt: list[int], seed: int, generation: Generation, params: SamplingParams
     ) -> TrajectoryRow:
-        text = self.engine.decode(generation.text_ids)
+        said, text = request.prompt, self.engine.decode(generation.text_ids)
         return {
             "contract_version": CONTRACT_VERSION,
             "row_id": request.row_id,
@@ -116,14 +117,14 @@ class Recorder:
             "origin": request.origin,
             "answer": request.answer,
             "data_hash": request.data_hash,
-            "prompt": prompt_text(request.prompt, prompt, self.engine.tokenizer),
+            "prompt": said if isinstance(said, str) else json.dumps(said, ensure_ascii=False),
             "response": text,
             "prompt_ids": prompt,
             "response_ids": generation.ids,
             "steps": generation.steps,
             "logps": generation.logps,
             "num_forwards": generation.num_forwards,
-            "reward": self.score(request.prompt, text) if self.score else None,
+            "reward": self.score(said, text) if self.score else None,
             "reward_source": self.job.scorer,
             **how_decoded(self.engine.model, params, len(prompt), generation.steps),
             "seed": seed,
@@ -131,11 +132,6 @@ class Recorder:
             "model_hash": self.job.model_hash,
             "tokenizer_hash": self.tokenizer_hash,
         }
-
-
-def decode_seed(seed: int, row_id: str) -> int:
-    """Derive the seed of one response."""
-    return int(row_generator(seed, row_id, 0, "decode").integers(2**63))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +172,20 @@ class FileRecorder(Importer):
             return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
 
         refusals.refuse(ids.lengths > self.room, "prompt too long", detail)
-        requests: list[DecodeRequest] = []
+        requests, steps = list[DecodeRequest](), self.config.denoising_steps
         for at in np.flatnonzero(refusals.good):
+            row, prompt_id = rows[at], prompt_ids[int(at)].as_py()
             encoded = ids.take(np.array([at])).flat.tolist()
-            requests += self._samples(rows[at], prompt_ids[int(at)].as_py(), encoded)
+            requests += [
+                DecodeRequest(
+                    row_id=f"r{self.number}-{prompt_id}-{sample:02d}",
+                    prompt_id=prompt_id,
+                    prompt=row.prompt,
+                    denoising_steps=steps[sample % len(steps)],
+                    prompt_ids=encoded,
+                    answer=row.answer,
+                    origin=f"{row.origin}#{sample + 1}",
+                )
+                for sample in range(self.config.num_samples)
+            ]
         return apply_rules(self.recorder.decode(requests), refusals.to_rejected(lambda at: [rows[at].origin]))
-
-    def _samples(self, row: PromptRow, prompt_id: str, prompt_ids: list[int]) -> Iterator[DecodeRequest]:
-        steps = self.config.denoising_steps
-        for sample in range(self.config.num_samples):
-            yield DecodeRequest(
-                row_id=f"r{self.number}-{prompt_id}-{sample:02d}",
-                prompt_id=prompt_id,
-                prompt=row.prompt,
-                denoising_steps=steps[sample % len(steps)],
-                prompt_ids=prompt_ids,
-                answer=row.answer,
-                origin=f"{row.origin}#{sample + 1}",
-            )

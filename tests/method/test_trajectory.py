@@ -26,10 +26,8 @@ from dtrpo_ray.method.trajectory import (
     block_slices,
     confidence_steps,
     dense_steps,
-    left_to_right_steps,
     random_steps,
     row_generator,
-    sample_elbo_state,
     sample_elbo_states,
     sample_step_states,
     sequential_steps,
@@ -347,13 +345,13 @@ def any_order(size: int) -> Formal:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_elbo_state_averages_to_the_any_order_bound(size: int) -> None:
     block = [slice(0, size)]
-    sampled = mean(lambda rng: sample_elbo_state(size, block, rng), block)
+    sampled = mean(lambda rng: sample_elbo_states(size, block, rng)[0], block)
     assert sampled == elbo(size, range(1, size + 1)) == any_order(size)
 
 
 def test_elbo_state_scores_what_it_hides_in_every_block() -> None:
     blocks = block_slices(2, 6, 4)
-    for _, state in every_draw(lambda rng: sample_elbo_state(6, blocks, rng)):
+    for _, state in every_draw(lambda rng: sample_elbo_states(6, blocks, rng)[0]):
         assert (state.scored == state.hidden).all()
         for block in blocks:
             count, size = int(state.hidden[block].sum()), block.stop - block.start
@@ -391,7 +389,7 @@ def test_coverage_of_a_random_order_is_the_block_elbo(k: int) -> None:
 
 
 def test_coverage_of_an_elbo_state_is_its_weight() -> None:
-    for _, state in every_draw(lambda rng: sample_elbo_state(7, block_slices(1, 7, 4), rng)):
+    for _, state in every_draw(lambda rng: sample_elbo_states(7, block_slices(1, 7, 4), rng)[0]):
         assert (state.coverage == state.weight).all()
 
 
@@ -430,7 +428,7 @@ def test_the_elbo_form_has_the_lower_variance(k: int, spread: tuple[float, float
     assert variance == pytest.approx(spread[0], abs=1e-3)
     assert sum(p * (x - averaged) ** 2 for p, x in draws) == pytest.approx(spread[1], abs=1e-3)
     if k == 1:
-        sampled = moments(lambda rng: sample_elbo_state(4, block, rng), block, value)
+        sampled = moments(lambda rng: sample_elbo_states(4, block, rng)[0], block, value)
         assert sampled == pytest.approx((center, spread[1]), abs=1e-3)
 
 
@@ -663,8 +661,8 @@ def test_given_tokens_are_shown_and_never_scored(weighting: Weighting, num_draws
 
 def test_made_up_orders_number_by_number() -> None:
     blocks, given = [slice(0, 3), slice(3, 8)], np.array([0, 0, 0, 1, 0, 0, 0, 0], dtype=bool)
-    assert left_to_right_steps(blocks, 2).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
-    assert left_to_right_steps(blocks, 2, given).tolist() == [0, 0, 1, GIVEN, 0, 0, 1, 1]
+    assert confidence_steps(np.zeros(8), blocks, 2).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
+    assert confidence_steps(np.zeros(8), blocks, 2, given).tolist() == [0, 0, 1, GIVEN, 0, 0, 1, 1]
     confidence = np.array([-3.0, -1, -2, -9, -4, -1, -1, -0.5])
     assert confidence_steps(confidence, blocks, 1).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
     assert confidence_steps(confidence, blocks, 2, given).tolist() == [1, 0, 0, GIVEN, 1, 0, 1, 0]

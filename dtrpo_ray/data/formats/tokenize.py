@@ -322,7 +322,7 @@ def _sampler(max_new_tokens: pa.Array) -> pa.StructArray:
 
 
 def _prompt_texts(rows: pa.Table, ids: Ragged, target: Target, refusals: Refusals) -> pa.StringArray:
-    """Return the column `prompt`, as `prompt_text` writes it."""
+    """Return the column `prompt`: the text, the messages as JSON, or else the decoded ids."""
     text, messages = _column(rows, "prompt"), _column(rows, "messages")
     as_json = pc.if_else(messages.is_valid(), json_texts(messages, canonical=False), None)
     known = np.asarray(pc.or_(text.is_valid(), messages.is_valid()))

@@ -92,7 +92,11 @@ class _Worker:
         with self.lock:
             if self.process.poll() is not None:
                 self.process = self._start()
-            reference = self._ask(json.dumps([SECONDS, gold, found]))
+            assert self.process.stdin
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps([SECONDS, gold, found]) + "\n")
+                self.process.stdin.flush()
+            reference = self._reply()
             if reference is not True:
                 why = "it holds no mathematics" if reference is False else reference
                 raise answer_error("math", why or f"it takes longer than {SECONDS} s")
@@ -116,19 +120,10 @@ class _Worker:
             raise ConfigError(f"score.scorer = 'math': {sys.executable} cannot import math_verify; install it anew")
         return process
 
-    def _ask(self, line: str) -> bool | str | None:
-        """Send a line and return the worker's first reply."""
-        assert self.process.stdin
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        return self._reply()
-
     def _reply(self) -> bool | str | None:
         """Return the worker's next reply; None if it has ended."""
         assert self.process.stdout
         if line := self.process.stdout.readline():
-            reply: bool | str = json.loads(line)
-            return reply
+            return json.loads(line)
         self.end()
         return None

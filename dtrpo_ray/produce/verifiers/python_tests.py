@@ -38,7 +38,8 @@ _SANDBOX = Path(__file__).with_name("sandbox.py")
 
 def score(prompt: str, response: str, answer: str) -> float:
     """1.0 if the tests pass. `answer` is JSON: HumanEval's {prompt, test, entry_point} or MBPP's {test_list}."""
-    given, code = json_object(answer, "python_tests"), code_of(response)
+    given = json_object(answer, "python_tests")
+    code = "\n\n".join(_FENCE.findall(response) or [response])  # all code blocks, or else the whole response
     is_text = {name for name, value in given.items() if isinstance(value, str)}
     if is_text >= {"entry_point", "prompt", "test"}:
         if f"def {given['entry_point']}(" not in code:  # a completion of the prompt's signature
@@ -49,12 +50,6 @@ def score(prompt: str, response: str, answer: str) -> float:
     else:
         raise answer_error("python_tests", "neither prompt, test and entry_point as text, nor a test_list")
     return float(passes(code, tests))
-
-
-def code_of(response: str) -> str:
-    """Join the code blocks of a response; return the whole response if it has none."""
-    blocks = _FENCE.findall(response)
-    return "\n\n".join(blocks) if blocks else response
 
 
 def passes(code: str, tests: str, wall_seconds: float = WALL_SECONDS) -> bool:
