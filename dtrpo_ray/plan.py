@@ -65,8 +65,7 @@ def _sizes(folder: Path) -> dict[str, int]:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON ({error})") from None
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in needed:
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(config, dict) or not isinstance(config.get(key), int):
             raise ModelError(f"{file}: {key} is missing or no whole number")
     return {key: value for key, value in config.items() if isinstance(value, int)}
@@ -81,21 +80,22 @@ def plan(job: Job) -> dict[str, Any]:
         assert init is not None
         count = parameters(init, vocab)
     stages: dict[str, Any] = {}
-    workers = job.cluster.fewest_workers  # each holds the most then
+
+    def add_training(name: str, folder: str, config: TrainConfig, rows: int | None, **facts: int) -> None:
+        bounds = (Shape.of(job), *row_bounds(job, config.objective.is_preference))
+        made = training(config, job.cluster.fewest_workers, count, rows, bounds)  # each holds the most then
+        stages[name] = made | facts | previous_steps(job.storage, folder, config, made["optimizer_steps"])
+
     if job.sft:
-        bounds = (Shape.of(job), *row_bounds(job, pair=False))
-        stages["base"] = training(job.sft, workers, count, job.sft.num_examples, bounds)
-        stages["base"] |= previous_steps(job.storage, "base", job.sft, stages["base"]["optimizer_steps"])
+        add_training("base", "base", job.sft, job.sft.num_examples)
     prompts = job.task.max_rows if isinstance(job.task, FilesTask) else job.rollout and job.rollout.num_prompts
+    rows = None
     if job.rollout:
         made = prompts and prompts * job.rollout.num_samples
         stages["rollout"] = {"trajectories": made, "rounds": job.rounds, "actors": job.cluster.num_actors}
-    rows = None
-    if job.rollout and prompts:  # pairs are made within a setting
-        rows = prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
-    bounds = (Shape.of(job), *row_bounds(job, job.train.objective.is_preference))
-    stages["train"] = {**training(job.train, workers, count, rows, bounds), "rounds": job.rounds}
-    stages["train"] |= previous_steps(job.storage, "train-1", job.train, stages["train"]["optimizer_steps"])
+        if prompts:  # pairs are made within a setting
+            rows = prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
+    add_training("train", "train-1", job.train, rows, rounds=job.rounds)
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"
     return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": vocab, "stages": stages}
@@ -135,15 +135,14 @@ class Shape:
         """Read the sizes from the model directory's config.json or from model.init."""
         if job.model.path:
             config = _sizes(job.model.path)
-            heads = config["num_attention_heads"]
-            size = config.get("head_dim") or config["hidden_size"] // heads
-            kv = config.get("num_key_value_heads") or heads
+            hidden, heads = config["hidden_size"], config["num_attention_heads"]
+            size = config.get("head_dim") or hidden // heads
             return cls(
-                hidden=config["hidden_size"],
+                hidden=hidden,
                 intermediate=config["intermediate_size"],
                 layers=config["num_hidden_layers"],
                 queries=heads * size,
-                keys=kv * size,
+                keys=(config.get("num_key_value_heads") or heads) * size,
                 vocab=config["vocab_size"],
             )
         init, vocab = job.model.init, vocabulary(job)
@@ -173,14 +172,15 @@ def activation_bytes(
     are `recomputed`, each keeps its input, and one of them all.
     """
     h, q, k, i, tokens = shape.hidden, shape.queries, shape.keys, shape.intermediate, rows * row_tokens
+    width = BYTES_BF16 if bf16 else BYTES_FP32
     if bf16:
         layer, final = 16 * h + 14 * q + 6 * k + 8 * i, 8 * h + 2 * row_tokens
     else:
         layer, final = 4 * (6 * h + 6 * q + 2 * k + 4 * i), 4 * (2 * h + row_tokens)
-    head = BYTES_FP32 * shape.vocab + (BYTES_BF16 if bf16 else BYTES_FP32) * shape.hidden
+    head = BYTES_FP32 * shape.vocab + width * h
     chunk = min(scored, max(1, CHUNK_LOGITS // shape.vocab))
     momentary = BYTES_FP32 + (BYTES_BF16 if bf16 else 0)
-    layers = layer + shape.layers * h * (BYTES_BF16 if bf16 else BYTES_FP32) if recomputed else shape.layers * layer
+    layers = layer + shape.layers * h * width if recomputed else shape.layers * layer
     return {"activations": tokens * (layers + final), "scored_logits": chunk * (head + momentary * shape.vocab)}
 
 
@@ -192,13 +192,12 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int,
     """
     width = BYTES_BF16 if bf16 else BYTES_FP32
     stage = config.zero_stage
-    held = config.runs_reference and config.lora is None
     own_weights = stage > 0 or bf16
     return {
         "weights": count * width // (num_workers if stage == 3 else 1),
         "gradients": trained * width // (num_workers if stage >= 2 else 1),
         "optimizer": trained * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 else 1),
-        "reference": count * width if held else 0,
+        "reference": count * width if config.runs_reference and config.lora is None else 0,
         "buffers": REDUCE_BUCKET * width if stage == 3 else 0,
     }
 
@@ -238,12 +237,8 @@ def training(
     forwards = 1 + config.runs_reference + config.objective.orders_by_reference
     micro = min(config.micro_batch, config.rows_per_rank(num_workers))
     if bounds and config.micro_tokens:  # of the longest pairs
-        fits = [
-            n
-            for n in range(1, micro + 1)
-            if math.prod(packed_rows(n, bounds[1], config.row_tokens)) <= config.micro_tokens
-        ]
-        micro = max(fits, default=1)
+        sizes = {n: math.prod(packed_rows(n, bounds[1], config.row_tokens)) for n in range(1, micro + 1)}
+        micro = max((n for n, size in sizes.items() if size <= config.micro_tokens), default=1)
     accumulation = -(-config.rows_per_rank(num_workers) // micro)
     steps = None if rows is None else -(-rows * config.num_epochs // config.global_batch)
     if config.max_steps:
@@ -256,9 +251,8 @@ def training(
     in_cpu = memory.pop("optimizer") if config.offload else 0
     if bounds:
         shape, tokens, scored = bounds
-        rows_of, length = packed_rows(micro, tokens, config.row_tokens)
-        recomputed = config.gradient_checkpointing
-        memory |= activation_bytes(shape, rows_of, length, micro * scored, bf16, recomputed=recomputed)
+        packed = packed_rows(micro, tokens, config.row_tokens)
+        memory |= activation_bytes(shape, *packed, micro * scored, bf16, recomputed=config.gradient_checkpointing)
     return {
         "objective": config.objective.type,
         "global_batch": config.global_batch,
