@@ -86,17 +86,19 @@ def open_pipeline(
         yield Pipeline(job.model_copy(update={"cluster": fit_cluster(job.cluster, say)}), store, resume)
 
 
+def _print_last_stage(verb: str, pipeline: "Pipeline", as_json: bool) -> None:
+    last = pipeline.lineage()[-1]
+    result({"verb": verb, **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
+
+
 def _stage_verb(name: str, text: str, pick: Callable[["Pipeline"], Any]) -> None:
     """Register a verb that runs the pipeline up to a stage."""
 
     def verb(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-        with open_pipeline(
-            job, overrides, fresh, name if name in ("sft", "rollout", "drafts", "score") else None
-        ) as pipeline:
+        needs = name if name in ("sft", "rollout", "drafts", "score") else None
+        with open_pipeline(job, overrides, fresh, needs) as pipeline:
             pick(pipeline)
-            lineage = pipeline.lineage()
-        last = lineage[-1]
-        result({"verb": name, **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
+        _print_last_stage(name, pipeline, as_json)
 
     app.command(name, help=text)(verb)
 
@@ -142,9 +144,7 @@ def train(
         raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
     with open_pipeline(job, overrides, fresh, resume=resume) as pipeline:
         pipeline.aligned()
-        lineage = pipeline.lineage()
-    last = lineage[-1]
-    result({"verb": "train", **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
+    _print_last_stage("train", pipeline, as_json)
 
 
 @app.command()
@@ -171,25 +171,21 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
-    if not source.endswith(".toml"):
-        from dtrpo_ray.data.checking import check_data
+    parsed = load_job(Path(source), overrides or ()) if source.endswith(".toml") else None
+    if parsed and parsed.puzzle:
+        counts: dict[str, object] = {"job": parsed.name, "task": parsed.task.type}
+        if names := [path.name for path in parsed.puzzle.public_tests]:
+            found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
+            counts["public_tests"] = {name: found.get(name, "missing") for name in names}
+        result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
+        return
+    from dtrpo_ray.data.checking import check_data
 
-        reports = check_data(source, max_tokens, tokenizer)
+    if parsed:
+        files = getattr(parsed.task, "files", ())
+        reports = [report for file in files for report in check_data(file, max_tokens, kind=parsed.task.type)]
     else:
-        parsed = load_job(Path(source), overrides or ())
-        reports = []
-        for file in getattr(parsed.task, "files", ()):
-            from dtrpo_ray.data.checking import check_data
-
-            reports += check_data(file, max_tokens, kind=parsed.task.type)
-        if not reports:
-            counts: dict[str, object] = {"job": parsed.name, "task": parsed.task.type}
-            if parsed.puzzle and parsed.puzzle.public_tests:
-                found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
-                names = [path.name for path in parsed.puzzle.public_tests]
-                counts["public_tests"] = {name: found.get(name, "missing") for name in names}
-            result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
-            return
+        reports = check_data(source, max_tokens, tokenizer)
     refused = [row for report in reports for row in report.refused]
     if quarantine is not None:
         from dtrpo_ray.data.tables import write_quarantine
@@ -223,9 +219,8 @@ def evaluation_text(value: "Evaluation") -> str:
     """Format an evaluation as a table, with each row's gain over the base."""
     verdicts = {(c["set"], c["budget"]): c for c in value["comparison"]}
     lines = [f"{'set':<22}{'budget':>7}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward"]
-    for row in sorted(
-        value["table"], key=lambda r: (r["set"] != "held-out", r["set"], r["budget"], r["model"] != "base")
-    ):
+    rows = sorted(value["table"], key=lambda r: (r["set"] != "held-out", r["set"], r["budget"], r["model"] != "base"))
+    for row in rows:
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         line = f"{row['set']:<22}{row['budget']:>7}{row['model']:>9}{row['accuracy']:>10.3f}  {interval:<17}"
         line += f"{row['tokens_per_forward']:>9.2f}"
@@ -338,11 +333,9 @@ def serve(
 def _serve_until_interrupt(config: ServeConfig, as_json: bool) -> None:
     from dtrpo_ray.serve.server import start, stop
 
-    url = start(config)
+    url, name = start(config), config.model_name
     try:
-        result(
-            {"verb": "serve", "url": url, "model": config.model_name}, as_json, f"serving {config.model_name} at {url}"
-        )
+        result({"verb": "serve", "url": url, "model": name}, as_json, f"serving {name} at {url}")
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     except KeyboardInterrupt:
         pass
