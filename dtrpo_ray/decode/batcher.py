@@ -31,7 +31,7 @@ class Ticket:
     seeds: Sequence[int]
     emit: Emit
     watch: bool = False  # emit each denoising step too
-    keys: set[int] = field(default_factory=set)  # of its rows in the decoder
+    keys: set[Hashable] = field(default_factory=set)  # of its rows in the decoder
     cancelled: bool = False
 
 
@@ -121,14 +121,14 @@ class Batcher:
             self.waiting.popleft()
 
     def _deliver(self, events: Sequence[tuple[Hashable, DecoderEvent]]) -> None:
-        by_ticket: dict[int, tuple[Ticket, list[tuple[int, DecoderEvent]]]] = {}
+        by_ticket: dict[Ticket, list[tuple[int, DecoderEvent]]] = {}
         for key, event in events:
             ticket, row = self.owner[key]
             if isinstance(event, Generation):
                 del self.owner[key]
-                ticket.keys.discard(key)  # type: ignore[arg-type]
-            by_ticket.setdefault(id(ticket), (ticket, []))[1].append((row, event))
-        for ticket, mine in by_ticket.values():
+                ticket.keys.discard(key)
+            by_ticket.setdefault(ticket, []).append((row, event))
+        for ticket, mine in by_ticket.items():
             if not ticket.cancelled:
                 _emit(ticket, mine)
 
@@ -142,12 +142,12 @@ class Batcher:
     def _fail(self, error: Exception) -> None:
         """Emit the failure to all running and waiting requests, and start over with an empty decoder."""
         logger.exception("decoding failed")
-        tickets = {id(ticket): ticket for ticket, _ in [*self.owner.values(), *self.waiting]}
+        tickets = dict.fromkeys(ticket for ticket, _ in [*self.owner.values(), *self.waiting])
         self.owner.clear()
         self.waiting.clear()
         self.decoder = self.new_decoder()
         self.decoder.counters = self.counters
-        for ticket in tickets.values():
+        for ticket in tickets:
             if not ticket.cancelled:
                 ticket.cancelled = True
                 ticket.keys.clear()

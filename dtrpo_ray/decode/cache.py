@@ -107,8 +107,8 @@ class PagedKeys:
     def __init__(self, num_pages: int, block_size: int) -> None:
         self.num_pages, self.block_size = num_pages, block_size
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.slots: Tensor | None = None
-        self.table: Tensor | None = None
+        self.slots: Tensor
+        self.table: Tensor
 
     def aim(self, slots: Tensor, table: Tensor) -> None:
         """Set `slots` [R * T], page * B + offset of each token, and `table` [R, n], the pages of each row in order."""
@@ -122,8 +122,6 @@ class PagedKeys:
         return self._store(self.layers[layer][0], key), self._store(self.layers[layer][1], value)
 
     def _store(self, pages: Tensor, new: Tensor) -> Tensor:
-        assert self.table is not None
-        assert self.slots is not None
         heads, size = new.shape[1], new.shape[3]
         pages.view(-1, heads, size).index_copy_(0, self.slots, new.transpose(1, 2).reshape(-1, heads, size))
         rows, count = self.table.shape

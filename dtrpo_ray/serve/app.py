@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import metadata, resources
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -38,7 +38,7 @@ from dtrpo_ray.serve.middleware import (
 )
 from dtrpo_ray.serve.monitor import Monitor
 from dtrpo_ray.serve.responses import ActiveRequest, Choice, ServedModel
-from dtrpo_ray.serve.streams import EventStream, unless_disconnected
+from dtrpo_ray.serve.streams import EventStream, Result, unless_disconnected
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
 P = ParamSpec("P")
-Result = TypeVar("Result")
 OpenAPI = dict[int | str, dict[str, Any]]
 PromptInput = str | list[int] | list[dict[str, str]]
 

@@ -34,7 +34,6 @@ class ServedModel:
 class Token:
     """One token of the text: the offset of its text, its log mu when unmasked, and the alternatives."""
 
-    id: int
     text: str
     offset: int
     logp: float
@@ -115,7 +114,7 @@ class Choice:
         for i in range(before, len(self.ids)):
             offset = len(self.engine.decode(self.ids[:i]))
             text, logp = self.engine.decode([self.ids[i]]), block.logps[i - block_start]
-            tokens.append(Token(self.ids[i], text, offset, logp, block.top.get(i, [])))
+            tokens.append(Token(text, offset, logp, block.top.get(i, [])))
         return tokens
 
     def trajectory(self, row_id: str) -> api.Trajectory:
