@@ -46,27 +46,25 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Job":
-        if self.puzzle:
-            if self.rollout is None:
-                raise ValueError(f"task.type = {self.task.type!r} has no pairs of its own: add a [rollout] section")
-            if self.score:
-                raise ValueError(f"task.type = {self.task.type!r} scores what it decodes: remove [score]")
-            if self.drafts:
-                raise ValueError(f"task.type = {self.task.type!r} decodes its own prompts: remove [drafts]")
-        else:
-            self._fits_files()
+        kind = f"task.type = {self.task.type!r}"
+        if not self.puzzle:
+            self._fits_files(kind)
+        elif self.rollout is None:
+            raise ValueError(f"{kind} has no pairs of its own: add a [rollout] section")
+        elif self.score:
+            raise ValueError(f"{kind} scores what it decodes: remove [score]")
+        elif self.drafts:
+            raise ValueError(f"{kind} decodes its own prompts: remove [drafts]")
         if self.sft and self.sft.objective.is_preference:
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:
             raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")
         for name, stage in (("sft", self.sft), ("train", self.train)):
-            workers = self.cluster.num_workers
-            if stage and isinstance(workers, int) and stage.global_batch % workers:
-                raise ValueError(
-                    f"{name}.global_batch = {stage.global_batch} does not divide by cluster.num_workers = {workers}"
-                )
-            if stage and stage.global_batch < self.cluster.most_workers:
-                raise ValueError(f"{name}.global_batch = {stage.global_batch} gives some of {workers} workers no row")
+            batch, workers = stage.global_batch if stage else 0, self.cluster.num_workers
+            if stage and isinstance(workers, int) and batch % workers:
+                raise ValueError(f"{name}.global_batch = {batch} does not divide by cluster.num_workers = {workers}")
+            if stage and batch < self.cluster.most_workers:
+                raise ValueError(f"{name}.global_batch = {batch} gives some of {workers} workers no row")
         needed = self.task.answer_tokens
         for name, section in (("rollout", self.rollout), ("eval", self.eval)):
             if section and section.max_new_tokens < needed:
@@ -77,8 +75,7 @@ class Job(Section):
                 raise ValueError(f"{worst} denoising steps per block exceed block_size = {self.model.init.block_size}")
         return self
 
-    def _fits_files(self) -> None:
-        kind = f"task.type = {self.task.type!r}"
+    def _fits_files(self, kind: str) -> None:
         if isinstance(self.task, PromptsTask):
             self._fits_prompts(self.task.max_response_tokens)
         elif self.rollout or self.drafts:
@@ -105,7 +102,5 @@ class Job(Section):
             raise ValueError("task.type = 'prompts' has no scorer of its own: add a [score] section to [rollout]")
         if "num_prompts" in self.rollout.model_fields_set:
             raise ValueError("rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read")
-        if self.rollout.max_new_tokens > longest:
-            raise ValueError(
-                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} exceeds task.max_response_tokens = {longest}"
-            )
+        if (tokens := self.rollout.max_new_tokens) > longest:
+            raise ValueError(f"rollout.max_new_tokens = {tokens} exceeds task.max_response_tokens = {longest}")

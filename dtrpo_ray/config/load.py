@@ -5,7 +5,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -14,6 +14,8 @@ from dtrpo_ray.config.section import Section
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -31,10 +33,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
-    try:
-        job = Job.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+    job = _validate(Job, tree, str(path))
     _require_files(path, job)
     return job
 
@@ -47,11 +46,14 @@ def load_serve(checkpoint: Path, overrides: Sequence[str] = ()) -> ServeConfig:
     tree: dict[str, Any] = {}
     for override in overrides:
         _apply(tree, override)
+    return _validate(ServeConfig, {**tree, "checkpoint": str(checkpoint)}, f"serve {checkpoint}")
+
+
+def _validate(root: type[S], tree: dict[str, Any], place: str) -> S:
     try:
-        return ServeConfig.model_validate({**tree, "checkpoint": str(checkpoint)})
+        return root.model_validate(tree)
     except ValidationError as error:
-        message = "\n".join(f"serve {checkpoint}: {_explain(problem, ServeConfig)}" for problem in error.errors())
-        raise ConfigError(message) from None
+        raise ConfigError("\n".join(f"{place}: {_explain(problem, root)}" for problem in error.errors())) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -70,12 +72,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
-def _explain(problem: Any, root: type[Section] = Job) -> str:
+def _explain(problem: Any, root: type[Section]) -> str:
+    loc = list(problem["loc"])
     # a discriminated union puts the variant's name into the path; users know it as the section alone
-    parts = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "task")]
-    where = ".".join(parts)
+    where = ".".join(map(str, loc[:1] + loc[2:] if loc[:1] == ["task"] else loc))
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {where}{_suggestion(root, problem['loc'], where)}"
+        return f"unknown field {where}{_suggestion(root, loc, where)}"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
     return f"{where or root.__name__.removesuffix('Config').lower()}: {message}{given}"

@@ -41,9 +41,8 @@ class ServeConfig(Section):
         has_keys = self.api_key_file is not None or os.environ.get(KEY_VARIABLE, "").strip(" ,")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not has_keys:
             raise ValueError(f"serve.host = {self.host!r} is open to the network: set serve.api_key_file too")
-        if self.num_replicas > (self.max_replicas or max(self.num_replicas, 1)) or not (
-            self.num_replicas or self.max_replicas
-        ):
+        most = self.max_replicas or self.num_replicas
+        if self.num_replicas > most or not most:
             raise ValueError(f"serve.num_replicas = {self.num_replicas} needs a serve.max_replicas of at least as many")
         if self.model_name in self.other_models:
             raise ValueError(f"serve.other_models names {self.model_name!r} again; give each model its own name")

@@ -138,17 +138,15 @@ class TrainConfig(Section):
     """Present: each checkpoint answers prompts, and is scored where the task has a verifier."""
 
     @model_validator(mode="after")
-    def _cache_of_a_reference(self) -> "TrainConfig":
+    def _settings_fit_together(self) -> "TrainConfig":
         if self.reference == "cache" and not self.objective.is_preference:
             raise ValueError("reference = 'cache': the objective sft has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
             raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
-        return self
-
-    @model_validator(mode="after")
-    def _best_of_validation(self) -> "TrainConfig":
         if self.keep_best == "accuracy" and self.validation is None:
             raise ValueError("keep_best = 'accuracy' is measured by validation: add that section")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload = true needs zero_stage 1, 2 or 3")
         return self
 
     @property
@@ -163,12 +161,6 @@ class TrainConfig(Section):
     def accumulation(self, num_workers: int) -> int:
         """Micro-batches of one optimizer step on one rank."""
         return -(-self.rows_per_rank(num_workers) // self.micro_batch)
-
-    @model_validator(mode="after")
-    def _offload_is_of_zero(self) -> "TrainConfig":
-        if self.offload and self.zero_stage == 0:
-            raise ValueError("offload = true needs zero_stage 1, 2 or 3")
-        return self
 
 
 class SFTConfig(TrainConfig):
