@@ -50,11 +50,12 @@ class Questions:
             return [f"asked {self.url}: {example['prompt']} -> {example['text']}"]
         count = len(self.answers["aligned"])
         scores = ", ".join(f"{model} {correct}/{count}" for model, correct in self.scores().items())
-        shown = self.answers["aligned"].index(example)
+        number = self.answers["aligned"].index(example)
+        shown = {model: answers[number] for model, answers in self.answers.items()}
         return [
             f"asked the served models {count} held-out puzzles: {scores} at {self.budget} steps per block",
             f"example: {example['prompt']}",
-            *(f"  {model:<8} {_verdict(answers[shown])}" for model, answers in self.answers.items()),
+            *(f"  {model:<8} {a['text']} ({'correct' if a['correct'] else 'wrong'})" for model, a in shown.items()),
         ]
 
 
@@ -90,20 +91,13 @@ def ask_served(pipeline: Pipeline, budget: int) -> Iterator[Questions]:
     with console.status("serving the aligned model"):
         url = start(config)
     try:
-        answers = {
-            name: _ask(job, prompts, url=url, config=config, model=model, budget=budget)
-            for name, model in models.items()
-        }
+        answers = {name: _ask(job, prompts, url, config=config, model=models[name], budget=budget) for name in models}
         yield Questions(url, budget, answers)
     finally:
         stop()
 
 
-def _verdict(answer: Answer) -> str:
-    return f"{answer['text']} ({'correct' if answer['correct'] else 'wrong'})"
-
-
-def _ask(job: Job, prompts: list[str], *, url: str, config: ServeConfig, model: str, budget: int) -> list[Answer]:
+def _ask(job: Job, prompts: list[str], url: str, *, config: ServeConfig, model: str, budget: int) -> list[Answer]:
     most = job.eval.max_new_tokens if job.eval else 32
     body: dict[str, Json] = {"model": model, "prompt": prompts, "max_tokens": most, "temperature": 0, "steps": budget}
     choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]

@@ -92,9 +92,8 @@ def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterCo
     gpus, fewest = int(ray.cluster_resources()["GPU"]), cluster.fewest_workers
     if cluster.use_gpu == "yes" and fewest > gpus:
         raise ConfigError(f"cluster.num_workers = {cluster.num_workers}, but this machine has {gpus} GPU(s)")
-    workers: int | tuple[int, int] = min(fewest, gpus)
-    if not isinstance(cluster.num_workers, int):
-        workers = (min(fewest, gpus), min(cluster.most_workers, gpus))
+    lowest, highest = min(fewest, gpus), min(cluster.most_workers, gpus)
+    workers: int | tuple[int, int] = lowest if isinstance(cluster.num_workers, int) else (lowest, highest)
     actors = min(cluster.num_actors, gpus)
     made = cluster.model_copy(update={"num_workers": workers, "num_actors": actors})
     if made != cluster:

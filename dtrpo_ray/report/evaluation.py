@@ -1,6 +1,6 @@
 """Decoded held-out prompts of base and aligned -> accuracy with 95 % intervals and tokens per forward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
@@ -81,7 +81,7 @@ def summarise(
         groups.setdefault((test_set, int(budget)), []).append(row)
     table = [_table_row(rows, *group, config.temperature) for group, rows in groups.items()]
     smallest = min(groups, key=lambda group: (group[1], group[0] != HELD_OUT))
-    kept = list(_examples(groups[smallest], answers, tokenizer))
+    kept = _examples(groups[smallest], answers, tokenizer)
     return {"table": sorted(table, key=lambda r: (r["set"] != HELD_OUT, r["set"], r["budget"])), "examples": kept}
 
 
@@ -103,11 +103,11 @@ def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperatu
 
 def _examples(
     rows: list[dict[str, Any]], answers: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[Example]:
+) -> list[Example]:
     failed = [r for r in rows if r["reward"] < 1][: NUM_EXAMPLES // 2]
     solved = [r for r in rows if r["reward"] >= 1][: NUM_EXAMPLES - len(failed)]
-    for row in failed + solved:
-        yield {
+    return [
+        {
             "prompt": row["prompt"],
             "answer": answers[row["prompt_id"]],
             "response": row["response"],
@@ -117,6 +117,8 @@ def _examples(
             "steps": row["steps"],
             "tokens": [str(tokenizer.decode([i])) for i in row["response_ids"]],
         }
+        for row in failed + solved
+    ]
 
 
 def compare(table: Sequence[Score]) -> list[Comparison]:

@@ -134,7 +134,9 @@ def write_report(
         lineage=lineage,
         job_text=json.dumps(job, indent=2, ensure_ascii=False, default=str),
     )
-    return _write(out / "report.html", page.encode())
+    with whole_file(out / "report.html") as partial:
+        partial.write_text(page, "utf-8")
+    return out / "report.html"
 
 
 # ---- the evaluation in words and pairs
@@ -232,8 +234,7 @@ def _curves(job: dict[str, Any]) -> list[Curve]:
 
 
 def _rounds(curves: Mapping[str, Sequence[Metrics]]) -> list[Sequence[Metrics]]:
-    names = [name for name in curves if name.startswith("train")]
-    return [curves[name] for name in sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))]
+    return [curves[name] for name in sorted(curves, key=_natural) if name.startswith("train")]
 
 
 def _bounds(rounds: Sequence[Sequence[Metrics]]) -> list[float]:
@@ -389,7 +390,8 @@ def _save(out: Path, name: str, plot: Plot, draw: Callable[[Figure, Theme], None
         draw(figure, theme)
         figure.savefig(buffer, format="png", dpi=200)
         images.append(buffer.getvalue())
-    _write(out / f"{name}.png", images[0])
+    with whole_file(out / f"{name}.png") as partial:
+        partial.write_bytes(images[0])
     uris = tuple("data:image/png;base64," + base64.b64encode(image).decode() for image in images)
     return Plot(plot.title, plot.note, plot.alt, uris)
 
@@ -397,12 +399,6 @@ def _save(out: Path, name: str, plot: Plot, draw: Callable[[Figure, Theme], None
 def _skip(out: Path, name: str, title: str, why: str) -> Plot:
     (out / f"{name}.png").unlink(missing_ok=True)
     return Plot(title, f"Not drawn: {why}.")
-
-
-def _write(path: Path, content: bytes) -> Path:
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
-    return path
 
 
 # ---- example denoisings
