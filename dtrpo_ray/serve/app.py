@@ -284,7 +284,7 @@ class Service:
     async def _answer(self, request: ActiveRequest) -> Response:
         try:
             async with asyncio.timeout_at(_deadline(request)):
-                async for _ in self._events(request, stream=False):
+                async for _ in self._events(request):
                     pass
         except TimeoutError:
             raise _deadline_refusal() from None
@@ -294,7 +294,7 @@ class Service:
         """Yield server-sent events; a failure after the first byte is an event too, since the status has been sent."""
         try:
             async with asyncio.timeout_at(_deadline(request)):
-                async for events in self._events(request, stream=True):
+                async for events in self._events(request):
                     for event in events:
                         yield event
             if request.body.stream_options.include_usage:
@@ -308,14 +308,14 @@ class Service:
             self._end(request)
         yield b"data: [DONE]\n\n"
 
-    async def _events(self, request: ActiveRequest, *, stream: bool) -> AsyncGenerator[list[bytes], None]:
+    async def _events(self, request: ActiveRequest) -> AsyncGenerator[list[bytes], None]:
         """Apply the decoder's events to the choices until all have ended; yield what a stream sends of them."""
         first = True
         while not request.done:
             events = await request.events.get()
             if isinstance(events, Exception):
                 raise events
-            yield await self._tokenize(responses.stream_events, request, events, stream)
+            yield await self._tokenize(responses.stream_events, request, events)
             if first and any(choice.blocks for choice in request.choices):
                 self.monitor.first.labels(request.model_name).observe(time.monotonic() - request.begun)
                 first = False

@@ -162,8 +162,8 @@ class ActiveRequest:
         return api.Usage(prompt_tokens=self.prompt_tokens, completion_tokens=count, total_tokens=total)
 
 
-def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]], stream: bool) -> list[bytes]:
-    """Add events to their choices; return what a stream sends of them, nothing without `stream`."""
+def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]]) -> list[bytes]:
+    """Add events to their choices; return what a stream sends of them."""
     sent: list[bytes] = []
     for index, event in events:
         choice = request.choices[index]
@@ -171,9 +171,9 @@ def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]]
             continue
         if isinstance(event, Committed):
             new = choice.add(event)
-            if new and stream:
-                sent.append(sse(answer(request, [_choice(request, index, new, stream=True)])))
-        elif isinstance(event, Unmasked) and stream:
+            if new and request.body.stream:
+                sent.append(sse(answer(request, [_choice(request, index, new)])))
+        elif isinstance(event, Unmasked) and request.body.stream:
             sent.append(sse(answer(request, [], denoising=_denoising(choice, index, event))))
     return sent
 
@@ -181,33 +181,34 @@ def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]]
 def whole_response(request: ActiveRequest) -> dict[str, object]:
     """Return the answer to a request whose choices have all finished."""
     texts = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
-    choices = [_choice(request, i, text, stream=False) for i, text in enumerate(texts)]
-    return answer(request, choices, stream=False, usage=request.usage())
+    choices = [_choice(request, i, text) for i, text in enumerate(texts)]
+    return answer(request, choices, usage=request.usage())
 
 
 def answer(
     request: ActiveRequest,
     choices: list[BaseModel],
-    *,
-    stream: bool = True,
     usage: api.Usage | None = None,
     denoising: api.Denoising | None = None,
 ) -> dict[str, object]:
     """Return a response's body, or that of a chunk of a stream; `usage` and `denoising` are left out where absent."""
-    chat = api.ChatChunk if stream else api.ChatCompletion
-    kind: type[BaseModel] = api.Completion if isinstance(request.body, api.CompletionRequest) else chat
+    kind: type[BaseModel] = api.ChatCompletion
+    if isinstance(request.body, api.CompletionRequest):
+        kind = api.Completion
+    elif request.body.stream:
+        kind = api.ChatChunk
     head = {"id": request.id, "created": int(time.time()), "model": request.model_name}
     body = kind(**head, choices=choices, usage=usage, denoising=denoising).model_dump()
     return {k: v for k, v in body.items() if v is not None or k not in ("usage", "denoising")}
 
 
-def _choice(request: ActiveRequest, index: int, new: NewText, *, stream: bool) -> BaseModel:
+def _choice(request: ActiveRequest, index: int, new: NewText) -> BaseModel:
     choice = request.choices[index]
     kind: type[BaseModel] = api.ChatChoice
     text: dict[str, object] = {"message": {"role": "assistant", "content": new.text}}
     if isinstance(request.body, api.CompletionRequest):
         kind, text = api.CompletionChoice, {"text": new.text}
-    elif stream:
+    elif request.body.stream:
         role = None if choice.role_sent else "assistant"
         kind, text = api.ChatChunkChoice, {"delta": {"role": role, "content": new.text}}
         choice.role_sent = True
