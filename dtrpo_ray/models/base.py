@@ -224,18 +224,14 @@ class DiffusionLM(nn.Module):
         """The tokens that end a response."""
         return self.other_ends | {self.eos_id}
 
-    @property
-    def tied(self) -> bool:
-        """True if the output head is the embedding, and so no tensor of the checkpoint."""
-        return bool(self.lm.config.tie_word_embeddings)
-
     def pieces(self) -> Iterator[TensorPiece]:
         """Map the checkpoint's tensors to ours, for loading and saving: each element of ours exactly once."""
+        tied = self.lm.config.tie_word_embeddings
         for name in self.lm.state_dict():
-            if not (self.tied and name == "lm_head.weight") and ".lora_" not in name:
+            if not (tied and name == "lm_head.weight") and ".lora_" not in name:
                 yield from self.upstream(name.replace(".base_layer.", "."))  # an adapted weight keeps its name
 
-    def published(self) -> dict[str, list[TensorPiece]]:
+    def checkpoint_tensors(self) -> dict[str, list[TensorPiece]]:
         """Return the pieces of each tensor of the checkpoint, in the model's order."""
         found: dict[str, list[TensorPiece]] = {}
         for piece in self.pieces():
@@ -259,7 +255,7 @@ class DiffusionLM(nn.Module):
 
     def tied_tensors(self) -> tuple[str, str] | None:
         """Return (head, embedding) in upstream names if they are tied; a checkpoint may hold the head all the same."""
-        if not self.tied:
+        if not self.lm.config.tie_word_embeddings:
             return None
         head, embedding = (next(self.upstream(name)) for name in ("lm_head.weight", "model.embed_tokens.weight"))
         return head.upstream, embedding.upstream
@@ -269,7 +265,7 @@ class DiffusionLM(nn.Module):
 
         A model built on the meta device has no frequencies, and ZeRO-3 rounds those computed while it builds.
         """
-        if self.tied:
+        if self.lm.config.tie_word_embeddings:
             self.lm.lm_head.weight = self.lm.model.embed_tokens.weight
         for module in self.modules():
             if hasattr(module, "inv_freq"):

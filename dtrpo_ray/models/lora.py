@@ -123,7 +123,7 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     Raises ModelError for a missing file, for other methods than LoRA, and for tensors that do not fit the base.
     """
     config, tensors = _read_adapter(path)
-    parts = {name.removesuffix(".weight"): pieces for name, pieces in base.published().items()}
+    parts = {name.removesuffix(".weight"): pieces for name, pieces in base.checkpoint_tensors().items()}
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         upstream = module.removeprefix("base_model.model.")
@@ -187,7 +187,7 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
     """
     layers = {f"{name}.weight": layer for name, layer in _layers(model)}
     tensors, ranks, modules = dict[str, Tensor](), dict[str, int](), list[str]()
-    for upstream, parts in model.published().items():
+    for upstream, parts in model.checkpoint_tensors().items():
         adapted = [layers[p.ours] for p in parts if p.ours in layers]
         if not adapted:
             continue

@@ -162,7 +162,7 @@ def save_weights(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHAR
     """
     state, where = model.state_dict(), dict[str, str]()
     shards, sizes = [dict[str, list[TensorPiece]]()], [0]
-    for name, pieces in model.published().items():
+    for name, pieces in model.checkpoint_tensors().items():
         size = sum(state[piece.ours][piece.at].nbytes for piece in pieces)
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append({})

@@ -22,9 +22,6 @@ from dtrpo_ray.produce.judge import Judge
 # errors caused by the response itself, which then scores 0; OSError is the machine's and not among them
 _RESPONSE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
 
-Scoring = Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float | None]]
-"""(prompts, responses, reference answers) -> rewards; None for a response without a reward."""
-
 
 class ScoreSummary(TypedDict):
     """The counts of a scored part."""
@@ -42,16 +39,14 @@ class Scorer:
 
     def __init__(self, config: ScoreConfig) -> None:
         self.source: str = config.scorer
-        self.judge: Judge | None = None
-        self.verifier: Verifier | None = None
         if config.reward_model is not None:
-            self.score: Scoring = RewardModel(config.reward_model, config.batch_size)
+            self.score: RewardModel | Judge | Verifier = RewardModel(config.reward_model, config.batch_size)
             self.source += f" {config.reward_model.name}"
         elif config.judge is not None:
-            self.score = self.judge = Judge(config.judge)
+            self.score = Judge(config.judge)
             self.source += f" {config.judge.model.name}"
         else:
-            self.score = self.verifier = Verifier(config.scorer)
+            self.score = Verifier(config.scorer)
 
     def __call__(self, part: TablePart, out: Path) -> ScoreSummary:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
@@ -66,12 +61,12 @@ class Scorer:
         sources = [None if reward is None else self.source for reward in rewards]
         write_whole(with_columns(table, {"reward": list(rewards), "reward_source": sources}), out / part.name)
         summary: ScoreSummary = {"rows": len(table), "scored": len(given), "sum": sum(given)}
-        if self.judge is not None:
-            summary["comparisons"] = dict(self.judge.counts)
-            self.judge.counts.clear()
-        if self.verifier is not None:
-            summary["failed"], summary["caution"] = self.verifier.failed, self.verifier.caution()
-            self.verifier.failed = 0
+        if isinstance(self.score, Judge):
+            summary["comparisons"] = dict(self.score.counts)
+            self.score.counts.clear()
+        if isinstance(self.score, Verifier):
+            summary["failed"], summary["caution"] = self.score.failed, self.score.caution()
+            self.score.failed = 0
         return summary
 
 
