@@ -90,14 +90,12 @@ class LLaDA2(DiffusionLM):
 
         The published config says it twice, as a share and as a count; transformers 5 saves it within rope_parameters.
         """
+        whole = {"partial_rotary_factor": 1, "rotary_dim": keys["head_dim"]}
         if keys.get("partial_rotary_factor") is None:
             nested = keys.get("rope_parameters") or {}
             keys = ConfigJson({**keys, "partial_rotary_factor": nested.get("partial_rotary_factor")}, keys.family)
-        given = [key for key in ("partial_rotary_factor", "rotary_dim") if keys.get(key) is not None]
-        shares = [keys.number(key) for key in given or ["partial_rotary_factor"]]
-        shares = [
-            share / keys["head_dim"] if key == "rotary_dim" else share for key, share in zip(given, shares, strict=True)
-        ]
+        given = [key for key in whole if keys.get(key) is not None] or ["partial_rotary_factor"]
+        shares = [keys.number(key) / whole[key] for key in given]
         if min(shares) != max(shares) or shares[0] > 1:
             said = " and ".join(f"{key} = {keys[key]}" for key in given)
             raise ModelError(f"config.json: {said} with head_dim = {keys['head_dim']}; give one share, of at most 1")
