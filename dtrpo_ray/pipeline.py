@@ -11,7 +11,6 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrpo_ray.config.cluster import NumWorkers
@@ -164,11 +163,11 @@ class Pipeline:
         """
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
         if job.drafts:
-            return self._import("drafts", "drafts", TRAJECTORY, self._drafts(job.drafts))
+            return self._import("drafts", "drafts", self._drafts(job.drafts))
         if job.task.brings_prompts and config:
-            return self._import(f"rollout-{number}", "trajectories", TRAJECTORY, self._rollout(config, number))
+            return self._import(f"rollout-{number}", "trajectories", self._rollout(config, number))
         if job.task.brings_responses:
-            return self._import("trajectories", "trajectories", TRAJECTORY)
+            return self._import("trajectories", "trajectories")
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
         inputs = {
@@ -250,7 +249,7 @@ class Pipeline:
         """Return a round's preference pairs: from its scored trajectories, or from the job's files."""
         job = self.job
         if job.task.brings_pairs:
-            return self._import("pairs", "pairs", PREFERENCE)
+            return self._import("pairs", "pairs")
         trajectories = self.scored(number)
         inputs: JsonObject = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
@@ -289,7 +288,7 @@ class Pipeline:
         rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
         return _Answers(inputs, recorder, max(1, rows), partial(rollout.require_fit, policy.path, config))
 
-    def _import(self, name: str, noun: str, schema: pa.Schema, answers: "_Answers | None" = None) -> Stage:
+    def _import(self, name: str, noun: str, answers: "_Answers | None" = None) -> Stage:
         job, task = self.job, self.job.task
         assert not isinstance(task, PuzzleTask)
         hashes = {file: sha256_data(file) for where in task.files for file in data_files(where)}
@@ -306,7 +305,7 @@ class Pipeline:
             parts = prepare.import_parts(task, answers.part_rows if answers else None)
             label = name if answers else "prepare"
             done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
-            counts = prepare.finish_import(done, schema, out / TABLE)
+            counts = prepare.finish_import(done, PREFERENCE if task.brings_pairs else TRAJECTORY, out / TABLE)
             console.print("\n".join(tables.count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 reasons = out / TABLE / tables.QUARANTINE
