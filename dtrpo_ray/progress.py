@@ -23,10 +23,10 @@ def bar() -> Progress:
 
 
 @contextmanager
-def watch(metrics: Path, label: str, total: int, events: Path | None = None) -> Iterator[None]:
+def watch(metrics: Path, label: str, total: int, events: Path) -> Iterator[None]:
     """Follow a metrics file, and print what is appended to an events file, from a thread until the block ends."""
     stop = threading.Event()
-    known = len(read_events(events)) if events else 0
+    known = len(read_events(events))
     thread = threading.Thread(target=_follow, args=(metrics, label, total, stop, events, known), daemon=True)
     thread.start()
     try:
@@ -36,13 +36,13 @@ def watch(metrics: Path, label: str, total: int, events: Path | None = None) -> 
         thread.join()
 
 
-def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events: Path | None, known: int) -> None:
+def _follow(metrics: Path, label: str, total: int, stop: threading.Event, events: Path, known: int) -> None:
     seen, printed = 0, 0
     with bar() as progress:
         task = progress.add_task(label, total=total, note="")
         while True:
             last = stop.wait(0.5)
-            for event in read_events(events)[known:] if events else ():
+            for event in read_events(events)[known:]:
                 known += 1
                 console.print(f"{label}: {event['message']}", markup=False, highlight=False, soft_wrap=True)
             for row in read_metrics(metrics):
