@@ -139,14 +139,9 @@ class TablePart:
 
     def read(self, schema: pa.Schema) -> pa.Table:
         """Return the rows, each checked against the rules of `schema`. Raises DataError naming file and row."""
-        return pa.concat_tables(
-            check_table(_read_rows(file, rows, schema), str(file)) for file, rows in self.rows.items()
-        )
-
-
-def _read_rows(file: Path, rows: pa.Array | None, schema: pa.Schema) -> pa.Table:
-    table = read_file(file, schema)
-    return table if rows is None else table.take(rows)
+        whole = ((file, rows, read_file(file, schema)) for file, rows in self.rows.items())
+        picked = ((file, table if rows is None else table.take(rows)) for file, rows, table in whole)
+        return pa.concat_tables(check_table(table, str(file)) for file, table in picked)
 
 
 def file_parts(files: Sequence[Path]) -> list[TablePart]:

@@ -107,8 +107,9 @@ def _d1_generation(row: Record) -> list[ResponseRow]:
         answer=row.reference("ground_truth"),
         max_new_tokens=gen_length,
         denoising_steps=min(MOST, max(1, D1_BLOCK * steps // gen_length)),
+        prompt=row.text("question"),
     )
-    return [replace(sample, prompt=row.text("question"))]
+    return [sample]
 
 
 def _generation(row: Record) -> list[ResponseRow]:
@@ -119,9 +120,9 @@ def _generation(row: Record) -> list[ResponseRow]:
 
 def _dllm_rl_row(row: Record) -> list[ResponseRow]:
     """dLLM-RL's training rows: a prompt, a response as text and its step map."""
-    sample = ResponseRow(prompt=row.prompt(), response=row.text("response"), steps=row.integers("step_map"))
-    answer = row.reference("ground_truth_answer")
-    return [replace(sample, answer=answer, reward=_reward(row.get("reward")))]
+    prompt, response, steps = row.prompt(), row.text("response"), row.integers("step_map")
+    answer, reward = row.reference("ground_truth_answer"), _reward(row.get("reward"))
+    return [ResponseRow(prompt=prompt, response=response, steps=steps, answer=answer, reward=reward)]
 
 
 def _rollout(row: Record) -> list[ResponseRow]:
@@ -135,10 +136,13 @@ def _rollout(row: Record) -> list[ResponseRow]:
     samples = []
     for i, (output, steps) in enumerate(zip(outputs, maps, strict=True)):
         one = Record({n: v[i] if isinstance(v, list) and len(v) == len(outputs) else v for n, v in columns.items()})
-        sample = ResponseRow(response=as_text(output, "full_output"), steps=as_integers(steps, "step_map"))
-        prompt = None if one.get("prompt") is None else one.text("prompt")
-        answer = one.reference("ground_truth_answer")
-        sample = replace(sample, prompt=prompt, answer=answer, reward=_reward(one.get("rewards")))
+        sample = ResponseRow(
+            response=as_text(output, "full_output"),
+            steps=as_integers(steps, "step_map"),
+            prompt=None if one.get("prompt") is None else one.text("prompt"),
+            answer=one.reference("ground_truth_answer"),
+            reward=_reward(one.get("rewards")),
+        )
         if one.get("token_ids") is not None:
             sample = replace(sample, response_ids=one.integers("token_ids"), prompt_ids=one.integers("prompt_ids"))
         samples.append(sample)

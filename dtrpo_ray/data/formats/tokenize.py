@@ -112,7 +112,9 @@ def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list
     sides = {side: encode_texts(target.tokenizer, text).require(refusals) for side, text in texts.items()}
     sides = {side: ids.append(1, ends) for side, ids in sides.items()}
     sides = {side: ids.append(target.fill(prompt, ids), target.end) for side, ids in sides.items()}
-    _refuse_unfit({"prompt": prompt, **sides}, target, refusals)
+    _refuse_mask("prompt", prompt, target, refusals)
+    for side, ids in sides.items():
+        _refuse_unfit(side, ids, target, refusals)
     same = sides["chosen"].same_as(sides["rejected"])
     refusals.refuse(same, "identical tokens", lambda _: "chosen and rejected differ as text and not as tokens")
     origins, partners = _column(rows, "origin"), _column(rows, "rejected_origin")
@@ -146,7 +148,8 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
     bare = ~(has["response_ids"] | has["pieces"] | has["steps"])
     _refuse_control(rows, {"response": pc.if_else(pa.array(bare), text, "")}, target, refusals)
     given = {name: Ragged.from_arrow(_column(rows, name)) for name in ("prompt_ids", "response_ids")}
-    _refuse_unknown(given, target, refusals)
+    for name, ids in given.items():
+        _refuse_unknown(name, ids, target, refusals)
     encoded = encode_prompts(rows, prompts, target).require(refusals, ~has["prompt_ids"])
     prompt = Ragged.where(has["prompt_ids"], given["prompt_ids"], encoded)
     prompt = _shorten(prompt, target, refusals, has["steps"])
@@ -156,7 +159,8 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
     fill = target.fill(prompt, ids)
     ids = ids.append(fill, target.end)
     steps = steps.append(fill * has["steps"], NEVER)
-    _refuse_unfit({"prompt": prompt, "response": ids}, target, refusals)
+    _refuse_mask("prompt", prompt, target, refusals)
+    _refuse_unfit("response", ids, target, refusals)
     scored = has["logps"] & has["response_ids"]
     starts = prompt.lengths * (target.block_origin == "global")
     ranks, _ = block_ranks(steps.flat, steps.lengths, starts, np.full(len(rows), target.block_size))
@@ -190,7 +194,7 @@ def tokenize_prompts(rows: pa.Table, target: Target) -> tuple[pa.StringArray, Ra
     _refuse_repeated(prompt_ids, rows, refusals, "the prompt of")
     _refuse_control(rows, {}, target, refusals)
     ids = _shorten(encode_prompts(rows, prompts, target).require(refusals), target, refusals)
-    _refuse_unfit({"prompt": ids}, target, refusals)
+    _refuse_mask("prompt", ids, target, refusals)
     return prompt_ids, ids, refusals
 
 
@@ -371,28 +375,28 @@ def _matches(texts: pa.StringArray, pattern: re.Pattern[str]) -> np.ndarray:
     return np.asarray(pc.match_substring_regex(texts, pattern.pattern).fill_null(False).to_numpy(zero_copy_only=False))
 
 
-def _refuse_unknown(given: Mapping[str, Ragged], target: Target, refusals: Refusals) -> None:
-    for where, ids in given.items():
+def _refuse_unknown(where: str, ids: Ragged, target: Target, refusals: Refusals) -> None:
+    flat = ids.flat
+    unknown = (flat < 0) | (flat >= target.vocabulary)
 
-        def detail(row: int, where: str = where, ids: Ragged = ids) -> str:
-            values = ids.take(np.array([row])).flat
-            wrong = values[(values < 0) | (values >= target.vocabulary)][0]
-            return f"{where} holds {wrong}; the tokenizer has ids 0 to {target.vocabulary - 1}"
+    def detail(row: int) -> str:
+        first = flat[unknown & (ids.owner == row)][0]
+        return f"{where} holds {first}; the tokenizer has ids 0 to {target.vocabulary - 1}"
 
-        flat = ids.flat
-        refusals.refuse(ids.any((flat < 0) | (flat >= target.vocabulary)), "unknown id", detail)
+    refusals.refuse(ids.any(unknown), "unknown id", detail)
 
 
-def _refuse_unfit(texts: Mapping[str, Ragged], target: Target, refusals: Refusals) -> None:
-    for where, ids in texts.items():
-        holds = f"{where} holds the mask token, id {target.mask_id}"
-        refusals.refuse(ids.any(ids.flat == target.mask_id), "mask token", lambda _, holds=holds: holds)  # type: ignore[misc]
-        if where != "prompt":
+def _refuse_mask(where: str, ids: Ragged, target: Target, refusals: Refusals) -> None:
+    says = f"{where} holds the mask token, id {target.mask_id}"
+    refusals.refuse(ids.any(ids.flat == target.mask_id), "mask token", lambda _: says)
 
-            def detail(row: int, where: str = where, ids: Ragged = ids) -> str:
-                return f"{where} has {ids.lengths[row]} tokens of at most {target.max_response_tokens}"
 
-            refusals.refuse(ids.lengths > target.max_response_tokens, "response too long", detail)
+def _refuse_unfit(side: str, ids: Ragged, target: Target, refusals: Refusals) -> None:
+    def detail(row: int) -> str:
+        return f"{side} has {ids.lengths[row]} tokens of at most {target.max_response_tokens}"
+
+    _refuse_mask(side, ids, target, refusals)
+    refusals.refuse(ids.lengths > target.max_response_tokens, "response too long", detail)
 
 
 def _finish(

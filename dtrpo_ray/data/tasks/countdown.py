@@ -6,24 +6,16 @@ are integers from 0 up; the last result is the target. `score` and the split rul
 """
 
 import hashlib
-import json
 import random
 import re
-from pathlib import Path
-
-from dtrpo_ray.errors import DataError
-from dtrpo_ray.files import read_lines
 
 ALPHABET = "0123456789,+-*/=:"
 END = ":"  # of a prompt
 RESPONSE_CHARS = 36  # the longest answer of `generate`, for four numbers
 FIXED_LENGTH = False  # an end-of-sequence token closes the response
 
-_NUMBERS, _TARGETS, _LARGEST = (
-    (1, 99),
-    (10, 99),
-    9999,
-)  # the ranges of the public files, and of our intermediate results
+# the ranges of the public files, and of our intermediate results
+_NUMBERS, _TARGETS, _LARGEST = (1, 99), (10, 99), 9999
 _LONGEST = 128  # characters of a response worth reading; also keeps integers small
 _INTEGER = "(0|[1-9][0-9]{0,8})"
 _PROMPT = re.compile(f"{_INTEGER}(,{_INTEGER}){{2,8}}")
@@ -103,25 +95,15 @@ def _combine(numbers: list[int], rng: random.Random) -> tuple[int, str]:
     return pool[0], ",".join(equations)
 
 
-def read_public(path: Path) -> list[dict[str, str]]:
-    """Rows of a public test file, JSONL of {input, output}.
+def parse_public(record: dict[str, str]) -> dict[str, str]:
+    """A row of a public test file.
 
     Dream's (eval/data) give numbers and target as input and a derivation as output; d1's give the target as output
     and no derivation, so their answer is empty.
     """
-    rows = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = json.loads(line)
-            given, output = record["input"], record["output"]
-            is_target = re.fullmatch("[0-9]+", output) is not None
-            puzzle, answer = (f"{given},{output}", "") if is_target else (given, output)
-            if not _PROMPT.fullmatch(puzzle):
-                raise ValueError(f"input {given!r}")
-            row = {"prompt": puzzle + END, "answer": answer}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: not a row of a Countdown test file ({error!r}); expected input and output"
-            ) from None
-        rows.append(row)
-    return rows
+    given, output = record["input"], record["output"]
+    is_target = re.fullmatch("[0-9]+", output) is not None
+    puzzle, answer = (f"{given},{output}", "") if is_target else (given, output)
+    if not _PROMPT.fullmatch(puzzle):
+        raise ValueError(f"input {given!r}")
+    return {"prompt": puzzle + END, "answer": answer}

@@ -1,15 +1,19 @@
 """The table of puzzles. A new one is a module beside this one, a line of PUZZLES and a section of config/task.py."""
 
+import json
+from pathlib import Path
 from types import ModuleType
 
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.data.tasks import countdown, sudoku
+from dtrpo_ray.errors import DataError
+from dtrpo_ray.files import read_lines
 
 PUZZLES: dict[str, ModuleType] = {"sudoku": sudoku, "countdown": countdown}  # by `task.type`
 
 
 def puzzle_module(task: PuzzleTask) -> ModuleType:
-    """Return the module of the task's puzzle: ALPHABET, FIXED_LENGTH, generate, score, read_public."""
+    """Return the module of the task's puzzle: ALPHABET, FIXED_LENGTH, generate, score, parse_public."""
     return PUZZLES[task.type]
 
 
@@ -26,5 +30,17 @@ def generate_puzzles(task: PuzzleTask, count: int, split: str, seed: int) -> lis
 
 def read_public_tests(task: PuzzleTask) -> dict[str, list[dict[str, str]]]:
     """Return file name -> puzzles {prompt, answer} of the public test files that exist. Raises DataError."""
-    read = puzzle_module(task).read_public
-    return {path.name: read(path) for path in task.public_tests if path.exists()}
+    return {path.name: read_public(task.type, path) for path in task.public_tests if path.exists()}
+
+
+def read_public(puzzle: str, path: Path) -> list[dict[str, str]]:
+    """Return the puzzles of a public test file, JSONL of {input, output}. Raises DataError naming a bad line."""
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            rows.append(PUZZLES[puzzle].parse_public(json.loads(line)))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{path}:{number}: not a row of a {puzzle.title()} test file ({error!r}); expected input and output"
+            ) from None
+    return rows

@@ -5,14 +5,9 @@ A prompt is the puzzle's 16 digits with 0 for a blank; a response is the complet
 
 import hashlib
 import itertools
-import json
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-
-from dtrpo_ray.errors import DataError
-from dtrpo_ray.files import read_lines
 
 ALPHABET = "01234"
 RESPONSE_CHARS = 16
@@ -60,17 +55,9 @@ def generate(count: int, split: str, blanks: tuple[int, int], seed: int) -> list
     return rows
 
 
-def read_public(path: Path) -> list[dict[str, str]]:
-    """Rows of a public test file: JSONL of {input, output}, each four lines of four digits (Dream, eval/data)."""
-    rows = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = json.loads(line)
-            rows.append({"prompt": record["input"].replace("\n", ""), "answer": record["output"].replace("\n", "")})
-            if any(len(grid) != 16 or set(grid) - set("01234") for grid in rows[-1].values()):
-                raise ValueError("not two grids of 16 digits from 0 to 4")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: not a row of a Sudoku test file ({error!r}); expected input and output"
-            ) from None
-    return rows
+def parse_public(record: dict[str, str]) -> dict[str, str]:
+    """A row of a public test file: input and output, each four lines of four digits (Dream, eval/data)."""
+    row = {"prompt": record["input"].replace("\n", ""), "answer": record["output"].replace("\n", "")}
+    if any(len(grid) != 16 or set(grid) - set(ALPHABET) for grid in row.values()):
+        raise ValueError("not two grids of 16 digits from 0 to 4")
+    return row

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from paths import SHARED
 
 from dtrpo_ray.data.tasks import countdown
+from dtrpo_ray.data.tasks.puzzles import read_public
 from dtrpo_ray.errors import DataError
 
 DATA = SHARED / "puzzles"
@@ -137,7 +138,7 @@ def test_the_seed_alone_decides_the_puzzles() -> None:
 def test_every_answer_of_the_public_files_scores_one(name: str, numbers: int, held_out: int) -> None:
     if not (DATA / name).exists():
         pytest.skip(f"{DATA / name} is not here")
-    rows = countdown.read_public(DATA / name)
+    rows = read_public("countdown", DATA / name)
     assert len(rows) == 1000
     assert {row["prompt"].count(",") for row in rows} == {numbers}
     assert sum(countdown.score(row["prompt"], row["answer"]) for row in rows) == 1000
@@ -148,7 +149,7 @@ def test_the_public_file_without_derivations_is_solvable() -> None:
     path = DATA / "d1_countdown_cd3_test.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    rows = countdown.read_public(path)
+    rows = read_public("countdown", path)
     assert len(rows) == 256
     assert rows[0] == {"prompt": "30,100,93,23:", "answer": ""}
     solved = [solutions(row["prompt"]) for row in rows]
@@ -165,4 +166,4 @@ def test_a_broken_public_file_is_named_with_its_line(tmp_path: Path, line: str) 
     with pytest.raises(
         DataError, match=r"puzzles\.jsonl:2: not a row of a Countdown test file .* expected input and output"
     ):
-        countdown.read_public(path)
+        read_public("countdown", path)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from paths import SHARED
 
 from dtrpo_ray.data.tasks import sudoku
+from dtrpo_ray.data.tasks.puzzles import read_public
 from dtrpo_ray.errors import DataError
 
 DATA = SHARED / "puzzles"
@@ -68,7 +69,7 @@ def test_every_answer_of_the_public_files_scores_one(blanks: int) -> None:
     path = DATA / f"sudoku_4x4_{blanks}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    rows = sudoku.read_public(path)
+    rows = read_public("sudoku", path)
     assert len(rows) == 108
     assert all(sudoku.score(row["prompt"], row["answer"]) == 1.0 for row in rows)
 
@@ -84,7 +85,7 @@ def test_a_broken_public_file_is_named_with_its_line(tmp_path: Path, line: str) 
     with pytest.raises(
         DataError, match=r"puzzles\.jsonl:2: not a row of a Sudoku test file .* expected input and output"
     ):
-        sudoku.read_public(path)
+        read_public("sudoku", path)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +95,4 @@ def test_a_public_file_that_is_no_text_is_named(tmp_path: Path, content: bytes |
     path = tmp_path / "puzzles.jsonl"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(DataError, match=rf"puzzles\.jsonl: {told}"):
-        sudoku.read_public(path)
+        read_public("sudoku", path)
