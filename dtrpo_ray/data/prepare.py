@@ -196,15 +196,11 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
         for share in range(shares):
             doomed = _duplicates(out, share, shares)
             _drop(doomed, out)
-            repeats = [(origin, first) for entry in doomed.values() for _, origin, first in entry["refused"]]
-            rows = [
-                Rejected(where, "duplicate row", f"the same as {first}")
-                for origin, first in repeats
-                for where in split_origins(origin)
-            ]
-            quarantine.writelines(quarantine_lines(rows))
-            made -= len(repeats)
-            refused["duplicate row"] += len(rows)
+            for _, origin, first in (repeat for entry in doomed.values() for repeat in entry["refused"]):
+                rows = [Rejected(where, "duplicate row", f"the same as {first}") for where in split_origins(origin)]
+                quarantine.writelines(quarantine_lines(rows))
+                refused["duplicate row"] += len(rows)
+                made -= 1
     good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
     for summary in summaries:
         refused.update(summary["refused"])
@@ -227,11 +223,11 @@ def _duplicates(out: Path, share: int, shares: int) -> dict[str, _RowsToDrop]:
     for repeats in found.values():
         for file, row in repeats.values():
             firsts.setdefault(file, set()).add(row)
-    origins = {
-        (file, row): origin
-        for file in {*found, *firsts}
-        for row, origin in _origins(file, sorted({*found.get(file, ()), *firsts.get(file, ())}))
-    }
+    origins: dict[tuple[Path, int], str] = {}
+    for file in {*found, *firsts}:
+        rows = sorted({*found.get(file, ()), *firsts.get(file, ())})
+        column = pq.read_table(file, columns=["origin"])["origin"].take(pa.array(rows))
+        origins |= {(file, row): origin for row, origin in zip(rows, column.to_pylist(), strict=True)}
     doomed: dict[str, _RowsToDrop] = {
         file.name: {
             "rows": pq.read_metadata(file).num_rows,
@@ -241,11 +237,6 @@ def _duplicates(out: Path, share: int, shares: int) -> dict[str, _RowsToDrop]:
     }
     write_json(note, doomed)
     return doomed
-
-
-def _origins(file: Path, rows: list[int]) -> Iterator[tuple[int, str]]:
-    found = pq.read_table(file, columns=["origin"])["origin"].take(pa.array(rows))
-    return zip(rows, found.to_pylist(), strict=True)
 
 
 def _drop(doomed: dict[str, _RowsToDrop], out: Path) -> None:

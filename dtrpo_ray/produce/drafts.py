@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.data.formats.base import split_batches, split_rejected
-from dtrpo_ray.data.formats.columns import content_id, rows_table
+from dtrpo_ray.data.formats.columns import content_id, rows_batch
 from dtrpo_ray.data.formats.prompts import PromptRow
 from dtrpo_ray.data.formats.responses import RESPONSES, ResponseRow
 from dtrpo_ray.data.formats.tokenize import tokenize_responses
@@ -33,11 +33,11 @@ class Drafter(Importer):
         self.sampling = GenerateParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)
 
-    def _batches(self, part: ImportPart) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+    def _batches(self, part: ImportPart) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
         prompts, first_seen = self.form(part.shard.file).read(part.shard), dict[str, str]()
         for rows, refused in split_batches(prompts, self.config.batch_size):
             drafts, unfit = split_rejected(self._answer(rows, first_seen))
-            yield rows_table(drafts, RESPONSES), refused + unfit
+            yield rows_batch(drafts, RESPONSES), refused + unfit
 
     def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
         """Yield the drafts of a batch of prompts, and a refusal for each prompt that cannot be asked."""
@@ -76,7 +76,7 @@ class Drafter(Importer):
             return Rejected(origin, "empty side", "the draft has no text")
         return ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
 
-    def _tokenize(self, rows: pa.Table) -> tuple[pa.Table, list[Rejected]]:
+    def _tokenize(self, rows: pa.RecordBatch) -> tuple[pa.Table, list[Rejected]]:
         table, refused = tokenize_responses(rows, self.target)
         numbers = [int(origin.rsplit("#", 1)[1]) for origin in table["origin"].to_pylist()]
         prompts = table["prompt_id"].to_pylist()

@@ -15,7 +15,7 @@ import torch
 
 from dtrpo_ray.config.decode import POLICIES, STEPS, RolloutConfig
 from dtrpo_ray.data.formats.base import split_batches
-from dtrpo_ray.data.formats.columns import rows_table
+from dtrpo_ray.data.formats.columns import rows_batch
 from dtrpo_ray.data.formats.prompts import PROMPTS, PromptRow
 from dtrpo_ray.data.formats.reading import BATCH_ROWS
 from dtrpo_ray.data.formats.tokenize import apply_rules, tokenize_prompts
@@ -166,7 +166,7 @@ class FileRecorder(Importer):
         yield from split_batches(self.form(part.shard.file).read(part.shard), BATCH_ROWS)
 
     def _tokenize(self, rows: list[PromptRow]) -> tuple[pa.Table, list[Rejected]]:
-        prompt_ids, ids, refusals = tokenize_prompts(rows_table(rows, PROMPTS), self.target)
+        prompt_ids, ids, refusals = tokenize_prompts(rows_batch(rows, PROMPTS), self.target)
 
         def detail(row: int) -> str:
             return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import pyarrow as pa
 
-from dtrpo_ray.data.formats.columns import rows_table
+from dtrpo_ray.data.formats.columns import rows_batch
 from dtrpo_ray.data.formats.files import Shard, plan_shards
 from dtrpo_ray.data.formats.parsing import Refusal, one_row
 from dtrpo_ray.data.formats.reading import BATCH_ROWS, raw_batches, raw_rows
@@ -41,10 +41,10 @@ class Format(ABC, Generic[R]):
     def read(self, shard: Shard) -> Iterator[R | Rejected]:
         """Yield the rows of a part and the refusals."""
 
-    def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
-        """Yield the rows of a part as tables, with the refusals, a batch at a time."""
+    def tables(self, shard: Shard) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
+        """Yield the rows of a part as columns, with the refusals, a batch at a time."""
         for rows, rejected in split_batches(self.read(shard), BATCH_ROWS):
-            yield rows_table(rows, self.schema), rejected
+            yield rows_batch(rows, self.schema), rejected
 
 
 class RowFormat(Format[R]):
@@ -60,10 +60,10 @@ class RowFormat(Format[R]):
         for origin, value in raw_rows(shard):
             yield from self.parse_row(origin, value)
 
-    def tables(self, shard: Shard) -> Iterator[tuple[pa.Table, list[Rejected]]]:
+    def tables(self, shard: Shard) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
         for batch in raw_batches(shard):
             good, refused = split_rejected(itertools.chain.from_iterable(self.parse_row(*row) for row in batch))
-            yield rows_table(good, self.schema), refused
+            yield rows_batch(good, self.schema), refused
 
 
 def attempt(origin: str, make: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | Rejected:

@@ -121,12 +121,12 @@ def lists_of(
     return pa.ListArray.from_arrays(offsets, values, type=type or pa.list_(values.type), mask=mask)
 
 
-def rows_table(rows: Sequence[Any], schema: pa.Schema) -> pa.Table:
-    """Return rows, whose fields are the columns of `schema`, as a table; a prompt is in `prompt` or in `messages`."""
+def rows_batch(rows: Sequence[Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows, whose fields are the columns of `schema`, as arrays; a prompt is in `prompt` or in `messages`."""
     columns = {name: [getattr(row, name) for row in rows] for name in schema.names if name != "messages"}
     columns["messages"] = [None if isinstance(prompt, str) else prompt for prompt in columns["prompt"]]
     columns["prompt"] = [prompt if isinstance(prompt, str) else None for prompt in columns["prompt"]]
-    return pa.table(columns, schema=schema)
+    return pa.record_batch(columns, schema=schema)
 
 
 class Refusals:

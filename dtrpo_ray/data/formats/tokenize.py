@@ -99,10 +99,10 @@ class Target:
 # === 1. Rows of texts -> rows of ids ===
 
 
-def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
+def tokenize_preferences(rows: pa.RecordBatch, target: Target) -> tuple[pa.Table, list[Rejected]]:
     """Turn `preferences.PAIRS` into preference/v1 (no recorded steps, no rewards). Return also the refused rows."""
-    rows, refusals = rows.combine_chunks(), Refusals(len(rows))
-    texts = {side: _column(rows, side) for side in ("chosen", "rejected")}
+    refusals = Refusals(len(rows))
+    texts = {side: rows[side] for side in ("chosen", "rejected")}
     prompts = prompt_json(rows)
     row_ids = _ids_of_lists(prompts, *map(json_texts, texts.values()))
     _refuse_repeated(row_ids, rows, refusals)
@@ -117,7 +117,7 @@ def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list
         _refuse_unfit(side, ids, target, refusals)
     same = sides["chosen"].same_as(sides["rejected"])
     refusals.refuse(same, "identical tokens", lambda _: "chosen and rejected differ as text and not as tokens")
-    origins, partners = _column(rows, "origin"), _column(rows, "rejected_origin")
+    origins, partners = rows["origin"], rows["rejected_origin"]
     two_rows = pc.binary_join_element_wise(origins, partners, JOIN)
     columns = {
         "row_id": row_ids,
@@ -129,25 +129,23 @@ def tokenize_preferences(rows: pa.Table, target: Target) -> tuple[pa.Table, list
     return _finish(columns, PREFERENCE, target, refusals, partners)
 
 
-def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[Rejected]]:
+def tokenize_responses(rows: pa.RecordBatch, target: Target) -> tuple[pa.Table, list[Rejected]]:
     """Turn `responses.RESPONSES` into trajectory/v1. Return also the refused rows.
 
     Text without ids is closed by an end token, as in preferences. A response with steps that stops before its terminal
     block does, as samplers that cut at the end token write it, is filled with end tokens that no step ever reached:
     they are hidden in every state and never scored.
     """
-    rows, refusals = rows.combine_chunks(), Refusals(len(rows))
-    has = {name: np.asarray(_column(rows, name).is_valid()) for name in rows.schema.names}
-    prompts, text = prompt_json(rows), _column(rows, "response")
-    identity = [
-        _column(rows, n) for n in ("prompt_ids", "response", "response_ids", "pieces", "steps", "max_new_tokens")
-    ]
+    refusals = Refusals(len(rows))
+    has = {name: np.asarray(rows[name].is_valid()) for name in rows.schema.names}
+    prompts, text = prompt_json(rows), rows["response"]
+    identity = [rows[n] for n in ("prompt_ids", "response", "response_ids", "pieces", "steps", "max_new_tokens")]
     row_ids = _ids_of_lists(prompts, *map(json_texts, identity))
     _refuse_repeated(row_ids, rows, refusals)
     # a response that came as ids or with steps may end in the control tokens that its source spelled out
     bare = ~(has["response_ids"] | has["pieces"] | has["steps"])
     _refuse_control(rows, {"response": pc.if_else(pa.array(bare), text, "")}, target, refusals)
-    given = {name: Ragged.from_arrow(_column(rows, name)) for name in ("prompt_ids", "response_ids")}
+    given = {name: Ragged.from_arrow(rows[name]) for name in ("prompt_ids", "response_ids")}
     for name, ids in given.items():
         _refuse_unknown(name, ids, target, refusals)
     encoded = encode_prompts(rows, prompts, target).require(refusals, ~has["prompt_ids"])
@@ -175,20 +173,20 @@ def tokenize_responses(rows: pa.Table, target: Target) -> tuple[pa.Table, list[R
         "steps": steps.to_arrow(_INTS, has["steps"]),
         "ranks": Ragged(ranks, in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
         "types": Ragged(np.full(len(ranks), DIFFUSION), in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
-        "logps": Ragged.from_arrow(_column(rows, "logps"))
+        "logps": Ragged.from_arrow(rows["logps"])
         .append(fill * has["logps"], 0.0)
         .to_arrow(TRAJECTORY.field("logps").type, scored),
-        "reward_source": pc.if_else(_column(rows, "reward").is_valid(), IMPORTED, None),
+        "reward_source": pc.if_else(rows["reward"].is_valid(), IMPORTED, None),
         "shift": pa.repeat(pa.scalar(target.shift, pa.int32()), len(rows)),
-        "sampler": _sampler(_column(rows, "max_new_tokens")),
-        **{name: _column(rows, name) for name in ("origin", "answer", "reward", "denoising_steps", "engine")},
+        "sampler": _sampler(rows["max_new_tokens"]),
+        **{name: rows[name] for name in ("origin", "answer", "reward", "denoising_steps", "engine")},
     }
     return _finish(columns, TRAJECTORY, target, refusals)
 
 
-def tokenize_prompts(rows: pa.Table, target: Target) -> tuple[pa.StringArray, Ragged, Refusals]:
+def tokenize_prompts(rows: pa.RecordBatch, target: Target) -> tuple[pa.StringArray, Ragged, Refusals]:
     """Return the prompt_id and ids of prompts without an answer, and the prompts that no row may have."""
-    rows, refusals = rows.combine_chunks(), Refusals(len(rows))
+    refusals = Refusals(len(rows))
     prompts = prompt_json(rows)
     prompt_ids = content_ids(prompts)
     _refuse_repeated(prompt_ids, rows, refusals, "the prompt of")
@@ -235,33 +233,27 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pa.StringArray) -> E
     return Encoded(Ragged.of(ids), unfit).take(different.indices.to_numpy(zero_copy_only=False))
 
 
-def encode_prompts(rows: pa.Table, prompts: pa.StringArray, target: Target) -> Encoded:
+def encode_prompts(rows: pa.RecordBatch, prompts: pa.StringArray, target: Target) -> Encoded:
     """Tokenize prompts, messages in the chat template; `prompts` is the JSON by which equal ones are found."""
     first, which = np.unique(first_places(prompts), return_inverse=True)
     different = rows.take(pa.array(first))
-    chats = _column(different, "messages")
+    chats = different["messages"]
     turns = list_lengths(chats) > 0  # a prompt without a turn is one without text
     places = np.flatnonzero(turns)
     texts, refused = render_all(target.tokenizer, chats.take(pa.array(places)).to_pylist())
-    texts = pc.replace_with_mask(_column(different, "prompt"), pa.array(turns), pa.array(texts, pa.string()))
+    texts = pc.replace_with_mask(different["prompt"], pa.array(turns), pa.array(texts, pa.string()))
     encoded = encode_texts(target.tokenizer, texts)
     unfit = encoded.unfit | {int(places[place]): detail for place, detail in refused.items()}
     return Encoded(encoded.ids, unfit).take(which)
 
 
-def prompt_json(rows: pa.Table) -> pa.StringArray:
+def prompt_json(rows: pa.RecordBatch) -> pa.StringArray:
     """Return the canonical JSON of each prompt, of which its id is made; "null" for neither text nor messages."""
-    messages = _column(rows, "messages")
-    return pc.if_else(messages.is_valid(), json_texts(messages), json_texts(_column(rows, "prompt")))
+    messages = rows["messages"]
+    return pc.if_else(messages.is_valid(), json_texts(messages), json_texts(rows["prompt"]))
 
 
 # === 3. What a row's columns are made of ===
-
-
-def _column(rows: pa.Table, name: str) -> pa.Array:
-    """Return a column as one array."""
-    column = rows[name]
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _ids_of_lists(*texts: pa.StringArray) -> pa.StringArray:
@@ -270,9 +262,9 @@ def _ids_of_lists(*texts: pa.StringArray) -> pa.StringArray:
     return content_ids(pc.binary_join_element_wise("[", *commas, "]", ""))
 
 
-def _ends(rows: pa.Table, target: Target) -> np.ndarray:
+def _ends(rows: pa.RecordBatch, target: Target) -> np.ndarray:
     """Return int [rows], the token that closes an answer to each prompt."""
-    chat = np.asarray(_column(rows, "messages").is_valid())
+    chat = np.asarray(rows["messages"].is_valid())
     return np.where(chat, target.turn_end, target.end) if chat.any() else np.full(len(rows), target.end)
 
 
@@ -290,13 +282,13 @@ def _shorten(prompt: Ragged, target: Target, refusals: Refusals, has_steps: np.n
 
 
 def _tokens(
-    rows: pa.Table, given: Ragged, has: Mapping[str, np.ndarray], target: Target, refusals: Refusals
+    rows: pa.RecordBatch, given: Ragged, has: Mapping[str, np.ndarray], target: Target, refusals: Refusals
 ) -> tuple[Ragged, Ragged]:
     """Return ids and steps of each response, which its source gives as ids, as pieces of text, or as a text."""
-    steps, pieces = Ragged.from_arrow(_column(rows, "steps")), _column(rows, "pieces")
+    steps, pieces = Ragged.from_arrow(rows["steps"]), rows["pieces"]
     in_pieces = has["pieces"] & ~has["response_ids"]
     by_text = ~in_pieces & ~has["response_ids"]
-    text = encode_texts(target.tokenizer, _column(rows, "response")).require(refusals, by_text)
+    text = encode_texts(target.tokenizer, rows["response"]).require(refusals, by_text)
     # the step map may count the end that the text omits
     omitted = by_text & has["steps"] & (text.lengths + 1 == steps.lengths)
     ids = Ragged.where(has["response_ids"], given, text.append(omitted, _ends(rows, target)))
@@ -325,9 +317,9 @@ def _sampler(max_new_tokens: pa.Array) -> pa.StructArray:
     return pa.StructArray.from_arrays(fields, fields=list(_SAMPLER), mask=max_new_tokens.is_null())
 
 
-def _prompt_texts(rows: pa.Table, ids: Ragged, target: Target, refusals: Refusals) -> pa.StringArray:
+def _prompt_texts(rows: pa.RecordBatch, ids: Ragged, target: Target, refusals: Refusals) -> pa.StringArray:
     """Return the column `prompt`: the text, the messages as JSON, or else the decoded ids."""
-    text, messages = _column(rows, "prompt"), _column(rows, "messages")
+    text, messages = rows["prompt"], rows["messages"]
     as_json = pc.if_else(messages.is_valid(), json_texts(messages, canonical=False), None)
     known = np.asarray(pc.or_(text.is_valid(), messages.is_valid()))
     return pc.coalesce(text, as_json, _decode(ids, known, target, refusals))
@@ -342,15 +334,17 @@ def _decode(ids: Ragged, known: np.ndarray, target: Target, refusals: Refusals, 
     return pa.array(texts, pa.string())
 
 
-def _refuse_repeated(ids: pa.StringArray, rows: pa.Table, refusals: Refusals, what: str = "the same as") -> None:
-    first, origins = first_places(ids), _column(rows, "origin")
+def _refuse_repeated(ids: pa.StringArray, rows: pa.RecordBatch, refusals: Refusals, what: str = "the same as") -> None:
+    first, origins = first_places(ids), rows["origin"]
     repeats = first != np.arange(len(rows))
     refusals.refuse(repeats, "duplicate row", lambda row: f"{what} {origins[int(first[row])]}")
 
 
-def _refuse_control(rows: pa.Table, sides: Mapping[str, pa.StringArray], target: Target, refusals: Refusals) -> None:
+def _refuse_control(
+    rows: pa.RecordBatch, sides: Mapping[str, pa.StringArray], target: Target, refusals: Refusals
+) -> None:
     # a prompt of plain text may be written in the model's own chat markup; a message or a response may not
-    pattern, messages = target.control, _column(rows, "messages")
+    pattern, messages = target.control, rows["messages"]
     contents = messages.flatten().field("content")
 
     def detail(where: str, text: str) -> str:

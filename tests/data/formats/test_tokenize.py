@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.data.formats import tokenize
-from dtrpo_ray.data.formats.columns import rows_table
+from dtrpo_ray.data.formats.columns import rows_batch
 from dtrpo_ray.data.formats.preferences import PAIRS, PreferenceRow
 from dtrpo_ray.data.formats.responses import RESPONSES, ResponseRow
 from dtrpo_ray.data.formats.tokenize import Target, split_origins
@@ -40,11 +40,11 @@ def digits(**changes: Any) -> Target:
 
 
 def tokenize_preferences(rows: list[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    return tokenize.tokenize_preferences(rows_table(rows, PAIRS), target)
+    return tokenize.tokenize_preferences(rows_batch(rows, PAIRS), target)
 
 
 def tokenize_responses(rows: list[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    return tokenize.tokenize_responses(rows_table(rows, RESPONSES), target)
+    return tokenize.tokenize_responses(rows_batch(rows, RESPONSES), target)
 
 
 def pair(prompt: str = "12", chosen: str = "3", rejected: str = "4", origin: str = "f:1") -> PreferenceRow:
