@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -70,31 +70,30 @@ def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
     """Return an integer for each value; equal values have equal ones."""
-    return np.asarray(column.combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy())
+    values = column.combine_chunks()
+    keys = _list_keys(values) if pa.types.is_list(values.type) else values
+    return np.asarray(keys.dictionary_encode(null_encoding="encode").indices.to_numpy())
 
 
 def _settings(table: pa.Table) -> list[np.ndarray]:
-    sampler = table["sampler"].combine_chunks()
-    fields = [f.name for f in sampler.type if f.name != "max_new_tokens"]
+    fields = [f.name for f in table["sampler"].type if f.name != "max_new_tokens"]
     known = [_codes(table[name]) for name in ("denoising_steps", "temperature", "model_hash", "engine")]
-    return [*known, *(_codes(pa.chunked_array([pc.struct_field(sampler, name)])) for name in fields)]
+    return [*known, *(_codes(pc.struct_field(table["sampler"], name)) for name in fields)]
 
 
 def _require_one_prompt(table: pa.Table, prompt: np.ndarray) -> None:
     first = np.unique(prompt, return_index=True)[1]
     for name in SAME_PROMPT:
-        column = table[name].combine_chunks()
-        codes = _codes(pa.chunked_array([_list_keys(column) if pa.types.is_list(column.type) else column]))
+        codes = _codes(table[name])
         differs = codes != codes[first][np.searchsorted(prompt[first], prompt)] if len(table) else np.zeros(0, bool)
         if differs.any():
             row = int(np.argmax(differs))
             ids = [table[c][row].as_py() for c in ("row_id", "prompt_id")]
-            raise DataError(
-                f"row {ids[0]}: {name} is not that of the other rows of prompt_id {ids[1]}; they cannot pair"
-            )
+            says = f"{name} is not that of the other rows of prompt_id {ids[1]}; they cannot pair"
+            raise DataError(f"row {ids[0]}: {says}")
 
 
-def _list_keys(column: Any) -> pa.Array:
+def _list_keys(column: pa.ListArray) -> pa.Array:
     """Return lists of ids as bytes, which Arrow can compare."""
     data = np.ascontiguousarray(column.flatten().to_numpy())
     offsets = (np.asarray(column.offsets, dtype=np.int64) - column.offsets[0].as_py()) * data.itemsize
@@ -103,8 +102,8 @@ def _list_keys(column: Any) -> pa.Array:
 
 def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:
     """Return the first row of each different response to a prompt at a setting, in the order of the table."""
-    responses = _codes(pa.chunked_array([_list_keys(table["response_ids"].combine_chunks())]))
-    return np.sort(np.unique(np.stack([group, responses]), axis=1, return_index=True)[1])
+    responses = np.stack([group, _codes(table["response_ids"])])
+    return np.sort(np.unique(responses, axis=1, return_index=True)[1])
 
 
 def _candidates(

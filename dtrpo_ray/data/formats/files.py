@@ -80,9 +80,8 @@ def _files_of_state(where: str, state_json: bytes) -> list[str]:
         selection = state.get("_indices_data_files")
         files = [join_path(where, entry["filename"]) for entry in state["_data_files"]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{join_path(where, 'state.json')}: not what datasets writes ({error!r}); save the data anew"
-        ) from None
+        place = join_path(where, "state.json")
+        raise DataError(f"{place}: not what datasets writes ({error!r}); save the data anew") from None
     if selection:
         raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
     return files

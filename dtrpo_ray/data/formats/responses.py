@@ -153,12 +153,10 @@ def _jetengine(row: Record) -> list[ResponseRow]:
     """JetEngine's answer to a request, beside the prompt that was asked."""
     ids, steps = row.integers("token_ids"), row.integers("first_unmask_times")
     response, (prompt, prompt_ids) = row.text_or_empty("text"), _prompt_or_ids(row)
-    logps = None
-    if row.get("logprobs") is not None:
-        logps = [as_float(value, "logprobs holds") for value in row.items("logprobs")]
-    return [
-        ResponseRow(response_ids=ids, steps=steps, response=response, prompt=prompt, prompt_ids=prompt_ids, logps=logps)
-    ]
+    sample = ResponseRow(response_ids=ids, steps=steps, response=response, prompt=prompt, prompt_ids=prompt_ids)
+    if row.get("logprobs") is None:
+        return [sample]
+    return [replace(sample, logps=[as_float(value, "logprobs holds") for value in row.items("logprobs")])]
 
 
 def _sglang(row: Record) -> list[ResponseRow]:
