@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ GOOD = -1  # in `verdicts`
 _ROUNDING = 1e-4  # by which a log-probability in float32 may be above 0
 
 
-Mask = np.ndarray | pa.ChunkedArray  # bool [rows]; a null is False
+Mask: TypeAlias = np.ndarray | pa.ChunkedArray  # bool [rows]; a null is False
 
 
 @dataclass(frozen=True, slots=True)
