@@ -234,11 +234,16 @@ class Service:
             prompt_tokens=sum(map(len, ids)),
             begun=begun,
         )
-        emit = partial(asyncio.get_running_loop().call_soon_threadsafe, request.events.put_nowait)
+        loop = asyncio.get_running_loop()
         watch = body.stream and body.stream_options.include_denoising
         self.num_active += 1
-        prompts, seeds = [choice.prompt for choice in choices], [choice.seed for choice in choices]
-        request.ticket = Ticket(prompts, params, seeds, emit, watch)
+        request.ticket = Ticket(
+            prompts=[choice.prompt for choice in choices],
+            params=params,
+            seeds=[choice.seed for choice in choices],
+            emit=lambda events: loop.call_soon_threadsafe(request.events.put_nowait, events),
+            watch=watch,
+        )
         served.batcher.submit(request.ticket)
         return request
 
