@@ -6,7 +6,7 @@ same `loop.run` over a DeepSpeed engine. Every attempt starts from the newest ch
 holds the history of a run.
 """
 
-import threading
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -184,23 +184,19 @@ def _failure_events(events: str) -> UserCallback:
 
 
 def _fit(trainer: TorchTrainer) -> None:
-    """Call `trainer.fit()` in a thread: in the main one Ray installs its own handler of Ctrl-C, and leaves it there.
+    """Call `trainer.fit()`; Ctrl-C aborts the run as Ray Train does it, and then raises KeyboardInterrupt.
 
-    Ctrl-C is then ours from the first step to the last stage; the run goes down with the Ray session.
+    Ray Train's handler of SIGINT waits until the run's controller is gone and raises SystemExit. The Ray session may
+    only end after that: ended while a call still waits in it, the process dies of a segmentation fault. Ray Train
+    leaves its handler in place, so the earlier one is restored here.
     """
-    failures: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    thread.join()
-    for error in failures:
-        raise error
+    earlier = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def _root_message(error: TrainingFailedError) -> str:
