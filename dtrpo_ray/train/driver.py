@@ -35,8 +35,9 @@ from dtrpo_ray.files import join_path
 from dtrpo_ray.metrics import ERRORS, EVENTS, METRICS, append_event, read_metrics
 from dtrpo_ray.progress import watch
 from dtrpo_ray.session import CPU_WORKER_ENV, shortfall, uses_gpu
-from dtrpo_ray.train import checkpoint, dataset, trackers, validation
+from dtrpo_ray.train import checkpoint, dataset, validation
 from dtrpo_ray.train.run import RunRecord, RunSpec, TrainStage, resume_root
+from dtrpo_ray.train.telemetry import require_trackers
 
 RAY_RUN = "checkpoints"  # Ray Train's run folder inside the stage's
 
@@ -49,7 +50,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     """
     if config.reference == "cache" and stage.cache is None:
         raise TrainError(f'{stage.label}: train.reference = "cache", and the stage has none; run dtrpo ref-logps')
-    trackers.require(cluster.trackers)
+    require_trackers(cluster.trackers)
     stage = _resolve(stage)
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     folder, name = _place(stage.out, cluster)

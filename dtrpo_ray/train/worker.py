@@ -4,8 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,8 @@ def _attempt(spec: RunSpec, rank: int, alive: Callable[[], None]) -> None:
     rows = ray.train.get_dataset_shard("all" if elastic else f"rank-{rank}")
     batches = dataset.rank_batches(rows, config, world, start, share=(rank, world) if elastic else None)
     to_batch = loop.collate(config, policy, stage.seed, reference, fill=fill, device=device)
-    with _callbacks(spec, saver, start, flops_per_token, alive) as calls:
-        loop.run(
-            config,
-            backend,
-            reference,
-            batches,
-            to_batch=to_batch,
-            start_step=start,
-            num_steps=spec.num_steps,
-            log=calls.log,
-            save=calls.save,
-            hooks=calls.hooks,
-        )
+    with _loop(spec, saver, start, flops_per_token, alive) as run:
+        run(config, backend, reference, batches, to_batch, start_step=start, num_steps=spec.num_steps)
     saver.wait()
     _write_model(backend, config, stage.base, stage.out, rank)
 
@@ -109,52 +98,43 @@ def _prepare_device() -> torch.device:
     return device
 
 
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    """The loop's calls back to its rank: a metrics row, a checkpoint, and the hooks."""
-
-    log: Callable[[dict[str, float]], None]
-    save: Callable[[int], None]
-    hooks: loop.Hooks
-
-
 @contextmanager
-def _callbacks(
+def _loop(
     spec: RunSpec, saver: recovery.Saver, start: int, flops_per_token: float, alive: Callable[[], None]
-) -> Iterator[_Calls]:
+) -> Iterator[Callable[..., None]]:
+    """Yield `loop.run` with its calls back to this rank: a metrics row, a checkpoint, and the hooks."""
     out, rank = spec.stage.out, saver.rank
-    sinks = telemetry.Sinks(spec, start, saver.backend.device, flops_per_token) if rank == 0 else None
-    profiler = telemetry.profiler(out, spec.cluster.profile_steps) if rank == 0 and spec.cluster.profile_steps else None
     drain = recovery.DrainWatch(out / EVENTS, rank)
-
-    def begin(step: int) -> None:
-        alive()
-        loop.seed_step(spec.stage.seed, step, rank)
-        if profiler:
-            profiler.step()
 
     def log_drop(step: int, row_ids: list[str]) -> None:
         if row_ids:
             message = f"step {step} dropped: loss or gradient not finite; rows {', '.join(row_ids[:8])}"
             append_event(out / EVENTS, "dropped step", message, step=step, rank=rank, row_ids=row_ids)
 
-    def log(row: dict[str, float]) -> None:
-        saver.metrics = row
-        if sinks:
-            sinks.write(row)
-
     def save(step: int) -> None:
         alive()
         saver.save(step, at_once=drain.now)
         alive()
 
-    try:
-        yield _Calls(log, save, loop.Hooks(begin, log_drop, drain.due, drain.ask))
-    finally:
-        if profiler:
-            profiler.stop()
-        if sinks:
-            sinks.close()
+    with ExitStack() as stack:
+        sink = profiler = None
+        if rank == 0:
+            sink = stack.enter_context(telemetry.open_sinks(spec, start, saver.backend.device, flops_per_token))
+            if spec.cluster.profile_steps:
+                profiler = stack.enter_context(telemetry.profiler(out, spec.cluster.profile_steps))
+
+        def begin(step: int) -> None:
+            alive()
+            loop.seed_step(spec.stage.seed, step, rank)
+            if profiler:
+                profiler.step()
+
+        def log(row: dict[str, float]) -> None:
+            saver.metrics = row
+            if sink:
+                sink(row)
+
+        yield partial(loop.run, log=log, save=save, hooks=loop.Hooks(begin, log_drop, drain.due, drain.ask))
 
 
 def _log_start(spec: RunSpec, start: int, world: int, found: recovery.Found | None) -> None:
