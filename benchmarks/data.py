@@ -42,7 +42,7 @@ from dtrpo_ray.parts import run_parts
 from dtrpo_ray.produce.rollout import DecodeJob, DecodeRequest, Recorder, request_parts
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
-from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
+from dtrpo_ray.train.reference import ReferenceScorer, epoch_parts
 
 SAMPLES = 4  # responses to a prompt
 PARTS = 8  # of each pipeline, so that two workers have something to share

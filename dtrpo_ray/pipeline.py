@@ -40,8 +40,8 @@ from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
 from dtrpo_ray.stages import JsonObject, Stage, StageRow, Store
 from dtrpo_ray.train import driver, validation
-from dtrpo_ray.train.ref_logps import ReferenceScorer, epoch_parts
-from dtrpo_ray.train.run import NO_WEIGHTS, CachedLogps, RunRecord, TrainStage
+from dtrpo_ray.train.reference import ReferenceScorer, epoch_parts
+from dtrpo_ray.train.run import NO_WEIGHTS, RunRecord, TrainStage
 from dtrpo_ray.train.worker import ADAPTER, MODEL
 
 TABLE = "table"
@@ -380,7 +380,7 @@ class Pipeline:
                 seed=seed,
                 identity=identity,
                 resume_from=resume,
-                cache=CachedLogps(cache.path / REF_LOGPS, base.digest) if cache else None,
+                cache=cache and cache.path / REF_LOGPS,
                 workers=dict(self.workers),
             )
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))

@@ -214,23 +214,22 @@ def test_reference_logps_whose_actor_is_killed_have_every_pair_of_every_epoch_on
     from example_rows import preference
 
     from dtrpo_ray.config.train import TrainConfig
-    from dtrpo_ray.train import dataset, ref_logps
-    from dtrpo_ray.train.reference import ReferenceCache
+    from dtrpo_ray.train import dataset, reference
 
-    monkeypatch.setattr(ref_logps, "PART_PAIRS", 4)  # the parts are cut here
+    monkeypatch.setattr(reference, "PART_PAIRS", 4)  # the parts are cut here
     ids = {"chosen_ids": [3, 5], "rejected_ids": [4, 1, 2, 0, 5, 5], "mask_id": 6}
     rows = [preference(f"row-{i}") | ids for i in range(11)]
     files = [tmp_path / f"part-{i}.parquet" for i in range(2)]
     for file, half in zip(files, (rows[:6], rows[6:]), strict=True):
         pq.write_table(pa.Table.from_pylist(half, schema=PREFERENCE), file)
     config = TrainConfig(num_epochs=2, global_batch=4, micro_batch=3, max_steps=5)  # 9 pairs of the second epoch
-    parts = ref_logps.epoch_parts(files, config, 0)
+    parts = reference.epoch_parts(files, config, 0)
     assert [sum(map(len, part.pairs.rows.values())) for part in parts] == [4, 4, 3, 4, 4, 1]  # type: ignore[arg-type]
-    pool, alone = pool_and_alone(parts, partial(ref_logps.ReferenceScorer, policy, config, 0, "hash", 2), tmp_path)
+    pool, alone = pool_and_alone(parts, partial(reference.ReferenceScorer, policy, config, 0, "hash", 2), tmp_path)
     assert same_files(pool, alone)
     plan = dataset.make_plan([row["row_id"] for row in rows], config, 0)
     read = {(rows[r]["row_id"], int(e)) for r, e in zip(plan.row, plan.epoch, strict=True)}
-    values = ReferenceCache.load(pool, 0, "hash float32").values
+    values = reference.ReferenceCache.load(pool, 0, "hash float32").values
     assert set(values) == {(row_id, side, epoch) for row_id, epoch in read for side in ("chosen", "rejected")}
     assert sum(pq.read_metadata(file).num_rows for file in pool.glob("*.parquet")) == len(values)
 

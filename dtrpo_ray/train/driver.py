@@ -112,7 +112,7 @@ def _run(trainer: TorchTrainer, spec: RunSpec, gpu: bool) -> None:
 
 def _resolve(stage: TrainStage) -> TrainStage:
     """Make every path absolute: workers run in other folders."""
-    cache = stage.cache and replace(stage.cache, folder=stage.cache.folder.resolve())
+    cache = stage.cache and stage.cache.resolve()
     return replace(stage, base=stage.base.resolve(), out=stage.out.resolve(), cache=cache)
 
 

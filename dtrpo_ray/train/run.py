@@ -25,14 +25,6 @@ MAY_CHANGE = NO_WEIGHTS | {"micro_batch", "micro_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
-class CachedLogps:
-    """A folder of reference log-probs (`ref_logps`) and the hash of the reference that computed them."""
-
-    folder: Path
-    reference: str
-
-
-@dataclass(frozen=True, slots=True)
 class TrainStage:
     """The inputs of a training stage and the folder it writes; the driver and all workers see every path.
 
@@ -46,8 +38,8 @@ class TrainStage:
     seed: int
     identity: Mapping[str, str] = field(default_factory=dict)
     resume_from: Path | None = None
-    cache: CachedLogps | None = None
-    """Absent: the workers compute the reference's log-probs."""
+    cache: Path | None = None
+    """A folder of the base's log-probs (`reference`); absent: the workers compute them."""
     workers: Mapping[str, NumWorkers] = field(default_factory=dict)
     """`cluster.num_workers` that names each training stage up to this one, for a run that goes on from it."""
 

@@ -69,8 +69,8 @@ def _attempt(spec: RunSpec, rank: int, alive: Callable[[], None]) -> None:
     reference: Any = None
     fill = None
     if stage.cache:
-        key = reference_key(stage.cache.reference, config.precision, device)
-        fill = ReferenceCache.load(stage.cache.folder, stage.seed, key).fill
+        key = reference_key(stage.identity["base"], config.precision, device)
+        fill = ReferenceCache.load(stage.cache, stage.seed, key).fill
     elif config.runs_reference:
         lora = BaseReference(backend.policy, policy) if config.lora else None
         reference = lora or load_reference(stage.base, config.precision, device)

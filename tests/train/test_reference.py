@@ -44,7 +44,7 @@ def write(path: Path, reference: SDAR, seed: int = SEED, rows: list[Json] = ROWS
     to_batch = loop.collate(config(**changes), reference, seed)
     micro_batches = [rows[i : i + 3] for i in range(0, len(rows), 3)]
     file = path / "ref-logps.parquet"
-    tables = [reference_values(reference, part, to_batch, seed, HASH, CPU) for part in micro_batches]
+    tables = [reference_values(reference, part, to_batch, seed, HASH) for part in micro_batches]
     pq.write_table(pa.concat_tables(tables), file)
     assert pq.read_metadata(file).num_rows == 2 * len(rows)
     return file
