@@ -7,7 +7,8 @@ from pathlib import Path
 
 from paths import ROOT
 
-NOT_CODE = {"dtrpo_ray/py.typed", "dtrpo_ray/serve/playground.html", "dtrpo_ray/report/page.html.jinja"}
+REPORT = ("page.html.jinja", "plots.mplstyle", "light.mplstyle", "dark.mplstyle")
+NOT_CODE = {"dtrpo_ray/py.typed", "dtrpo_ray/serve/playground.html", *(f"dtrpo_ray/report/{name}" for name in REPORT)}
 
 
 def test_the_wheel_holds_the_package_whole_and_no_benchmarks(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -25,14 +26,10 @@ from dtrpo_ray.files import whole_file
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare
 from dtrpo_ray.stages import StageRow
 
-Theme = dict[str, str]
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
 
-# every colour but the grid stands out from the paper by 4.5:1 or more
-LIGHT: Theme = {"paper": "#ffffff", "ink": "#1c2430", "grid": "#dde3ea", "base": "#b4500f", "aligned": "#1d5fbf",
-                "chosen": "#08735a", "rejected": "#a3318a"}  # fmt: skip
-DARK: Theme = {"paper": "#171c24", "ink": "#e3e8ef", "grid": "#333d4b", "base": "#f5a15c", "aligned": "#7db3ff",
-               "chosen": "#4fd1ac", "rejected": "#f08fd8"}  # fmt: skip
+HERE = Path(__file__).parent
+BASE, ALIGNED, CHOSEN, REJECTED = "C0", "C1", "C2", "C3"  # the colour cycle of light.mplstyle and dark.mplstyle
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +78,7 @@ class Answer(TypedDict):
     correct: bool | None
 
 
-class Cell(TypedDict):
+class Cell(NamedTuple):
     """One token of a denoising: `step` counts from 1; `rank` is its order within the block, None if never unmasked."""
 
     token: str
@@ -89,13 +86,6 @@ class Cell(TypedDict):
     step: int
     wanted: str
     rank: int | None
-
-
-class DrawnExample(Example):
-    """An example with its tokens as blocks of cells."""
-
-    sudoku: bool
-    blocks: list[list[Cell]]
 
 
 def write_report(
@@ -116,9 +106,9 @@ def write_report(
     training += [_curve_plot(out, curve, _rounds(curves)) for curve in others]
     pairs = pair_up(evaluation)
     held_out, public = [p for p in pairs if p.set == HELD_OUT], [p for p in pairs if p.set != HELD_OUT]
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(solved=_accuracy_text, points=points, visible=_visible, unbroken=_unbroken)
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters.update(solved=_accuracy_text, points=points)
     page = environment.get_template("page.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
@@ -128,7 +118,7 @@ def write_report(
             _accuracy_plot(out, "accuracy_public", "Accuracy on public test sets", public),
         ],
         sets=_by_set(pairs),
-        examples=[_example(job, example) for example in (evaluation["examples"] if evaluation else ())],
+        examples=[_drawn(job, example) for example in (evaluation["examples"] if evaluation else ())],
         training=training,
         answer=answer,
         lineage=lineage,
@@ -149,12 +139,9 @@ def points(difference: float) -> str:
 
 
 def _accuracy_text(row: Score) -> str:
-    return f"{100 * row['accuracy']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-
-
-def _unbroken(text: str) -> str:
-    """No line break within "71.2 %" or "[69.2, 73.2]"."""
-    return re.sub(r"(?<=\d) (?=%)|(?<=\d,) (?=\d)", "\N{NO-BREAK SPACE}", text)
+    """Format an accuracy with its interval; lines break only between the two."""
+    share, low, high = (f"{100 * part:.1f}" for part in (row["accuracy"], row["low"], row["high"]))
+    return f"{share}\N{NO-BREAK SPACE}% [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def _count(number: int, noun: str) -> str:
@@ -181,7 +168,7 @@ def _natural(name: str) -> list[str | int]:
 
 
 def _by_set(pairs: list[ScorePair]) -> dict[str, list[ScorePair]]:
-    return {name: [p for p in pairs if p.set == name] for name in dict.fromkeys(p.set for p in pairs)}
+    return {name: list(members) for name, members in groupby(pairs, key=lambda pair: pair.set)}
 
 
 def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evaluation: Evaluation | None) -> str:
@@ -221,15 +208,15 @@ def _curves(job: dict[str, Any]) -> list[Curve]:
     objective = (job.get("train") or {}).get("objective") or {}
     plain = objective.get("type") != "sft" and objective.get("loss_type", "sigmoid") == "sigmoid"
     start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("rpo_alpha") else None
-    ratios = {"log_ratio_chosen": "chosen", "log_ratio_rejected": "rejected"}
+    ratios = {"log_ratio_chosen": CHOSEN, "log_ratio_rejected": REJECTED}
     return [
-        Curve("base_loss", "Base model: training loss", "loss", {"loss": "base"}),
-        Curve("train_loss", "Alignment: training loss", "loss", {"loss": "aligned"}, start),
-        Curve("margin", "Margin: β × (chosen − rejected log-ratio)", "margin", {"margin": "aligned"}, (0, "")),
+        Curve("base_loss", "Base model: training loss", "loss", {"loss": BASE}),
+        Curve("train_loss", "Alignment: training loss", "loss", {"loss": ALIGNED}, start),
+        Curve("margin", "Margin: β × (chosen − rejected log-ratio)", "margin", {"margin": ALIGNED}, (0, "")),
         Curve("reward_accuracy", "Reward accuracy: pairs with a positive margin", "share of pairs",
-              {"reward_accuracy": "aligned"}, (0.5, "one half")),
+              {"reward_accuracy": ALIGNED}, (0.5, "one half")),
         Curve("log_ratios", "Log-ratio of policy to reference", "nats per response", ratios, (0, "")),
-        Curve("grad_norm", "Alignment: gradient norm", "norm", {"grad_norm": "aligned"}),
+        Curve("grad_norm", "Alignment: gradient norm", "norm", {"grad_norm": ALIGNED}),
     ]  # fmt: skip
 
 
@@ -239,21 +226,19 @@ def _rounds(curves: Mapping[str, Sequence[Metrics]]) -> list[Sequence[Metrics]]:
 
 def _bounds(rounds: Sequence[Sequence[Metrics]]) -> list[float]:
     """Return the steps on a common axis at which rounds begin, and the step at which the last one ends."""
-    lasts = [max((row["step"] for row in rows if _finite(row.get("step"))), default=0) for rows in rounds]
-    return [0, *accumulate(lasts)]
+    return [0, *accumulate(np.max(_finite_rows(rows, "step"), initial=0) for rows in rounds)]
 
 
 def _segments(rounds: Sequence[Sequence[Metrics]], key: str) -> list[np.ndarray]:
     """Return an array [n, 2] of (step on the common axis, value) for each round with a usable row."""
-    found = [
-        [(start + row["step"], row[key]) for row in rows if _finite(row.get("step")) and _finite(row.get(key))]
-        for start, rows in zip(_bounds(rounds), rounds, strict=False)
-    ]
-    return [np.array(segment, dtype=float) for segment in found if segment]
+    found = [(start, _finite_rows(rows, "step", key)) for start, rows in zip(_bounds(rounds), rounds, strict=False)]
+    return [np.add(segment, (start, 0)) for start, segment in found if len(segment)]
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _finite_rows(rows: Sequence[Metrics], *keys: str) -> np.ndarray:
+    """Return an array [rows, keys] of the rows in which all of the keys are finite numbers."""
+    values = np.array([[row.get(key) for key in keys] for row in rows], dtype=float).reshape(-1, len(keys))
+    return values[np.isfinite(values).all(axis=1)]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -279,38 +264,39 @@ def _curve_plot(out: Path, curve: Curve, rounds: Sequence[Sequence[Metrics]]) ->
         first, last = smooth(segments[0][:, 1], window)[0], smooth(segments[-1][:, 1], window)[-1]
         alt += f" {key.replace('_', ' ')} begins at {first:.3g} and ends at {last:.3g}."
 
-    def draw(figure: Figure, theme: Theme) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for key, color in curve.colors.items():
             label = key.removeprefix("log_ratio_").replace("_", " ") + f", mean of {window} rows" * (window > 1)
-            _draw_segments(axes, data[key], window, theme[color], label)
+            _draw_segments(axes, data[key], window, color, label)
         if curve.level:
-            axes.axhline(curve.level[0], color=theme["ink"], lw=1, ls=(0, (4, 3)), label=curve.level[1] or None)
-        _mark_rounds(axes, bounds, theme)
-        _dress(axes, theme, "optimizer step", curve.unit)
-        _crown(figure, axes, theme, curve.title)
+            axes.axhline(curve.level[0], lw=1, ls=(0, (4, 3)), label=curve.level[1] or None)
+        _mark_rounds(axes, bounds)
+        _dress(axes, "optimizer step", curve.unit)
+        _crown(figure, axes, curve.title)
 
     return _save(out, curve.name, Plot(curve.title, note, alt), draw)
 
 
 def _draw_segments(axes: Axes, segments: list[np.ndarray], window: int, color: str, label: str) -> None:
+    raw = {"lw": 0.8, "alpha": 0.35} if window > 1 else {"marker": "o", "ms": 3}
     for number, (steps, values) in enumerate(segment.T for segment in segments):
-        raw = {"lw": 0.8, "alpha": 0.35} if window > 1 else {"lw": 1.4, "marker": "o", "ms": 3}
-        axes.plot(steps, values, color=color, label="" if number or window > 1 else label, **raw)
+        label = "" if number else label
+        axes.plot(steps, values, color=color, label="" if window > 1 else label, **raw)
         if window > 1:
-            axes.plot(steps, smooth(values, window), color=color, lw=1.8, label="" if number else label)
+            axes.plot(steps, smooth(values, window), color=color, lw=1.8, label=label)
 
 
-def _mark_rounds(axes: Axes, bounds: list[float], theme: Theme) -> None:
+def _mark_rounds(axes: Axes, bounds: list[float]) -> None:
     if len(bounds) < 3:
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels above the curves
     for number, start in enumerate(bounds[:-1], 1):
-        axes.axvline(start, color=theme["ink"], lw=0.9, ls=":", alpha=float(number > 1))
+        axes.axvline(start, lw=0.9, ls=":", alpha=float(number > 1))
         word = f"round {number}" if number == 1 or len(bounds) < 7 else f"{number}"
         axes.annotate(word, (start, 0.985), xycoords=axes.get_xaxis_transform(), xytext=(4, 0),
-                      textcoords="offset points", va="top", fontsize=8.5, color=theme["ink"])  # fmt: skip
+                      textcoords="offset points", va="top")  # fmt: skip
 
 
 # ---- accuracy plots
@@ -323,37 +309,36 @@ def _accuracy_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> 
     columns = 2 if len(sets) == 4 else min(len(sets), 3)
     rows = -(-len(sets) // columns)
 
-    def draw(figure: Figure, theme: Theme) -> None:
+    def draw(figure: Figure) -> None:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for place, (axes, (test_set, members)) in enumerate(zip(grid, sets.items(), strict=False)):
-            _draw_accuracy(axes, theme, members, labelled=columns == 1)
-            _dress(axes, theme, "", "solved, %" if place % columns == 0 else "")
+            _draw_accuracy(axes, members, labelled=columns == 1)
+            _dress(axes, "", "solved, %" if place % columns == 0 else "")
             short = test_set.removesuffix(".jsonl")
-            short = "" if test_set == HELD_OUT else short if len(short) <= 20 else short[:19] + "…"
-            axes.set_title(short, fontsize=9, color=theme["ink"], parse_math=False)
+            axes.set_title("" if test_set == HELD_OUT else short if len(short) <= 20 else short[:19] + "…")
         for axes in grid[len(sets) :]:
             axes.set_axis_off()
-        figure.supxlabel("denoising steps per block", fontsize=9.5, color=theme["ink"])
-        _crown(figure, grid[0], theme, title)
+        figure.supxlabel("denoising steps per block")
+        _crown(figure, grid[0], title)
 
     alt = "Points with 95 % intervals by denoising steps per block; the numbers are in the table below."
     return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
 
 
-def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[ScorePair], labelled: bool) -> None:
-    for model, marker, side in (("base", "s", -1), ("aligned", "o", 1)):
+def _draw_accuracy(axes: Axes, pairs: list[ScorePair], labelled: bool) -> None:
+    for color, model, marker, side in ((BASE, "base", "s", -1), (ALIGNED, "aligned", "o", 1)):
         scores = [pair.base if model == "base" else pair.aligned for pair in pairs]
         measured = [(place, pairs[place], score) for place, score in enumerate(scores) if score]
         x = [place + 0.05 * side for place, _, _ in measured]
         rows = np.array([(row["accuracy"], row["low"], row["high"]) for *_, row in measured]).reshape(-1, 3)
         mean, low, high = 100 * rows.T
         reach = np.maximum([mean - low, high - mean], 0)
-        axes.errorbar(x, mean, reach, color=theme[model], marker=marker, ms=5, lw=1.4, capsize=3, label=model)
+        axes.errorbar(x, mean, reach, color=color, marker=marker, label=model)
         for index, (_, pair, _) in enumerate(measured if labelled else ()):
             above = side * (pair.gain or 0) >= 0  # the better model's number above its bar, the other's below
-            axes.annotate(f"{mean[index]:.1f}", (x[index], (high if above else low)[index]), color=theme[model],
+            axes.annotate(f"{mean[index]:.1f}", (x[index], (high if above else low)[index]), color=color,
                           xytext=(0, 4 if above else -4), textcoords="offset points", ha="center",
-                          va="bottom" if above else "top", fontsize=8.5)  # fmt: skip
+                          va="bottom" if above else "top")  # fmt: skip
     axes.set_xticks(range(len(pairs)), [str(pair.budget) for pair in pairs])
     axes.set_xlim(-0.5, len(pairs) - 0.5)
     axes.margins(y=0.15 if labelled else 0.05)
@@ -362,38 +347,29 @@ def _draw_accuracy(axes: Axes, theme: Theme, pairs: list[ScorePair], labelled: b
 # ---- drawing and writing
 
 
-def _dress(axes: Axes, theme: Theme, x_label: str, y_label: str) -> None:
-    axes.set_facecolor(theme["paper"])
-    axes.set_xlabel(x_label, color=theme["ink"], fontsize=9.5)
-    axes.set_ylabel(y_label, color=theme["ink"], fontsize=9.5)
-    axes.tick_params(colors=theme["ink"], labelsize=9, length=3)
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(axis="y", color=theme["grid"], lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme["ink"])
 
 
-def _crown(figure: Figure, axes: Axes, theme: Theme, title: str) -> None:
+def _crown(figure: Figure, axes: Axes, title: str) -> None:
     """Title and legend in rows of their own above the axes, where no curve can run through them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5,
-                  labelcolor=theme["ink"], title=title, title_fontproperties={"size": 11, "weight": "bold"},
-                  alignment="left").get_title().set_color(theme["ink"])  # fmt: skip
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, title=title,
+                  title_fontproperties={"size": 11, "weight": "bold"}, alignment="left")  # fmt: skip
 
 
-def _save(out: Path, name: str, plot: Plot, draw: Callable[[Figure, Theme], None], height: float = 3.3) -> Plot:
+def _save(out: Path, name: str, plot: Plot, draw: Callable[[Figure], None], height: float = 3.3) -> Plot:
     """Draw in both themes; the light one is also the file `name`.png."""
     images = []
-    for theme in (LIGHT, DARK):
-        figure, buffer = Figure(figsize=(5.4, height), layout="constrained", facecolor=theme["paper"]), io.BytesIO()
-        draw(figure, theme)
-        figure.savefig(buffer, format="png", dpi=200)
-        images.append(buffer.getvalue())
+    for theme in ("light", "dark"):
+        with style.context([HERE / "plots.mplstyle", HERE / f"{theme}.mplstyle"]):
+            figure, buffer = Figure(figsize=(5.4, height)), io.BytesIO()
+            draw(figure)
+            figure.savefig(buffer, format="png")
+            images.append(buffer.getvalue())
     with whole_file(out / f"{name}.png") as partial:
         partial.write_bytes(images[0])
-    uris = tuple("data:image/png;base64," + base64.b64encode(image).decode() for image in images)
-    return Plot(plot.title, plot.note, plot.alt, uris)
+    return replace(plot, uris=tuple("data:image/png;base64," + base64.b64encode(i).decode() for i in images))
 
 
 def _skip(out: Path, name: str, title: str, why: str) -> Plot:
@@ -404,12 +380,8 @@ def _skip(out: Path, name: str, title: str, why: str) -> Plot:
 # ---- example denoisings
 
 
-def _visible(token: str) -> str:
-    return token.replace("\n", "⏎").replace(" ", "␣") or "∅"
-
-
-def _example(job: dict[str, Any], example: Example) -> DrawnExample:
-    """Cut a denoising's tokens into the blocks that were decoded.
+def _drawn(job: dict[str, Any], example: Example) -> tuple[Example, bool, list[list[Cell]]]:
+    """Return an example, whether it is a grid of Sudoku, and its tokens cut into the blocks that were decoded.
 
     `steps` count denoising forwards over the response from 0, negative if none unmasked the token. The response ends
     on the block grid, so blocks are counted back from the end and only the first may be short.
@@ -418,14 +390,12 @@ def _example(job: dict[str, Any], example: Example) -> DrawnExample:
     prompt, answer = example["prompt"], example["answer"]
     sudoku = (job.get("task") or {}).get("type") == "sudoku" and len(tokens) == len(prompt) == len(answer) == 16
     wanted = answer if sudoku and not example["correct"] else tokens
-    edges = [0, *range(len(tokens) % size or size, len(tokens) + 1, size)]
-    blocks: list[list[Cell]] = []
-    for start, end in pairwise(edges):
-        order = sorted({step for step in steps[start:end] if step >= 0})
+    blocks = []
+    for start, end in pairwise([0, *range(len(tokens) % size or size, len(tokens) + 1, size)]):
+        ranks = {step: rank for rank, step in enumerate(sorted({step for step in steps[start:end] if step >= 0}))}
         blocks.append([
-            {"token": tokens[i], "given": sudoku and prompt[i] != "0", "step": steps[i] + 1,
-             "wanted": wanted[i] if wanted[i] != tokens[i] else "",
-             "rank": order.index(steps[i]) if steps[i] >= 0 else None}
+            Cell(token=tokens[i], given=sudoku and prompt[i] != "0", step=steps[i] + 1,
+                 wanted=wanted[i] if wanted[i] != tokens[i] else "", rank=ranks.get(steps[i]))
             for i in range(start, end)
         ])  # fmt: skip
-    return {**example, "sudoku": sudoku, "blocks": blocks}
+    return example, sudoku, blocks

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_params_from_file
 from PIL import Image
 
 from dtrpo_ray.report import page as report
-from dtrpo_ray.report.page import DARK, LIGHT, headline, pair_up, points, smooth, write_report
+from dtrpo_ray.report.page import headline, pair_up, points, smooth, write_report
 
 Row = dict[str, Any]
 
@@ -220,7 +221,8 @@ def test_import_is_light() -> None:
     ],
 )  # fmt: skip
 def test_headline(table: list[Row], expected: str) -> None:
-    assert headline(JOB, {}, {"table": table, "examples": []}) == expected
+    text = headline(JOB, {}, {"table": table, "examples": []})
+    assert text.replace("\N{NO-BREAK SPACE}", " ") == expected
 
 
 def test_headline_without_evaluation() -> None:
@@ -298,16 +300,16 @@ def test_a_run_without_anything_has_a_page(tmp_path: Path, evaluation: Row | Non
 
 def test_sudoku_marks_givens_and_wrong_digits() -> None:
     wrong = example(correct=False, tokens=["1", *SOLUTION[1:]])
-    cells = [cell for block in report._example(JOB, wrong)["blocks"] for cell in block]
-    assert [i for i, cell in enumerate(cells) if cell["given"]] == [0, 4, 5, 8, 10]
-    assert [cell["wanted"] for cell in cells] == ["4"] + [""] * 15
-    assert [cell["step"] for cell in cells][:8] == [1, 2, 2, 1, 3, 3, 4, 4]
-    assert [cell["rank"] for cell in cells][:8] == [0, 1, 1, 0, 0, 0, 1, 1]
+    cells = [cell for block in report._drawn(JOB, wrong)[2] for cell in block]
+    assert [i for i, cell in enumerate(cells) if cell.given] == [0, 4, 5, 8, 10]
+    assert [cell.wanted for cell in cells] == ["4"] + [""] * 15
+    assert [cell.step for cell in cells][:8] == [1, 2, 2, 1, 3, 3, 4, 4]
+    assert [cell.rank for cell in cells][:8] == [0, 1, 1, 0, 0, 0, 1, 1]
 
 
 def test_another_valid_completion_is_not_called_wrong() -> None:
-    blocks = report._example(JOB, example(tokens=["1", *SOLUTION[1:]]))["blocks"]
-    assert not any(cell["wanted"] for block in blocks for cell in block)
+    blocks = report._drawn(JOB, example(tokens=["1", *SOLUTION[1:]]))[2]
+    assert not any(cell.wanted for block in blocks for cell in block)
 
 
 def test_verdicts_are_words(full: Path) -> None:
@@ -318,9 +320,9 @@ def test_verdicts_are_words(full: Path) -> None:
 
 def test_blocks_end_on_the_grid_and_may_hold_unfinished_tokens(tmp_path: Path) -> None:
     text = example(prompt="3 5 7", answer="3*5+7", tokens=["3", "*", "5", "+", " ", "\n"], steps=[0, 1, 3, 2, 2, -1])
-    blocks = report._example(JOB | {"task": {"type": "countdown"}}, text)["blocks"]
+    blocks = report._drawn(JOB | {"task": {"type": "countdown"}}, text)[2]
     assert [len(block) for block in blocks] == [2, 4]
-    assert [cell["rank"] for block in blocks for cell in block] == [0, 1, 1, 0, 0, None]
+    assert [cell.rank for block in blocks for cell in block] == [0, 1, 1, 0, 0, None]
     page = poor(tmp_path, evaluation={"table": [], "examples": [text]})
     assert "␣" in page
     assert "⏎" in page
@@ -344,13 +346,18 @@ def contrast(one: str, other: str) -> float:
 
 def test_contrast_is_enough_everywhere() -> None:
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    style = (Path(report.__file__).parent / "page.html.jinja").read_text()
+    style = (report.HERE / "page.html.jinja").read_text()
     schemes = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in re.findall(r":root \{(.*?)\}", style, re.S)]
-    assert [scheme["paper"] for scheme in schemes] == [LIGHT["paper"], DARK["paper"]]
+    plots = [rc_params_from_file(report.HERE / f"{name}.mplstyle", False, False) for name in ("light", "dark")]
+    assert [scheme["paper"] for scheme in schemes] == [rc["figure.facecolor"] for rc in plots]
     texts, backs = ("ink", "soft", "good", "bad", "accent"), ("paper", "card")
     pairs = [(scheme[text], scheme[back]) for scheme in schemes for text in texts for back in backs]
-    lines = set(LIGHT) - {"paper", "grid"}
-    pairs += [(theme[name], theme["paper"]) for theme in (LIGHT, DARK) for name in lines]
+    for rc in plots:
+        others = {"axes.facecolor", "figure.facecolor", "grid.color", "axes.prop_cycle"}
+        lines = {rc[name] for name in set(rc) - others} | set(rc["axes.prop_cycle"].by_key()["color"])
+        assert rc["axes.facecolor"] == rc["figure.facecolor"]
+        assert len(lines) == 5  # ink, base, aligned, chosen, rejected
+        pairs += [(line, rc["figure.facecolor"]) for line in lines]
     cells = re.findall(r"background: (#\w{6}); color: (#\w{6})", style)
     assert len(cells) == 8  # six shades, never, wanted
     assert min(contrast(*pair) for pair in pairs + cells) >= 4.5
