@@ -11,9 +11,8 @@ the prompt and a noisy response, one block that sees itself.
 Legend: R rows, T tokens of a row.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +24,9 @@ PAD, PROMPT = -2, -1  # values of `side` beside 0 (chosen) and 1 (rejected)
 CLEAN = 0  # value of `stream`; noisy streams are numbered from 1
 LEFT_OUT = -1  # marks, in a noisy version, the tokens of a block that the stream leaves out
 FLEX_BUCKET = 256  # row lengths on a GPU are padded to a multiple, so that few shapes are compiled
+ONE_BLOCK = 2**62  # the block size under full attention: all text is one block
 
 NoisySides = list[tuple[np.ndarray, list[np.ndarray]]]  # per side: response ids, and their noisy versions
-_Segment = tuple[np.ndarray, np.ndarray, int, int]  # ids, positions, side, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +44,13 @@ class PackedRow:
     stream: np.ndarray
     first_position: int
 
-    def columns(self, side: int, stream: int, position: np.ndarray) -> np.ndarray:
-        """Find the columns of a stream's tokens at these positions; each lies in the stream or the shared prompt."""
-        mine = np.flatnonzero((self.side == side) & (self.stream == stream))
-        shared = position < self.first_position
-        at = np.searchsorted(self.position[mine], position)
-        found = np.append(mine, -1)[at]
-        assert (shared | (self.position[found] == position)).all(), "a token is read that its stream does not hold"
+    def columns(self, side: int, stream: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Find the columns of tokens of a side's streams; each lies in its stream or the shared prompt."""
+        mine, span = np.flatnonzero(self.side == side), self.position.max() + 1
+        at = np.searchsorted(self.stream[mine] * span + self.position[mine], stream * span + position)
+        found, shared = np.append(mine, -1)[at], position < self.first_position
+        held = (self.stream[found] == stream) & (self.position[found] == position)
+        assert (shared | held).all(), "a token is read that its stream does not hold"
         return np.where(shared, position, found)
 
 
@@ -66,50 +65,37 @@ def pack_row(
     """Pack a prompt and its sides into one row.
 
     A noisy version has the response's length, with the mask id at the positions hidden in that state and LEFT_OUT
-    at the tokens of whole blocks that are not needed.
+    at the tokens of whole blocks that are not needed. With blocks of ONE_BLOCK each version holds the whole prompt,
+    which sees the response and cannot be shared.
     """
     offset = grid_offset(len(prompt), block_size, origin)
     shared = (len(prompt) + offset) // block_size * block_size - offset
     tail = prompt[shared:]
-    segments: list[_Segment] = [(prompt[:shared], np.arange(shared), PROMPT, CLEAN)]
+    segments = [(prompt[:shared], np.arange(shared), PROMPT, CLEAN)]
     for side, (response, noisy_versions) in enumerate(sides):
-        end = len(prompt) + len(response)
-        last_block = (end - 1 + offset) // block_size * block_size - offset
+        last_block = (len(prompt) + len(response) - 1 + offset) // block_size * block_size - offset
         clean = np.concatenate([tail, response])[: max(last_block - shared, 0)]
         for stream, tokens in enumerate([clean, *(_add_tail(tail, noisy) for noisy in noisy_versions)]):
             kept = np.flatnonzero(tokens != LEFT_OUT)
             segments.append((tokens[kept], shared + kept, side, stream))
-    return _join(segments, lambda position: (position + offset) // block_size, shared)
+    ids, positions, of_side, of_stream = zip(*segments, strict=True)
+    position, lengths = np.concatenate(positions), list(map(len, ids))
+    return PackedRow(
+        ids=np.concatenate(ids).astype(np.int64),
+        position=position,
+        block=(position + offset) // block_size,
+        side=np.repeat(of_side, lengths),
+        stream=np.repeat(of_stream, lengths),
+        first_position=shared,
+    )
 
 
 def _add_tail(tail: np.ndarray, noisy: np.ndarray) -> np.ndarray:
     """Put the prompt's tail before the first block, which it opens: it is left out with that block."""
-    left_out = len(noisy) and noisy[0] == LEFT_OUT
-    return np.concatenate([np.full_like(tail, LEFT_OUT) if left_out else tail, noisy])
+    return np.concatenate([np.full_like(tail, LEFT_OUT) if LEFT_OUT in noisy[:1] else tail, noisy])
 
 
-def pack_whole(prompt: np.ndarray, sides: NoisySides) -> PackedRow:
-    """Pack for full attention: for each side and draw the whole prompt and the noisy response, as one block.
-
-    The prompt sees the response and cannot be shared, so each draw costs a forward of its own length.
-    """
-    segments: list[_Segment] = []
-    for side, (_, noisy_versions) in enumerate(sides):
-        for stream, noisy in enumerate(noisy_versions, start=1):
-            tokens = np.concatenate([prompt, noisy])
-            segments.append((tokens, np.arange(len(tokens)), side, stream))
-    return _join(segments, np.zeros_like, 0)
-
-
-def _join(segments: list[_Segment], block_of: Callable[[np.ndarray], np.ndarray], first_position: int) -> PackedRow:
-    ids, position = (np.concatenate([segment[i] for segment in segments]).astype(np.int64) for i in (0, 1))
-    side, stream = (np.concatenate([np.full(len(s[0]), s[i], dtype=np.int64) for s in segments]) for i in (2, 3))
-    block = block_of(position)
-    return PackedRow(ids, position, block, side=side, stream=stream, first_position=first_position)
-
-
-@dataclass(frozen=True, slots=True)
-class Planes:
+class Planes(NamedTuple):
     """The inputs of the mask, int64 [R, T]: block of the grid, side (PAD: padding), stream, pair within the row."""
 
     block: Tensor
@@ -117,29 +103,27 @@ class Planes:
     stream: Tensor
     pair: Tensor
 
-    def at(self, *index: Any) -> tuple[Tensor, ...]:
+    def at(self, *index: Any) -> "Planes":
         """Index every plane."""
-        return tuple(getattr(self, f.name)[index] for f in fields(self))
+        return Planes(*(plane[index] for plane in self))
 
     def pad(self, length: int) -> "Planes":
         """Append padding up to `length` tokens."""
         extra = (0, length - self.side.shape[1])
-        fills = {f.name: PAD if f.name == "side" else 0 for f in fields(self)}
-        return Planes(*(F.pad(getattr(self, name), extra, value=fill) for name, fill in fills.items()))
+        return Planes(*(F.pad(plane, extra, value=PAD if plane is self.side else 0) for plane in self))
 
 
-def _sees(query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+def _sees(query: Planes, key: Planes) -> Tensor:
     """Apply the rule: a token sees the prompt and its own side of its own pair; nobody sees padding.
 
     Clean keys are seen from later blocks, and from their own block by clean queries (clean blocks are bidirectional).
     Noisy keys are seen from their own block of their own stream only.
     """
-    block_q, side_q, stream_q, pair_q = query
-    block_k, side_k, stream_k, pair_k = key
-    same_text = (pair_k == pair_q) & ((side_k == side_q) | (side_k == PROMPT)) & (side_k != PAD) & (side_q != PAD)
-    same_block, clean_key = block_k == block_q, stream_k == CLEAN
-    from_clean = clean_key & ((block_k < block_q) | (same_block & (stream_q == CLEAN)))
-    from_noisy = ~clean_key & same_block & (stream_k == stream_q)
+    same_side = (key.side == query.side) | (key.side == PROMPT)
+    same_text = (key.pair == query.pair) & same_side & (key.side != PAD) & (query.side != PAD)
+    same_block, clean_key = key.block == query.block, key.stream == CLEAN
+    from_clean = clean_key & ((key.block < query.block) | (same_block & (query.stream == CLEAN)))
+    from_noisy = ~clean_key & same_block & (key.stream == query.stream)
     return same_text & (from_clean | from_noisy)
 
 
@@ -160,6 +144,5 @@ def sparse_mask(planes: Planes) -> BlockMask:
         padding = (query == key) & (planes.side[row, query] == PAD)
         return _sees(planes.at(row, query), planes.at(row, key)) | padding
 
-    rows, length = planes.side.shape
-    device = planes.side.device
+    (rows, length), device = planes.side.shape, planes.side.device
     return create_block_mask(rule, rows, None, length, length, device=device, _compile=device.type == "cuda")

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, DataError
-from dtrpo_ray.method.attention import CLEAN, LEFT_OUT, PAD, PackedRow, Planes, grid_offset, pack_row, pack_whole
+from dtrpo_ray.method.attention import CLEAN, LEFT_OUT, ONE_BLOCK, PAD, PackedRow, Planes, grid_offset, pack_row
 from dtrpo_ray.method.trajectory import (
     GIVEN,
+    Origin,
     State,
     block_generators,
     block_slices,
-    confidence_steps,
     dense_steps,
-    random_steps,
+    ordered_steps,
     sample_elbo_states,
     sample_step_states,
     sequential_steps,
@@ -29,6 +29,11 @@ from dtrpo_ray.method.trajectory import (
 
 SIDES = ("chosen", "rejected")
 PLANES = {"ids": 0, "position": 0, "block": 0, "side": PAD, "stream": 0, "pair": 0}  # name -> value of padding
+# a scored token of a response: its index there, the stream and position of the state to read; columns of `MicroBatch`
+SCORED = np.dtype(
+    [(name, np.int64) for name in ("index", "stream", "position", "scored_row", "scored_col", "target", "slot", "draw")]
+    + [("exact", np.bool_), ("weight", np.float32), ("nll_weight", np.float32)]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,18 @@ class ModelLayout:
     block_size: int
     mask_id: int
     attention: Literal["block", "full"] = "block"
-    block_origin: Literal["global", "response"] = "global"
+    block_origin: Origin = "global"
     shift: Literal[0, 1] = 0
 
     @classmethod
     def of(cls, model: Any) -> "ModelLayout":
         """Read the layout of a `DiffusionLM`, or of an engine around one."""
         return cls(**{f.name: getattr(model, f.name) for f in fields(cls)})
+
+    @property
+    def state_grid(self) -> tuple[int, Origin]:
+        """Size and origin of the blocks that a state hides apart: full attention sees the whole response as one."""
+        return (ONE_BLOCK, "global") if self.attention == "full" else (self.block_size, self.block_origin)
 
     @property
     def reads_back(self) -> bool:
@@ -114,25 +124,6 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True, slots=True)
-class _SampledSide:
-    """One response, its noisy versions (one per draw), and its scored tokens.
-
-    A scored token has its index in the response, the stream and position of the hidden state to read, and the columns
-    of `MicroBatch`.
-    """
-
-    response: np.ndarray
-    noisy: list[np.ndarray]
-    index: np.ndarray
-    stream: np.ndarray
-    position: np.ndarray
-    draw: np.ndarray
-    exact: np.ndarray
-    weight: np.ndarray
-    nll_weight: np.ndarray
-
-
 def build_batch(
     rows: Sequence[Mapping[str, Any]],
     objective: Objective,
@@ -151,17 +142,16 @@ def build_batch(
     ConfigError if the objective does not fit the model.
     """
     _require_fit(objective, layout)
-    packed, sampled = [], []
-    for row in rows:
-        sides = [_sample_side(row, side, objective, layout, seed) for side in _sides_of(objective)]
-        prompt, noisy = np.asarray(row["prompt_ids"], dtype=np.int64), [(side.response, side.noisy) for side in sides]
-        packed.append(
-            pack_whole(prompt, noisy)
-            if layout.attention == "full"
-            else pack_row(prompt, noisy, layout.block_size, layout.block_origin)
-        )
-        sampled.append(sides)
-    return _collate(rows, packed, sampled, layout, row_tokens)
+    packed, scored, sides = [], [], _sides_of(objective)
+    for b, row in enumerate(rows):
+        sampled = [_sample_side(row, side, objective, layout, seed) for side in sides]
+        noisy = [(response, versions) for response, versions, _ in sampled]
+        packed.append(pack_row(np.asarray(row["prompt_ids"], dtype=np.int64), noisy, *layout.state_grid))
+        scored.append([tokens for _, _, tokens in sampled])
+        for s, tokens in enumerate(scored[-1]):
+            tokens["slot"] = b * len(sides) + s
+            tokens["scored_col"] = packed[-1].columns(s, tokens["stream"], tokens["position"])
+    return _collate(rows, packed, scored, layout, row_tokens)
 
 
 def _require_fit(objective: Objective, layout: ModelLayout) -> None:
@@ -184,28 +174,49 @@ def _sides_of(objective: Objective) -> tuple[str, ...]:
 
 def _sample_side(
     row: Mapping[str, Any], side: str, objective: Objective, layout: ModelLayout, seed: int
-) -> _SampledSide:
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Return one response, its noisy versions (one per draw), and its scored tokens as records of SCORED.
+
+    A shifted model reads the state before the token. Before the first token of a block that is the clean block before
+    it, as in its decoder, or with `first_token` = "noisy" that block in the token's own stream, as in its training.
+    """
     prompt_len, response = len(row["prompt_ids"]), np.asarray(row[f"{side}_ids"], dtype=np.int64)
     first = layout.opens_block(prompt_len, len(response))
     states, given = _states(row, side, objective, layout, seed)
     # a likelihood (sft, the SFT term, elbo) reads every hidden token, dtrpo the newly unmasked ones only
     all_hidden = side == "chosen" and (not objective.follows_steps or objective.rpo_alpha > 0)
-    index, stream, *columns = _score(states, given & first, first, objective, layout, all_hidden=all_hidden)
-    position = prompt_len + index - layout.shift
-    if (position < 0).any():
+    parts = []
+    for draw, state in enumerate(states):
+        index = np.flatnonzero(state.coverage > 0 if all_hidden else state.scored)
+        part = np.zeros(len(index), SCORED)
+        part["index"], part["stream"], part["draw"] = index, draw + 1, draw
+        if layout.reads_back and objective.first_token == "clean":
+            part["stream"][first[index]] = CLEAN
+        # a first token that is read in the noisy block before it depends on that block's draw
+        part["exact"] = state.exact[index] & ~(first[index] & (objective.first_token == "noisy"))
+        part["weight"] = state.weight[index]
+        part["nll_weight"] = (state.coverage if all_hidden else state.weight)[index]
+        parts.append(part)
+    if objective.given_tokens == "clean":
+        once = np.zeros(np.count_nonzero(given & first), SCORED)
+        once["index"], once["stream"] = np.flatnonzero(given & first), CLEAN
+        once["exact"] = once["weight"] = once["nll_weight"] = 1
+        parts.append(once)
+    tokens = np.concatenate(parts)
+    tokens["target"], tokens["position"] = response[tokens["index"]], prompt_len + tokens["index"] - layout.shift
+    if (tokens["position"] < 0).any():
         raise DataError(
             f"row {row['row_id']}: prompt_ids is empty, and this model predicts a token from the one before it "
             "(shift = 1): begin prompts with a token, such as the tokenizer's first"
         )
-    block = layout.block_of(prompt_len, prompt_len + np.arange(len(response)))
-    noisy = []
+    block, noisy = layout.block_of(prompt_len, prompt_len + np.arange(len(response))), []
     for draw, state in enumerate(states, start=1):
         version = np.where(state.hidden, layout.mask_id, response)
         if layout.attention == "block":
-            read = layout.block_of(prompt_len, position[stream == draw])
+            read = layout.block_of(prompt_len, tokens["position"][tokens["stream"] == draw])
             version = np.where(np.isin(block, read), version, LEFT_OUT)
         noisy.append(version)
-    return _SampledSide(response, noisy, index, stream, position, *columns)
+    return response, noisy, tokens
 
 
 def _states(
@@ -215,26 +226,24 @@ def _states(
     rng = block_generators(seed, row["row_id"], row["epoch"], "state")
     prompt_len, length = len(row["prompt_ids"]), len(row[f"{side}_ids"])
     blocks = block_slices(prompt_len, length, layout.block_size, layout.block_origin)
-    full = layout.attention == "full"
-    # one state shows the whole response to a full-attention model: it is the only block
-    state_blocks = [slice(0, length)] if full else blocks
+    state_blocks = block_slices(prompt_len, length, *layout.state_grid)
     # a shifted model's decoder takes a block's first token autoregressively; sft must learn these tokens too
-    given = layout.opens_block(prompt_len, length) if layout.reads_back and objective.is_preference else None
+    given = layout.opens_block(prompt_len, length) & (layout.reads_back and objective.is_preference)
     if not objective.follows_steps:
         assert objective.num_draws != "all"
-        states = sample_elbo_states(length, state_blocks, rng, objective.num_draws, given)
-        return states, np.zeros(length, dtype=bool) if given is None else given
+        return sample_elbo_states(state_blocks, rng, objective.num_draws, given), given
     if objective.schedule == "recorded":
         steps = dense_steps(_column(row, f"{side}_steps", "recorded"), state_blocks)
     else:
-        if objective.schedule == "random":
-            order = block_generators(seed, row["row_id"], row["epoch"], "order")
-            steps = random_steps(blocks, objective.tokens_per_step, order, given)
-        else:
-            by_confidence = objective.schedule == "confidence"  # without any, left to right
-            confidence = _column(row, f"{side}_confidence", "confidence") if by_confidence else np.zeros(length)
-            steps = confidence_steps(confidence, blocks, objective.tokens_per_step, given)
-        steps = sequential_steps(steps, blocks) if full else steps
+        order = block_generators(seed, row["row_id"], row["epoch"], "order")
+        by_confidence = objective.schedule == "confidence"  # without any, left to right
+        rank = -_column(row, f"{side}_confidence", "confidence") if by_confidence else np.arange(length)
+
+        def key(block: int, free: np.ndarray) -> np.ndarray:
+            return order(block).permutation(len(free)) if objective.schedule == "random" else rank[free]
+
+        steps = ordered_steps(blocks, objective.tokens_per_step, given, key)
+        steps = sequential_steps(steps, blocks) if layout.attention == "full" else steps
     states = sample_step_states(steps, state_blocks, objective.weighting, rng, objective.num_draws)
     return states, steps == GIVEN
 
@@ -252,39 +261,8 @@ def _column(row: Mapping[str, Any], name: str, schedule: str) -> np.ndarray:
     return np.asarray(values, dtype=np.int64 if schedule == "recorded" else np.float64)
 
 
-def _score(
-    states: list[State],
-    given: np.ndarray,
-    first: np.ndarray,
-    objective: Objective,
-    layout: ModelLayout,
-    *,
-    all_hidden: bool,
-) -> tuple[np.ndarray, ...]:
-    """Choose the tokens to score: their index, the stream to read, and draw, exact, weight, nll_weight.
-
-    A shifted model reads the state before the token. Before the first token of a block that is the clean block before
-    it, as in its decoder, or with `first_token` = "noisy" that block in the token's own stream, as in its training.
-    """
-    parts = []
-    for draw, state in enumerate(states):
-        index = np.flatnonzero(state.coverage > 0 if all_hidden else state.scored)
-        stream = np.full(len(index), draw + 1)
-        if layout.reads_back and objective.first_token == "clean":
-            stream[first[index]] = CLEAN
-        weight, nll_weight = state.weight[index], (state.coverage if all_hidden else state.weight)[index]
-        # a first token that is read in the noisy block before it depends on that block's draw
-        exact = state.exact[index] & ~(first[index] & (objective.first_token == "noisy"))
-        parts.append((index, stream, np.full(len(index), draw), exact, weight, nll_weight))
-    if objective.given_tokens == "clean":
-        index = np.flatnonzero(given)
-        once, zeros = np.ones(len(index)), np.zeros(len(index), dtype=np.int64)
-        parts.append((index, zeros + CLEAN, zeros, once > 0, once, once))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-
 def packed_tokens(row: Mapping[str, Any], objective: Objective, attention: str) -> int:
-    """Bound the tokens that a pair takes of a packed row (see `pack_row` and `pack_whole` in `attention`)."""
+    """Bound the tokens that a pair takes of a packed row (see `attention.pack_row`)."""
     prompt, tokens = len(row["prompt_ids"]), 0
     for side in _sides_of(objective):
         response, draws = len(row[f"{side}_ids"]), objective.num_draws
@@ -297,60 +275,49 @@ def packed_tokens(row: Mapping[str, Any], objective: Objective, attention: str) 
 
 def padded_tokens(lengths: list[int], row_tokens: int | None) -> int:
     """Count the tokens of the packed rows of pairs of these lengths, padding included (see `build_batch`)."""
-    places = _share_rows(lengths, row_tokens)
-    ends = [first + length for (_, first), length in zip(places, lengths, strict=True)]
-    return (1 + max(row for row, _ in places)) * max(ends)
+    filled = _share_rows(lengths, row_tokens)[1]
+    return len(filled) * max(filled)
 
 
-def _share_rows(lengths: list[int], row_tokens: int | None) -> list[tuple[int, int]]:
-    """Place each pair at (row, first column): longest first, into the first row with room, or alone in a new one."""
-    if row_tokens is None:
-        return [(b, 0) for b in range(len(lengths))]
+def _share_rows(lengths: list[int], row_tokens: int | None) -> tuple[list[tuple[int, int]], list[int]]:
+    """Place each pair at (row, first column): longest first, into the first row with room, or alone in a new one.
+
+    Returns the places, and how far each row is filled. Without `row_tokens` each pair has a row of its own, in order.
+    """
     filled: list[int] = []
-    places = [(0, 0)] * len(lengths)
-    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
-        row = next((r for r, used in enumerate(filled) if used + lengths[b] <= row_tokens), len(filled))
+    places, pairs = [(0, 0)] * len(lengths), range(len(lengths))
+    for b in pairs if row_tokens is None else sorted(pairs, key=lambda b: -lengths[b]):
+        row = next((r for r, used in enumerate(filled) if used + lengths[b] <= (row_tokens or 0)), len(filled))
         if row == len(filled):
             filled.append(0)
         places[b] = (row, filled[row])
         filled[row] += lengths[b]
-    return places
+    return places, filled
 
 
 def _collate(
     rows: Sequence[Mapping[str, Any]],
     packed: list[PackedRow],
-    sampled: list[list[_SampledSide]],
+    scored: list[list[np.ndarray]],
     layout: ModelLayout,
     row_tokens: int | None,
 ) -> MicroBatch:
-    lengths, num_sides = [len(p.ids) for p in packed], len(sampled[0])
-    places = _share_rows(lengths, row_tokens)
-    shape = (1 + max(r for r, _ in places), max(first + n for (_, first), n in zip(places, lengths, strict=True)))
-    grids = {name: np.full(shape, fill, dtype=np.int64) for name, fill in PLANES.items()}
-    parts: list[tuple[np.ndarray, ...]] = []
-    for b, (row, (r, first), sides) in enumerate(zip(packed, places, sampled, strict=True)):
+    places, filled = _share_rows([len(p.ids) for p in packed], row_tokens)
+    grids = {name: np.full((len(filled), max(filled)), fill, dtype=np.int64) for name, fill in PLANES.items()}
+    for b, (row, (r, first), sides) in enumerate(zip(packed, places, scored, strict=True)):
         for name, grid in grids.items():
             values = getattr(row, name) if name != "pair" else sum(r == other for other, _ in places[:b])
             grid[r, first : first + len(row.ids)] = values
-        for s, side in enumerate(sides):
-            column = np.zeros(len(side.index), dtype=np.int64)
-            for stream in np.unique(side.stream).tolist():
-                here = side.stream == stream
-                column[here] = first + row.columns(s, stream, side.position[here])
-            slot = np.full(len(column), b * num_sides + s)
-            where = (np.full(len(column), r), column, side.response[side.index], slot, side.draw)
-            parts.append((*where, side.exact, side.weight, side.nll_weight))
-    names = ("scored_row", "scored_col", "target", "slot", "draw", "exact", "weight", "nll_weight")
-    joined = dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
-    types = {"exact": np.bool_, "weight": np.float32, "nll_weight": np.float32}
+        for tokens in sides:
+            tokens["scored_row"], tokens["scored_col"] = r, first + tokens["scored_col"]
+    columns = np.concatenate([tokens for sides in scored for tokens in sides])
+    counts = [[len(np.unique(tokens["index"][tokens["weight"] > 0])) for tokens in sides] for sides in scored]
+    responses = [[len(row[f"{side}_ids"]) for side in SIDES[: len(scored[0])]] for row in rows]
     return MicroBatch(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
-        **{name: torch.from_numpy(values.astype(types.get(name, np.int64))) for name, values in joined.items()},
-        tokens=torch.tensor([[len(side.response) for side in sides] for sides in sampled], dtype=torch.float32),
-        scored=torch.tensor(
-            [[len(np.unique(side.index[side.weight > 0])) for side in sides] for sides in sampled], dtype=torch.float32
-        ),
+        **{name: torch.from_numpy(columns[name].copy()) for name in columns.dtype.names[3:]},
+        tokens=torch.tensor(responses, dtype=torch.float32),
+        scored=torch.tensor(counts, dtype=torch.float32),
         row_weight=torch.tensor([float(row.get("row_weight", 1.0)) for row in rows]),
         ref_logp=None,
         layout=layout,

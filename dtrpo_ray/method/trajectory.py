@@ -74,37 +74,23 @@ def dense_steps(raw_steps: np.ndarray, blocks: list[slice]) -> np.ndarray:
     return steps
 
 
-def random_steps(
-    blocks: list[slice], tokens_per_step: int, rng: BlockGenerators, given: np.ndarray | None = None
+def ordered_steps(
+    blocks: list[slice], size: int, given: np.ndarray, key: Callable[[int, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Make up an order for text that has none: shuffle each block into groups of `tokens_per_step`.
+    """Make up an order for text that has none: by rising `key`, each `size` tokens of a block at one step.
 
-    `given` (bool [n]) marks tokens that no step chooses; they get GIVEN, and the others form the groups.
+    `key` maps a block's number and free positions to numbers; ties go left to right. `given` (bool [n]) marks tokens
+    that no step chooses; they get GIVEN, and the others form the groups.
     """
-    return _group(blocks, tokens_per_step, given, lambda block, free: rng(block).permutation(len(free)))
-
-
-def confidence_steps(
-    confidence: np.ndarray, blocks: list[slice], tokens_per_step: int, given: np.ndarray | None = None
-) -> np.ndarray:
-    """Unmask each block by falling `confidence` (float [n]) in groups of `tokens_per_step`; ties go left to right."""
-
-    def place(block: int, free: np.ndarray) -> np.ndarray:
-        return np.argsort(np.argsort(-confidence[free], kind="stable"), kind="stable")
-
-    return _group(blocks, tokens_per_step, given, place)
-
-
-def _group(
-    blocks: list[slice], size: int, given: np.ndarray | None, place: Callable[[int, np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Give each `size` places one step; `place` maps a block's number and free positions to places 0, 1, .."""
-    steps = np.full(blocks[-1].stop if blocks else 0, GIVEN, dtype=np.int64)
-    for number, block in enumerate(blocks):
-        free = np.arange(block.start, block.stop)
-        free = free if given is None else free[~given[block]]
-        steps[free] = place(number, free) // size
+    steps = np.full(len(given), GIVEN, dtype=np.int64)
+    for number, free in enumerate(_free(blocks, given)):
+        steps[free[np.argsort(key(number, free), kind="stable")]] = np.arange(len(free)) // size
     return steps
+
+
+def _free(blocks: list[slice], given: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of each block that are not given."""
+    return [block.start + np.flatnonzero(~given[block]) for block in blocks]
 
 
 def sequential_steps(steps: np.ndarray, blocks: list[slice]) -> np.ndarray:
@@ -133,9 +119,8 @@ def sample_step_states(
     draws = [_draw_steps(steps[block], weighting, rng(b), num_draws) for b, block in enumerate(blocks)]
     states = []
     for draw in range(max([1, *map(len, draws)])):
-        hidden, scored = steps == NEVER, np.zeros(len(steps), dtype=bool)
-        weight, coverage = np.zeros(len(steps)), np.zeros(len(steps))
-        exact = np.zeros(len(steps), dtype=bool)
+        weight, coverage, hidden = np.zeros(len(steps)), np.zeros(len(steps)), steps == NEVER
+        scored, exact = np.zeros_like(hidden), np.zeros_like(hidden)
         for block, drawn in zip(blocks, draws, strict=True):
             if draw < len(drawn):
                 step, step_weight, share = drawn[draw]
@@ -171,26 +156,22 @@ def _draw_steps(
     return [(int(s[0] + rng.integers(len(s))), len(s) / scale, len(s) / num_steps) for s in strata]
 
 
-def sample_elbo_states(
-    num_tokens: int, blocks: list[slice], rng: BlockGenerators, num_draws: int = 1, given: np.ndarray | None = None
-) -> list[State]:
+def sample_elbo_states(blocks: list[slice], rng: BlockGenerators, num_draws: int, given: np.ndarray) -> list[State]:
     """Sample the block ELBO's state: per block l ~ U{1..B_b} random tokens hidden and all scored, weight B_b / l.
 
     This is the masked-diffusion bound (LLaDA, arXiv 2502.09992, eq. 14) applied per block: the control for dTRPO and,
     averaged per token, the SFT objective. The draws are independent, each with its share 1 / `num_draws` (VRPO, arXiv
-    2505.19223). `given` (bool [n]) marks tokens that are shown and not counted, as in `random_steps`.
+    2505.19223). `given` (bool [n]) marks tokens that are shown and not counted, as in `ordered_steps`.
     """
     states = []
     for _ in range(num_draws):
-        hidden, weight = np.zeros(num_tokens, dtype=bool), np.zeros(num_tokens)
-        for number, block in enumerate(blocks):
-            free = np.arange(block.start, block.stop)
-            free = free if given is None else free[~given[block]]
+        hidden, weight = np.zeros(len(given), dtype=bool), np.zeros(len(given))
+        for number, free in enumerate(_free(blocks, given)):
             if len(free):
                 own = rng(number)
                 count = int(own.integers(1, len(free) + 1))
                 hidden[free[own.permutation(len(free))[:count]]] = True
                 weight[free] = len(free) / count
         weight = weight * hidden / num_draws
-        states.append(State(hidden, hidden, weight, weight, np.zeros(num_tokens, dtype=bool)))
+        states.append(State(hidden, hidden, weight, weight, np.zeros(len(given), dtype=bool)))
     return states

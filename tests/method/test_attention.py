@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dtrpo_ray.method.attention import (
     LEFT_OUT,
+    ONE_BLOCK,
     PAD,
     PROMPT,
     PackedRow,
     Planes,
     dense_mask,
     pack_row,
-    pack_whole,
     sparse_mask,
 )
 from dtrpo_ray.models.sdar import SDAR
@@ -314,7 +314,7 @@ def test_the_sparse_mask_is_the_dense_mask(origin: str) -> None:
     """FlexAttention's tiles and its rule within them, over rows of unequal length with padding, entry by entry."""
     rows = [pack_row(text(p), sides_of(lens, 2), B, origin) for p, lens in ((61, (70, 33)), (3, (40, 90)))]  # type: ignore[arg-type]
     first, second = planes_of(rows), planes_of(rows[:1]).pad(planes_of(rows).side.shape[1])
-    planes = Planes(*(torch.cat(pair) for pair in zip(first.at(), second.at(), strict=True)))
+    planes = Planes(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
     sparse, dense = sparse_mask(planes), dense_mask(planes)
     length = planes.side.shape[1]
     rule = sparse.mask_mod
@@ -348,16 +348,16 @@ def test_a_noisy_stream_may_leave_blocks_out() -> None:
     #             prompt      | clean          | draw 1, second block | draw 2, first block and the prompt's tail
     assert row.ids.tolist() == [1, 2, 3, 4, 5, 11, 12, 13, MASK, 15, 16, 17, 5, MASK, 12, 13]
     assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 4, 5, 6, 7]
-    assert row.columns(0, 1, np.array([8, 11])).tolist() == [8, 11]
-    assert row.columns(0, 2, np.array([2, 4, 7])).tolist() == [2, 12, 15]
-    assert row.columns(0, 0, np.array([0, 7])).tolist() == [0, 7]
+    assert row.columns(0, np.array([1, 1]), np.array([8, 11])).tolist() == [8, 11]
+    assert row.columns(0, np.array([2, 2, 2]), np.array([2, 4, 7])).tolist() == [2, 12, 15]
+    assert row.columns(0, np.array([0, 0]), np.array([0, 7])).tolist() == [0, 7]
     with pytest.raises(AssertionError, match="does not hold"):
-        row.columns(0, 2, np.array([8]))
+        row.columns(0, np.array([2]), np.array([8]))
 
 
 def test_full_attention_rows_hold_whole_sequences_that_see_themselves() -> None:
     sides = sides_of((4, 3), draws=2)
-    row = pack_whole(text(3), sides)
+    row = pack_row(text(3), sides, ONE_BLOCK)
     assert row.ids.tolist() == [v for _, draws in sides for d in draws for v in [1, 2, 3, *d]]
     assert noisy_starts(row) == [[0, 7], [14, 20]]
     segment = np.repeat([0, 1, 2, 3], [7, 7, 6, 6])

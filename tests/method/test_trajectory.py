@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from dtrpo_ray.method.trajectory import (
     GIVEN,
     NEVER,
+    BlockGenerators,
     NumDraws,
     State,
     Weighting,
     block_generators,
     block_slices,
-    confidence_steps,
     dense_steps,
-    random_steps,
+    ordered_steps,
     row_generator,
     sample_elbo_states,
     sample_step_states,
@@ -76,6 +76,23 @@ def every_draw(sample: Callable[[np.random.Generator], T]) -> Iterator[tuple[Fra
         while path and path[-1] + 1 == rng.widths[len(path) - 1]:
             path.pop()
         path = [*path[:-1], path[-1] + 1] if path else None
+
+
+def none_given(blocks: list[slice]) -> np.ndarray:
+    return np.zeros(blocks[-1].stop, dtype=bool)
+
+
+def random_steps(blocks: list[slice], k: int, rng: BlockGenerators, given: np.ndarray | None = None) -> np.ndarray:
+    given = none_given(blocks) if given is None else given
+    return ordered_steps(blocks, k, given, lambda block, free: rng(block).permutation(len(free)))
+
+
+def confidence_steps(confidence: np.ndarray, blocks: list[slice], k: int, given: np.ndarray) -> np.ndarray:
+    return ordered_steps(blocks, k, given, lambda _, free: -confidence[free])
+
+
+def elbo_states(blocks: list[slice], rng: BlockGenerators, num_draws: int = 1) -> list[State]:
+    return sample_elbo_states(blocks, rng, num_draws, none_given(blocks))
 
 
 def coefficients(state: State, blocks: list[slice], kind: str = "weight") -> Formal:
@@ -191,7 +208,7 @@ def test_random_steps_are_uniform_groups(k: int) -> None:
     blocks = block_slices(1, 7, 4)
     expected = [sorted(j // k for j in range(s.stop - s.start)) for s in blocks]
     seen: Counter[tuple[int, ...]] = Counter()
-    for _, step_of in every_draw(lambda rng: random_steps(blocks, k, rng)):
+    for _, step_of in every_draw(lambda rng: random_steps(blocks, k, rng)):  # type: ignore[arg-type]
         assert [sorted(step_of[s].tolist()) for s in blocks] == expected
         seen[tuple(step_of.tolist())] += 1
     ways = [
@@ -345,13 +362,13 @@ def any_order(size: int) -> Formal:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_elbo_state_averages_to_the_any_order_bound(size: int) -> None:
     block = [slice(0, size)]
-    sampled = mean(lambda rng: sample_elbo_states(size, block, rng)[0], block)
+    sampled = mean(lambda rng: elbo_states(block, rng)[0], block)
     assert sampled == elbo(size, range(1, size + 1)) == any_order(size)
 
 
 def test_elbo_state_scores_what_it_hides_in_every_block() -> None:
     blocks = block_slices(2, 6, 4)
-    for _, state in every_draw(lambda rng: sample_elbo_states(6, blocks, rng)[0]):
+    for _, state in every_draw(lambda rng: elbo_states(blocks, rng)[0]):
         assert (state.scored == state.hidden).all()
         for block in blocks:
             count, size = int(state.hidden[block].sum()), block.stop - block.start
@@ -389,7 +406,7 @@ def test_coverage_of_a_random_order_is_the_block_elbo(k: int) -> None:
 
 
 def test_coverage_of_an_elbo_state_is_its_weight() -> None:
-    for _, state in every_draw(lambda rng: sample_elbo_states(7, block_slices(1, 7, 4), rng)[0]):
+    for _, state in every_draw(lambda rng: elbo_states(block_slices(1, 7, 4), rng)[0]):
         assert (state.coverage == state.weight).all()
 
 
@@ -428,7 +445,7 @@ def test_the_elbo_form_has_the_lower_variance(k: int, spread: tuple[float, float
     assert variance == pytest.approx(spread[0], abs=1e-3)
     assert sum(p * (x - averaged) ** 2 for p, x in draws) == pytest.approx(spread[1], abs=1e-3)
     if k == 1:
-        sampled = moments(lambda rng: sample_elbo_states(4, block, rng)[0], block, value)
+        sampled = moments(lambda rng: elbo_states(block, rng)[0], block, value)
         assert sampled == pytest.approx((center, spread[1]), abs=1e-3)
 
 
@@ -618,7 +635,7 @@ def test_given_tokens_are_shown_in_the_elbos_states_and_the_others_are_a_block_o
     blocks = [slice(0, 3), slice(3, 4), slice(4, 6)]
     for n in (1, 3):
         for seed in range(20):
-            states = sample_elbo_states(6, blocks, block_generators(seed, "row", 0, "state"), n, given)
+            states = sample_elbo_states(blocks, block_generators(seed, "row", 0, "state"), n, given)
             for block, free in zip(blocks, (2, 1, 1), strict=True):
                 for values in ("weight", "coverage"):
                     assert sum(getattr(s, values)[block].sum() for s in states) == pytest.approx(free)
@@ -632,7 +649,7 @@ def test_elbo_draws_are_independent_and_share_the_weight() -> None:
     for n in (1, 2, 3):
         draws = [
             (float(p), sum(evaluate(coefficients(s, block), value) for s in states))
-            for p, states in every_draw(lambda rng, n=n: sample_elbo_states(2, block, rng, n))
+            for p, states in every_draw(lambda rng, n=n: elbo_states(block, rng, n))
         ]
         center = sum(p * x for p, x in draws)
         assert center == pytest.approx(evaluate(any_order(2), value))
@@ -661,10 +678,10 @@ def test_given_tokens_are_shown_and_never_scored(weighting: Weighting, num_draws
 
 def test_made_up_orders_number_by_number() -> None:
     blocks, given = [slice(0, 3), slice(3, 8)], np.array([0, 0, 0, 1, 0, 0, 0, 0], dtype=bool)
-    assert confidence_steps(np.zeros(8), blocks, 2).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
+    assert confidence_steps(np.zeros(8), blocks, 2, none_given(blocks)).tolist() == [0, 0, 1, 0, 0, 1, 1, 2]
     assert confidence_steps(np.zeros(8), blocks, 2, given).tolist() == [0, 0, 1, GIVEN, 0, 0, 1, 1]
     confidence = np.array([-3.0, -1, -2, -9, -4, -1, -1, -0.5])
-    assert confidence_steps(confidence, blocks, 1).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
+    assert confidence_steps(confidence, blocks, 1, none_given(blocks)).tolist() == [2, 0, 1, 4, 3, 1, 2, 0]
     assert confidence_steps(confidence, blocks, 2, given).tolist() == [1, 0, 0, GIVEN, 1, 0, 1, 0]
     step_of = random_steps(blocks, 2, block_generators(0, "r", 0, "order"), given)
     assert (step_of == GIVEN).tolist() == given.tolist()
