@@ -275,7 +275,7 @@ def export(
             base_name = str(pipeline.base().path.resolve())  # [sft] trained it: it has no other name
         card = exports.job_card(pipeline.job, pipeline.lineage(), pipeline.curves(), base_name, adapter)
         if adapter:
-            exports.export_adapter(aligned.path.parent / "adapter", out, card, dtype)
+            exports.export_adapter(aligned.path.parent / "adapter", out, card, base_name, dtype)
             _warn_of_a_local_base(out)
         else:
             exports.export_model(aligned.path, out, card, dtype, pipeline.job.serve.denoising_steps)

@@ -8,7 +8,8 @@ from pathlib import Path
 from paths import ROOT
 
 REPORT = ("page.html.jinja", "plots.mplstyle", "light.mplstyle", "dark.mplstyle")
-NOT_CODE = {"dtrpo_ray/py.typed", "dtrpo_ray/serve/playground.html", *(f"dtrpo_ray/report/{name}" for name in REPORT)}
+READ = ("py.typed", "serve/playground.html", "train/card.md.jinja", *(f"report/{name}" for name in REPORT))
+NOT_CODE = {f"dtrpo_ray/{name}" for name in READ}
 
 
 def test_the_wheel_holds_the_package_whole_and_no_benchmarks(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import StrictUndefined, Template
 from safetensors.torch import load_file, save_file
 
 from dtrpo_ray.config.job import Job
@@ -22,75 +22,20 @@ from dtrpo_ray.models.tokenizer import load_tokenizer, turn_end_id
 from dtrpo_ray.stages import Json, StageRow
 from dtrpo_ray.train import checkpoint
 
-CARD = """---
-library_name: {library}
-{base_model}tags: [diffusion-language-model, dtrpo]
----
-# {name}
-
-{what} trained with `{objective}` by dtrpo_ray (dTRPO: arXiv 2603.18806) {origin}.
-{base}
-## Lineage
-
-| stage | inputs | outputs | summary |
-|---|---|---|---|
-{rows}
-
-## Metrics
-
-The last line of each training stage.
-
-| stage | {columns} |
-|---|{rules}|
-{metrics}
-
-## {title}, as resolved
-
-```json
-{settings}
-```
-"""
-METRICS = ("step", "loss", "margin", "reward_accuracy", "grad_norm")
 HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+")  # what a card may name as base_model
 HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+)/snapshots/")
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """The facts of a README.md: `rows` are stage, inputs, outputs and summary, `metrics` the last line of a stage."""
+def _card(base: str | None, adapter: bool, settings: Mapping[str, Json], **facts: Json) -> str:
+    """Return the README.md of `facts`: name, objective, origin, title of the settings, rows and metrics.
 
-    name: str
-    objective: str
-    origin: str
-    base: str | None
-    adapter: bool
-    rows: list[tuple[str, str, str, str]]
-    metrics: Mapping[str, Mapping[str, float]]
-    title: str
-    settings: Mapping[str, Json]
-
-    def text(self) -> str:
-        """Return the README.md."""
-        named = self.base if self.base and HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None
-        base_model = f"base_model: {named}\n" if named else ""
-        return CARD.format(
-            library="peft" if self.adapter else "dtrpo_ray",
-            base_model=base_model + ("base_model_relation: adapter\n" if self.adapter and named else ""),
-            name=self.name,
-            what="A LoRA adapter" if self.adapter else "A diffusion language model",
-            objective=self.objective,
-            origin=self.origin,
-            base=f"\nBase model: `{self.base}`.\n" if self.base else "",
-            rows="\n".join(f"| {' | '.join(row)} |" for row in self.rows),
-            columns=" | ".join(METRICS),
-            rules="|".join("---" for _ in METRICS),
-            metrics="\n".join(
-                f"| {stage} | " + " | ".join(_number(line.get(metric)) for metric in METRICS) + " |"
-                for stage, line in self.metrics.items()
-            ),
-            title=self.title,
-            settings=json.dumps(self.settings, indent=2),
-        )
+    Rows are stage, inputs, outputs and summary; metrics the last line of each stage.
+    """
+    hub_id = base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    text = Path(__file__).with_name("card.md.jinja").read_text()
+    template = Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    shown = json.dumps(settings, indent=2)
+    return template.render(base=base, hub_id=hub_id, adapter=adapter, settings=shown, **facts)
 
 
 def job_card(
@@ -99,41 +44,35 @@ def job_card(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     base: str | None,
     adapter: bool = False,
-) -> Card:
-    """Describe a job's aligned model."""
-    rows = [(s["stage"], s["key"][:12], f"{len(s['outputs'])} files", json.dumps(s["summary"])) for s in lineage]
-    return Card(
+) -> str:
+    """Return the README.md of a job's aligned model."""
+    return _card(
+        base,
+        adapter,
+        settings=job.model_dump(mode="json"),
         name=job.name,
         objective=job.train.objective.type,
         origin=f"on the task `{job.task.type}`, seed {job.seed}",
-        base=base,
-        adapter=adapter,
-        rows=rows,
+        rows=[(s["stage"], s["key"][:12], f"{len(s['outputs'])} files", json.dumps(s["summary"])) for s in lineage],
         metrics={name: lines[-1] for name, lines in curves.items() if lines},
         title="The job",
-        settings=job.model_dump(mode="json"),
     )
 
 
-def _checkpoint_card(facts: checkpoint.SealedFacts, base: str, adapter: bool) -> Card:
+def _checkpoint_card(facts: checkpoint.SealedFacts, base: str, adapter: bool) -> str:
     label, step = facts["label"], facts["step"]
     inputs = ", ".join(f"{name} {digest[:12]}" for name, digest in facts["identity"].items())
-    row = (f"{label}, step {step}", inputs, f"rank files of {facts['num_workers']} worker(s)", "not finished")
-    return Card(
+    return _card(
+        base,
+        adapter,
+        settings=facts["config"],
         name=f"{label}-step-{step}",
         objective=facts["config"]["objective"]["type"],
         origin=f"up to step {step} of the training stage `{label}`, seed {facts['seed']}",
-        base=base,
-        adapter=adapter,
-        rows=[row],
+        rows=[(f"{label}, step {step}", inputs, f"rank files of {facts['num_workers']} worker(s)", "not finished")],
         metrics={label: facts["metrics"]},
         title="The stage",
-        settings=facts["config"],
     )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
 
 
 def base_name(path: Path) -> str:
@@ -146,9 +85,9 @@ def base_name(path: Path) -> str:
 
 
 def export_model(
-    model: Path, out: Path, card: Card, dtype: str | None = None, denoising_steps: int | None = None
+    model: Path, out: Path, card: str, dtype: str | None = None, denoising_steps: int | None = None
 ) -> None:
-    """Write `model` to `out`, which must not exist, with README.md; complete or absent, never half.
+    """Write `model` to `out`, which must not exist, with `card` as README.md; complete or absent, never half.
 
     Without `dtype` the weights are copied as they are; with it ("float32", "bfloat16") they are rounded to it. A model
     that lacks generation defaults gets some, with `denoising_steps` a block.
@@ -162,16 +101,16 @@ def export_model(
         _finish(folder, card, denoising_steps)
 
 
-def export_adapter(adapter: Path, out: Path, card: Card, dtype: str | None = None) -> None:
-    """Write a LoRA run's PEFT adapter to `out`, which must not exist, with README.md; the base's name is the card's."""
+def export_adapter(adapter: Path, out: Path, card: str, base: str | None, dtype: str | None = None) -> None:
+    """Write a LoRA run's PEFT adapter to `out` as `export_model` does; it names `base` as its base model."""
     with whole_folder(out) as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         file = folder / ADAPTER_CONFIG
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": card.base}, indent=2))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}, indent=2))
         if dtype is not None:
             rounded = {n: t.to(getattr(torch, dtype)) for n, t in load_file(folder / ADAPTER_FILE).items()}
             save_file(rounded, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        (folder / "README.md").write_text(card.text())
+        _finish(folder, card)
 
 
 def export_checkpoint(
@@ -189,21 +128,17 @@ def export_checkpoint(
     if not base_folder.is_dir():
         raise CheckpointError(f"{source}: its base model {base_folder} is gone; export needs its tokenizer")
     config = TrainConfig.model_validate(facts["config"])
-    model = _checkpoint_model(source, base_folder, config)
-    adapter = config.lora is not None and not merged
-    card = _checkpoint_card(facts, base or base_name(base_folder), adapter)
+    model, base = _checkpoint_model(source, base_folder, config), base or base_name(base_folder)
     if config.lora and merged:
         merge_adapters(model)
     model = model.to(getattr(torch, dtype)) if dtype else model
     with whole_folder(out) as folder:
-        if config.lora and adapter:
-            assert card.base is not None
-            save_adapter(model, config.lora, card.base, folder)
-            (folder / "README.md").write_text(card.text())
+        if config.lora and not merged:
+            save_adapter(model, config.lora, base, folder)
         else:
             copy_companions(base_folder, folder)
             save_model(model, folder)
-            _finish(folder, card, None)
+        _finish(folder, _checkpoint_card(facts, base, adapter=config.lora is not None and not merged))
     return facts
 
 
@@ -219,12 +154,12 @@ def _checkpoint_model(source: Path, base: Path, config: TrainConfig) -> Diffusio
     return model
 
 
-def _finish(folder: Path, card: Card, denoising_steps: int | None) -> None:
-    """Write generation defaults, where the model brought none, and the card."""
+def _finish(folder: Path, card: str, denoising_steps: int | None = None) -> None:
+    """Write the card and, where a model brought none, generation defaults."""
     file = folder / "generation_config.json"
-    if not file.exists():
+    if (folder / "config.json").exists() and not file.exists():
         file.write_text(json.dumps(_generation_defaults(folder, denoising_steps), indent=2) + "\n")
-    (folder / "README.md").write_text(card.text())
+    (folder / "README.md").write_text(card)
 
 
 def _generation_defaults(model: Path, denoising_steps: int | None) -> dict[str, int | list[int]]:

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +27,7 @@ from dtrpo_ray.models.tokenizer import character_tokenizer, load_tokenizer
 from dtrpo_ray.pipeline import ModelRef
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.backend import TAG
-from dtrpo_ray.train.export import Card, base_name, export_adapter, export_checkpoint, export_model, job_card
+from dtrpo_ray.train.export import base_name, export_adapter, export_checkpoint, export_model, job_card
 
 MakeModel = Callable[..., SDAR]
 LINEAGE: list[dict[str, Any]] = [
@@ -43,7 +42,7 @@ def job() -> Job:
 
 
 @pytest.fixture
-def card(job: Job) -> Card:
+def card(job: Job) -> str:
     return job_card(job, LINEAGE, CURVES, None)
 
 
@@ -57,7 +56,7 @@ def trained(make_model: MakeModel, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_folder_is_the_model_and_what_it_came_with(trained: Path, tmp_path: Path, card: Card) -> None:
+def test_the_folder_is_the_model_and_what_it_came_with(trained: Path, tmp_path: Path, card: str) -> None:
     out = tmp_path / "out"
     export_model(trained, out, card, denoising_steps=3)
     before, after = load_file(trained / "model.safetensors"), load_file(out / "model.safetensors")
@@ -73,15 +72,15 @@ def test_the_folder_is_the_model_and_what_it_came_with(trained: Path, tmp_path: 
     }
 
 
-def test_generation_defaults_end_a_chat_where_its_template_does(trained: Path, tmp_path: Path, card: Card) -> None:
+def test_generation_defaults_end_a_chat_where_its_template_does(trained: Path, tmp_path: Path, card: str) -> None:
     (trained / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|MASK|>{% endfor %}")
     export_model(trained, tmp_path / "out", card)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [21, 22]
 
 
-def test_the_card_has_lineage_metrics_and_the_job(trained: Path, tmp_path: Path, job: Job, card: Card) -> None:
+def test_the_card_has_lineage_metrics_and_the_job(trained: Path, tmp_path: Path, job: Job, card: str) -> None:
     export_model(trained, tmp_path / "out", card)
-    card = (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "README.md").read_text() == card
     assert card.startswith("---\nlibrary_name: dtrpo_ray\ntags:")
     assert '| train-1 | 0123456789ab | 1 files | {"loss": 0.5} |' in card
     assert "| train-1 | 40 | 0.512346 | 0.25 |  |  |" in card
@@ -89,13 +88,13 @@ def test_the_card_has_lineage_metrics_and_the_job(trained: Path, tmp_path: Path,
     assert Job.model_validate(resolved) == job
 
 
-def test_a_releases_own_generation_defaults_stay(trained: Path, tmp_path: Path, card: Card) -> None:
+def test_a_releases_own_generation_defaults_stay(trained: Path, tmp_path: Path, card: str) -> None:
     (trained / "generation_config.json").write_text('{"temperature": 0.7}')
     export_model(trained, tmp_path / "out", card)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"temperature": 0.7}
 
 
-def test_another_dtype_rounds_and_says_so(trained: Path, tmp_path: Path, card: Card) -> None:
+def test_another_dtype_rounds_and_says_so(trained: Path, tmp_path: Path, card: str) -> None:
     out = tmp_path / "out"
     export_model(trained, out, card, "bfloat16")
     before, after = load_file(trained / "model.safetensors"), load_file(out / "model.safetensors")
@@ -120,12 +119,13 @@ def test_a_base_is_called_by_its_hub_id_or_as_the_user_called_it(path: str, name
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_an_adapter_is_exported_with_its_base_named(tmp_path: Path, card: Card, dtype: str | None) -> None:
+def test_an_adapter_is_exported_with_its_base_named(tmp_path: Path, job: Job, dtype: str | None) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     PeftConfig(base_model_name_or_path="/stages/base-0123/model", r=3).save_pretrained(str(adapter))
     save_file({"a": torch.rand(3, 2)}, adapter / "adapter_model.safetensors")
-    export_adapter(adapter, tmp_path / "out", replace(card, adapter=True, base="JetLM/SDAR-4B-Chat"), dtype)
+    base = "JetLM/SDAR-4B-Chat"
+    export_adapter(adapter, tmp_path / "out", job_card(job, LINEAGE, CURVES, base, adapter=True), base, dtype)
     assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in adapter.iterdir()} | {"README.md"}
     config = PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert (config.base_model_name_or_path, config.r) == ("JetLM/SDAR-4B-Chat", 3)
@@ -135,8 +135,8 @@ def test_an_adapter_is_exported_with_its_base_named(tmp_path: Path, card: Card, 
     assert torch.equal(after, before.to(getattr(torch, dtype or "float32")))
 
 
-def test_a_path_of_this_machine_is_told_in_the_card_and_is_no_hub_id(card: Card) -> None:
-    text = replace(card, adapter=True, base="/stages/base-0123/model").text()
+def test_a_path_of_this_machine_is_told_in_the_card_and_is_no_hub_id(job: Job) -> None:
+    text = job_card(job, LINEAGE, CURVES, "/stages/base-0123/model", adapter=True)
     assert "base_model:" not in text
     assert "Base model: `/stages/base-0123/model`." in text
 
@@ -319,7 +319,7 @@ def test_a_checkpoint_without_settings_or_base_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_half_made_has_the_final_name(trained: Path, tmp_path: Path, card: Card) -> None:
+def test_nothing_half_made_has_the_final_name(trained: Path, tmp_path: Path, card: str) -> None:
     (trained / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         export_model(trained, tmp_path / "out", card, "bfloat16")
