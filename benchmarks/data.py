@@ -33,13 +33,13 @@ from dtrpo_ray.config.task import TrajectoriesTask
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.data import prepare
 from dtrpo_ray.data.pairs import Pairer
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY, TrajectoryRow
 from dtrpo_ray.data.tables import file_parts, prompt_parts, table_files
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.parts import run_parts
-from dtrpo_ray.produce.rollout import DecodeJob, DecodeRequest, Recorder, request_parts
+from dtrpo_ray.produce.rollout import DecodeJob, Recorder, request_parts
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
 from dtrpo_ray.train.reference import ReferenceScorer, epoch_parts
@@ -156,7 +156,7 @@ def pipelines(folder: Path, rows: int, model_rows: int) -> Iterator[Pipeline]:
     by_prompt = prompt_parts(files_of(folder, "score"), rows // PARTS)
     yield Pipeline("pair", by_prompt, partial(Pairer, PairConfig()))
     prompts = [
-        DecodeRequest(row_id=f"{i:06d}", prompt_id=f"{i:06d}", prompt="1 plus 1 is", denoising_steps=4)
+        TrajectoryRow(row_id=f"{i:06d}", prompt_id=f"{i:06d}", prompt="1 plus 1 is", denoising_steps=4)
         for i in range(model_rows)
     ]
     batch = max(1, model_rows // PARTS)

@@ -6,7 +6,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -22,7 +22,7 @@ from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.data import prepare, tables
 from dtrpo_ray.data.formats.files import data_files, sha256_data
 from dtrpo_ray.data.pairs import Pairer
-from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY, TrajectoryRow
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, read_public_tests, scorer_path
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ConfigError, DataError
@@ -47,6 +47,8 @@ from dtrpo_ray.train.worker import ADAPTER, MODEL
 TABLE = "table"
 REF_LOGPS = "ref-logps"
 HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and variant
+
+MakeImporter = Callable[[prepare.ImportJob], prepare.Importer]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -163,9 +165,9 @@ class Pipeline:
         """
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
         if job.drafts:
-            return self._import("drafts", "drafts", self._drafts(job.drafts))
+            return self._drafts(job.drafts)
         if job.task.brings_prompts and config:
-            return self._import(f"rollout-{number}", "trajectories", self._rollout(config, number))
+            return self._rollout(config, number)
         if job.task.brings_responses:
             return self._import("trajectories", "trajectories")
         if config is None:
@@ -188,19 +190,12 @@ class Pipeline:
         policy = self.policy(number - 1).digest
         return {"rollout": config.model_dump(mode="json"), "policy": policy, "seed": self.job.seed, "round": number}
 
-    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[rollout.DecodeRequest]:
+    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[TrajectoryRow]:
         assert self.job.puzzle is not None
         puzzles = generate_puzzles(self.job.puzzle, config.num_prompts, "train", _seed_of(self.job.seed, number))
-        return [
-            rollout.DecodeRequest(
-                row_id=f"r{number}-{i:06d}-{sample:02d}",
-                prompt_id=f"r{number}-{i:06d}",
-                prompt=puzzle["prompt"],
-                denoising_steps=config.denoising_steps[sample % len(config.denoising_steps)],
-            )
-            for i, puzzle in enumerate(puzzles)
-            for sample in range(config.num_samples)
-        ]
+        named = {f"r{number}-{i:06d}": puzzle["prompt"] for i, puzzle in enumerate(puzzles)}
+        prompts = (TrajectoryRow(row_id=name, prompt_id=name, prompt=text) for name, text in named.items())
+        return [request for prompt in prompts for request in rollout.sample_requests(config, prompt)]
 
     def _decode_job(self, model: ModelRef, params: SamplingParams, batch_size: int) -> rollout.DecodeJob:
         scorer = scorer_path(self.job.puzzle) if self.job.puzzle else None
@@ -208,11 +203,12 @@ class Pipeline:
         return rollout.DecodeJob(path, model.digest, params, batch_size, seed=seed, scorer=scorer)
 
     def _record(
-        self, prompts: list[rollout.DecodeRequest], decode: rollout.DecodeJob, out: Path, label: str
+        self, prompts: list[TrajectoryRow], decode: rollout.DecodeJob, out: Path, label: str
     ) -> list[dict[str, Any]]:
         """Decode and score puzzles into a table; return the summaries of its parts."""
-        data_hash = sha256_json([request.prompt for request in prompts])
-        parts = rollout.request_parts([replace(request, data_hash=data_hash) for request in prompts], decode.batch_size)
+        data_hash = sha256_json([request["prompt"] for request in prompts])
+        requests: list[TrajectoryRow] = [{**request, "data_hash": data_hash} for request in prompts]
+        parts = rollout.request_parts(requests, decode.batch_size)
         recorder = partial(rollout.Recorder, decode, self.job.cluster.num_actors)
         done = run_parts(parts, recorder, out / TABLE, self.job.cluster, label, gpu=True)
         tables.write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
@@ -271,40 +267,53 @@ class Pipeline:
             raise ConfigError(f"task.type = {self.job.task.type!r} has no files to prepare; its stages make their own")
         return self.pairs(1) if self.job.task.brings_pairs else self.trajectories(1)
 
-    def _drafts(self, config: DraftsConfig) -> "_Answers":
+    def _drafts(self, config: DraftsConfig) -> Stage:
         digest = sha256_json(_hashes(config.model))
         inputs: JsonObject = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
-        drafter = partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
-        return _Answers(inputs, drafter, config.batch_size, partial(require_vllm, "drafts"))
 
-    def _rollout(self, config: RolloutConfig, number: int) -> "_Answers":
-        policy, inputs, actors = (
-            self.policy(number - 1),
-            self._rollout_inputs(config, number),
-            self.job.cluster.num_actors,
-        )
-        decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
-        recorder = partial(rollout.FileRecorder, job=decode, config=config, number=number, sharers=actors)
-        rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
-        return _Answers(inputs, recorder, max(1, rows), partial(rollout.require_fit, policy.path, config))
+        def drafter() -> MakeImporter:
+            require_vllm("drafts")
+            return partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
 
-    def _import(self, name: str, noun: str, answers: "_Answers | None" = None) -> Stage:
+        return self._import("drafts", "drafts", inputs, drafter, config.batch_size)
+
+    def _rollout(self, config: RolloutConfig, number: int) -> Stage:
+        policy, actors = self.policy(number - 1), self.job.cluster.num_actors
+
+        def recorder() -> MakeImporter:
+            rollout.require_fit(policy.path, config)
+            decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
+            return partial(rollout.FileRecorder, job=decode, config=config, number=number, sharers=actors)
+
+        rows = max(1, config.batch_size * len(set(config.denoising_steps)) // config.num_samples)
+        inputs = self._rollout_inputs(config, number)
+        return self._import(f"rollout-{number}", "trajectories", inputs, recorder, rows)
+
+    def _import(
+        self,
+        name: str,
+        noun: str,
+        more: JsonObject | None = None,
+        answering: Callable[[], MakeImporter] | None = None,
+        part_rows: int | None = None,
+    ) -> Stage:
+        """Return the table made of the job's files; `answering` makes the importer of a model that answers prompts.
+
+        It is called before any actor starts, and may raise ConfigError.
+        """
         job, task = self.job, self.job.task
         assert not isinstance(task, PuzzleTask)
         hashes = {file: sha256_data(file) for where in task.files for file in data_files(where)}
         inputs: JsonObject = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base().digest}
-        inputs = {**inputs, **(answers.inputs if answers else {})}
 
         def make(out: Path) -> JsonObject:
-            if answers:
-                answers.require()
+            make_importer = answering() if answering else prepare.Importer
             model = skeleton_of(self.base().path)
             grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
             source = prepare.ImportJob(task, self.base().path.resolve(), grid, hashes)
-            importer = partial(answers.importer if answers else prepare.Importer, source)
-            parts = prepare.import_parts(task, answers.part_rows if answers else None)
-            label = name if answers else "prepare"
-            done = run_parts(parts, importer, out / TABLE, job.cluster, label, gpu=answers is not None)
+            parts = prepare.import_parts(task, part_rows)
+            worker, label = partial(make_importer, source), name if answering else "prepare"
+            done = run_parts(parts, worker, out / TABLE, job.cluster, label, gpu=answering is not None)
             counts = prepare.finish_import(done, PREFERENCE if task.brings_pairs else TRAJECTORY, out / TABLE)
             console.print("\n".join(tables.count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
@@ -319,7 +328,7 @@ class Pipeline:
                 "refused": counts["refused"],
             }
 
-        return self._stage(name, inputs, [f"{TABLE}/*.parquet"], make)
+        return self._stage(name, {**inputs, **(more or {})}, [f"{TABLE}/*.parquet"], make)
 
     @once
     def policy(self, number: int) -> ModelRef:
@@ -437,7 +446,7 @@ class Pipeline:
 
         def make(out: Path) -> JsonObject:
             prompts = [
-                rollout.DecodeRequest(
+                TrajectoryRow(
                     row_id=f"{title}/{k}/{i:06d}",
                     prompt_id=f"{title}/{i:06d}",
                     prompt=row["prompt"],
@@ -479,19 +488,6 @@ class Pipeline:
     def lineage(self) -> list[StageRow]:
         """Return every stage asked for so far as rows for a report."""
         return [stage.lineage() for stage in self.made.values()]
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """The model that answers a file's prompts: its stage's further inputs, its importer, the prompts of a part.
-
-    `require` raises errors that should come before any actor starts.
-    """
-
-    inputs: JsonObject
-    importer: Callable[..., prepare.Importer]
-    part_rows: int
-    require: Callable[[], None]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -174,10 +174,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Path:
 
 def sudoku_prompts(count: int) -> list[Any]:
     from dtrpo_ray.data.tasks.sudoku import generate
-    from dtrpo_ray.produce.rollout import DecodeRequest
 
     puzzles = generate(count, "train", seed=0, blanks=(1, 1))
-    return [DecodeRequest(f"r-{i:02d}", f"r-{i:02d}", puzzle["prompt"], 1 + i % 2) for i, puzzle in enumerate(puzzles)]
+    return [
+        {"row_id": f"r-{i:02d}", "prompt_id": f"r-{i:02d}", "prompt": puzzle["prompt"], "denoising_steps": 1 + i % 2}
+        for i, puzzle in enumerate(puzzles)
+    ]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -199,7 +201,7 @@ def test_a_rollout_whose_actor_is_killed_has_every_row_once(tmp_path: Path, poli
     pool, alone = pool_and_alone(parts, partial(Recorder, job, 2), tmp_path)
     assert same_files(pool, alone)
     table = read_table(pool, TRAJECTORY).sort_by("row_id")
-    assert table["row_id"].to_pylist() == [request.row_id for request in prompts]
+    assert table["row_id"].to_pylist() == [request["row_id"] for request in prompts]
 
     (tmp_path / "one").mkdir()
     Recorder(replace(job, batch_size=100), 2)(request_parts(prompts, 100)[0], tmp_path / "one")
@@ -255,7 +257,7 @@ def test_a_file_of_prompts_is_decoded_and_then_scored(tmp_path: Path, policy: Pa
     from dtrpo_ray.pipeline import Pipeline
     from dtrpo_ray.stages import Store
 
-    rows = [{"prompt": row.prompt, "answer": "1"} for row in sudoku_prompts(5)]
+    rows = [{"prompt": row["prompt"], "answer": "1"} for row in sudoku_prompts(5)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections: dict[str, Any] = {
         "task": {"type": "prompts", "files": [str(tmp_path / "prompts.jsonl")]},

@@ -67,10 +67,10 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
         assert store.inputs[f"train-{number}"]["table"] == pipeline.pairs(number).digest
     assert job.rollout
     prompts = [pipeline._rollout_prompts(job.rollout.model_copy(update={"num_prompts": 50}), n) for n in (1, 2)]
-    ids = [{row.row_id for row in rows} for rows in prompts]
+    ids = [{row["row_id"] for row in rows} for rows in prompts]
     assert len(ids[0]) == len(prompts[0]) == 50 * job.rollout.num_samples
     assert not ids[0] & ids[1]
-    assert {row.prompt for row in prompts[0]} != {row.prompt for row in prompts[1]}
+    assert {row["prompt"] for row in prompts[0]} != {row["prompt"] for row in prompts[1]}
 
 
 def write_record(folder: Path, workers: dict[str, NumWorkers]) -> None:

@@ -25,7 +25,7 @@ from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY, TrajectoryRow
 from dtrpo_ray.data.tables import Rejected, write_whole
 from dtrpo_ray.decode.engine import Engine, block_size_error
-from dtrpo_ray.decode.types import DECODER_NAME, Generation, SamplingParams, to_params
+from dtrpo_ray.decode.types import DECODER_NAME, SamplingParams, to_params
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.registry import skeleton_of
@@ -34,25 +34,12 @@ from dtrpo_ray.session import cpu_threads
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRequest:
-    """One response to decode. `prompt` is text or messages; `prompt_ids` are its ids if it is encoded already."""
-
-    row_id: str
-    prompt_id: str
-    prompt: str | list[dict[str, str]]
-    denoising_steps: int
-    prompt_ids: list[int] | None = None
-    answer: str | None = None
-    origin: str | None = None
-    data_hash: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class DecodeJob:
     """The model, sampling parameters and scorer ("module:function" or None) of one pass over requests.
 
-    Each request has its own number of denoising steps; requests with the same number are decoded `batch_size` at a
-    time.
+    A request is the part of its trajectory's row that is known before: row_id, prompt_id, prompt and denoising_steps,
+    and, if there are any, prompt_ids, answer, origin and data_hash. Requests with the same number of denoising steps
+    are decoded `batch_size` at a time.
     """
 
     model: Path
@@ -91,47 +78,39 @@ class Recorder:
         rewards = table["reward"].drop_null().to_pylist()
         return {"rows": len(table), "scored": len(rewards), "sum": sum(rewards)}
 
-    def decode(self, requests: Sequence[DecodeRequest]) -> pa.Table:
+    def decode(self, requests: Sequence[TrajectoryRow]) -> pa.Table:
         """Decode a trajectory for each request, those with the same number of denoising steps together."""
         rows: list[TrajectoryRow] = []
-        for steps in sorted({request.denoising_steps for request in requests}):
-            same = [request for request in requests if request.denoising_steps == steps]
+        for steps in sorted({request["denoising_steps"] or 0 for request in requests}):
+            same = [request for request in requests if request["denoising_steps"] == steps]
             params = self.job.params.model_copy(update={STEPS: steps})
             for start in range(0, len(same), self.job.batch_size):
-                batch = same[start : start + self.job.batch_size]
-                prompts = [request.prompt_ids or self.engine.encode(request.prompt) for request in batch]
-                seeds = [int(row_generator(self.job.seed, r.row_id, 0, "decode").integers(2**63)) for r in batch]
-                generations = self.engine.generate(prompts, params, seeds)
-                decoded = zip(batch, prompts, seeds, generations, strict=True)
-                rows += [self._trajectory(*one, params) for one in decoded]
+                rows += self._decode_batch(same[start : start + self.job.batch_size], params)
         return pa.Table.from_pylist(rows, schema=TRAJECTORY)
 
-    def _trajectory(
-        self, request: DecodeRequest, prompt: list[int], seed: int, generation: Generation, params: SamplingParams
-    ) -> TrajectoryRow:
-        said, text = request.prompt, self.engine.decode(generation.text_ids)
-        return {
-            "contract_version": CONTRACT_VERSION,
-            "row_id": request.row_id,
-            "prompt_id": request.prompt_id,
-            "origin": request.origin,
-            "answer": request.answer,
-            "data_hash": request.data_hash,
-            "prompt": said if isinstance(said, str) else json.dumps(said, ensure_ascii=False),
-            "response": text,
-            "prompt_ids": prompt,
-            "response_ids": generation.ids,
-            "steps": generation.steps,
-            "logps": generation.logps,
-            "num_forwards": generation.num_forwards,
-            "reward": self.score(said, text) if self.score else None,
-            "reward_source": self.job.scorer,
-            **how_decoded(self.engine.model, params, len(prompt), generation.steps),
-            "seed": seed,
-            "engine": DECODER_NAME,
-            "model_hash": self.job.model_hash,
-            "tokenizer_hash": self.tokenizer_hash,
-        }
+    def _decode_batch(self, batch: list[TrajectoryRow], params: SamplingParams) -> Iterator[TrajectoryRow]:
+        prompts = [request.get("prompt_ids") or self.engine.encode(request["prompt"]) for request in batch]
+        seeds = [int(row_generator(self.job.seed, r["row_id"], 0, "decode").integers(2**63)) for r in batch]
+        generations = self.engine.generate(prompts, params, seeds)
+        for request, prompt, seed, generation in zip(batch, prompts, seeds, generations, strict=True):
+            text = self.engine.decode(generation.text_ids)
+            yield {
+                **request,
+                **how_decoded(self.engine.model, params, len(prompt), generation.steps),
+                "contract_version": CONTRACT_VERSION,
+                "response": text,
+                "prompt_ids": prompt,
+                "response_ids": generation.ids,
+                "steps": generation.steps,
+                "logps": generation.logps,
+                "num_forwards": generation.num_forwards,
+                "reward": self.score(request["prompt"], text) if self.score else None,
+                "reward_source": self.job.scorer,
+                "seed": seed,
+                "engine": DECODER_NAME,
+                "model_hash": self.job.model_hash,
+                "tokenizer_hash": self.tokenizer_hash,
+            }
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +118,30 @@ class RequestPart:
     """Some responses to decode, and the name of the file that they become."""
 
     name: str
-    requests: list[DecodeRequest]
+    requests: list[TrajectoryRow]
 
     def __str__(self) -> str:
-        return f"prompts {self.requests[0].row_id} to {self.requests[-1].row_id}"
+        return f"prompts {self.requests[0]['row_id']} to {self.requests[-1]['row_id']}"
 
 
-def request_parts(requests: Sequence[DecodeRequest], batch_size: int) -> list[RequestPart]:
+def sample_requests(config: RolloutConfig, prompt: TrajectoryRow) -> Iterator[TrajectoryRow]:
+    """Yield a request for each sample of a prompt, which takes its turn in the numbers of denoising steps.
+
+    The sample's number is added to the prompt's row_id (from 0) and to its origin (from 1), if it has one.
+    """
+    steps, origin = config.denoising_steps, prompt.get("origin")
+    for sample in range(config.num_samples):
+        yield {
+            **prompt,
+            "row_id": f"{prompt['row_id']}-{sample:02d}",
+            "origin": origin and f"{origin}#{sample + 1}",
+            "denoising_steps": steps[sample % len(steps)],
+        }
+
+
+def request_parts(requests: Sequence[TrajectoryRow], batch_size: int) -> list[RequestPart]:
     """Cut requests into parts of about one batch for each number of denoising steps, since these decode apart."""
-    size = batch_size * len({request.denoising_steps for request in requests})
+    size = batch_size * len({request["denoising_steps"] for request in requests})
     chunks = [list(requests[start : start + size]) for start in range(0, len(requests), size)]
     return [RequestPart(f"part-{number:05d}.parquet", chunk) for number, chunk in enumerate(chunks)]
 
@@ -172,20 +166,15 @@ class FileRecorder(Importer):
             return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
 
         refusals.refuse(ids.lengths > self.room, "prompt too long", detail)
-        requests, steps = list[DecodeRequest](), self.config.denoising_steps
-        for at in np.flatnonzero(refusals.good):
-            row, prompt_id = rows[at], prompt_ids[int(at)].as_py()
-            encoded = ids.take(np.array([at])).flat.tolist()
-            requests += [
-                DecodeRequest(
-                    row_id=f"r{self.number}-{prompt_id}-{sample:02d}",
-                    prompt_id=prompt_id,
-                    prompt=row.prompt,
-                    denoising_steps=steps[sample % len(steps)],
-                    prompt_ids=encoded,
-                    answer=row.answer,
-                    origin=f"{row.origin}#{sample + 1}",
-                )
-                for sample in range(self.config.num_samples)
-            ]
+        requests = list[TrajectoryRow]()
+        for at in np.flatnonzero(refusals.good).tolist():
+            row, prompt_id = rows[at], prompt_ids[at].as_py()
+            requests += sample_requests(self.config, {
+                "row_id": f"r{self.number}-{prompt_id}",
+                "prompt_id": prompt_id,
+                "prompt": row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, ensure_ascii=False),
+                "prompt_ids": ids.take(np.array([at])).flat.tolist(),
+                "answer": row.answer,
+                "origin": row.origin,
+            })  # fmt: skip
         return apply_rules(self.recorder.decode(requests), refusals.to_rejected(lambda at: [rows[at].origin]))
