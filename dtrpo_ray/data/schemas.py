@@ -51,7 +51,7 @@ class SamplerRow(TypedDict):
 
 
 class TrajectoryRow(TypedDict, total=False):
-    """A row of TRAJECTORY, or a part of one, as our decoder writes it."""
+    """A row of TRAJECTORY, or a part of one. An import leaves null what it cannot know, and only scoring rewards."""
 
     contract_version: int
     row_id: str
@@ -62,25 +62,25 @@ class TrajectoryRow(TypedDict, total=False):
     answer: str | None
     prompt_ids: list[int]
     response_ids: list[int]
-    steps: list[int]
-    ranks: list[int]
-    types: list[int]
+    steps: list[int] | None
+    ranks: list[int] | None
+    types: list[int] | None
     logps: list[float] | None
-    num_forwards: int
+    num_forwards: int | None
     reward: float | None
     reward_source: str | None
     block_size: int
     block_origin: str
     mask_id: int
-    shift: int
+    shift: int | None
     denoising_steps: int | None
-    temperature: float
-    sampler: SamplerRow
-    support: str
-    seed: int
+    temperature: float | None
+    sampler: SamplerRow | None
+    support: str | None
+    seed: int | None
     engine: str
-    model_hash: str
-    tokenizer_hash: str
+    model_hash: str | None
+    tokenizer_hash: str | None
     data_hash: str | None
 
 
@@ -88,45 +88,28 @@ _NAME = "dtrpo.table"  # in a schema's metadata
 _COLUMNS = pa.schema(arrow_fields(TrajectoryRow), metadata={_NAME: f"trajectory/v{CONTRACT_VERSION}"})
 TRAJECTORY = _COLUMNS.set(_COLUMNS.get_field_index("seed"), pa.field("seed", pa.int64()))
 
+# the columns of a pair's sides -> the columns of the two trajectories that they come from
+SIDES = {
+    f"{side}_{name}": source
+    for name, source in {"ids": "response_ids", "steps": "steps", "types": "types", "reward": "reward"}.items()
+    for side in ("chosen", "rejected")
+}
 PREFERENCE = pa.schema(
     [
-        ("contract_version", pa.int32()),
-        ("row_id", pa.string()),
-        ("prompt_id", pa.string()),
-        ("origin", pa.string()),
-        ("prompt_ids", _ARROW[list[int]]),
-        ("chosen_ids", _ARROW[list[int]]),
-        ("rejected_ids", _ARROW[list[int]]),
-        ("chosen_steps", _ARROW[list[int]]),
-        ("rejected_steps", _ARROW[list[int]]),
-        ("chosen_types", _ARROW[list[int]]),
-        ("rejected_types", _ARROW[list[int]]),
-        ("chosen_reward", pa.float64()),
-        ("rejected_reward", pa.float64()),
-        ("reward_source", pa.string()),
-        ("block_size", pa.int32()),
-        ("block_origin", pa.string()),
-        ("mask_id", pa.int32()),
-        ("model_hash", pa.string()),
-        ("tokenizer_hash", pa.string()),
-        ("data_hash", pa.string()),
+        *map(TRAJECTORY.field, ("contract_version", "row_id", "prompt_id", "origin", "prompt_ids")),
+        *(pa.field(name, TRAJECTORY.field(source).type) for name, source in SIDES.items()),
+        *map(TRAJECTORY.field, ("reward_source", "block_size", "block_origin", "mask_id")),
+        *map(TRAJECTORY.field, ("model_hash", "tokenizer_hash", "data_hash")),
     ],
     metadata={_NAME: f"preference/v{CONTRACT_VERSION}"},
 )
-
 EXAMPLE = pa.schema(
     [PREFERENCE.field(name) for name in ("contract_version", "row_id", "prompt_ids", "chosen_ids")],
     metadata={_NAME: f"example/v{CONTRACT_VERSION}"},
 )
-
-# what an import cannot know, and what only a scored or a recorded row has
-MAY_BE_NULL = frozenset(
-    [
-        *("origin", "answer", "steps", "ranks", "types", "logps", "num_forwards", "reward", "reward_source", "shift"),
-        *("denoising_steps", "temperature", "sampler", "support", "seed", "model_hash", "tokenizer_hash", "data_hash"),
-        *("chosen_steps", "rejected_steps", "chosen_types", "rejected_types", "chosen_reward", "rejected_reward"),
-    ]
-)
+ID_COLUMNS = ("prompt_ids", "response_ids", "chosen_ids", "rejected_ids")
+_NULLABLE = {name for name, hint in get_type_hints(TrajectoryRow).items() if isinstance(hint, UnionType)}
+MAY_BE_NULL = frozenset(_NULLABLE | {name for name, source in SIDES.items() if source in _NULLABLE})
 
 SCHEMAS = (TRAJECTORY, PREFERENCE, EXAMPLE)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
+from dtrpo_ray.data.ragged import Ragged
 from dtrpo_ray.data.rules import GOOD, Expected, block_ranks, check_table, rules_of, verdicts
 from dtrpo_ray.data.schemas import MAY_BE_NULL, PREFERENCE, table_name
 from dtrpo_ray.data.tables import DUPLICATE
@@ -210,10 +211,9 @@ def test_a_row_without_an_id_is_named_by_its_number(kind: str) -> None:
 def test_ranks_of_a_column_are_those_of_its_rows(rows: list[tuple[int, list[int]]], size: int) -> None:
     steps = [np.array(s, dtype=np.int64) for _, s in rows]
     starts, lengths = np.array([start for start, _ in rows]), np.array([len(s) for s in steps])
-    ranks, owner = block_ranks(np.concatenate(steps), lengths, starts, np.full(len(rows), size))
+    ranks = block_ranks(Ragged.packed(np.concatenate(steps), lengths), starts, np.full(len(rows), size))
     expected = [dense_steps(s, block_slices(start, len(s), size)) for (start, _), s in zip(rows, steps, strict=True)]
     assert ranks.tolist() == [r for row in expected for r in row.tolist()]
-    assert owner.tolist() == [i for i, s in enumerate(steps) for _ in s]
 
 
 def broken(table: pa.Table, expected: Expected | None = None) -> list[Any]:

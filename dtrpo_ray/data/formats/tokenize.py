@@ -10,14 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from dtrpo_ray.data.formats.columns import (
-    Ragged,
-    Refusals,
-    content_ids,
-    first_places,
-    json_texts,
-)
-from dtrpo_ray.data.rules import GOOD, block_ranks, list_lengths, rows_where, rules_of, verdicts
+from dtrpo_ray.data.formats.columns import Refusals, content_ids, first_places, json_texts
+from dtrpo_ray.data.ragged import Ragged, list_lengths
+from dtrpo_ray.data.rules import GOOD, block_ranks, rules_of, verdicts
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
@@ -161,8 +156,7 @@ def tokenize_responses(rows: pa.RecordBatch, target: Target) -> tuple[pa.Table, 
     _refuse_unfit("response", ids, target, refusals)
     scored = has["logps"] & has["response_ids"]
     starts = prompt.lengths * (target.block_origin == "global")
-    ranks, _ = block_ranks(steps.flat, steps.lengths, starts, np.full(len(rows), target.block_size))
-    in_order = np.cumsum(steps.lengths) - steps.lengths
+    ranks = block_ranks(steps, starts, np.full(len(rows), target.block_size))
     columns = {
         "row_id": row_ids,
         "prompt_id": content_ids(pc.if_else(pc.equal(prompts, "null"), json_texts(identity[0]), prompts)),
@@ -171,8 +165,8 @@ def tokenize_responses(rows: pa.RecordBatch, target: Target) -> tuple[pa.Table, 
         "prompt_ids": prompt.to_arrow(_INTS),
         "response_ids": ids.to_arrow(_INTS),
         "steps": steps.to_arrow(_INTS, has["steps"]),
-        "ranks": Ragged(ranks, in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
-        "types": Ragged(np.full(len(ranks), DIFFUSION), in_order, steps.lengths).to_arrow(_INTS, has["steps"]),
+        "ranks": Ragged.packed(ranks, steps.lengths).to_arrow(_INTS, has["steps"]),
+        "types": Ragged.packed(np.full(len(ranks), DIFFUSION), steps.lengths).to_arrow(_INTS, has["steps"]),
         "logps": Ragged.from_arrow(rows["logps"])
         .append(fill * has["logps"], 0.0)
         .to_arrow(TRAJECTORY.field("logps").type, scored),
@@ -354,7 +348,8 @@ def _refuse_control(
         turns = [turn["content"] for turn in messages[row].as_py()]
         return next(detail(f"prompt[{i}]", text) for i, text in enumerate(turns) if pattern.search(text))
 
-    bad = rows_where(messages, _matches(contents, pattern))
+    matches = _matches(contents, pattern)
+    bad = Ragged.packed(matches, list_lengths(messages)).any(matches)
     refusals.refuse(bad, "control token", of_turns)
     for side, texts in sides.items():
         refusals.refuse(
