@@ -5,8 +5,9 @@ compared before a single weight is read.
 """
 
 import json
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,72 +23,21 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face shards
 COMPARED_ROWS = 4096
 
+Slices = dict[str, Any]  # tensors of open files by name: shapes are known, and a slice reads its rows
+
 
 class Sharding(Protocol):
-    """The split of parameters over ranks while a model is built and filled (ZeRO-3; see `backend`)."""
+    """The split of parameters over ranks while a model is built and filled (ZeRO-3; see `backend`).
+
+    `build` returns a context in which new modules hold only this rank's part of each parameter, and `whole` one in
+    which parameters are whole; every rank then keeps its part of what rank 0 wrote.
+    """
 
     rank: int
 
-    def build(self) -> AbstractContextManager[Any]:
-        """Return a context in which new modules hold only this rank's part of each parameter."""
-        ...
+    def build(self) -> AbstractContextManager[Any]: ...
 
-    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Return a context in which parameters are whole; every rank then keeps its part of what rank 0 wrote."""
-        ...
-
-
-class Shards:
-    """The tensors of a model directory: names and shapes are read at once, values on demand."""
-
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self.where = path / SINGLE
-        self._files: dict[str, safe_open] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._find(path):
-            try:
-                opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                if name in self._files:
-                    raise ModelError(f"{file}: holds {name}, and so does another shard of {self.where}")
-                self._files[name] = opened
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-
-    def _find(self, path: Path) -> list[Path]:
-        if self.where.is_file():
-            return [self.where]
-        self.where = path / INDEX
-        if not self.where.is_file():
-            pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-            found = ", ".join(pickled[:3])
-            hint = (
-                f"found {found}: convert it to safetensors first, since pickled weights can run code when opened"
-                if pickled
-                else "copy the safetensors weights there"
-            )
-            raise ModelError(f"{path}: no {SINGLE} and no {INDEX}; {hint}")
-        try:
-            names = sorted(set(json.loads(self.where.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{self.where}: not a safetensors index ({error!r})") from None
-        odd = [n for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")]
-        if odd:
-            raise ModelError(f"{self.where}: names {odd[0]!r}, which is not a safetensors file of this folder")
-        if absent := [name for name in names if not (path / name).is_file()]:
-            raise ModelError(f"{self.where}: {len(absent)} shard(s) not there, first {absent[0]}; download it again")
-        return [path / name for name in names]
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read rows [start, stop) of a tensor, in the dtype of the file."""
-        file = self._files[name]
-        return file.get_slice(name)[start:stop] if self.shapes[name] else file.get_tensor(name)
-
-    def fill(self, target: Tensor, pieces: list[TensorPiece]) -> None:
-        """Fill one of our tensors from its pieces, in its own dtype."""
-        for piece in pieces:
-            target[piece.at].copy_(self.read(piece.upstream, piece.start, piece.stop))
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]: ...
 
 
 def load_weights(
@@ -99,58 +49,85 @@ def load_weights(
     surplus or of another shape.
     """
     with ExitStack() as stack:
-        shards = Shards(path, stack)
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
-        by_tensor: dict[str, list[TensorPiece]] = {}
+        where, slices = _open_shards(path, stack)
+        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in _tensors(model)}
+        _compare(published_shapes(model, shapes), where, slices, model.tied_tensors())
+        if sharding is None:
+            model.to(dtype).to_empty(device=device)
+        own, by_tensor = dict(_tensors(model)), dict[str, list[TensorPiece]]()
         for piece in model.pieces():
             by_tensor.setdefault(piece.ours, []).append(piece)
-        _compare(published_shapes(model.pieces(), shapes), shards, model.tied_tensors())
         for name, pieces in by_tensor.items():
-            tensor = own[name]
-            if sharding is not None and isinstance(tensor, nn.Parameter) and hasattr(tensor, "ds_shape"):
-                with sharding.whole([tensor]):
-                    if sharding.rank == 0:
-                        shards.fill(tensor.data, pieces)
-            else:
-                parameter = isinstance(tensor, nn.Parameter)
-                value = torch.empty(shapes[name], dtype=dtype if parameter else tensor.dtype, device=device)
-                shards.fill(value, pieces)
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(value) if parameter else value)
+            gathers = sharding if hasattr(own[name], "ds_shape") else None
+            with gathers.whole([own[name]]) if gathers else nullcontext():
+                if gathers is None or gathers.rank == 0:
+                    for piece in pieces:
+                        own[name].data[piece.at].copy_(slices[piece.upstream][piece.start : piece.stop])
 
 
-def published_shapes(pieces: Iterable[TensorPiece], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _tensors(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _open_shards(path: Path, stack: ExitStack) -> tuple[Path, Slices]:
+    """Open a directory's safetensors: the file that names them all, and their tensors."""
+    slices: Slices = {}
+    where = path / (SINGLE if (path / SINGLE).is_file() else INDEX)
+    for file in [where] if where.name == SINGLE else _listed_shards(where):
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
+        if twice := slices.keys() & opened.keys():
+            raise ModelError(f"{file}: holds {min(twice)}, and so does another shard of {where}")
+        slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    return where, slices
+
+
+def _listed_shards(index: Path) -> list[Path]:
+    folder = index.parent
+    if not index.is_file():
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        hint = "copy the safetensors weights there"
+        if pickled:
+            found = ", ".join(pickled[:3])
+            hint = f"found {found}: convert it to safetensors first, since pickled weights can run code when opened"
+        raise ModelError(f"{folder}: no {SINGLE} and no {INDEX}; {hint}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: names {name!r}, which is not a safetensors file of this folder")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(f"{index}: {len(absent)} shard(s) not there, first {absent[0]}; download it again")
+    return [folder / name for name in names]
+
+
+def published_shapes(model: DiffusionLM, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Compute the shape of every tensor a checkpoint must have from the shapes of ours."""
-    published: dict[str, tuple[int, ...]] = {}
-    for piece in pieces:
-        shape = tuple(torch.empty(shapes[piece.ours], device="meta")[piece.at].shape)
-        rows = published.get(piece.upstream, (0,))[0]
-        published[piece.upstream] = (rows + shape[0], *shape[1:]) if shape else ()
+    published = {}
+    for name, pieces in model.checkpoint_tensors().items():
+        parts = [torch.empty(shapes[piece.ours], device="meta")[piece.at].shape for piece in pieces]
+        published[name] = (sum(rows for rows, *_ in parts), *parts[0][1:])
     return published
 
 
-def _compare(published: dict[str, tuple[int, ...]], shards: Shards, tied: tuple[str, str] | None) -> None:
-    names = set(shards.shapes)
-    if tied and tied[0] in names:
-        names.discard(tied[0])
-        rows = shards.shapes[tied[0]][0]
-        same = shards.shapes[tied[0]] == shards.shapes.get(tied[1]) and all(
-            torch.equal(*(shards.read(name, first, first + COMPARED_ROWS) for name in tied))
-            for first in range(0, rows, COMPARED_ROWS)
-        )
-        if not same:
-            raise ModelError(f"{shards.where}: {tied[0]} differs from {tied[1]}, and config.json says they are tied")
-    missing, surplus = sorted(published.keys() - names), sorted(names - published.keys())
-    for problem, found in (("missing", missing), ("surplus", surplus)):
-        if found:
-            raise ModelError(
-                f"{shards.where}: {len(found)} {problem} tensor(s), first {found[0]}; is config.json its own?"
-            )
-    if wrong := sorted(n for n in names if shards.shapes[n] != published[n]):
+def _compare(published: dict[str, tuple[int, ...]], where: Path, slices: Slices, tied: tuple[str, str] | None) -> None:
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    if tied and tied[0] in shapes:
+        shape, (head, embedding) = shapes.pop(tied[0]), tied
+        parts = (slice(first, first + COMPARED_ROWS) for first in range(0, shape[0], COMPARED_ROWS))
+        if shape != shapes.get(embedding) or any(not slices[head][p].equal(slices[embedding][p]) for p in parts):
+            raise ModelError(f"{where}: {head} differs from {embedding}, and config.json says they are tied")
+    for problem, names in (("missing", published.keys() - shapes), ("surplus", shapes.keys() - published)):
+        if names:
+            raise ModelError(f"{where}: {len(names)} {problem} tensor(s), first {min(names)}; is config.json its own?")
+    if wrong := sorted(name for name in shapes if shapes[name] != published[name]):
         name = wrong[0]
         raise ModelError(
-            f"{shards.where}: {len(wrong)} misshapen tensor(s), first {name}: {list(shards.shapes[name])}, and "
+            f"{where}: {len(wrong)} misshapen tensor(s), first {name}: {list(shapes[name])}, and "
             f"config.json makes it {list(published[name])}; is config.json its own?"
         )
 
@@ -161,10 +138,10 @@ def save_weights(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHAR
     A tensor larger than that gets a shard for itself.
     """
     state, where = model.state_dict(), dict[str, str]()
-    shards, sizes = [dict[str, list[TensorPiece]]()], [0]
+    shards, sizes = list[dict[str, list[TensorPiece]]](), list[int]()
     for name, pieces in model.checkpoint_tensors().items():
         size = sum(state[piece.ours][piece.at].nbytes for piece in pieces)
-        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+        if not shards or sizes[-1] + size > max_shard_bytes:
             shards.append({})
             sizes.append(0)
         shards[-1][name] = pieces
