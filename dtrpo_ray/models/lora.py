@@ -1,12 +1,11 @@
 """Train LoRA adapters through peft on any family; the same policy without them is the reference.
 
 The adapters sit on the trunk's linear modules. Saved files name the modules of the published layout, so that peft
-finds them in the release's own code.
+finds them in the release's own code. peft is imported on demand: that takes a second which others need not spend.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,24 @@ NAME = "default"  # peft's name of an only adapter
 CAUSAL = {"AutoModelForCausalLM": ""}  # how a release without remote code loads
 
 
-def _peft() -> Any:
-    """Import the library on demand: it takes a second that processes without adapters need not spend."""
-    import peft
-
-    return peft
-
-
 def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
     """Return the names of the linear modules that `config.targets` means in this family.
 
     Raises ConfigError if some of them take no adapters, rather than train fewer than were asked for.
     """
-    parts = {
-        "attention": model.lora.attention,
-        "mlp": model.lora.mlp,
-        "attention+mlp": (*model.lora.attention, *model.lora.mlp),
-        "mlp+output": (*model.lora.mlp, *model.lora.output),
-    }
-    if config.targets is None:
-        return list(parts["attention+mlp"])
-    if "mlp" in config.targets and not model.lora.mlp:
+    attention, mlp, output = model.lora.attention, model.lora.mlp, model.lora.output
+    if "mlp" in (config.targets or "") and not mlp:
         raise ConfigError(
             f"lora.targets = {config.targets!r}: the MLPs of {model.facts.model_type} are routed experts alone, "
             "stacked tensors that take no adapters; set train.lora.targets = 'attention'"
         )
-    if "output" in config.targets and model.tied_tensors():
+    if config.targets == "mlp+output" and model.tied_tensors():
         raise ConfigError(
             f"lora.targets = {config.targets!r}: this model's output head is its embedding (tied), and merging would "
             "change both; set train.lora.targets = 'mlp'"
         )
-    return list(parts[config.targets])
+    parts = {"attention": attention, "mlp": mlp, "attention+mlp": attention + mlp, "mlp+output": mlp + output}
+    return list(parts[config.targets or "attention+mlp"])
 
 
 def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
@@ -62,15 +48,13 @@ def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
 
     The same seed gives the same adapters on every rank.
     """
-    peft, targets = _peft(), target_modules(model, config)
-    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
-    model.requires_grad_(False)
+    import peft
+
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=target_modules(model, config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # not into the trunk itself: peft rewrites the targets of a mixture of experts that it recognises
         peft.inject_adapter_in_model(adapters, model, NAME)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
 
 
 def _layers(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
@@ -122,6 +106,9 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
 
     Raises ModelError for a missing file, for other methods than LoRA, and for tensors that do not fit the base.
     """
+    import peft
+    from peft.utils.other import get_pattern_key
+
     config, tensors = _read_adapter(path)
     parts = {name.removesuffix(".weight"): pieces for name, pieces in base.checkpoint_tensors().items()}
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
@@ -132,17 +119,20 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
         a, b = (tensors.pop(f"{module}.lora_{x}.weight", None) for x in "AB")
         if a is None or b is None or a.shape[0] != b.shape[1]:
             raise ModelError(f"{path}: the tensors of {upstream} are not a pair lora_A [r, in], lora_B [out, r]")
+        alpha, rank = (
+            pattern.get(get_pattern_key(list(pattern), upstream), default)
+            for pattern, default in ((config.alpha_pattern, config.lora_alpha), (config.rank_pattern, config.r))
+        )
         for piece in parts[upstream]:  # a fused module is several here: each takes its rows of B
             name, rows = piece.ours.removesuffix(".weight"), b[piece.start : piece.stop]
             linear: Any = base.get_submodule(name)
             if not isinstance(linear, torch.nn.Linear) or linear.weight.shape != (rows.shape[0], a.shape[1]):
                 raise ModelError(f"{path}: {upstream} does not fit this base; the adapter is of another model")
-            ranks[name], alphas[name], weights[name] = a.shape[0], _alpha(config, upstream, a.shape[0]), (a, rows)
+            ranks[name], alphas[name], weights[name] = a.shape[0], alpha * a.shape[0] / rank, (a, rows)
     if tensors:
         raise ModelError(f"{path}: {', '.join(sorted(tensors)[:4])} is no LoRA tensor")
     copy.load_state_dict(base.state_dict(), assign=True)
     copy.finish(next(base.parameters()).device)
-    peft = _peft()
     adapters = peft.LoraConfig(
         target_modules=list(ranks),
         rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
@@ -155,28 +145,17 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     copy.requires_grad_(False)
 
 
-def _read_adapter(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+def _read_adapter(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    import peft
+
     try:
-        config: Mapping[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text())
-        tensors = load_file(path / ADAPTER_FILE)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        config, tensors = peft.PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_FILE)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
-    plain = config.get("peft_type") == "LORA" and not any(config.get(f"use_{kind}") for kind in ("dora", "rslora"))
-    if not plain or config.get("modules_to_save") or config.get("bias", "none") != "none":
+    plain = isinstance(config, peft.LoraConfig) and not (config.use_dora or config.use_rslora)
+    if not plain or config.modules_to_save or config.bias != "none":
         raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
     return config, tensors
-
-
-def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return a module's `lora_alpha`, scaled to the rank of its tensors."""
-    trained = _setting(config, module, "rank_pattern", "r")
-    return _setting(config, module, "alpha_pattern", "lora_alpha") * rank / trained
-
-
-def _setting(config: Mapping[str, Any], module: str, pattern: str, default: str) -> float:
-    """Look up a setting by the first pattern that matches the module, or its default."""
-    found = [v for name, v in config.get(pattern, {}).items() if re.fullmatch(rf"(.*\.)?{name}", module)]
-    return float(found[0] if found else config[default])
 
 
 def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) -> None:
@@ -185,6 +164,8 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
     If the published layout fuses several of our modules (LLaDA2's q, k and v), their adapters become one of their
     joint rank with the same product: A stacked, B block-diagonal.
     """
+    import peft
+
     layers = {f"{name}.weight": layer for name, layer in _layers(model)}
     tensors, ranks, modules = dict[str, Tensor](), dict[str, int](), list[str]()
     for upstream, parts in model.checkpoint_tensors().items():
@@ -201,7 +182,7 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         if len(adapted) > 1:
             ranks[rf".*\.{re.escape(module.rpartition('.')[2])}"] = config.rank * len(adapted)
     save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
-    adapters = _peft().LoraConfig(
+    adapters = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=modules,
