@@ -88,7 +88,7 @@ def open_pipeline(
 
 def _print_last_stage(verb: str, pipeline: "Pipeline", as_json: bool) -> None:
     last = pipeline.lineage()[-1]
-    result({"verb": verb, **last}, as_json, f"{last['stage']}: {last['directory']}  {last['summary']}")
+    result({"verb": verb, **last.row()}, as_json, f"{last.name}: {last.path}  {last.summary}")
 
 
 def _stage_verb(name: str, text: str, pick: Callable[["Pipeline"], Any]) -> None:
@@ -374,7 +374,10 @@ def run(
             say("\n".join(asked.lines()))
             page = _write_report(pipeline, asked.example())
             value = {"verb": "run", **(evaluation or {}), "page": str(page), "answer": asked.example()}
-            value |= {"asked": {"budget": budget, "correct": asked.scores()}, "lineage": pipeline.lineage()}
+            value |= {
+                "asked": {"budget": budget, "correct": asked.scores()},
+                "lineage": [s.row() for s in pipeline.lineage()],
+            }
             result(value, as_json, "\n".join(demo.closing_lines(page, job, overrides or ())))
             if keep_serving:
                 say(f"serving at {asked.url}; Ctrl-C stops it")

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyarrow.parquet as pq
 
 from dtrpo_ray.config.cluster import NumWorkers
 from dtrpo_ray.config.decode import RolloutConfig
 from dtrpo_ray.config.job import Job
-from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.data import prepare, tables
@@ -38,7 +37,7 @@ from dtrpo_ray.produce.llm import require_vllm
 from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
-from dtrpo_ray.stages import JsonObject, Stage, StageRow, Store
+from dtrpo_ray.stages import JsonObject, Stage, Store
 from dtrpo_ray.train import driver, validation
 from dtrpo_ray.train.reference import ReferenceScorer, epoch_parts
 from dtrpo_ray.train.run import NO_WEIGHTS, RunRecord, TrainStage
@@ -50,21 +49,20 @@ HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and var
 
 MakeImporter = Callable[[prepare.ImportJob], prepare.Importer]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def once(method: Callable[Concatenate["Pipeline", P], R]) -> Callable[Concatenate["Pipeline", P], R]:
+def once(method: Method) -> Method:
     """Keep a method's results in its pipeline, so that files are hashed and stages looked up once in a command."""
 
     @wraps(method)
-    def remember(self: "Pipeline", /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def remember(self: "Pipeline", *args: Any) -> Any:
         call = (method.__name__, args)
         if call not in self.results:
-            self.results[call] = method(self, *args, **kwargs)
+            self.results[call] = method(self, *args)
         return self.results[call]
 
-    return remember
+    return cast(Method, remember)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,51 +81,34 @@ class Pipeline:
 
     def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
         self.job, self.store, self.resume = job, store, resume
-        self.made: dict[Path, Stage] = {}  # in the order they were asked for
         self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
         self.results: dict[tuple[str, tuple[Any, ...]], Any] = {}
-
-    def _stage(
-        self, name: str, inputs: JsonObject, outputs: Sequence[str], make: Callable[[Path], JsonObject]
-    ) -> Stage:
-        stage = self.store.stage(name, inputs, outputs, make)
-        self.made[stage.path] = stage
-        return stage
 
     @once
     def initial(self) -> ModelRef:
         """Return the given model directory, or a new one with random weights."""
-        job = self.job
-        if job.model.path:
+        job, model = self.job, self.job.model
+        if model.path:
             if job.train.lora:  # refuse targets that the model lacks before any stage runs
-                target_modules(skeleton_of(job.model.path), job.train.lora)
-            return ModelRef(job.model.path, sha256_json(_hashes(job.model.path)))
-        source = job.model.tokenizer
-        tokenizer = _hashes(source) if source else job.task.type
-        inputs: JsonObject = {"model": job.model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
-        return _model_of(self._stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
+                target_modules(skeleton_of(model.path), job.train.lora)
+            return ModelRef(model.path, sha256_json(_hashes(model.path)))
+        tokenizer = _hashes(model.tokenizer) if model.tokenizer else job.task.type
+        inputs: JsonObject = {"model": model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
+        return _model_of(self.store.stage("init", inputs, [f"{MODEL}/*"], self._make_initial))
 
     def _make_initial(self, out: Path) -> JsonObject:
         init = self.job.model.init
         assert init is not None
         tokenizer = prepare.job_tokenizer(self.job)
         tokenizer.save_pretrained(out / MODEL)
-        eos = tokenizer.eos_token_id
+        mask, eos = mask_token_id(tokenizer), tokenizer.eos_token_id
         config = {
             "architectures": ["SDARForCausalLM"],
             "model_type": "sdar",
-            "vocab_size": -(-max(len(tokenizer), mask_token_id(tokenizer) + 1) // 8) * 8,
-            "hidden_size": init.hidden_size,
-            "intermediate_size": init.intermediate_size,
-            "num_hidden_layers": init.num_layers,
-            "num_attention_heads": init.num_heads,
-            "num_key_value_heads": init.num_heads,
-            "head_dim": init.hidden_size // init.num_heads,
-            "block_size": init.block_size,
-            "mask_token_id": mask_token_id(tokenizer),
-            "eos_token_id": eos,
-            "bos_token_id": eos,
-            "pad_token_id": eos,
+            "vocab_size": -(-max(len(tokenizer), mask + 1) // 8) * 8,
+            **init.sizes(),
+            "mask_token_id": mask,
+            **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), eos),
             "tie_word_embeddings": False,
             "rope_theta": 10000.0,
             "max_position_embeddings": 4096,
@@ -142,13 +123,10 @@ class Pipeline:
         job = self.job
         if job.sft is None:
             return self.initial()
-        inputs: JsonObject = {
-            "task": job.task.model_dump(mode="json", exclude={"public_tests"}),
-            "count": job.sft.num_examples,
-            "seed": job.seed,
-            "block_size": job.model.init.block_size if job.model.init else None,
-        }
-        examples = self._stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
+        task, init = job.task.model_dump(mode="json", exclude={"public_tests"}), job.model.init
+        size = init.block_size if init else None
+        inputs: JsonObject = {"task": task, "count": job.sft.num_examples, "seed": job.seed, "block_size": size}
+        examples = self.store.stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
         return self._train("base", job.sft, self.initial(), examples, job.seed)
 
     def _make_examples(self, out: Path) -> JsonObject:
@@ -166,29 +144,30 @@ class Pipeline:
         job, config, policy = self.job, self.job.rollout, self.policy(number - 1)
         if job.drafts:
             return self._drafts(job.drafts)
-        if job.task.brings_prompts and config:
-            return self._rollout(config, number)
         if job.task.brings_responses:
             return self._import("trajectories", "trajectories")
         if config is None:
             raise ConfigError(f"task.type = {job.task.type!r} has no rollout: its pairs come from files")
-        inputs = {
-            **self._rollout_inputs(config, number),
-            "task": job.task.model_dump(mode="json", exclude={"public_tests"}),
-        }
+        name, fields = f"rollout-{number}", config.model_dump(mode="json")
+        inputs: JsonObject = {"rollout": fields, "policy": policy.digest, "seed": job.seed, "round": number}
+        decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
+
+        def recorder() -> MakeImporter:
+            rollout.require_fit(policy.path, config)
+            sharers = job.cluster.num_actors
+            return partial(rollout.FileRecorder, job=decode, config=config, number=number, sharers=sharers)
 
         def make(out: Path) -> JsonObject:
             rollout.require_fit(policy.path, config)
             prompts = self._rollout_prompts(config, number)
-            decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
-            done = self._record(prompts, decode, out, label=f"rollout-{number}")
+            done = self._record(prompts, decode, out, label=name)
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
-        return self._stage(f"rollout-{number}", inputs, [f"{TABLE}/*.parquet"], make)
-
-    def _rollout_inputs(self, config: RolloutConfig, number: int) -> JsonObject:
-        policy = self.policy(number - 1).digest
-        return {"rollout": config.model_dump(mode="json"), "policy": policy, "seed": self.job.seed, "round": number}
+        if job.task.brings_prompts:
+            rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
+            return self._import(name, "trajectories", inputs, recorder, max(1, rows))
+        task = job.task.model_dump(mode="json", exclude={"public_tests"})
+        return self.store.stage(name, {**inputs, "task": task}, [f"{TABLE}/*.parquet"], make)
 
     def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[TrajectoryRow]:
         assert self.job.puzzle is not None
@@ -221,16 +200,13 @@ class Pipeline:
         if config is None:
             return trajectories
         model = config.judge.model if config.judge else config.reward_model
-        inputs: JsonObject = {
-            "score": config.model_dump(mode="json"),
-            "trajectories": trajectories.digest,
-            "model": _hashes(model) if model else None,
-        }
+        fields, hashes = config.model_dump(mode="json"), _hashes(model) if model else None
+        inputs: JsonObject = {"score": fields, "trajectories": trajectories.digest, "model": hashes}
 
         def make(out: Path) -> JsonObject:
             if config.judge:
                 require_vllm("score.judge")
-            files = [file.resolve() for file in tables.table_files(trajectories.path / TABLE)]
+            files = tables.table_files((trajectories.path / TABLE).resolve())
             parts = tables.prompt_parts(files, config.judge.batch_size) if config.judge else tables.file_parts(files)
             scorer = partial(Scorer, config)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
@@ -238,7 +214,7 @@ class Pipeline:
             tables.write_manifest(out / TABLE, TRAJECTORY, rows=rows)
             return {"trajectories": rows, **_rewards(done, out)}
 
-        return self._stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
+        return self.store.stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
     @once
     def pairs(self, number: int) -> Stage:
@@ -250,7 +226,7 @@ class Pipeline:
         inputs: JsonObject = {"pair": job.pair.model_dump(mode="json"), "trajectories": trajectories.digest}
 
         def make(out: Path) -> JsonObject:
-            files = [file.resolve() for file in tables.table_files(trajectories.path / TABLE)]
+            files = tables.table_files((trajectories.path / TABLE).resolve())
             parts = tables.prompt_parts(files, tables.FILE_ROWS)
             done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
@@ -259,7 +235,7 @@ class Pipeline:
             tables.write_manifest(out / TABLE, PREFERENCE, rows=made)
             return {"pairs": made, **({"unscored": unscored} if unscored else {})}
 
-        return self._stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
+        return self.store.stage(f"pair-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
     def prepared(self) -> Stage:
         """Return the table made of the job's files: pairs or trajectories."""
@@ -276,18 +252,6 @@ class Pipeline:
             return partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
 
         return self._import("drafts", "drafts", inputs, drafter, config.batch_size)
-
-    def _rollout(self, config: RolloutConfig, number: int) -> Stage:
-        policy, actors = self.policy(number - 1), self.job.cluster.num_actors
-
-        def recorder() -> MakeImporter:
-            rollout.require_fit(policy.path, config)
-            decode = self._decode_job(policy, rollout.sampling_params(config), config.batch_size)
-            return partial(rollout.FileRecorder, job=decode, config=config, number=number, sharers=actors)
-
-        rows = max(1, config.batch_size * len(set(config.denoising_steps)) // config.num_samples)
-        inputs = self._rollout_inputs(config, number)
-        return self._import(f"rollout-{number}", "trajectories", inputs, recorder, rows)
 
     def _import(
         self,
@@ -321,14 +285,9 @@ class Pipeline:
                 raise DataError(f"{task.files[0]}: no row is left; see the reasons in {reasons}")
             manifest = tables.read_manifest(out / TABLE)
             assert manifest is not None
-            return {
-                noun: manifest["rows"],
-                "rows": counts["rows"],
-                "good": counts["good"],
-                "refused": counts["refused"],
-            }
+            return {noun: manifest["rows"], **cast(JsonObject, counts)}
 
-        return self._stage(name, {**inputs, **(more or {})}, [f"{TABLE}/*.parquet"], make)
+        return self.store.stage(name, {**inputs, **(more or {})}, [f"{TABLE}/*.parquet"], make)
 
     @once
     def policy(self, number: int) -> ModelRef:
@@ -349,14 +308,13 @@ class Pipeline:
         inputs: JsonObject = {"config": fields, "reference": reference.digest, "seed": seed, "table": pairs.digest}
 
         def make(out: Path) -> JsonObject:
-            cluster, files = self.job.cluster, [file.resolve() for file in tables.table_files(pairs.path / TABLE)]
-            parts = epoch_parts(files, config, seed)
-            base = reference.path.resolve()
+            cluster, base = self.job.cluster, reference.path.resolve()
+            parts = epoch_parts(tables.table_files((pairs.path / TABLE).resolve()), config, seed)
             scorer = partial(ReferenceScorer, base, config, seed, reference.digest, cluster.num_actors)
             done = run_parts(parts, scorer, out / REF_LOGPS, cluster, f"ref-{number}", gpu=True)
             return {"values": sum(part["values"] for part in done)}
 
-        return self._stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
+        return self.store.stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
     def aligned(self) -> ModelRef:
         """Return the policy after the last round."""
@@ -379,25 +337,18 @@ class Pipeline:
                 self._write_questions(config.validation.num_prompts, base, table, out)
             if self.store.fresh:
                 driver.forget_checkpoints(out, self.job.cluster)
-            identity = {"base": base.digest, "table": table.digest}
-            resume = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
+            folder, identity = table.path / TABLE, {"base": base.digest, "table": table.digest}
+            old = self.resume if self.resume and self.resume.name.startswith(f"{name}-") else None
+            logps, past = cache.path / REF_LOGPS if cache else None, dict(self.workers)
             stage = TrainStage(
-                label=name,
-                base=base.path,
-                table=table.path / TABLE,
-                out=out,
-                seed=seed,
-                identity=identity,
-                resume_from=resume,
-                cache=cache and cache.path / REF_LOGPS,
-                workers=dict(self.workers),
+                name, base.path, folder, out, seed, identity=identity, resume_from=old, cache=logps, workers=past
             )
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
             last = driver.train(stage, plain, self.job.cluster)
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
 
         outputs = [f"{MODEL}/*", METRICS, *([f"{ADAPTER}/*"] if config.lora else [])]
-        return _model_of(self._stage(name, inputs, outputs, make))
+        return _model_of(self.store.stage(name, inputs, outputs, make))
 
     def _workers(self, name: str) -> NumWorkers:
         """Return the number of workers in a stage's name: the job's or, before the resumed stage, the old run's.
@@ -421,8 +372,7 @@ class Pipeline:
             files = tables.table_files(table.path / TABLE)  # beside what an import leaves in the folder
             ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
             texts = [str(tokenizer.decode(row)) for row in ids]
-        pairs = zip(texts, ids, strict=True)
-        prompts = [validation.ValidationPrompt(prompt=text, prompt_ids=row) for text, row in pairs]
+        prompts = [validation.ValidationPrompt(prompt=t, prompt_ids=row) for t, row in zip(texts, ids, strict=True)]
         validation.write_questions(prompts, scorer_path(puzzle) if puzzle else None, out)
 
     @once
@@ -445,28 +395,23 @@ class Pipeline:
         inputs: JsonObject = {"eval": fields, "model": model.digest, "sets": hashes, "seed": job.seed}
 
         def make(out: Path) -> JsonObject:
+            rows = [(title, f"{i:06d}", row) for title, rows in sets.items() for i, row in enumerate(rows)]
             prompts = [
                 TrajectoryRow(
-                    row_id=f"{title}/{k}/{i:06d}",
-                    prompt_id=f"{title}/{i:06d}",
-                    prompt=row["prompt"],
-                    denoising_steps=k,
+                    row_id=f"{title}/{k}/{i}", prompt_id=f"{title}/{i}", prompt=row["prompt"], denoising_steps=k
                 )
                 for k in config.budgets
-                for title, rows in sets.items()
-                for i, row in enumerate(rows)
+                for title, i, row in rows
             ]
-            params = SamplingParams(
-                max_new_tokens=config.max_new_tokens, denoising_steps=1, temperature=config.temperature
-            )
+            params = SamplingParams(denoising_steps=1, **config.model_dump(include={"max_new_tokens", "temperature"}))
             self._record(prompts, self._decode_job(model, params, config.batch_size), out, label=f"eval-{name}")
             done = tables.read_table(out / TABLE, TRAJECTORY)
-            answers = {f"{title}/{i:06d}": row["answer"] for title, rows in sets.items() for i, row in enumerate(rows)}
+            answers = {f"{title}/{i}": row["answer"] for title, i, row in rows}
             record = summarise(done, answers, config, load_tokenizer(model.path))
             (out / "eval.json").write_text(json.dumps(record))
             return {f"{r['set']}@{r['budget']}": r["accuracy"] for r in record["table"]}
 
-        return self._stage(f"eval-{name}", inputs, ["eval.json"], make)
+        return self.store.stage(f"eval-{name}", inputs, ["eval.json"], make)
 
     @once
     def _test_sets(self) -> dict[str, list[dict[str, str]]]:
@@ -482,12 +427,11 @@ class Pipeline:
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
         """Return stage name -> metrics rows of every training stage asked for so far."""
-        trained = (s for s in self.made.values() if (s.path / METRICS).exists())
-        return {stage.name: read_metrics(stage.path / METRICS) for stage in trained}
+        return {stage.name: read_metrics(stage.path / METRICS) for stage in self.lineage() if METRICS in stage.outputs}
 
-    def lineage(self) -> list[StageRow]:
-        """Return every stage asked for so far as rows for a report."""
-        return [stage.lineage() for stage in self.made.values()]
+    def lineage(self) -> list[Stage]:
+        """Return every stage asked for so far."""
+        return list(self.store.known.values())
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -497,12 +441,12 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _rewards(done: Sequence[Mapping[str, Any]], out: Path) -> JsonObject:
     """Sum up the parts of a scored stage. Raises DataError if no row got a reward."""
     scored = sum(part["scored"] for part in done)
-    unscored = sum(part["rows"] for part in done) - scored
-    comparisons = sum((Counter(part.get("comparisons", {})) for part in done), Counter[str]())
-    failed = sum(part.get("failed", 0) for part in done)
-    cautions = sorted({part["caution"] for part in done if part.get("caution")})
-    facts = {"unscored": unscored, "scored 0 by an error": failed, "comparisons": dict(comparisons)}
-    facts |= {"caution": "; ".join(cautions)}
+    facts = {
+        "unscored": sum(part["rows"] for part in done) - scored,
+        "scored 0 by an error": sum(part.get("failed", 0) for part in done),
+        "comparisons": dict(sum((Counter(part.get("comparisons", {})) for part in done), Counter[str]())),
+        "caution": "; ".join(sorted({part["caution"] for part in done if part.get("caution")})),
+    }
     facts = {name: value for name, value in facts.items() if value}
     if not scored:
         raise DataError(f"{out}: no response got a reward ({facts}); see Scoring in docs/data.md")

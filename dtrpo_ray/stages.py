@@ -7,11 +7,11 @@ complete. Training may resume in a `.partial` folder of the same key; nothing ta
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -23,18 +23,6 @@ CODE_CONTRACT = 11  # raise it when a stage's output for the same inputs changes
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 JsonObject: TypeAlias = Mapping[str, Json]
-
-
-class StageRow(TypedDict):
-    """A stage in a report's lineage."""
-
-    stage: str
-    key: str
-    directory: str
-    seconds: float
-    reused: bool
-    outputs: dict[str, str]
-    summary: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +42,10 @@ class Stage:
         """SHA-256 over all output hashes, the input of later stages."""
         return sha256_json(self.outputs)
 
-    def lineage(self) -> StageRow:
-        """Return the stage as one row of a report."""
-        return {
-            "stage": self.name,
-            "key": self.key,
-            "directory": str(self.path),
-            "seconds": self.seconds,
-            "reused": self.reused,
-            "outputs": self.outputs,
-            "summary": self.summary,
-        }
+    def row(self) -> JsonObject:
+        """Return the stage as commands print it in JSON."""
+        facts = asdict(self)
+        return {"stage": facts.pop("name"), "key": facts.pop("key"), "directory": str(facts.pop("path")), **facts}
 
 
 class Store:
@@ -72,7 +53,7 @@ class Store:
 
     def __init__(self, root: Path, fresh: bool = False, announce: Callable[[str], None] = print) -> None:
         self.root, self.fresh, self.announce = root / "stages", fresh, announce
-        self._known: dict[str, Stage] = {}
+        self.known: dict[str, Stage] = {}  # by key, in the order they were asked for
 
     def make_folders(self) -> None:
         """Make the folders of stages and their locks. Raises ConfigError if that fails."""
@@ -89,47 +70,39 @@ class Store:
         only if each hash still holds.
         """
         key = sha256_json({"stage": name, "inputs": inputs, "contract": CODE_CONTRACT})
-        if key not in self._known:
-            self.make_folders()
-            with self._alone(f"{name}-{key[:12]}"):
-                self._known[key] = self._find_or_make(name, key, inputs, outputs, make)
-        return self._known[key]
+        if key in self.known:
+            return self.known[key]
+        self.make_folders()
+        path = self.root / f"{name}-{key[:12]}"
+        partial = partial_folder(path)
+        with self._lock(path.name):
+            if self.fresh:
+                for old in (path, partial):
+                    shutil.rmtree(old, ignore_errors=True)
+            elif found := self._find(name, key, path):
+                self.announce(f"{name}: reused {key[:12]} ({path})")
+                return self.known.setdefault(key, found)
+            partial.mkdir(exist_ok=True)
+            began = time.perf_counter()
+            summary = make(partial)
+            seconds = time.perf_counter() - began
+            files = [file for glob in outputs for file in sorted(partial.glob(glob))]
+            hashes = {str(file.relative_to(partial)): sha256_file(file) for file in files}
+            facts = {"seconds": seconds, "outputs": hashes, "summary": summary}
+            write_json(partial / MANIFEST, {"name": name, "key": key, "inputs": inputs, **facts})
+            partial.replace(path)
+        self.announce(f"{name}: made {key[:12]} in {seconds:.1f} s ({path})")
+        self.known[key] = Stage(name, key, path, seconds, reused=False, outputs=hashes, summary=summary)
+        return self.known[key]
 
-    @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """Hold the lock of a stage, so that a second command waits and then finds it. A dead process holds no lock."""
+    def _lock(self, name: str) -> AbstractContextManager[object]:
+        """Lock a stage, so that a second command waits and then finds it. A dead process holds no lock."""
         lock = FileLock(self.root.with_name("locks") / f"{name}.lock")
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             self.announce(f"{name}: another command is making it; waiting")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _find_or_make(
-        self, name: str, key: str, inputs: JsonObject, outputs: Iterable[str], make: Callable[[Path], JsonObject]
-    ) -> Stage:
-        path = self.root / f"{name}-{key[:12]}"
-        if self.fresh:
-            for old in (path, partial_folder(path)):
-                shutil.rmtree(old, ignore_errors=True)
-        elif found := self._find(name, key, path):
-            self.announce(f"{name}: reused {key[:12]} ({path})")
-            return found
-        partial = partial_folder(path)
-        partial.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        summary = make(partial)
-        seconds = time.perf_counter() - began
-        hashes = {str(f.relative_to(partial)): sha256_file(f) for glob in outputs for f in sorted(partial.glob(glob))}
-        record = {"name": name, "key": key, "inputs": inputs, "seconds": seconds, "outputs": hashes, "summary": summary}
-        write_json(partial / MANIFEST, record)
-        partial.replace(path)
-        self.announce(f"{name}: made {key[:12]} in {seconds:.1f} s ({path})")
-        return Stage(name, key, path, seconds, reused=False, outputs=hashes, summary=summary)
+            return lock.acquire()
 
     def _find(self, name: str, key: str, path: Path) -> Stage | None:
         with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):

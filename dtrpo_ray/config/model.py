@@ -27,6 +27,16 @@ class ModelInit(Section):
             )
         return self
 
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes by their names in config.json."""
+        return {
+            **self.model_dump(include={"hidden_size", "intermediate_size", "block_size"}),
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "head_dim": self.hidden_size // self.num_heads,
+        }
+
 
 class ModelConfig(Section):
     """The source of the base model: a directory, or a random initialisation that [sft] trains."""

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dtrpo_ray.files import whole_file
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare
-from dtrpo_ray.stages import StageRow
+from dtrpo_ray.stages import Stage
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
 
@@ -91,7 +91,7 @@ class Cell(NamedTuple):
 def write_report(
     out: Path,
     job: dict[str, Any],
-    lineage: Sequence[StageRow],
+    lineage: Sequence[Stage],
     curves: Mapping[str, Sequence[Metrics]],
     evaluation: Evaluation | None,
     answer: Answer | None,

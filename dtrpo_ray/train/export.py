@@ -19,7 +19,7 @@ from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import load_tokenizer, turn_end_id
-from dtrpo_ray.stages import Json, StageRow
+from dtrpo_ray.stages import Json, Stage
 from dtrpo_ray.train import checkpoint
 
 HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+")  # what a card may name as base_model
@@ -40,7 +40,7 @@ def _card(base: str | None, adapter: bool, settings: Mapping[str, Json], **facts
 
 def job_card(
     job: Job,
-    lineage: Sequence[StageRow],
+    lineage: Sequence[Stage],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     base: str | None,
     adapter: bool = False,
@@ -53,7 +53,7 @@ def job_card(
         name=job.name,
         objective=job.train.objective.type,
         origin=f"on the task `{job.task.type}`, seed {job.seed}",
-        rows=[(s["stage"], s["key"][:12], f"{len(s['outputs'])} files", json.dumps(s["summary"])) for s in lineage],
+        rows=[(s.name, s.key[:12], f"{len(s.outputs)} files", json.dumps(s.summary)) for s in lineage],
         metrics={name: lines[-1] for name, lines in curves.items() if lines},
         title="The job",
     )

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dtrpo_ray.report import page as report
 from dtrpo_ray.report.page import headline, pair_up, points, smooth, write_report
+from dtrpo_ray.stages import Stage
 
 Row = dict[str, Any]
 
@@ -26,10 +27,9 @@ JOB: Row = {
 }  # fmt: skip
 KEY, DIGEST = "3f2a9b7c1d5e" + "0" * 52, "ab12" * 16
 LINEAGE = [
-    {"stage": "base", "key": KEY, "directory": "runs/stages/base-3f2a9b7c1d5e", "seconds": 123.4, "reused": True,
-     "outputs": {"model/model.safetensors": DIGEST}, "summary": {"loss": 0.25, "step": 40}},
-    {"stage": "train-1", "key": "c" * 64, "directory": "runs/stages/train-1-cccc", "seconds": 9.0, "reused": False,
-     "outputs": {}, "summary": {}},
+    Stage("base", KEY, Path("runs/stages/base-3f2a9b7c1d5e"), 123.4, True, {"model/model.safetensors": DIGEST},
+          {"loss": 0.25, "step": 40}),
+    Stage("train-1", "c" * 64, Path("runs/stages/train-1-cccc"), 9.0, False, {}),
 ]  # fmt: skip
 ANSWER = {"url": "http://127.0.0.1:8000", "prompt": "4000310410300000", "text": "4213314214232431", "correct": True}
 PUZZLE, SOLUTION = "4000310010300000", "4213312413422431"
@@ -166,8 +166,7 @@ HOSTILE = "<script>alert('x')</script>&\"'><img src=x onerror=y>"
 def test_hostile_strings_are_text(tmp_path: Path) -> None:
     table = [score(model, 0.5, 0.4, 0.6, 1, name) for model in ("base", "aligned") for name in (HOSTILE, r"$\frac{$")]
     bad = example(**dict.fromkeys(("model", "prompt", "answer", "response"), HOSTILE), tokens=[HOSTILE] * 16)
-    lineage = [LINEAGE[0] | {"stage": HOSTILE, "directory": HOSTILE, "outputs": {HOSTILE: HOSTILE}, "key": HOSTILE,
-                             "summary": {HOSTILE: HOSTILE}}]  # fmt: skip
+    lineage = [Stage(HOSTILE, HOSTILE, Path(HOSTILE), 1.0, True, {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE})]
     job = JOB | {"name": HOSTILE, "task": {"type": HOSTILE}, "train": {"objective": {"type": HOSTILE}}}
     text = poor(tmp_path, job=job, lineage=lineage, evaluation={"table": table, "examples": [bad]},
                 answer=dict.fromkeys(ANSWER, HOSTILE))  # fmt: skip

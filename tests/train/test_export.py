@@ -25,14 +25,13 @@ from dtrpo_ray.models.registry import load_model, save_model
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer, load_tokenizer
 from dtrpo_ray.pipeline import ModelRef
+from dtrpo_ray.stages import Stage
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.backend import TAG
 from dtrpo_ray.train.export import base_name, export_adapter, export_checkpoint, export_model, job_card
 
 MakeModel = Callable[..., SDAR]
-LINEAGE: list[dict[str, Any]] = [
-    {"stage": "train-1", "key": "0123456789abcdef", "outputs": {"model/config.json": "x"}, "summary": {"loss": 0.5}}
-]
+LINEAGE = [Stage("train-1", "0123456789abcdef", Path("train-1"), 0.0, False, {"model/config.json": "x"}, {"loss": 0.5})]
 CURVES = {"train-1": [{"step": 1, "loss": 0.7}, {"step": 40, "loss": 0.512345678, "margin": 0.25}], "empty": []}
 
 
