@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from dtrpo_ray.config.cluster import NumWorkers
 from dtrpo_ray.config.decode import RolloutConfig
 from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.data import prepare, tables
