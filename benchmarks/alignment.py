@@ -1,10 +1,10 @@
-"""Base, rejection fine-tuning, block-ELBO DPO and dTRPO side by side, for several seeds, through the real pipeline.
+"""Compare the base, rejection fine-tuning, block-ELBO DPO and dTRPO over several seeds with the real pipeline.
 
     python benchmarks/alignment.py jobs/demo.toml --seeds 0 1 2 --storage runs --out benchmarks/results/alignment
 
-Every variant starts from the same base, the same rollouts and the same pairs, and differs in `train.objective.type`
-alone: the same optimizer steps of the same rows. Rejection fine-tuning needs no reference, so there is a second one of
-twice the steps: as many forwards as dTRPO's. Stages found finished are reused. Writes OUT.json and OUT.md.
+All variants share the base, the rollouts and the pairs, and take the same optimizer steps on the same rows; they differ
+only in `train.objective.type`. Rejection fine-tuning needs no reference, so one more variant of it takes twice as many
+steps, which is as many forwards as dTRPO takes. Finished stages are reused. The script writes OUT.json and OUT.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def settings_of(variant: str, job_file: Path) -> list[str]:
-    """Overrides of the job for a variant."""
+    """Return the overrides of the job for a variant."""
     if variant != "sft_forwards":
         return [f"train.objective.type={variant}"]
     train = load_job(job_file).train
@@ -37,7 +37,7 @@ def settings_of(variant: str, job_file: Path) -> list[str]:
 
 
 def measure(job_file: Path, seed: int, storage: Path, variants: list[str]) -> list[dict[str, Any]]:
-    """Evaluation rows of base and each variant for one seed."""
+    """Run every variant with one seed and return the evaluation rows of the base and of each variant."""
     rows: list[dict[str, Any]] = []
     for variant in variants:
         job = load_job(job_file, [f"seed={seed}", f"storage={storage}", *settings_of(variant, job_file)])
@@ -51,7 +51,7 @@ def measure(job_file: Path, seed: int, storage: Path, variants: list[str]) -> li
 
 
 def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of all seeds summed, for the models that every seed has: one interval for each (model, set, budget)."""
+    """Sum the rows of all seeds by (model, set, budget), with an interval; leave out models that some seed lacks."""
     seeds = {row["seed"] for row in rows}
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
@@ -68,16 +68,16 @@ def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], job_file: Path) -> str:
-    """The held-out table seed by seed, then the public sets pooled over seeds."""
+    """Return a page: the held-out set by seed and pooled over seeds, then the public sets pooled over seeds."""
     models = ["base", *(m for m in VARIANTS if any(r["model"] == m for r in rows))]
     titles = " | ".join({"base": "base", **VARIANTS}[m] for m in models)
     lines = [
         f"# Alignment on `{job_file}`",
         "",
-        "Accuracy with 95 % Wilson intervals, greedy decoding, by denoising steps per block.",
-        "**Bold**: the interval lies above the base's; ~~struck~~: below it.",
+        "The table shows accuracy with 95 % Wilson intervals, greedy decoding, by denoising steps per block.",
+        "**Bold** means that the interval lies above the base's interval, ~~struck~~ that it lies below.",
         "",
-        f"Machine: {platform.machine()}, {platform.platform()}. Command: see `benchmarks/alignment.py`.",
+        f"Machine: {platform.machine()}, {platform.platform()}. `benchmarks/alignment.py` wrote this page.",
         "",
         f"| set | seed | steps per block | {titles} |",
         "|---|---|---|" + "---|" * len(models),
@@ -101,7 +101,7 @@ def _line(rows: list[dict[str, Any]], key: tuple[str, str, int], models: list[st
 
 
 def main() -> None:
-    """Measure every seed, writing the table after each, so that an interrupt loses no finished seed."""
+    """Measure every seed and write the table after each one, so that an interrupt loses no finished seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

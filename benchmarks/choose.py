@@ -1,10 +1,10 @@
-"""Settings of a puzzle job side by side, judged by fresh puzzles of its TRAINING split; held-out ones stay unseen.
+"""Compare settings of a puzzle job on fresh puzzles of its TRAINING split; the held-out puzzles are not used.
 
     python benchmarks/choose.py jobs/demo.toml --seed 100 --storage runs --out benchmarks/results/settings \
         --try train.objective.rpo_alpha=4 --try train.objective.weighting=unit,train.lr=5e-5
 
-The job as it is comes first, then each `--try` (overrides with commas between them), from the same base and rollouts.
-Stages found finished are reused. Writes OUT.json and OUT.md.
+The first setting is the unchanged job; each `--try` (overrides, separated by commas) adds one. All settings share the
+base and the rollouts. Finished stages are reused. The script writes OUT.json and OUT.md.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from dtrpo_ray.report.evaluation import wilson_interval
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
-PUZZLES_SEED = 2**40  # of no stage of a job
+PUZZLES_SEED = 2**40  # differs from the seeds of all stages
 
 
 def solved(model: Path, job: Job, count: int) -> dict[int, int]:
-    """Denoising steps per block -> how many of `count` training-split puzzles the model solves, greedily."""
+    """Count, for each number of denoising steps per block, the puzzles that the model solves by greedy decoding."""
     assert job.eval is not None
     assert job.puzzle is not None
     puzzles = generate_puzzles(job.puzzle, count, "train", PUZZLES_SEED + job.seed)
@@ -43,7 +43,7 @@ def solved(model: Path, job: Job, count: int) -> dict[int, int]:
 
 
 def main() -> None:
-    """Parse, train and judge each setting, write."""
+    """Train and evaluate each setting, and write the page after each one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--seed", type=int, default=100)
@@ -58,7 +58,7 @@ def main() -> None:
         job = load_job(given.job, [f"seed={given.seed}", f"storage={given.storage}", *overrides])
         with ray_session(job.cluster):
             pipeline = Pipeline(job, Store(given.storage))
-            models = {setting or "as in the job": pipeline.aligned().path}
+            models = {setting or "unchanged job": pipeline.aligned().path}
             models |= {"base": pipeline.base().path} if not rows else {}
         for name, path in sorted(models.items(), key=lambda item: item[0] != "base"):
             rows += [
@@ -70,15 +70,15 @@ def main() -> None:
 
 
 def page(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
-    """A table: a line a setting, a column a budget."""
+    """Return the page: a table with one line per setting and one column per budget."""
     budgets = sorted({row["budget"] for row in rows})
     lines = [
         f"# Settings of `{given.job}`",
         "",
-        f"Accuracy on {given.count} fresh puzzles of the training split, greedy, with 95 % Wilson intervals; "
-        f"seed {given.seed}, which no result is of.",
+        f"The table shows accuracy on {given.count} fresh puzzles of the training split, with greedy decoding and 95 % "
+        f"Wilson intervals. No other result uses seed {given.seed}.",
         "",
-        "| setting | " + " | ".join(f"{budget} steps per block" for budget in budgets) + " | mean |",
+        "| setting | " + " | ".join(f"{budget} step{'s' * (budget > 1)} per block" for budget in budgets) + " | mean |",
         "|---|" + "---|" * (len(budgets) + 1),
     ]
     for setting in dict.fromkeys(row["setting"] for row in rows):

@@ -1,4 +1,4 @@
-"""`dtrpo bench`: each command compares two ways in one run, on the same weights and data, and prints the ratio."""
+"""`dtrpo bench`: each command measures alternatives in one run, on the same weights and data, and prints ratios."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ bench = typer.Typer()
 
 @bench.callback(no_args_is_help=True)
 def bench_group() -> None:
-    """Compare two ways in one run, on the same weights and data, and print the ratio."""
+    """Measure alternatives in one run, on the same weights and data, and print their ratios."""
 
 
 def _write_results(out: Path | None, value: dict[str, Any], page: str) -> None:
-    """OUT.json and OUT.md, where OUT was given."""
+    """Write OUT.json and OUT.md if OUT was given."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps(value, indent=2) + "\n")
@@ -26,13 +26,13 @@ def _write_results(out: Path | None, value: dict[str, Any], page: str) -> None:
 
 @bench.command("train")
 def bench_train(
-    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each way.")] = 15,
-    batch: Annotated[int, typer.Option(min=2, help="Pairs of a step; even, and enough for a step of a second.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Times both ways run in turn.")] = 2,
+    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each variant.")] = 15,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs per step: even, and enough for steps of one second.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each variant runs; the variants take turns.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The stack (Ray Train, Ray Data, DeepSpeed) against the bare loop; two workers against one."""
+    """Compare training on Ray Train, Ray Data and DeepSpeed with the bare loop, and two workers with one."""
     from benchmarks import train as bench_of_train
 
     value = bench_of_train.run(steps, batch, rounds)
@@ -44,16 +44,16 @@ def bench_train(
 def bench_decode(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
     new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    block: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 32,
+    block: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 32,
     hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per block.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs against the naive decoder.")] = 3,
-    widest: Annotated[int, typer.Option(min=1, help="Most concurrent requests: 1, 4, 16, 64 up to this.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that both decoders run one request.")] = 3,
+    widest: Annotated[int, typer.Option(min=1, help="Of 1, 4, 16 and 64 requests at once, run those up to this.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Our engine against a naive decoder, and against itself at 1, 4, 16 and 64 concurrent requests."""
+    """Compare our engine with a naive decoder, and with itself at 1, 4, 16 and 64 concurrent requests."""
     from benchmarks.decode import as_markdown, decode_benchmark
 
     value = decode_benchmark(prompt_tokens, new_tokens, block, hidden, layers, steps, repeats, widest)
@@ -63,15 +63,17 @@ def bench_decode(
 
 @bench.command("data")
 def bench_data(
-    rows: Annotated[int, typer.Option(min=64, help="Rows of prepare, score and pair.")] = 40_000,
-    model_rows: Annotated[int, typer.Option(min=16, help="Rows of rollout and ref-logps.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Times all ways run in turn.")] = 3,
+    rows: Annotated[int, typer.Option(min=64, help="Rows for prepare, score and pair.")] = 40_000,
+    model_rows: Annotated[int, typer.Option(min=16, help="Rows for rollout and ref-logps.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each variant runs; the variants take turns.")] = 3,
     store_mb: Annotated[int, typer.Option(min=80, help="Object store of the memory runs.")] = 80,
-    times: Annotated[float, typer.Option(min=0.1, help="Their input, in object stores; and a tenth of it.")] = 10,
+    times: Annotated[
+        float, typer.Option(min=0.1, help="Input of the memory runs, in object stores; also a tenth.")
+    ] = 10,
     out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Each pipeline on Ray with one and two workers against one process; memory on inputs beyond the object store."""
+    """Compare each pipeline on Ray (one and two workers) with one process; measure memory on large inputs."""
     from benchmarks import data
 
     value = data.run(rows, model_rows, rounds, store_mb, times)
@@ -81,14 +83,14 @@ def bench_data(
 
 @bench.command("forward")
 def bench_forward(
-    rounds: Annotated[int, typer.Option(help="Fresh processes a variant, interleaved.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Timed steps in each process.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Fresh processes per variant; the variants take turns.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed steps per process.")] = 3,
     shape: Annotated[str, typer.Option(help="Sizes: bars, or 8b for a GPU of 80 GB.")] = "bars",
     device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One training step: the packed row against the common ways, VRPO and the replay of all rounds."""
+    """Compare one training step on packed rows with common implementations, VRPO, and the replay of all steps."""
     from benchmarks import forward
 
     value = forward.compare(forward.named_shape(shape, device), rounds, repeats, say)

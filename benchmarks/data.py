@@ -1,8 +1,8 @@
-"""The pipelines on Ray Data against one process that runs the same workers over the same parts in a loop.
+"""Compare the pipelines on Ray Data with one process that runs the same workers over the same parts in a loop.
 
-A worker reads and writes with pyarrow either way, so that the difference is Ray's. Each part notes when it began and
-ended: the time until the first one (actors, imports, models) and the time of the rows are told apart. `memory` runs a
-pipeline on tables many times larger than the object store and watches every process of the session.
+Workers read and write with pyarrow in both cases, so the difference is Ray's overhead. Each part records when it began
+and ended. This separates the time until the first part (actors, imports, models) from the time of the rows. `memory`
+runs a pipeline on tables many times larger than the object store and watches every process of the session.
 """
 
 import json
@@ -44,18 +44,18 @@ from dtrpo_ray.produce.scoring import Scorer
 from dtrpo_ray.session import CPU_WORKER_ENV, ray_session
 from dtrpo_ray.train.reference import ReferenceScorer, epoch_parts
 
-SAMPLES = 4  # responses to a prompt
-PARTS = 8  # of each pipeline, so that two workers have something to share
+SAMPLES = 4  # responses per prompt
+PARTS = 8  # per pipeline, enough for two workers to share
 ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz+=#"
-CHARS = (64, 128)  # of a prompt and a response; a character is a token
-TOKENS = 32  # that a rollout decodes
-FILE_ROWS = 2_000  # of the table of the memory runs
+CHARS = (64, 128)  # characters of a prompt and of a response; each character is a token
+TOKENS = 32  # decoded per response of a rollout
+FILE_ROWS = 2_000  # rows per file of the table in `memory`
 SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """One verb's parts and what makes its worker, which has one thread of torch."""
+    """The parts of one verb, and a function that makes its worker; a worker uses one torch thread."""
 
     name: str
     parts: Sequence[Any]
@@ -63,7 +63,7 @@ class Pipeline:
 
 
 class Timed:
-    """A worker that also notes when each part began and ended."""
+    """Wraps a worker and records when each part began and ended."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.work = make()
@@ -77,7 +77,7 @@ class Timed:
 
 
 def write_base(folder: Path) -> Path:
-    """A tiny model in the SDAR layout with a tokenizer of characters."""
+    """Write a tiny model in the SDAR layout with a character tokenizer."""
     tokenizer = character_tokenizer(ALPHABET)
     config = {
         "model_type": "sdar", "architectures": ["SDARForCausalLM"], "vocab_size": 48, "hidden_size": 64,
@@ -93,9 +93,9 @@ def write_base(folder: Path) -> Path:
 
 
 def write_responses(file: Path, rows: int, number: int = 0, more_chars: int = 0) -> None:
-    """JSONL of `rows` responses, SAMPLES to a prompt, of which a third is right; `more_chars` in a column besides.
+    """Write `rows` responses as JSONL, SAMPLES per prompt; a third of them are right.
 
-    Files of other numbers have other prompts.
+    An extra column holds `more_chars` characters. Each `number` gives other prompts.
     """
     rng, letters = np.random.default_rng(number), np.array(list(ALPHABET[10:37]))
     with file.open("w") as out:
@@ -108,7 +108,7 @@ def write_responses(file: Path, rows: int, number: int = 0, more_chars: int = 0)
 
 
 def write_trajectories(folder: Path, arrow_bytes: int) -> int:
-    """Files of a table of at least so many bytes in memory, ten responses to a prompt; returns their true number."""
+    """Write a table of at least `arrow_bytes` in memory, ten responses per prompt; return its number of bytes."""
     folder.mkdir()
     rng, written, first = np.random.default_rng(SEED), 0, 0
     while written < arrow_bytes:
@@ -119,7 +119,7 @@ def write_trajectories(folder: Path, arrow_bytes: int) -> int:
 
 
 def trajectories(rng: np.random.Generator, first: int, count: int) -> pa.Table:
-    """Rows that pass the rules of trajectory/v1, of 512 tokens; the reward of each is 0 or 1."""
+    """Return rows of 512 tokens that pass the rules of trajectory/v1, with random rewards 0 and 1."""
     same = {
         "contract_version": CONTRACT_VERSION, "block_size": 8, "block_origin": "global", "mask_id": 41, "shift": 0,
         "prompt_ids": [1] * 8, "response": "x" * 504 + "#### 1", "answer": "1", "reward_source": "bench",
@@ -133,11 +133,11 @@ def trajectories(rng: np.random.Generator, first: int, count: int) -> pa.Table:
     return pa.table({name: columns.get(name, pa.nulls(count)) for name in TRAJECTORY.names}).cast(TRAJECTORY)
 
 
-# --- the pipelines, each of which reads what the one before it wrote ---
+# --- the pipelines; each reads the output of the one before ---
 
 
 def importer(files: list[Path], base: Path) -> tuple[Sequence[Any], Callable[[], Any]]:
-    """prepare: the parts of files of responses, and the worker."""
+    """Return the parts of prepare for files of responses, and the function that makes its worker."""
     task = TrajectoriesTask.model_validate({"type": "trajectories", "files": [str(file) for file in files]})
     grid = {"block_size": 8, "block_origin": "global", "shift": 0}
     hashes = dict.fromkeys(task.files, "bench")
@@ -145,7 +145,7 @@ def importer(files: list[Path], base: Path) -> tuple[Sequence[Any], Callable[[],
 
 
 def pipelines(folder: Path, rows: int, model_rows: int) -> Iterator[Pipeline]:
-    """Each is run before the next is asked for: `folder / NAME` then holds its output."""
+    """Yield the pipelines. The caller runs each one, into `folder / NAME`, before it asks for the next."""
     base, sharers = write_base(folder / "base"), os.cpu_count() or 1
     (folder / "in").mkdir()
     for number in range(PARTS):
@@ -176,7 +176,7 @@ GSM8K = ScoreConfig(scorer="gsm8k")
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The output of a pipeline."""
+    """Return the files that a pipeline wrote."""
     return [file.resolve() for file in table_files(folder / name)]
 
 
@@ -184,14 +184,14 @@ def files_of(folder: Path, name: str) -> list[Path]:
 
 
 def loop(parts: Sequence[Any], make: Callable[[], Any], out: Path) -> list[dict[str, Any]]:
-    """The work in this process alone."""
+    """Do all parts in this process."""
     out.mkdir()
     work = make()
     return [work(part, out) for part in parts]
 
 
 def in_a_process(parts: Sequence[Any], make: Callable[[], Any], out: Path) -> list[dict[str, Any]]:
-    """`loop` in a process that starts as an actor does."""
+    """Run `loop` in a new process, with the environment of an actor."""
     with tempfile.NamedTemporaryFile() as task, tempfile.NamedTemporaryFile() as done:
         Path(task.name).write_bytes(pickle.dumps((parts, make, out)))
         words = [sys.executable, "-m", "benchmarks.data", "loop", task.name, done.name]
@@ -201,7 +201,7 @@ def in_a_process(parts: Sequence[Any], make: Callable[[], Any], out: Path) -> li
 
 
 def timed(run: Callable[[], list[dict[str, Any]]]) -> dict[str, float]:
-    """Rows and seconds of a run: until its first part began, of its parts, and in all."""
+    """Return rows, and seconds until the first part began, of the parts, and in total."""
     asked = time.time()
     done = run()
     ended = time.time()
@@ -211,7 +211,7 @@ def timed(run: Callable[[], list[dict[str, Any]]]) -> dict[str, float]:
 
 
 def compare(pipeline: Pipeline, folder: Path, rounds: int) -> dict[str, Any]:
-    """One process, and Ray with one and two workers, in turn; medians of the rounds."""
+    """Run one process, and Ray with one and two workers, in turn; return medians over the rounds."""
     found: dict[str, list[dict[str, float]]] = {"one process": [], "1 worker": [], "2 workers": []}
     for number in range(rounds):
         for workers, (way, times) in enumerate(found.items()):
@@ -241,12 +241,12 @@ def compare(pipeline: Pipeline, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def descendants() -> list[Path]:
-    """/proc folders of this process and all that it started, the Ray session among them."""
+    """Return the /proc folders of this process and of all its descendants, which include the Ray session."""
     parents: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(status.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):  # it ended meanwhile
+        except (OSError, IndexError):  # the process has ended
             continue
         parents.setdefault(parent, []).append(int(status.parent.name))
     found = [os.getpid()]
@@ -256,7 +256,7 @@ def descendants() -> list[Path]:
 
 
 def resident(process: Path) -> tuple[float, float]:
-    """(all, shared) resident megabytes of a process; nothing of one that ended."""
+    """Return (all, shared) resident megabytes of a process, or zeros if it has ended."""
     try:
         lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     except OSError:
@@ -267,9 +267,9 @@ def resident(process: Path) -> tuple[float, float]:
 
 @contextmanager
 def watched(peaks: dict[str, float]) -> Iterator[None]:
-    """Fills in the peaks of the session: resident memory summed over processes, and the object store's part.
+    """Record peaks of the session in `peaks`: resident memory over all processes, and the object store.
 
-    Shared pages count once: the object store is what the process that maps most of it has resident.
+    Shared pages count once: the largest shared memory of any process is taken as the object store.
     """
     stop = threading.Event()
 
@@ -291,7 +291,7 @@ def watched(peaks: dict[str, float]) -> Iterator[None]:
 
 
 def memory(folder: Path, store_mb: int, times: float) -> list[dict[str, Any]]:
-    """Peaks of prepare, score and pair on inputs of `times` the object store, by two workers in their own session."""
+    """Return the peaks of prepare, score and pair on inputs of `times` object stores, with two workers."""
     base, size = write_base(folder / "base"), int(store_mb * 1e6 * times)
     (folder / "in").mkdir()
     write_responses(folder / "in" / "0.jsonl", max(SAMPLES, size // 4_000), more_chars=4_000 - sum(CHARS))
@@ -313,7 +313,7 @@ def memory(folder: Path, store_mb: int, times: float) -> list[dict[str, Any]]:
 
 
 def memory_in_a_process(store_mb: int, times: float) -> list[dict[str, Any]]:
-    """`memory` in a process of its own, whose memory is then the pipelines' alone."""
+    """Run `memory` in a new process, so that no other work adds to its memory."""
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as done:
         words = [sys.executable, "-m", "benchmarks.data", "memory", folder, str(store_mb), str(times), done.name]
         subprocess.run(words, check=True)
@@ -321,11 +321,11 @@ def memory_in_a_process(store_mb: int, times: float) -> list[dict[str, Any]]:
     return found
 
 
-# --- the whole ---
+# --- the benchmark ---
 
 
 def run(rows: int, model_rows: int, rounds: int, store_mb: int, times: float) -> dict[str, Any]:
-    """Speed of every pipeline, and peaks of memory on inputs of one and of `times` object stores."""
+    """Measure the speed of every pipeline, and its peak memory on inputs of `times` / 10 and `times` object stores."""
     speed = []
     with tempfile.TemporaryDirectory() as name, ray_session(ClusterConfig(num_actors=2)):
         for pipeline in pipelines(Path(name), rows, model_rows):
@@ -336,12 +336,12 @@ def run(rows: int, model_rows: int, rounds: int, store_mb: int, times: float) ->
 
 
 def text(value: dict[str, Any]) -> str:
-    """The result for people, as Markdown."""
+    """Format the result as Markdown."""
     ways = ("one process", "1 worker", "2 workers")
-    lines = [f"{value['machine']}; medians of {value['rounds']} rounds, ways in turn.", ""]
+    lines = [f"{value['machine']}; medians of {value['rounds']} rounds, in which the variants take turns.", ""]
     lines += [
-        "Rows a second once the first part has begun; Ray's overhead is 1 worker's time less one process's.",
-        "A process has one thread of torch; negative overheads are noise.",
+        "The table shows rows per second after the first part has begun. Ray's overhead is the time of 1 worker minus",
+        "the time of one process. Each process has one torch thread. Negative overheads are noise.",
         "",
     ]
     lines += [
@@ -354,11 +354,11 @@ def text(value: dict[str, Any]) -> str:
             f"| {row['pipeline']} | {row['rows']:,.0f} | {row['parts']} | {alone:,.0f} | {one:,.0f} | {two:,.0f} "
             f"| {two / alone:.2f} | {row['ray_overhead_us_per_row']:,.0f} us a row |"
         )
-    lines += ["", "Seconds until the first part begins: a process or actors start, import and load their model.", ""]
+    lines += ["", "Seconds until the first part begins; until then processes start, import and load their model:", ""]
     lines += ["| pipeline | one process | Ray, 1 worker | Ray, 2 workers |", "|---|---|---|---|"]
     for row in value["speed"]:
         lines.append(f"| {row['pipeline']} | " + " | ".join(f"{row['start_seconds'][way]:.1f}" for way in ways) + " |")
-    lines += ["", f"Peak memory of the session with an object store of {value['object_store_mb']} MB, two workers.", ""]
+    lines += ["", f"Peak memory of the session, two workers, object store of {value['object_store_mb']} MB:", ""]
     lines += ["| pipeline | input, MB | rows | all processes, MB | object store, MB |", "|---|---|---|---|---|"]
     for row in sorted((row for rows in value["memory"].values() for row in rows), key=lambda row: row["pipeline"]):
         lines.append(

@@ -1,5 +1,5 @@
-"""Decoding: our engine against a naive decoder that runs the whole sequence each step, and against itself with one
-request at a time. Same weights, same prompts, same tokens; every comparison in one run."""
+"""Compare our engine with a naive decoder that runs the whole sequence in every step, and with itself at one request
+at a time. A comparison uses the same weights and prompts in one run, and reports whether the tokens are equal."""
 
 import platform
 import random
@@ -19,7 +19,7 @@ VOCABULARY = 4096
 
 
 def bench_model(hidden: int, layers: int, block: int) -> DiffusionLM:
-    """Random weights in the SDAR layout: the time of a forward does not depend on them."""
+    """Make a model with random weights in the SDAR layout; the time of a forward does not depend on the weights."""
     config = {
         "model_type": "sdar",
         "vocab_size": VOCABULARY,
@@ -42,9 +42,9 @@ def bench_model(hidden: int, layers: int, block: int) -> DiffusionLM:
 
 @torch.inference_mode()
 def naive(model: DiffusionLM, prompt: list[int], params: SamplingParams) -> tuple[list[int], int]:
-    """LLaDA's loop (arXiv 2502.09992) with the model's block mask: the whole canvas and all its logits in every step.
+    """Decode with LLaDA's loop (arXiv 2502.09992) and the model's block mask; return the response and its forwards.
 
-    Returns the response and the number of forwards.
+    Every step runs the whole sequence and computes the logits of all its positions.
     """
     size, n = model.block_size, len(prompt)
     end = -(-(n + params.max_new_tokens) // size) * size
@@ -70,7 +70,7 @@ def naive(model: DiffusionLM, prompt: list[int], params: SamplingParams) -> tupl
 def serve_load(
     model: DiffusionLM, prompts: list[list[int]], params: SamplingParams, concurrency: int
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """All prompts through one decoder, `concurrency` at a time, each replaced as it finishes; and their responses."""
+    """Decode all prompts, `concurrency` at a time; return the measurements and the responses."""
     pages = concurrency * max(pages_needed(model, len(prompt), params.max_new_tokens) for prompt in prompts)
     decoder = Decoder(model, concurrency, pages)
     begun: dict[Hashable, float] = {}
@@ -106,7 +106,7 @@ def serve_load(
 
 
 def against_naive(model: DiffusionLM, prompt: list[int], params: SamplingParams, repeats: int) -> dict[str, Any]:
-    """One request both ways, in turn, `repeats` times; medians, and whether the tokens are the same."""
+    """Decode one request with both in turn, `repeats` times; return medians, and whether the tokens are equal."""
     slow, fast, ratios, cpu_ratios = [], [], [], []
     for _ in range(repeats):
         start, cpu = time.perf_counter(), time.process_time()
@@ -133,7 +133,7 @@ def against_naive(model: DiffusionLM, prompt: list[int], params: SamplingParams,
 def decode_benchmark(
     prompt_tokens: int, new_tokens: int, block: int, hidden: int, layers: int, steps: int, repeats: int, widest: int
 ) -> dict[str, Any]:
-    """The whole comparison; see `dtrpo bench decode --help` for the units."""
+    """Run the benchmark; `dtrpo bench decode --help` explains the arguments."""
     torch.set_num_threads(1)
     model = bench_model(hidden, layers, block)
     rng = random.Random(0)
@@ -166,7 +166,7 @@ def decode_benchmark(
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """The result as two tables."""
+    """Format the result as two tables."""
     r, one = result, result["naive"]
     lines = [
         f"Prompt {r['prompt_tokens']}, {r['new_tokens']} new tokens, block {r['block_size']}, "
@@ -178,9 +178,9 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"| naive: whole sequence each step | {one['naive_tokens_per_second']:.1f} |",
         f"| engine: exact cache | {one['engine_tokens_per_second']:.1f} |",
         f"| ratio, median of {len(one['ratios'])} pairs | **{one['ratio']:.1f}** |",
-        f"| the same in CPU seconds, which other processes do not stretch | **{one['cpu_ratio']:.1f}** |",
+        f"| the same in CPU seconds, which other processes do not lengthen | **{one['cpu_ratio']:.1f}** |",
         "",
-        f"Same tokens: {'yes' if one['same_tokens'] else 'NO'}; first block after {one['first_block_s']:.3f} s.",
+        f"Same tokens: {'yes' if one['same_tokens'] else 'NO'}. First block after {one['first_block_s']:.3f} s.",
         "",
         "| concurrent | tokens/s | ratio to one | in CPU seconds | tokens/forward | first block p50 | p50 | p99 |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,12 +1,12 @@
-"""One optimizer step's forward and backward, our way and the common ways, on the same weights, data and draws.
+"""Compare forward and backward of one training step with common implementations, on the same weights, data and draws.
 
-    packed   one row holds the pair, each scored hidden state alone meets the vocabulary (this package's training step)
-    common   each side and each draw by itself as [noisy | clean] of the whole sequence, logits of every position
-    lean     the common way with the logits of the noisy half only: a harder baseline than the bars ask for
+    packed   one row contains the pair; logits are computed only at scored positions (this package's training step)
+    common   one forward for each side and draw over [noisy | clean] of the whole sequence; logits at every position
+    lean     as common, but logits only for the noisy half: a harder baseline than the targets require
 
-All compute the same loss, and the bench stops if they do not. Times and memory are those of fresh processes, one for
-each variant and round, the rounds interleaved; `peak` is what a step takes beyond weights and gradients. On a GPU the
-same comparison runs in bfloat16, with the share of the device's peak that the counted operations reach.
+All variants compute the same loss; if they do not, the benchmark stops. Each variant runs in a fresh process in each
+round, and the variants take turns. `peak` is the memory of a step beyond weights and gradients. On a GPU the comparison
+runs in bfloat16 and also reports the model FLOPs utilisation (MFU).
 """
 
 import json
@@ -36,7 +36,7 @@ from dtrpo_ray.models.registry import build_model
 from dtrpo_ray.train.backend import peak_flops
 
 Json = dict[str, Any]
-CPU_ATTENTION = {  # torch counts the attention kernels of GPUs; ours too computes every entry under a dense mask
+CPU_ATTENTION = {  # torch's FLOP counter lacks the CPU kernels, which compute every entry of a dense mask
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
@@ -49,11 +49,11 @@ VARIANTS = {  # name -> (way, objective)
     "dtrpo lean": ("lean", Objective()),
     "vrpo n=4 common": ("common", Objective(type="elbo_dpo", num_draws=4)),
     "vrpo n=8 common": ("common", Objective(type="elbo_dpo", num_draws=8)),
-    "all rounds common": ("common", Objective(num_draws="all")),
+    "all steps common": ("common", Objective(num_draws="all")),
     "vrpo n=4 packed": ("packed", Objective(type="elbo_dpo", num_draws=4)),
-    "all rounds packed": ("packed", Objective(num_draws="all")),
+    "all steps packed": ("packed", Objective(num_draws="all")),
 }
-BARS = (  # what, of which variant over ours, at least
+BARS = (  # (quantity, variant, smallest ratio to `packed` that we aim for)
     ("seconds", COMMON, 2.5),
     ("peak_bytes", COMMON, 3.0),
     ("seconds", "vrpo n=4 common", 5.0),
@@ -62,7 +62,7 @@ BARS = (  # what, of which variant over ours, at least
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of the comparison, in tokens and units, and where it runs; the defaults are those of the bars."""
+    """Sizes of the comparison, in tokens and units, and its device; the targets hold for the defaults."""
 
     prompt: int = 256
     response: int = 256
@@ -78,11 +78,11 @@ class Shape:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations; log-probabilities are float32 either way."""
+        """The dtype of weights and activations; log-probabilities are always float32."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     def model(self, seed: int) -> DiffusionLM:
-        """A random model of this shape, made on its device."""
+        """Make a random model of this shape on its device."""
         heads = max(self.width // self.head_dim, 1)
         with torch.device(self.device):
             return build_model(self._config(heads), seed).to(self.dtype)
@@ -106,7 +106,7 @@ class Shape:
         }
 
     def rows(self) -> list[Json]:
-        """Random pairs; each block of a response unmasked in `steps` steps of equal size, in a random order."""
+        """Make random pairs; each block of a response is unmasked in `steps` steps of equal size, in a random order."""
         rng = np.random.default_rng(0)
         rows = []
         for i in range(self.pairs):
@@ -122,26 +122,26 @@ class Shape:
 
 SHAPES = {
     "bars": Shape(),
-    "8b": Shape(width=4096, layers=36, vocab=151936, head_dim=128, heads_per_key=4),  # Qwen3-8B's, and so SDAR-8B's
+    "8b": Shape(width=4096, layers=36, vocab=151936, head_dim=128, heads_per_key=4),  # sizes of Qwen3-8B and SDAR-8B
 }
 
 
 def named_shape(name: str, device: str) -> Shape:
-    """One of SHAPES on a device. Raises ConfigError for another name, and for a GPU that torch does not see."""
+    """Return one of SHAPES on a device. Raises ConfigError for an unknown name, or a GPU that torch does not see."""
     if name not in SHAPES:
-        raise ConfigError(f"--shape {name}: no such sizes; there are {', '.join(SHAPES)}")
+        raise ConfigError(f"--shape {name}: unknown; use one of {', '.join(SHAPES)}")
     if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}: cpu or cuda")
+        raise ConfigError(f"--device {device}: unknown; use cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU; leave it out, or install torch's CUDA build")
+        raise ConfigError("--device cuda: torch sees no GPU; use --device cpu, or install torch's CUDA build")
     return replace(SHAPES[name], device=device)
 
 
-# --- the common way ---
+# --- the common implementations ---
 
 
 def two_stream_mask(length: int, block_size: int) -> Tensor:
-    """The mask of [noisy | clean] (BD3-LM, arXiv 2503.09573; SDAR): boolean [1, 1, 2 length, 2 length]."""
+    """Return the mask of [noisy | clean] (BD3-LM, arXiv 2503.09573; SDAR), bool [1, 1, 2 length, 2 length]."""
     block = torch.arange(length).repeat(2) // block_size
     clean = torch.arange(2 * length) >= length
     query, key = block[:, None], block[None, :]
@@ -152,9 +152,9 @@ def two_stream_mask(length: int, block_size: int) -> Tensor:
 
 
 def common_logps(model: DiffusionLM, rows: list[Json], batch: MicroBatch, lean: bool) -> Tensor:
-    """log mu of the batch's scored tokens [N], one forward for each side and noisy stream.
+    """Return log mu of the batch's scored tokens [N], from one forward per side and noisy stream.
 
-    Needs blocks that begin with the prompt's end, and shift 0: then a noisy half is the prompt and a noisy stream.
+    The prompt must end on a block boundary and shift be 0; the noisy half is then the prompt and a noisy stream.
     """
     out = torch.zeros(len(batch.target), dtype=torch.float32, device=batch.target.device)
     streams = batch.stream[batch.scored_row, batch.scored_col]
@@ -182,7 +182,7 @@ def common_logps(model: DiffusionLM, rows: list[Json], batch: MicroBatch, lean: 
 def common_step(
     policy: DiffusionLM, reference: DiffusionLM, rows: list[Json], batch: MicroBatch, beta: float, lean: bool
 ) -> Tensor:
-    """The loss of each pair: four kinds of forwards, chosen and rejected by policy and reference, each by itself."""
+    """Return the loss of each pair, from separate forwards of policy and reference over chosen and rejected."""
     logp = common_logps(policy, rows, batch, lean)
     with torch.no_grad():
         ref_logp = common_logps(reference, rows, batch, lean)
@@ -190,12 +190,12 @@ def common_step(
     return preference_loss(ratio, beta).loss_B
 
 
-# --- one variant in a process of its own ---
+# --- one variant in a separate process ---
 
 
 @dataclass(frozen=True, slots=True)
 class _Setup:
-    """A variant ready to run: `step` does forward and backward and returns the loss."""
+    """A variant that is ready to run: `step` does forward and backward and returns the loss."""
 
     step: Callable[[], float]
     policy: DiffusionLM
@@ -218,28 +218,28 @@ def _setup(name: str, shape: Shape) -> _Setup:
         loss.mean().backward()
         return float(loss.detach().mean())
 
-    if way == "packed":  # policy and reference read the same
+    if way == "packed":  # policy and reference run the same row
         return _Setup(step, policy, 2 * batch.ids.numel(), 2 * len(batch.target))
     streams = batch.stream[batch.scored_row, batch.scored_col]
-    draws = len(set(zip(batch.slot.tolist(), streams.tolist(), strict=True)))  # of both sides of all pairs
+    draws = len(set(zip(batch.slot.tolist(), streams.tolist(), strict=True)))  # over both sides of all pairs
     length = shape.prompt + shape.response
     return _Setup(step, policy, 4 * draws * length, (2 if way == "lean" else 4) * draws * length)
 
 
 def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
+    """Return VmRSS or VmHWM of this process in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def time_variant(name: str, shape: Shape, repeats: int) -> Json:
-    """Median wall and processor seconds of a step, after two to warm up (the first compiles, on a GPU)."""
+    """Return median wall-clock and CPU seconds of a step, after two warm-up steps (on a GPU the first compiles)."""
     setup = _setup(name, shape)
     loss, wall, processor = setup.step(), [], []
     setup.step()
     for _ in range(repeats):
         began, cpu = time.perf_counter(), time.process_time()
-        setup.step()  # ends by reading the loss; what the device still owes the gradients is waited for here
+        setup.step()  # it reads the loss last; on a GPU the gradients may still be running
         if shape.device != "cpu":
             torch.cuda.synchronize()
         wall.append(time.perf_counter() - began)
@@ -248,13 +248,13 @@ def time_variant(name: str, shape: Shape, repeats: int) -> Json:
 
 
 def weigh_variant(name: str, shape: Shape) -> Json:
-    """Peak memory of a step beyond what stands before it (weights and gradients), and its FLOPs."""
+    """Return the peak memory of a step beyond weights and gradients, and its FLOPs."""
     small = replace(shape, prompt=shape.block, response=shape.block)
-    _setup(name, small).step()  # libraries load what they load at first use
+    _setup(name, small).step()  # warm up: libraries allocate at first use
     setup = _setup(name, shape)
     if shape.device == "cpu":
         before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         setup.step()
         peak = _resident("VmHWM")
     else:
@@ -270,7 +270,7 @@ def weigh_variant(name: str, shape: Shape) -> Json:
 
 
 def _in_process(job: str, name: str, shape: Shape, repeats: int) -> Json:
-    """Run `time` or `weigh` in a fresh interpreter; to weigh, large freed tensors go back to the system."""
+    """Run `time` or `weigh` in a fresh interpreter. For `weigh`, malloc returns large freed tensors to the system."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if job == "weigh":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
@@ -287,9 +287,9 @@ def _in_process(job: str, name: str, shape: Shape, repeats: int) -> Json:
 
 
 def compare(shape: Shape, rounds: int, repeats: int, say: Callable[[str], None]) -> Json:
-    """Every variant: {"variants": [..], "ratios": {name: {..over ours}}, "bars": [..], "machine", "shape"}."""
+    """Measure every variant; "ratios" in the result are relative to `packed`, "bars" are the targets."""
     if shape.prompt % shape.block or shape.response % shape.block or shape.steps > shape.block:
-        raise TrainError("bench forward: prompt and response must be whole blocks, steps no more than a block's tokens")
+        raise TrainError("bench forward: prompt and response must be whole blocks, and steps at most block")
     timed: dict[str, list[Json]] = {name: [] for name in VARIANTS}
     for number in range(rounds):
         for name in VARIANTS:
@@ -305,10 +305,10 @@ def compare(shape: Shape, rounds: int, repeats: int, say: Callable[[str], None])
         if peak := peak_flops(torch.device(shape.device)):
             rows[-1]["mfu"] = weighed["flops"] / seconds["seconds"] / peak
     by_name = {row["variant"]: row for row in rows}
-    for objective in ("dtrpo", "vrpo n=4", "all rounds"):
+    for objective in ("dtrpo", "vrpo n=4", "all steps"):
         ours, theirs = (by_name[f"{objective} {way}"]["loss"] for way in ("packed", "common"))
         if abs(ours - theirs) > (1e-3 if shape.device == "cpu" else 0.05) * max(abs(theirs), 1):
-            raise TrainError(f"bench forward: {objective}: loss {ours} packed, {theirs} the common way")
+            raise TrainError(f"bench forward: {objective}: losses differ: {ours} packed, {theirs} common; report a bug")
     keys = ("seconds", "cpu_seconds", "peak_bytes", "process_bytes", "trunk_tokens", "head_rows", "flops")
     ratios = {name: {key: row[key] / by_name[OURS][key] for key in keys} for name, row in by_name.items()}
     bars = [
@@ -333,7 +333,7 @@ def _cpu() -> str:
 
 
 def table(value: Json) -> str:
-    """The comparison as a Markdown table, and whether each bar is met."""
+    """Format the comparison as a Markdown table, and say whether each target is met."""
     head = "| variant | seconds | CPU s | peak MiB | process MiB | trunk tokens | head rows | GFLOP | tokens/s | MFU "
     lines = [head + "| time / ours |", "|---" * 11 + "|"]
     for row in value["variants"]:
@@ -346,25 +346,26 @@ def table(value: Json) -> str:
     lines.append("")
     for bar in value["bars"]:
         met = "met" if bar["met"] else "NOT met"
-        lines.append(f"- {bar['what']} of `{bar['of']}` over ours: {bar['measured']:.2f}, bar {bar['bar']}: {met}")
+        lines.append(f"- {bar['what']} of `{bar['of']}` / ours: {bar['measured']:.2f}, target {bar['bar']}: {met}")
     return "\n".join(lines)
 
 
 def page(value: Json) -> str:
-    """The comparison as a Markdown page."""
+    """Format the comparison as a Markdown page."""
     shape, machine = value["shape"], value["machine"]
     text = (
-        "# One training step: packed against the common ways\n\nPrompt {prompt}, response {response}, block {block}, "
-        "{steps} denoising steps a block, width {width}, {layers} layers, vocabulary {vocab}, {pairs} pair, "
-        "{precision}, forward and backward. Written by `dtrpo bench forward`; `peak` is beyond weights and gradients, "
-        "tokens/s are those of the pair, its prompt twice.\n\n"
+        "# One training step: the packed row against common implementations\n\n"
+        "Prompt {prompt}, response {response}, block {block}, {steps} denoising steps per block, width {width}, "
+        "{layers} layers, vocabulary {vocab}, {pairs} pair, "
+        "{precision}, forward and backward. `dtrpo bench forward` wrote this page. `peak` excludes weights and "
+        "gradients; tokens/s counts the tokens of both sides, the prompt twice.\n\n"
     ).format(**shape, precision="float32" if shape["device"] == "cpu" else "bfloat16")
     where = "Machine: {device}, {cores} cores, {threads} thread(s), torch {torch}.\n\n".format(**machine)
     return text + where + table(value) + "\n"
 
 
 def main(call: str) -> None:
-    """One job of `_in_process`."""
+    """Run one job of `_in_process`."""
     given = json.loads(call)
     shape = Shape(**{f.name: given["shape"][f.name] for f in fields(Shape)})
     made = (

@@ -1,4 +1,4 @@
-"""The training loop's backend in plain torch, without DeepSpeed: what `benchmarks.train` compares the stack with."""
+"""A backend of the training loop in plain torch, without DeepSpeed; `benchmarks.train` compares the stack with it."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ STATE_FILE = "plain.pt"
 
 
 class PlainBackend:
-    """A `Backend` of one process: unit tests, and the bare loop of `benchmarks.train`."""
+    """A `Backend` for one process, used by unit tests and by the bare loop of `benchmarks.train`."""
 
     def __init__(self, model: DiffusionLM, config: TrainConfig, num_steps: int, device: torch.device) -> None:
         self.policy = model.to(device)

@@ -1,8 +1,9 @@
-"""What the stack costs: Ray Train + Ray Data + DeepSpeed against the bare loop, on the same batches and weights.
+"""Measure the cost of Ray Train, Ray Data and DeepSpeed against the bare loop, on the same batches and weights.
 
-The bare loop is `loop.run` over `PlainBackend` in a process of its own, rows in a list; the stack is `driver.train`
-with one worker, then with two. All write metrics; a step's time is the difference of two rows, the first left out.
-Every process computes with one thread: where the loop takes every core, Ray's own processes would slow its threads.
+The bare loop is `loop.run` over `PlainBackend` in a separate process, with its rows in a list. The stack is
+`driver.train` with one worker, then with two. All of them write metrics; the time of a step is the difference between
+two rows, without the warm-up steps. Every process uses one torch thread, because with all cores in use Ray's own
+processes would slow the loop.
 """
 
 import json
@@ -41,11 +42,11 @@ MODEL = {
     "head_dim": 64, "block_size": 8, "mask_token_id": 4095, "eos_token_id": 4094, "tie_word_embeddings": False,
     "rope_theta": 10000.0, "max_position_embeddings": 4096,
 }  # fmt: skip
-TOKENS = 64  # of a prompt and of each response
+TOKENS = 64  # per prompt and per response
 
 
 def config(num_steps: int, global_batch: int) -> TrainConfig:
-    """Full steps of one epoch; one checkpoint at the end, outside the measured steps."""
+    """Configure full steps of one epoch, with one checkpoint after the measured steps."""
     return TrainConfig(
         objective=Objective(beta=0.1),
         lr=1e-4,
@@ -58,7 +59,7 @@ def config(num_steps: int, global_batch: int) -> TrainConfig:
 
 
 def prepare(folder: Path, num_steps: int, global_batch: int) -> None:
-    """A base model and a table of random pairs."""
+    """Write a base model and a table of random pairs."""
     (folder / "base").mkdir()
     (folder / "table").mkdir()
     save_model(build_model(MODEL), folder / "base")
@@ -73,7 +74,7 @@ def prepare(folder: Path, num_steps: int, global_batch: int) -> None:
 
 
 def bare(folder: Path, num_steps: int, global_batch: int) -> None:
-    """The same run in this process alone; writes its metrics beside the stack's."""
+    """Train with the bare loop in this process; write its metrics next to the stack's."""
     torch.set_num_threads(1)
     cfg, out = config(num_steps, global_batch), folder / "bare"
     out.mkdir()
@@ -92,7 +93,7 @@ def bare(folder: Path, num_steps: int, global_batch: int) -> None:
 
 
 def _run_rank(spec: RunSpec) -> None:
-    """A worker of the stack that computes with one thread, and notes that it did; it runs in a process of its own."""
+    """Run a worker of the stack with one torch thread and record that number; Ray starts it in its own process."""
     with mock.patch.object(worker, "cpu_threads", return_value=1):
         worker.run_rank(spec)
     _note_threads(spec.stage.out)
@@ -107,7 +108,7 @@ def _note_threads(out: Path) -> None:
 
 
 def stack(folder: Path, num_steps: int, global_batch: int, num_workers: int) -> None:
-    """The full stack with so many workers on this machine."""
+    """Train with the full stack and `num_workers` workers on this machine."""
     out = folder / f"stack-{num_workers}"
     out.mkdir()
     stage = TrainStage(f"stack-{num_workers}", folder / "base", folder / "table", out, 0)
@@ -117,15 +118,15 @@ def stack(folder: Path, num_steps: int, global_batch: int, num_workers: int) -> 
 
 
 def step_seconds(out: Path) -> list[float]:
-    """The time of each measured optimizer step."""
+    """Return the time of each measured optimizer step."""
     times = [row["seconds"] for row in read_metrics(out / METRICS)]
     return [now - before for before, now in zip(times[WARM_STEPS - 1 :], times[WARM_STEPS:], strict=False)]
 
 
 def run(num_steps: int = 15, global_batch: int = 16, rounds: int = 2) -> dict[str, Any]:
-    """All ways in turn, `rounds` times; the medians of their steps, and the median of the rounds' ratios."""
+    """Run all variants in turn, `rounds` times; return median step times, and the median of the rounds' ratios."""
     times: dict[str, list[float]] = {"bare": [], "stack-1": [], "stack-2": []}
-    ratios: list[float] = []  # of each round: a machine's speed may change between rounds, less so within one
+    ratios: list[float] = []  # per round: the speed of a machine changes less within a round than between rounds
     losses: dict[str, float] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as name:
@@ -137,7 +138,7 @@ def run(num_steps: int = 15, global_batch: int = 16, rounds: int = 2) -> dict[st
                 stack(folder, num_steps, global_batch, workers)
             threads = {way: (folder / way / THREADS).read_text() for way in times}
             if set(threads.values()) != {"1"}:
-                raise TrainError(f"the ways do not compare: threads of torch are {threads}; this is a bug")
+                raise TrainError(f"bench train: variants differ in torch threads: {threads}; report a bug")
             steps = {way: step_seconds(folder / way) for way in times}
             for way, measured in times.items():
                 measured += steps[way]
@@ -157,18 +158,18 @@ def run(num_steps: int = 15, global_batch: int = 16, rounds: int = 2) -> dict[st
 
 
 def text(value: dict[str, Any]) -> str:
-    """The result for people, as Markdown."""
+    """Format the result as Markdown."""
     lines = [
-        f"{value['machine']}; one thread a process, {value['steps_measured']} steps each, median [fastest, slowest]",
+        f"{value['machine']}; one thread per process, {value['steps_measured']} steps each, median [fastest, slowest]",
         "",
     ]
-    lines += ["| way | seconds a step | last loss |", "|---|---|---|"]
+    lines += ["| variant | seconds per step | last loss |", "|---|---|---|"]
     for way, seconds in value["step_seconds"].items():
         low, high = value["spread"][way]
         lines.append(f"| {way} | {seconds:.3f} [{low:.3f}, {high:.3f}] | {value['last_loss'][way]:.6f} |")
     rounds = ", ".join(f"{ratio:.3f}" for ratio in value["stack_over_bare_rounds"])
-    lines += ["", f"Stack over bare loop: {value['stack_over_bare']:.3f} (median of the rounds' {rounds}). "]
-    lines[-1] += f"Two workers against one: {value['speedup_of_two_workers']:.2f} times as fast."
+    lines += ["", f"The stack takes {value['stack_over_bare']:.3f} times the bare loop's time (median of {rounds}). "]
+    lines[-1] += f"Two workers are {value['speedup_of_two_workers']:.2f} times as fast as one."
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
-"""The estimator's variance against K_b, weights, schedules and m, exactly, on a trained pair of models.
+"""Compute the exact variance of the estimator by K_b, weight, schedule and m, on a trained pair of models.
 
     python benchmarks/variance.py POLICY REFERENCE PAIRS --rows 200 --out docs/variance
 
-POLICY and REFERENCE are model directories, PAIRS a preference table with recorded steps. One forward each with
-`num_draws = "all"` gives every l_t of every block; the variance over the draws is then the closed form of
-docs/method.md, no sampling. The ELBO's is estimated from independent draws. Steps of unequal size, where the weights
-part, come from decoding the prompts anew with a confidence threshold. Writes OUT.json, OUT.svg and prints the tables.
+POLICY and REFERENCE are model directories, and PAIRS is a preference table with recorded steps. One forward of each
+model with `num_draws = "all"` gives l_t for every step of every block. The closed form of docs/method.md then gives the
+variance over draws, without sampling. The variance of the ELBO is estimated from independent draws. The weights differ
+only if steps have unequal sizes; such steps come from decoding the prompts again with a confidence threshold. The
+script writes OUT.json and OUT.svg and prints the tables.
 """
 
 import argparse
@@ -39,7 +40,7 @@ Json = dict[str, Any]
 
 
 def blocks(models: list[DiffusionLM], rows: list[Json], objective: Objective) -> Iterator[dict[int, list[float]]]:
-    """{draw: log-ratios of its scored tokens, by token} of each block of each side."""
+    """Yield, for each block of each side, the log-ratios of the scored tokens by draw."""
     for first in range(0, len(rows), CHUNK):
         part = rows[first : first + CHUNK]
         batch = build_batch(part, objective, ModelLayout.of(models[0]), seed=0)
@@ -53,7 +54,7 @@ def blocks(models: list[DiffusionLM], rows: list[Json], objective: Objective) ->
 
 
 def variance(steps: list[list[float]], weighting: str, num_draws: int) -> float:
-    """Variance of one block's estimate: the sum over strata of n sum v^2 - (sum v)^2."""
+    """Return the variance of one block's estimate: the sum over strata of n sum v^2 - (sum v)^2."""
     if num_draws >= len(steps) and (num_draws > 1 or len(steps) == 1):
         return 0.0
     values = [sum(s) for s in steps] if weighting == "steps" else [sum(s) / len(s) for s in steps for _ in s]
@@ -61,7 +62,7 @@ def variance(steps: list[list[float]], weighting: str, num_draws: int) -> float:
 
 
 def redecoded(model: DiffusionLM, rows: list[Json], threshold: float) -> list[Json]:
-    """The rows with both sides sampled by `model` at temperature 1, every token above `threshold` taken in a step."""
+    """Sample both sides again from `model` at temperature 1; a step takes every token above `threshold`."""
     params = SamplingParams(
         max_new_tokens=max(len(r["chosen_ids"]) for r in rows),
         denoising_steps=1,
@@ -78,9 +79,9 @@ def redecoded(model: DiffusionLM, rows: list[Json], threshold: float) -> list[Js
 
 
 def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
-    """One record for each schedule, K_b, weight and m: mean variance per block in nats^2, and the blocks behind it.
+    """Return a record for each schedule, K_b, weight and m: the mean variance per block in nats^2, and its blocks.
 
-    Trajectories decoded with a threshold have no fixed K_b: theirs is the mean over blocks.
+    Trajectories decoded with a threshold have no fixed K_b; the record has the mean over blocks.
     """
     size = models[0].block_size
     schedules = {"recorded": Objective(num_draws="all")}
@@ -113,7 +114,7 @@ def measure(models: list[DiffusionLM], rows: list[Json]) -> list[Json]:
 
 
 def elbo(models: list[DiffusionLM], rows: list[Json], size: int) -> Json:
-    """The block ELBO's variance with one draw: between independent draws, unbiased."""
+    """Estimate the variance of the block ELBO with one draw from independent draws, without bias."""
     found = []
     for draws in blocks(models, rows, Objective(type="elbo_dpo", num_draws=ELBO_DRAWS)):
         if len(draws) == ELBO_DRAWS:
@@ -122,7 +123,7 @@ def elbo(models: list[DiffusionLM], rows: list[Json], size: int) -> Json:
 
 
 def plot(records: list[Json], file: Path) -> None:
-    """Three panels: by schedule (m = 1), by draws m (random order), and both weights where steps are unequal."""
+    """Plot three panels: by schedule (m = 1), by m (random order), and by weight for steps of unequal size."""
     measured = [r for r in records if "weighting" in r]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
 

@@ -72,7 +72,7 @@ def test_ratios_and_bars_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -
 
     def answer(job: str, name: str, shape: Shape, repeats: int) -> dict[str, Any]:
         slow, large = (3.0, 2) if name == forward.COMMON else (5.5, 2) if name == "vrpo n=4 common" else (1.0, 1)
-        loss = {"loss": 0.5 if name != "all rounds packed" else wrong}
+        loss = {"loss": 0.5 if name != "all steps packed" else wrong}
         return {**loss, "seconds": slow, "cpu_seconds": slow} if job == "time" else dict.fromkeys(keys, 7 * large)
 
     monkeypatch.setattr(forward, "_in_process", answer)
@@ -82,7 +82,7 @@ def test_ratios_and_bars_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -
     assert value["variants"][0]["tokens_per_second"] == 2 * 512
     assert "| dtrpo common | 3.000 |" in forward.table(value)
     wrong = 0.6
-    with pytest.raises(TrainError, match=r"all rounds: loss 0\.6 packed, 0\.5 the common way"):
+    with pytest.raises(TrainError, match=r"all steps: losses differ: 0\.6 packed, 0\.5 common"):
         forward.compare(shape, rounds=1, repeats=1, say=lambda text: None)
 
 
@@ -95,7 +95,7 @@ def test_flops_of_attention_on_a_cpu_are_counted() -> None:
 
 def test_a_gpu_is_asked_for_by_name_and_missed_by_name() -> None:
     assert forward.named_shape("bars", "cpu") == Shape()
-    for arguments, remedy in ((("7b", "cpu"), "there are bars, 8b"), (("8b", "tpu"), "cpu or cuda")):
+    for arguments, remedy in ((("7b", "cpu"), "use one of bars, 8b"), (("8b", "tpu"), "cpu or cuda")):
         with pytest.raises(ConfigError, match=remedy):
             forward.named_shape(*arguments)
     if not torch.cuda.is_available():
