@@ -72,14 +72,14 @@ def serve_load(
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Decode all prompts, `concurrency` at a time; return the measurements and the responses."""
     pages = concurrency * max(pages_needed(model, len(prompt), params.max_new_tokens) for prompt in prompts)
-    decoder = Decoder(model, concurrency, pages)
+    decoder = Decoder[int](model, concurrency, pages)
     begun: dict[Hashable, float] = {}
     first: dict[Hashable, float] = {}
     done: dict[Hashable, float] = {}
     answers: dict[Hashable, list[int]] = {}
     start, cpu = time.perf_counter(), time.process_time()
     waiting = list(range(len(prompts)))[::-1]
-    while waiting or decoder.num_running:
+    while waiting or decoder.rows:
         while waiting and decoder.admit(waiting[-1], prompts[waiting[-1]], params, waiting[-1]):
             begun[waiting.pop()] = time.perf_counter()
         for key, event in decoder.step():

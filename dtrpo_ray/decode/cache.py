@@ -8,6 +8,7 @@ Legend: P pages, B tokens of a block, R rows of a pass, T tokens of a row, H hea
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -27,51 +28,31 @@ def block_digests(ids: Sequence[int], block_size: int) -> list[bytes]:
 class PagePool:
     """A bounded number of pages: their holders, and the blocks that they contain.
 
-    A page is free, held by one or more requests, or idle: held by none, but kept for its content until room is needed.
+    A page is held by one or more requests or idle: held by none. The content of an idle page is kept until the page is
+    needed; those without content are taken first.
     """
 
     def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self.free = list(range(num_pages - 1, SCRATCH, -1))
         self.holders = [0] * num_pages
-        self.idle: OrderedDict[int, None] = OrderedDict()  # least recently held first
+        self.idle = OrderedDict.fromkeys(range(SCRATCH + 1, num_pages))  # in the order in which they are taken
         self.page_of: dict[bytes, int] = {}
         self.digest_of: dict[int, bytes] = {}
 
-    @property
-    def num_available(self) -> int:
-        """Number of pages that a request could take now."""
-        return len(self.free) + len(self.idle)
-
     def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:
         """Return the pages of the longest prefix of blocks that is cached."""
-        pages = []
-        for digest in digests:
-            page = self.page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        return [self.page_of[digest] for digest in takewhile(self.page_of.__contains__, digests)]
 
     def acquire(self, shared: Sequence[int], count: int) -> list[int] | None:
-        """Hold the pages `shared` and `count` fresh ones, forgetting idle content as needed; None if there are too few.
-
-        Returns the fresh pages.
-        """
-        if count > self.num_available - sum(page in self.idle for page in shared):
+        """Hold the pages `shared` and `count` fresh ones, and return these; None if too few are idle."""
+        if count > len(self.idle) - sum(page in self.idle for page in shared):
             return None
         for page in shared:
             self.idle.pop(page, None)
             self.holders[page] += 1
-        fresh = []
-        for _ in range(count):
-            if self.free:
-                page = self.free.pop()
-            else:
-                page, _ = self.idle.popitem(last=False)
-                del self.page_of[self.digest_of.pop(page)]
+        fresh = [self.idle.popitem(last=False)[0] for _ in range(count)]
+        for page in fresh:
+            self.retract(page)
             self.holders[page] = 1
-            fresh.append(page)
         return fresh
 
     def publish(self, page: int, digest: bytes) -> bool:
@@ -82,7 +63,7 @@ class PagePool:
         return True
 
     def retract(self, page: int) -> None:
-        """Withdraw a published page whose block was never computed."""
+        """Forget what a page contains, or was to contain."""
         if page in self.digest_of:
             del self.page_of[self.digest_of.pop(page)]
 
@@ -91,10 +72,8 @@ class PagePool:
         for page in reversed(pages):  # so that the last blocks of a prefix are evicted first
             self.holders[page] -= 1
             if not self.holders[page]:
-                if page in self.digest_of:
-                    self.idle[page] = None
-                else:
-                    self.free.append(page)
+                self.idle[page] = None
+                self.idle.move_to_end(page, last=page in self.digest_of)
 
 
 class PagedKeys:

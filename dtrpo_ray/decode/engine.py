@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.decode import Sampling
-from dtrpo_ray.decode.batcher import Batcher
 from dtrpo_ray.decode.decoder import decode_all
 from dtrpo_ray.decode.types import Generation, SamplingParams
 from dtrpo_ray.errors import ModelError
@@ -92,8 +91,3 @@ class Engine:
         size = self.model.block_size
         limit = config.get("max_position_embeddings") or config.get("max_sequence_length") or DEFAULT_CONTEXT_TOKENS
         return int(limit) // size * size
-
-    def batcher(self, max_rows: int, max_tokens: int) -> Batcher:
-        """Start a decoding thread for requests that come one by one; `max_tokens` bounds its keys and values."""
-        longest = max(max_tokens, self.context_tokens)  # one request of the whole context must fit
-        return Batcher(self.model, max_rows, longest // self.model.block_size, self.num_tokens)

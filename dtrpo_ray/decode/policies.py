@@ -5,7 +5,7 @@ Legend: R rows, B tokens of a block.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torch import Tensor
 from dtrpo_ray.config import decode as config
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(NamedTuple):
     """The proposals for the masked positions of R blocks (of the current sub-block where the model has sub-blocks).
 
     `masked` bool [R, B]; `confidence` [R, B] the log-probability of the proposed token, -inf where not masked;
@@ -26,10 +25,6 @@ class Candidates:
     confidence: Tensor
     entropy: Tensor
     left: Tensor
-
-    def select(self, rows: list[int]) -> "Candidates":
-        """Return the candidates of the given rows."""
-        return Candidates(self.masked[rows], self.confidence[rows], self.entropy[rows], self.left[rows])
 
 
 Policy = Callable[[Candidates, Tensor], Tensor]

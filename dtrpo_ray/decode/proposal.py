@@ -3,7 +3,7 @@
 Legend: N positions, V vocabulary, R rows, B tokens of a block, H hidden size.
 """
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ MAX_LOGITS = 2**27  # elements of one [N, V]; more positions are split
 MIN_TEMPERATURE = 1e-30  # practically greedy; below it, log mu / temperature overflows float32
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """Sampling of N positions: `temperature` [N] (0 is greedy), `top_p` [N], `top_k` [N] (0 is all) and `uniform` [N]
     float64 in [0, 1), drawn from the generator of the position's request."""
 
@@ -26,11 +25,10 @@ class Draw:
     uniform: Tensor
 
     def of(self, part: slice | Tensor) -> "Draw":
-        return Draw(self.temperature[part], self.top_p[part], self.top_k[part], self.uniform[part])
+        return Draw(*(values[part] for values in self))
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """Candidate `tokens` with their log mu at temperature 1 `logps`, the `entropy` in nats of the prediction (0 if not
     requested), and the most probable ids with their log mu, `top_ids` and `top_logps` [..., k]. Shapes are [N], or
     [R, B] after `scatter`."""
@@ -43,21 +41,15 @@ class Proposal:
 
     def scatter(self, masked: Tensor) -> "Proposal":
         """Scatter the N masked positions to all [R, B]; elsewhere logps are -inf and entropies +inf."""
-        shape, k = masked.shape, self.top_ids.shape[-1]
-        infinite = self.logps.new_full(shape, float("inf"))
-        wide = masked[..., None].expand(*shape, k)
-        return Proposal(
-            torch.zeros(shape, dtype=torch.long, device=masked.device).masked_scatter(masked, self.tokens),
-            (-infinite).masked_scatter(masked, self.logps),
-            infinite.masked_scatter(masked, self.entropy),
-            self.top_ids.new_zeros(wide.shape).masked_scatter(wide, self.top_ids),
-            self.top_logps.new_zeros(wide.shape).masked_scatter(wide, self.top_logps),
-        )
+        planes = []
+        for values, elsewhere in zip(self, (0, float("-inf"), float("inf"), 0, 0), strict=True):
+            plane = values.new_full((*masked.shape, *values.shape[1:]), elsewhere)
+            planes.append(plane.masked_scatter(masked[..., None] if plane.ndim == 3 else masked, values))
+        return Proposal(*planes)
 
-    def alternatives(self, row: int, column: int, count: int) -> Alternatives:
-        """Return the `count` most probable ids of a position, after `scatter`."""
-        ids, logps = self.top_ids[row, column, :count].tolist(), self.top_logps[row, column, :count].tolist()
-        return list(zip(ids, logps, strict=True))
+    def alternatives(self, at: int | tuple[int, int], count: int) -> Alternatives:
+        """Return the `count` most probable ids of a position."""
+        return list(zip(self.top_ids[at][:count].tolist(), self.top_logps[at][:count].tolist(), strict=True))
 
 
 def propose(
@@ -70,9 +62,7 @@ def propose(
     size = max(1, MAX_LOGITS // model.vocab_size)
     parts = [slice(at, at + size) for at in range(0, max(len(states), 1), size)]
     proposals = [_part(model.log_mu(states[p]), draw and draw.of(p), num_tokens, alternatives, entropy) for p in parts]
-    if len(proposals) == 1:
-        return proposals[0]
-    return Proposal(*(torch.cat([getattr(part, field.name) for part in proposals]) for field in fields(Proposal)))
+    return proposals[0] if len(proposals) == 1 else Proposal(*map(torch.cat, zip(*proposals, strict=True)))
 
 
 def _part(log_mu: Tensor, draw: Draw | None, num_tokens: int, alternatives: int, entropy: bool) -> Proposal:

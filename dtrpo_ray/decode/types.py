@@ -28,6 +28,10 @@ class SamplingParams(Sampling):
     top_logprobs: int = Field(0, ge=0)
     """Most probable alternatives to report for each token."""
 
+    def stops(self, own: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end a response of a model with its `own` end tokens."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else own)
+
 
 def to_params(sampling: Sampling, *, max_new_tokens: int, denoising_steps: int, **more: Any) -> SamplingParams:
     """Return the decoder's parameters for a section of a job or an HTTP request."""

@@ -4,9 +4,8 @@ An unsupported field that would change the meaning of an answer is refused by na
 since clients send many. `null` means absent.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-import pyarrow as pa
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,7 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dtrpo_ray.config.decode import Remasking, Sampling
-from dtrpo_ray.data.schemas import TRAJECTORY
+from dtrpo_ray.data.schemas import TrajectoryRow
 
 MAX_CHOICES = 64  # of one request: prompts times n
 MAX_ALTERNATIVES = 20  # of each token
@@ -159,7 +158,7 @@ class CompletionRequest(_Request):
     @property
     def num_alternatives(self) -> int | None:
         """Alternatives that each token needs; None without log-probabilities."""
-        return None if self.logprobs is None or self.logprobs is False else self.logprobs
+        return None if self.logprobs is False else self.logprobs
 
 
 class Message(BaseModel):
@@ -229,15 +228,7 @@ class Tokenized(BaseModel):
     max_model_len: int
 
 
-_TYPES: dict[pa.DataType, Any] = {
-    pa.string(): str,
-    pa.int32(): int,
-    pa.int64(): int,
-    pa.float64(): float,
-    pa.list_(pa.int32()): list[int],
-    pa.list_(pa.float32()): list[float],
-}
-_Row: Any = create_model("_Row", **{column.name: _TYPES.get(column.type, dict) for column in TRAJECTORY})
+_Row: Any = create_model("_Row", **{**get_type_hints(TrajectoryRow), "sampler": dict})
 
 
 class Trajectory(_Row):
@@ -251,6 +242,8 @@ class Trajectory(_Row):
     answer: None = None
     reward: None = None
     reward_source: str = ""
+    logps: list[float]
+    denoising_steps: int
     block_origin: Literal["global", "response"]
     shift: Literal[0, 1]
     sampler: dict[str, str | float | int | None]

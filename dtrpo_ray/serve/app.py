@@ -14,30 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import metadata, resources
-from typing import Any, ParamSpec
+from typing import Any, TypeVarTuple
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.decode.batcher import Ticket
 from dtrpo_ray.decode.engine import Engine, block_size_error
 from dtrpo_ray.decode.types import SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
-from dtrpo_ray.serve import api, responses
-from dtrpo_ray.serve.middleware import (
-    INTERNAL_ERROR,
-    OPEN_PATHS,
-    Gate,
-    on_http_error,
-    on_invalid_request,
-    refusal,
-    shorten,
-)
+from dtrpo_ray.serve import api, middleware, responses
+from dtrpo_ray.serve.batcher import Batcher, Delivery
+from dtrpo_ray.serve.middleware import INTERNAL_ERROR, OPEN_PATHS, refusal, shorten
 from dtrpo_ray.serve.monitor import Monitor
-from dtrpo_ray.serve.responses import ActiveRequest, Choice, ServedModel
+from dtrpo_ray.serve.responses import ActiveRequest, Choice
 from dtrpo_ray.serve.streams import EventStream, Result, unless_disconnected
 
 logger = logging.getLogger(__name__)
@@ -46,21 +39,18 @@ DEADLINE_SECONDS = 120.0  # of a request, queueing included; clients cannot rais
 MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
-P = ParamSpec("P")
+Arguments = TypeVarTuple("Arguments")
+Prompt = str | list[int] | list[api.Message]
 OpenAPI = dict[int | str, dict[str, Any]]
-PromptInput = str | list[int] | list[dict[str, str]]
 
-REFUSALS: OpenAPI = {
-    code: {"model": api.ErrorBody, "description": text}
-    for code, text in {
-        400: "The request cannot be honoured; `param` names the field.",
-        401: "No valid API key.",
-        404: "No such model.",
-        413: "The body is too large.",
-        429: "The queue is full; come back after `Retry-After` seconds.",
-        500: "A failure of the server.",
-        504: "No answer before the server's deadline.",
-    }.items()
+REFUSALS = {
+    400: "The request cannot be honoured; `param` names the field.",
+    401: "No valid API key.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "The queue is full; come back after `Retry-After` seconds.",
+    500: "A failure of the server.",
+    504: "No answer before the server's deadline.",
 }
 
 
@@ -71,11 +61,12 @@ def create_app(
     service = Service({config.model_name: engine, **(others or {})}, config)
     app = FastAPI(title="dtrpo", version=_version(), lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Gate, keys=keys)
-    app.add_exception_handler(StarletteHTTPException, on_http_error)
-    app.add_exception_handler(RequestValidationError, on_invalid_request)
+    app.add_middleware(middleware.Gate, keys=keys)
+    app.add_exception_handler(StarletteHTTPException, middleware.on_http_error)
+    app.add_exception_handler(RequestValidationError, middleware.on_invalid_request)
     post = partial(app.add_api_route, methods=["POST"])
-    refusals: OpenAPI = {**REFUSALS, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    stream: OpenAPI = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    refusals = _refusals(*REFUSALS) | stream
     post("/v1/completions", service.complete, response_model=api.Completion, responses=refusals)
     post("/v1/chat/completions", service.chat, response_model=api.ChatCompletion, responses=refusals)
     post("/tokenize", service.tokenize, responses=_refusals(400, 401, 404, 413, 500))
@@ -91,7 +82,7 @@ def create_app(
 
 
 def _refusals(*codes: int) -> OpenAPI:
-    return {code: REFUSALS[code] for code in codes}
+    return {code: {"model": api.ErrorBody, "description": REFUSALS[code]} for code in codes}
 
 
 def _describe(app: FastAPI, keys: bool) -> None:
@@ -117,67 +108,59 @@ class Service:
 
     def __init__(self, engines: Mapping[str, Engine], config: ServeConfig) -> None:
         self.config, self.started = config, int(time.time())
-        self.served = {name: self._serve(engine) for name, engine in engines.items()}
+        self.served: dict[str, Batcher] = {}
+        for name, engine in engines.items():
+            self.swap(name, engine)
         self.monitor = Monitor(self.served)
         # tokenizers are not safe to share between threads, and must not hold up the event loop
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self.num_active = 0
 
-    def _serve(self, engine: Engine) -> ServedModel:
-        return ServedModel(engine, engine.batcher(self.config.max_batch, self.config.cache_tokens))
-
     def swap(self, name: str, engine: Engine) -> None:
-        """Serve new requests for a name with another engine; those under way end with the one they began with."""
-        old = self.served.get(name)
-        self.served[name] = self._serve(engine)
-        if old:
-            old.batcher.close()
+        """Serve new requests for a name with an engine; those under way end with the one they began with."""
+        self.served[name] = Batcher(engine, self.config.max_batch, self.config.cache_tokens)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Let running requests finish at the end, and end the threads."""
+        """End the tokenizing thread at the end; a decoding thread ends with its last request."""
         yield
-        for served in self.served.values():
-            served.batcher.close()
         self.tokenizing.shutdown(wait=False, cancel_futures=True)
 
     # --- endpoints ---
 
     async def complete(self, body: api.CompletionRequest, request: Request) -> Any:
         """Complete prompts; `stream` sends each block as it is finished."""
-        return await self._respond(await self._begin(body, list(body.prompt), body.max_tokens), request)
+        return await self._respond(body, body.prompt, body.max_tokens, request)
 
     async def chat(self, body: api.ChatRequest, request: Request) -> Any:
         """Answer a conversation; `stream` sends each block as it is finished."""
-        messages = [message.model_dump() for message in body.messages]
-        wanted = body.max_completion_tokens or body.max_tokens
-        return await self._respond(await self._begin(body, [messages], wanted), request)
+        return await self._respond(body, [body.messages], body.max_completion_tokens or body.max_tokens, request)
 
     async def tokenize(self, body: api.TokenizeRequest) -> api.Tokenized:
         """Return the ids of a text, or of messages through the chat template."""
         engine = self._find(body.model).engine
-        messages = [message.model_dump() for message in body.messages or ()]
-        prompt, field = (messages, "messages") if body.prompt is None else (body.prompt, "prompt")
+        prompt, field = (body.messages or [], "messages") if body.prompt is None else (body.prompt, "prompt")
         ids = await self._tokenize(_encode, engine, prompt, field)
         return api.Tokenized(tokens=ids, count=len(ids), max_model_len=engine.context_tokens)
 
     async def models(self) -> api.ModelList:
         """List the served models."""
+        engines = {name: served.engine for name, served in self.served.items()}
         cards = [
             api.ModelCard(
                 id=name,
                 created=self.started,
-                max_model_len=served.engine.context_tokens,
-                block_size=served.engine.model.block_size,
-                attention=served.engine.model.attention,
+                max_model_len=engine.context_tokens,
+                block_size=engine.model.block_size,
+                attention=engine.model.attention,
             )
-            for name, served in self.served.items()
+            for name, engine in engines.items()
         ]
         return api.ModelList(data=cards)
 
     async def metrics(self) -> Response:
         """Return the counters of this process, for Prometheus."""
-        return Response(self.monitor.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+        return Response(generate_latest(self.monitor.registry), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     async def health(self) -> dict[str, str]:
         """Answer, to show that the process is alive."""
@@ -200,10 +183,8 @@ class Service:
 
     # --- before decoding ---
 
-    async def _begin(
-        self, body: api.TextRequest, prompts: Sequence[PromptInput], max_tokens: int | None
-    ) -> ActiveRequest:
-        """Check a request, tokenize it and send its choices to the decoding thread."""
+    async def _begin(self, body: api.TextRequest, prompts: Sequence[Prompt], most: int | None) -> ActiveRequest:
+        """Check a request for `most` tokens a choice, tokenize it and send its choices to the decoding thread."""
         begun = time.monotonic()
         is_chat = isinstance(body, api.ChatRequest)
         field, prefix = ("messages", "chatcmpl") if is_chat else ("prompt", "cmpl")
@@ -213,7 +194,7 @@ class Service:
         ids = [await self._tokenize(_encode, engine, prompt, field) for prompt in prompts]
         params = to_params(
             body,
-            max_new_tokens=self._limit(engine, ids, body.n, max_tokens, field),
+            max_new_tokens=self._limit(engine, ids, body.n, most, field),
             denoising_steps=body.steps or self.config.denoising_steps,
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
@@ -225,29 +206,27 @@ class Service:
             message = f"{MAX_ACTIVE_REQUESTS} requests are waiting already; try again"
             raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
         choices = _choices(body, engine, ids, params)
-        request = ActiveRequest(
-            id=f"{prefix}-{uuid.uuid4().hex}",
-            model_name=body.model or self.config.model_name,
-            body=body,
-            served=served,
-            choices=choices,
-            prompt_tokens=sum(map(len, ids)),
-            begun=begun,
-        )
+        events: asyncio.Queue[Delivery] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        watch = body.stream and body.stream_options.include_denoising
-        self.num_active += 1
-        request.ticket = Ticket(
+        request = ActiveRequest(
             prompts=[choice.prompt for choice in choices],
             params=params,
             seeds=[choice.seed for choice in choices],
-            emit=lambda events: loop.call_soon_threadsafe(request.events.put_nowait, events),
-            watch=watch,
+            emit=lambda delivery: loop.call_soon_threadsafe(events.put_nowait, delivery),
+            watch=body.stream and body.stream_options.include_denoising,
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            model_name=body.model or self.config.model_name,
+            body=body,
+            choices=choices,
+            prompt_tokens=sum(map(len, ids)),
+            begun=begun,
+            events=events,
         )
-        served.batcher.submit(request.ticket)
+        self.num_active += 1
+        served.submit(request)
         return request
 
-    def _find(self, name: str | None) -> ServedModel:
+    def _find(self, name: str | None) -> Batcher:
         served = self.served.get(name or self.config.model_name)
         if served is None:
             message = f"model = {shorten(name)} is not served here; ask for {', '.join(map(repr, self.served))}"
@@ -270,15 +249,17 @@ class Service:
             raise refusal(400, f"{asked} exceed {MAX_BATCH_TOKENS} in all; ask for fewer choices or tokens", "n")
         return limit
 
-    async def _tokenize(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    async def _tokenize(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call a function on the tokenizing thread."""
-        call = partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, call)
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
 
     # --- while it decodes ---
 
-    async def _respond(self, request: ActiveRequest, connection: Request) -> Response:
-        if request.body.stream:
+    async def _respond(
+        self, body: api.TextRequest, prompts: Sequence[Prompt], most: int | None, connection: Request
+    ) -> Response:
+        request = await self._begin(body, prompts, most)
+        if body.stream:
             return EventStream(self._stream(request), partial(self._end, request))
         try:
             response = await unless_disconnected(connection.receive, self._answer(request))
@@ -287,40 +268,35 @@ class Service:
         return response or Response(status_code=499)  # nobody is there to read it
 
     async def _answer(self, request: ActiveRequest) -> Response:
-        try:
-            async with asyncio.timeout_at(_deadline(request)):
-                async for _ in self._events(request):
-                    pass
-        except TimeoutError:
-            raise _deadline_refusal() from None
+        async with _deadline(request):
+            async for _ in self._events(request):
+                pass
         return JSONResponse(await self._tokenize(responses.whole_response, request))
 
     async def _stream(self, request: ActiveRequest) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; a failure after the first byte is an event too, since the status has been sent."""
         try:
-            async with asyncio.timeout_at(_deadline(request)):
-                async for events in self._events(request):
-                    for event in events:
-                        yield event
+            async with _deadline(request):
+                async for event in self._events(request):
+                    yield event
             if request.body.stream_options.include_usage:
                 yield responses.sse(responses.answer(request, [], usage=request.usage()))
-        except TimeoutError:
-            yield responses.sse(_deadline_refusal().detail)
+        except HTTPException as problem:
+            yield responses.sse(problem.detail)
         except Exception:
             logger.exception("a stream failed")
             yield responses.sse(refusal(500, INTERNAL_ERROR).detail)
-        finally:
-            self._end(request)
         yield b"data: [DONE]\n\n"
 
-    async def _events(self, request: ActiveRequest) -> AsyncGenerator[list[bytes], None]:
+    async def _events(self, request: ActiveRequest) -> AsyncGenerator[bytes, None]:
         """Apply the decoder's events to the choices until all have ended; yield what a stream sends of them."""
         first = True
         while not request.done:
             events = await request.events.get()
             if isinstance(events, Exception):
                 raise events
-            yield await self._tokenize(responses.stream_events, request, events)
+            for event in await self._tokenize(responses.stream_events, request, events):
+                yield event
             if first and any(choice.blocks for choice in request.choices):
                 self.monitor.first.labels(request.model_name).observe(time.monotonic() - request.begun)
                 first = False
@@ -328,12 +304,21 @@ class Service:
 
     def _end(self, request: ActiveRequest) -> None:
         """Free all that a request holds before the next denoising step. Idempotent."""
-        if request.ticket is None:
-            return
-        request.served.batcher.cancel(request.ticket)
-        request.ticket = None
-        self.num_active -= 1
-        self.monitor.requests.labels(request.model_name, "complete" if request.done else "abandoned").inc()
+        if not request.cancelled:
+            request.cancelled = True
+            self.num_active -= 1
+            self.monitor.requests.labels(request.model_name, "complete" if request.done else "abandoned").inc()
+
+
+@asynccontextmanager
+async def _deadline(request: ActiveRequest) -> AsyncIterator[None]:
+    """Raise a refusal if the block has not ended when the request has taken DEADLINE_SECONDS."""
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS - (time.monotonic() - request.begun)):
+            yield
+    except TimeoutError:
+        message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
+        raise refusal(504, message, code="deadline") from None
 
 
 def _check_blocks(body: api.TextRequest, engine: Engine) -> None:
@@ -344,14 +329,15 @@ def _check_blocks(body: api.TextRequest, engine: Engine) -> None:
         raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
 
 
-def _encode(engine: Engine, prompt: PromptInput, field: str) -> list[int]:
-    if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
-        ids = [int(part) for part in prompt]  # type: ignore[arg-type]
+def _encode(engine: Engine, prompt: Prompt, field: str) -> list[int]:
+    ids = [token for token in prompt if isinstance(token, int)]
+    turns = [turn.model_dump() for turn in prompt if isinstance(turn, api.Message)]
+    if ids:
         if max(ids) >= engine.num_tokens and max(ids) != engine.model.mask_id:
             raise refusal(400, f"{field} holds the id {max(ids)}; the model has {engine.num_tokens} tokens", field)
     else:
         try:
-            ids = engine.encode(prompt)  # type: ignore[arg-type]
+            ids = engine.encode(prompt if isinstance(prompt, str) else turns)
         except Exception as error:  # tokenizers and chat templates raise bare exceptions at text they cannot take
             cause = (str(error).splitlines() or [type(error).__name__])[0]
             raise refusal(400, f"{field} cannot be tokenized ({cause[:200]}); change the text", field) from None
@@ -369,15 +355,6 @@ def _choices(body: api.TextRequest, engine: Engine, prompts: list[list[int]], pa
             seed = int(row_generator(shared, f"{number}|{place}", 0, "serve").integers(2**63))
             choices.append(Choice(engine, prompt, params, seed, stop=body.stop, alternatives=body.num_alternatives))
     return choices
-
-
-def _deadline(request: ActiveRequest) -> float:
-    return asyncio.get_running_loop().time() + DEADLINE_SECONDS - (time.monotonic() - request.begun)
-
-
-def _deadline_refusal() -> HTTPException:
-    message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
-    return refusal(504, message, code="deadline")
 
 
 def _version() -> str:

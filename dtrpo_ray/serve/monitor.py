@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from dtrpo_ray.serve.responses import ServedModel
+from dtrpo_ray.serve.batcher import Batcher
 
 LATENCY_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -19,14 +19,17 @@ COUNTERS = {  # metric -> (field of Counters, help)
     "dtrpo:passes": ("passes", "Forward passes of the model."),
     "dtrpo:pass_tokens": ("pass_tokens", "Tokens of those passes."),
 }
+GAUGES = {  # metric -> (property of Batcher, help)
+    "vllm:num_requests_running": ("num_running", "Choices that decode."),
+    "vllm:num_requests_waiting": ("num_waiting", "Choices that wait for a place."),
+}
 
 
 class Monitor(Collector):
     """The metrics of one process: the counters of its batchers, and the latencies and outcomes of requests."""
 
-    def __init__(self, served: Mapping[str, ServedModel]) -> None:
-        self.served = served
-        self.registry = CollectorRegistry()
+    def __init__(self, served: Mapping[str, Batcher]) -> None:
+        self.served, self.registry = served, CollectorRegistry()
         self.registry.register(self)
         self.requests = Counter(
             "dtrpo:requests", "Requests by outcome.", ["model_name", "outcome"], registry=self.registry
@@ -39,17 +42,9 @@ class Monitor(Collector):
 
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
         """Yield the metrics; the registry calls this at each scrape."""
-        for name, (field, text) in COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=["model_name"])
+        for name, (field, text) in (COUNTERS | GAUGES).items():
+            family = CounterMetricFamily if name in COUNTERS else GaugeMetricFamily
+            metric = family(name, text, labels=["model_name"])
             for model, served in self.served.items():
-                counter.add_metric([model], getattr(served.batcher.counters, field))
-            yield counter
-        for name, text in (("running", "Choices that decode."), ("waiting", "Choices that wait for a place.")):
-            gauge = GaugeMetricFamily(f"vllm:num_requests_{name}", text, labels=["model_name"])
-            for model, served in self.served.items():
-                gauge.add_metric([model], getattr(served.batcher, f"num_{name}"))
-            yield gauge
-
-    def text(self) -> bytes:
-        """Return the metrics in Prometheus' exposition format."""
-        return generate_latest(self.registry)
+                metric.add_metric([model], getattr(served.counters if name in COUNTERS else served, field))
+            yield metric

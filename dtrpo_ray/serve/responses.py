@@ -14,20 +14,12 @@ from pydantic import BaseModel
 
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, TrajectoryRow
-from dtrpo_ray.decode.batcher import Batcher, Delivery, Ticket
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
+from dtrpo_ray.serve.batcher import Delivery, Ticket
 
 HALF_CHARACTER = "\ufffd"
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model and its decoding thread."""
-
-    engine: Engine
-    batcher: Batcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,7 @@ class Choice:
         """Take the next block; return the text that is ready to be sent, if there is any."""
         self.blocks.append(block)
         before, params = len(self.ids), self.params
-        stops = {*params.stop_token_ids} | (frozenset() if params.ignore_eos else self.engine.model.stop_ids)
+        stops = params.stops(self.engine.model.stop_ids)
         room = params.max_new_tokens - before
         cut = next((i for i, token in enumerate(block.ids[:room]) if token in stops), None)
         self.ids += block.ids[: room if cut is None else cut]
@@ -138,19 +130,17 @@ class Choice:
         return api.Trajectory(**row, tokens=[self.engine.decode([token]) for token in self.ids])
 
 
-@dataclass(slots=True)
-class ActiveRequest:
+@dataclass(slots=True, eq=False, kw_only=True)
+class ActiveRequest(Ticket):
     """A request under way: its choices, and the queue that its events arrive in."""
 
     id: str
     model_name: str
     body: api.TextRequest
-    served: ServedModel
     choices: list[Choice]
     prompt_tokens: int
     begun: float
-    events: asyncio.Queue[Delivery] = field(default_factory=asyncio.Queue)
-    ticket: Ticket | None = None
+    events: asyncio.Queue[Delivery]
 
     @property
     def done(self) -> bool:

@@ -60,7 +60,7 @@ def collect(decoder: Decoder) -> dict[Hashable, Generation]:
 
 def run(decoder: Decoder) -> dict[Hashable, Generation]:
     made: dict[Hashable, Generation] = {}
-    while decoder.num_running:
+    while decoder.rows:
         made |= collect(decoder)
     return made
 
@@ -89,7 +89,7 @@ def test_requests_join_at_any_step_and_change_nobody(
             made |= collect(decoder)
     made |= run(decoder)
     assert all(same(made[key], expected) for key, expected in enumerate(alone))
-    assert decoder.pool.num_available == 24
+    assert len(decoder.pool.idle) == 24
 
 
 def test_a_prompt_read_in_parts_is_the_prompt(
@@ -184,7 +184,7 @@ def test_cancelling_frees_everything_and_hurts_nobody(
     decoder.cancel("nobody")
     made |= run(decoder)
     assert all(same(made[key], alone[key]) for key in (2, 3, 7))
-    assert decoder.pool.num_available == 99
+    assert len(decoder.pool.idle) == 99
     assert not decoder.unfilled
 
 
@@ -202,7 +202,7 @@ def test_events_tell_the_response(model: SDAR) -> None:
     )
     decoder.admit("unseen", [3, 1], SamplingParams(max_new_tokens=14, denoising_steps=3, temperature=0.8), 5)
     events: list[tuple[Hashable, DecoderEvent]] = []
-    while decoder.num_running:
+    while decoder.rows:
         events += decoder.step()
     (done,) = [e for key, e in events if key == "seen" and isinstance(e, Generation)]
     steps = [e for key, e in events if key == "seen" and isinstance(e, Unmasked)]

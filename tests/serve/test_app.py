@@ -495,7 +495,7 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
         scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
         call = asyncio.ensure_future(app(scope, receive, send))
         for _ in range(1000):
-            if service.served["tiny"].batcher.num_running:
+            if service.served["tiny"].num_running:
                 break
             await asyncio.sleep(0.01)
         assert service.num_active == 1
@@ -508,11 +508,11 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
         asyncio.run(hang_up(stream))
         blocked.model.release.set()
         for _ in range(500):
-            if not service.served["tiny"].batcher.num_running:
+            if not service.served["tiny"].num_running:
                 break
             time.sleep(0.01)
-        assert service.served["tiny"].batcher.num_running == 0
-        assert service.served["tiny"].batcher.counters.denoising_steps < 8
+        assert service.served["tiny"].num_running == 0
+        assert service.served["tiny"].counters.denoising_steps < 8
 
 
 # --- models ----------------------------------------------------------------------------------------------------
@@ -543,9 +543,7 @@ def test_a_request_that_is_read_while_its_model_is_swapped_ends_with_the_old_one
         monkeypatch.setattr(engine, "encode", lambda prompt: (reading.set(), go.wait(10), encode(prompt))[-1])
         answer = pool.submit(client.post, COMPLETIONS, json=asked)
         assert reading.wait(10)
-        old = app.state.service.served["tiny"].batcher
         app.state.service.swap("tiny", make_engine(seed=4))
-        old.thread.join(10)  # it has nothing to decode yet
         go.set()
         assert texts(answer.result(30).json()) == before
         assert texts(complete(client, **asked)) != before
