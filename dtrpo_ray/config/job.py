@@ -55,7 +55,7 @@ class Job(Section):
             raise ValueError(f"{kind} scores what it decodes: remove [score]")
         elif self.drafts:
             raise ValueError(f"{kind} decodes its own prompts: remove [drafts]")
-        if self.sft and self.sft.objective.is_preference:
+        if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:
             raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")

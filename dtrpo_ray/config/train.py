@@ -10,8 +10,9 @@ from dtrpo_ray.config.section import Section
 class Objective(Section):
     """The loss that a training stage minimises."""
 
-    type: Literal["sft", "dtrpo", "elbo_dpo"] = "dtrpo"
-    """dtrpo, or a control on the same batches: sft (chosen side only) or elbo_dpo (VRPO on blocks)."""
+    type: Literal["sft", "imitation", "dtrpo", "elbo_dpo"] = "dtrpo"
+    """dtrpo, or a control on the same batches: elbo_dpo (VRPO on blocks), or the chosen side alone, in random states
+    (sft) or in the very states that dtrpo scores (imitation)."""
     beta: float = Field(0.1, gt=0)
     """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -21,6 +22,9 @@ class Objective(Section):
     rpo_alpha: float = Field(0.0, ge=0)
     """As in TRL's DPOConfig: weight of the chosen side's negative log-likelihood per token, here the masked-diffusion
     one at the sampled states; dtrpo and elbo_dpo."""
+    nll_tokens: Literal["hidden", "unmasked"] = "hidden"
+    """Tokens of a state that the negative log-likelihood of imitation and of dtrpo's rpo_alpha reads: all hidden ones,
+    or the newly unmasked ones alone (the likelihood of the trajectory itself)."""
     weighting: Literal["steps", "tokens", "unit"] = "steps"
     """Weight of a sampled step, dtrpo only: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
@@ -39,12 +43,18 @@ class Objective(Section):
     @property
     def is_preference(self) -> bool:
         """True if both sides of a pair are read and compared with a reference model."""
-        return self.type != "sft"
+        return self.type in ("dtrpo", "elbo_dpo")
 
     @property
     def follows_steps(self) -> bool:
         """True if the sampled states are denoising steps, recorded or constructed by `schedule`."""
-        return self.type == "dtrpo"
+        return self.type in ("dtrpo", "imitation")
+
+    @property
+    def reads_all_hidden(self) -> bool:
+        """True if the chosen side's likelihood reads every hidden token of a state."""
+        has_nll = not self.is_preference or self.rpo_alpha > 0
+        return not self.follows_steps or (has_nll and self.nll_tokens == "hidden")
 
     @property
     def needs_recorded_steps(self) -> bool:
@@ -140,7 +150,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
         if self.reference == "cache" and not self.objective.is_preference:
-            raise ValueError("reference = 'cache': the objective sft has no reference")
+            raise ValueError(f"reference = 'cache': the objective {self.objective.type} has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
             raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
         if self.keep_best == "accuracy" and self.validation is None:

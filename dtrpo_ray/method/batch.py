@@ -184,7 +184,7 @@ def _sample_side(
     first = layout.opens_block(prompt_len, len(response))
     states, given = _states(row, side, objective, layout, seed)
     # a likelihood (sft, the SFT term, elbo) reads every hidden token, dtrpo the newly unmasked ones only
-    all_hidden = side == "chosen" and (not objective.follows_steps or objective.rpo_alpha > 0)
+    all_hidden = side == "chosen" and objective.reads_all_hidden
     parts = []
     for draw, state in enumerate(states):
         index = np.flatnonzero(state.coverage > 0 if all_hidden else state.scored)
@@ -228,7 +228,7 @@ def _states(
     blocks = block_slices(prompt_len, length, layout.block_size, layout.block_origin)
     state_blocks = block_slices(prompt_len, length, *layout.state_grid)
     # a shifted model's decoder takes a block's first token autoregressively; sft must learn these tokens too
-    given = layout.opens_block(prompt_len, length) & (layout.reads_back and objective.is_preference)
+    given = layout.opens_block(prompt_len, length) & (layout.reads_back and objective.type != "sft")
     if not objective.follows_steps:
         assert objective.num_draws != "all"
         return sample_elbo_states(state_blocks, rng, objective.num_draws, given), given

@@ -58,11 +58,16 @@ def training_step(
 ) -> LossOutput:
     """Return the loss of each pair [P] and its metrics.
 
-    `sft` is the block masked-diffusion bound in nats per response token. `dtrpo` and `elbo_dpo` are the preference
-    loss on sum_N weight (log mu_theta - log mu_ref), both models at the same sampled states, plus `rpo_alpha` times the
-    chosen side's masked-diffusion negative log-likelihood per token (an SFT term as in RPO, arXiv 2404.19733). That
-    term reads all tokens hidden in the same states, so it adds no forward. The reference's log-probabilities are
-    `batch.ref_logp`, or else come from `reference`: a frozen model, or the policy with its adapters off.
+    `sft` is the block masked-diffusion bound in nats per response token, `imitation` the chosen side's negative
+    log-likelihood per token in the states that `dtrpo` samples. `dtrpo` and `elbo_dpo` are the preference loss on
+    sum_N weight (log mu_theta - log mu_ref), both models at the same sampled states, plus `rpo_alpha` times the chosen
+    side's masked-diffusion negative log-likelihood per token (an SFT term as in RPO, arXiv 2404.19733). That term reads
+    tokens of the same states, so it adds no forward. The reference's log-probabilities are `batch.ref_logp`, or else
+    come from `reference`: a frozen model, or the policy with its adapters off.
+
+    The metric `kl` estimates KL(reference || policy) in nats per scored token of both sides: the mean of
+    exp(r) - 1 - r with r = log mu_theta - log mu_ref, without bias where the reference wrote the responses and never
+    negative (Schulman, "Approximating KL divergence", 2020, k3).
     """
     num_pairs, num_sides = batch.tokens.shape
 
@@ -82,6 +87,10 @@ def training_step(
         with torch.no_grad():
             ref_logp_N = scored_logps(reference, batch, inputs)
     ratio_N = batch.weight * (logp_N - ref_logp_N)
+    change_N = ((logp_N.detach() - ref_logp_N) * (batch.weight > 0)).clamp(max=20)  # exp of more may not be finite
+    common["kl"] = by_side(change_N.exp() - 1 - change_N).sum(1) / by_side((batch.weight > 0).float()).sum(1).clamp(
+        min=1
+    )
     out = preference_loss(by_side(ratio_N), objective.beta, objective.loss_type, objective.label_smoothing)
     logp_PS = by_side(batch.weight * logp_N.detach())
     for side, name in enumerate(SIDES):

@@ -177,6 +177,7 @@ def optimizer_step(
     drain_due, tokens = metrics.pop("due") > 0, metrics.pop("trunk_tokens")
     lossless = not means.isfinite().all()
     metrics["grad_norm"], metrics["lr"] = backend.step(skip=lossless)
+    metrics["clipped"] = float(metrics["grad_norm"] > config.max_grad_norm)
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
     if not lossless and math.isfinite(metrics["grad_norm"]):
         return StepResult(metrics, drain_due, False, [])

@@ -179,6 +179,39 @@ def test_rpo_alpha_adds_the_nll_of_all_hidden_chosen_tokens(policy: SDAR, refere
         assert b.metrics["nll_chosen"][r].item() == pytest.approx(nll, abs=1e-6)
 
 
+@pytest.mark.parametrize("tokens", ["hidden", "unmasked"])
+def test_imitation_is_the_chosen_likelihood_in_the_states_of_dtrpo(
+    policy: SDAR, reference: SDAR, make_model: MakeModel, tokens: Any
+) -> None:
+    """The same states and numbers as dtrpo's; and dtrpo without a preference has its gradient, to the last weight."""
+    alone, both = (
+        Objective(type=kind, beta=1e-12, rpo_alpha=1.0, nll_tokens=tokens) for kind in ("imitation", "dtrpo")
+    )
+    out = training_step(policy, None, build(ROWS, alone), alone)
+    pairs = training_step(policy, reference, build(ROWS, both), both)
+    torch.testing.assert_close(out.loss_B, pairs.metrics["nll_chosen"], rtol=0, atol=1e-12)
+    if tokens == "unmasked":
+        lengths = torch.tensor([len(r["chosen_ids"]) for r in ROWS])
+        torch.testing.assert_close(out.loss_B, -pairs.metrics["logp_chosen"] / lengths, rtol=0, atol=1e-12)
+    weights = list(policy.parameters())
+    one, other = (torch.autograd.grad(loss.sum(), weights) for loss in (out.loss_B, pairs.loss_B))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_the_estimate_of_kl_is_of_the_scored_tokens_alone(policy: SDAR, reference: SDAR) -> None:
+    objective = Objective(beta=0.3, rpo_alpha=1.0)  # the SFT term reads tokens that no step scored
+    batch = build(ROWS, objective)
+    out = training_step(policy, reference, batch, objective)
+    change = (scored_logps(policy, batch) - scored_logps(reference, batch)).detach()
+    for b in range(len(ROWS)):
+        mine = (batch.scored_row == b) & (batch.weight > 0)
+        wanted = (change[mine].exp() - 1 - change[mine]).mean()
+        assert out.metrics["kl"][b].item() == pytest.approx(wanted.item(), abs=1e-12)
+    same = training_step(reference, reference, batch, objective)
+    assert same.metrics["kl"].abs().max() == 0
+
+
 @pytest.mark.parametrize("name", [*PAIR_OBJECTIVES, "sft"])
 def test_rows_together_are_rows_alone(policy: SDAR, reference: SDAR, name: str) -> None:
     objective = PAIR_OBJECTIVES.get(name, SFT)

@@ -89,6 +89,16 @@ def test_the_first_step_of_dtrpo_has_loss_log_2(make_model: Any) -> None:
     assert log[0]["margin"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_the_share_of_clipped_steps_is_logged(make_model: Any) -> None:
+    cfg = config(objective=Objective(beta=0.5))
+    norms = [row["grad_norm"] for row in train(make_model(), cfg, [rows(4)] * 6, make_model())[1]]
+    middle = sorted(norms)[3]
+    _, log = train(
+        make_model(), cfg.model_copy(update={"max_grad_norm": middle, "lr": 1e-12}), [rows(4)] * 6, make_model()
+    )
+    assert [row["clipped"] for row in log] == [float(row["grad_norm"] > middle) for row in log]
+
+
 def test_training_lowers_the_loss(make_model: Any) -> None:
     for objective in (Objective(type="sft"), Objective(beta=0.5), Objective(type="elbo_dpo", beta=0.5)):
         _, log = train(make_model(), config(objective=objective), [rows(4)] * 30, make_model())
@@ -184,6 +194,7 @@ def test_the_last_micro_batch_alone_is_the_last(make_model: Any) -> None:
     [
         {},
         {"type": "sft"},
+        {"type": "imitation"},
         {"num_draws": 3},
         {"num_draws": "all"},
         {"num_draws": "all", "schedule": "random"},
