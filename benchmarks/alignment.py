@@ -1,121 +1,158 @@
-"""Compare the base, rejection fine-tuning, block-ELBO DPO and dTRPO over several seeds with the real pipeline.
+"""Compare dTRPO with its controls, for several seeds, through the real pipeline.
 
     python benchmarks/alignment.py jobs/demo.toml --seeds 0 1 2 --storage runs --out benchmarks/results/alignment
 
-All variants share the base, the rollouts and the pairs, and take the same optimizer steps on the same rows; they differ
-only in `train.objective.type`. Rejection fine-tuning needs no reference, so one more variant of it takes twice as many
-steps, which is as many forwards as dTRPO takes. Finished stages are reused. The script writes OUT.json and OUT.md.
+All arms of a seed start from the same base, rollouts and pairs, and differ in `train.objective` alone. An arm without a
+reference costs half the forwards, so each of them also runs for twice the optimizer steps: as many forwards as dTRPO's.
+Finished stages are reused. Arms are compared prompt by prompt (`paired_test`). Writes OUT.json and OUT.md.
 """
 
 import argparse
 import json
 import platform
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.report.evaluation import Score, compare, wilson_interval
+from dtrpo_ray.report.evaluation import HELD_OUT, p_text, paired_test
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
-VARIANTS = {
+TITLES = {
+    "base": "base",
     "dtrpo": "dTRPO",
-    "sft": "rejection fine-tuning, same steps",
-    "sft_forwards": "rejection fine-tuning, same forwards",
+    "imitation": "imitation, all hidden tokens, same steps",
+    "imitation-forwards": "imitation, all hidden tokens, same forwards",
+    "imitation-unmasked": "imitation, newly unmasked tokens, same steps",
+    "imitation-unmasked-forwards": "imitation, newly unmasked tokens, same forwards",
+    "sft": "imitation in random states, same steps",
+    "sft-forwards": "imitation in random states, same forwards",
     "elbo_dpo": "block-ELBO DPO",
 }
+ARMS = [name for name in TITLES if name != "base"]
 
 
-def settings_of(variant: str, job_file: Path) -> list[str]:
-    """Return the overrides of the job for a variant."""
-    if variant != "sft_forwards":
-        return [f"train.objective.type={variant}"]
-    train = load_job(job_file).train
-    longer = [f"train.{name}={2 * value}" for name in ("num_epochs", "max_steps") if (value := getattr(train, name))]
-    return ["train.objective.type=sft", *longer]
+class Measured(NamedTuple):
+    """The answers of one arm to a set at a budget: "1" for each prompt that was solved, "0" for each other."""
+
+    arm: str
+    seed: int
+    set: str
+    budget: int
+    solved: str
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the prompts that were solved."""
+        return self.solved.count("1") / len(self.solved)
 
 
-def measure(job_file: Path, seed: int, storage: Path, variants: list[str]) -> list[dict[str, Any]]:
-    """Run every variant with one seed and return the evaluation rows of the base and of each variant."""
-    rows: list[dict[str, Any]] = []
-    for variant in variants:
-        job = load_job(job_file, [f"seed={seed}", f"storage={storage}", *settings_of(variant, job_file)])
-        with ray_session(job.cluster):
-            value = Pipeline(job, Store(storage)).evaluate()
-        for row in value["table"]:
-            if row["model"] == "base" and variant != variants[0]:
-                continue
-            rows.append({**row, "seed": seed, "model": variant if row["model"] == "aligned" else "base"})
-    return rows
-
-
-def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sum the rows of all seeds by (model, set, budget), with an interval; leave out models that some seed lacks."""
-    seeds = {row["seed"] for row in rows}
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["set"], row["budget"]), []).append(row)
-    made = []
-    for (model, test_set, budget), group in groups.items():
-        if {row["seed"] for row in group} != seeds:
-            continue
-        correct, total = sum(r["correct"] for r in group), sum(r["num_prompts"] for r in group)
-        low, high = wilson_interval(correct, total)
-        facts = {"model": model, "set": test_set, "budget": budget, "correct": correct, "num_prompts": total}
-        made.append({**facts, "accuracy": correct / total, "low": low, "high": high, "seed": "all"})
+def settings_of(arm: str, job_file: Path, overrides: list[str]) -> list[str]:
+    """Return the overrides of the job for an arm."""
+    objective = arm.removesuffix("-forwards")
+    made = [*overrides, f"train.objective.type={objective.removesuffix('-unmasked')}"]
+    if objective.endswith("-unmasked"):
+        made.append("train.objective.nll_tokens=unmasked")
+    if arm.endswith("-forwards"):
+        train = load_job(job_file, overrides).train
+        made += [f"train.{name}={2 * value}" for name in ("num_epochs", "max_steps") if (value := getattr(train, name))]
     return made
 
 
-def markdown(rows: list[dict[str, Any]], job_file: Path) -> str:
-    """Return a page: the held-out set by seed and pooled over seeds, then the public sets pooled over seeds."""
-    models = ["base", *(m for m in VARIANTS if any(r["model"] == m for r in rows))]
-    titles = " | ".join({"base": "base", **VARIANTS}[m] for m in models)
+def measure(job_file: Path, seed: int, storage: Path, arms: list[str], overrides: list[str]) -> list[Measured]:
+    """Return what base and each arm solve for one seed."""
+    made: list[Measured] = []
+    for arm in arms:
+        settings = [*settings_of(arm, job_file, overrides), f"seed={seed}", f"storage={storage}"]
+        job = load_job(job_file, settings)
+        with ray_session(job.cluster):
+            table = Pipeline(job, Store(storage)).evaluate()["table"]
+        for row in table:
+            if row["model"] == "aligned" or arm == arms[0]:
+                name = "base" if row["model"] == "base" else arm
+                made.append(Measured(name, seed, row["set"], row["budget"], row["solved"]))
+    return made
+
+
+def differences(rows: list[Measured], arm: str, over: str) -> dict[int, tuple[float, float, float, float]]:
+    """Return budget -> (gain of `arm` over another, low, high, p-value) on held-out prompts, all seeds together."""
+    made = {}
+    for budget in sorted({row.budget for row in rows}):
+        here = {(r.arm, r.seed): r.solved for r in rows if r.budget == budget and r.set == HELD_OUT}
+        seeds = sorted(seed for name, seed in here if name == over and (arm, seed) in here)
+        made[budget] = paired_test([here[arm, seed] for seed in seeds], [here[over, seed] for seed in seeds])
+    return made
+
+
+def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject: str = "dtrpo") -> str:
+    """Return the page: accuracy by seed and pooled, then the subject against each control, then the public sets."""
+    arms = [arm for arm in TITLES if any(r.arm == arm for r in rows)]
+    budgets = sorted({r.budget for r in rows})
+    seeds = sorted({r.seed for r in rows})
     lines = [
         f"# Alignment on `{job_file}`",
         "",
-        "The table shows accuracy with 95 % Wilson intervals, greedy decoding, by denoising steps per block.",
-        "**Bold** means that the interval lies above the base's interval, ~~struck~~ that it lies below.",
+        f"Machine: {platform.machine()}, {platform.platform()}. Seeds: {', '.join(map(str, seeds))}. Overrides of the "
+        f"job: {', '.join(f'`{word}`' for word in overrides) or 'none'}. Command: see `benchmarks/alignment.py`.",
         "",
-        f"Machine: {platform.machine()}, {platform.platform()}. `benchmarks/alignment.py` wrote this page.",
+        "## Accuracy on held-out prompts",
         "",
-        f"| set | seed | steps per block | {titles} |",
-        "|---|---|---|" + "---|" * len(models),
+        "Greedy decoding, by denoising steps per block: the mean of the seeds, with each seed in brackets.",
+        "",
+        "| arm | " + " | ".join(map(str, budgets)) + " |",
+        "|---|" + "---|" * len(budgets),
+        *(f"| {TITLES[arm]} | " + " | ".join(_cell(rows, arm, HELD_OUT, b) for b in budgets) + " |" for arm in arms),
+        "",
+        f"## {TITLES[subject]} minus each other arm",
+        "",
+        "Percentage points with the 95 % interval of the difference and the p-value of McNemar's exact test, prompt by "
+        "prompt over all seeds (`dtrpo_ray/report/evaluation.py:paired_test`). **Bold**: p < 0.01.",
+        "",
+        "| minus | " + " | ".join(map(str, budgets)) + " |",
+        "|---|" + "---|" * len(budgets),
     ]
-    held_out = [r for r in rows if r["set"] == "held-out"]
-    for group in (held_out, pooled(held_out), pooled([r for r in rows if r["set"] != "held-out"])):
-        keys = sorted({(r["set"], str(r["seed"]), r["budget"]) for r in group})
-        lines += [_line(group, key, models) for key in keys]
+    for other in arms:
+        if other != subject:
+            found = differences(rows, subject, other)
+            lines.append(f"| {TITLES[other]} | " + " | ".join(_difference(found[b]) for b in budgets) + " |")
+    public = sorted({r.set for r in rows if r.set != HELD_OUT})
+    for name in public:
+        lines += ["", f"## Accuracy on `{name}`", "", "| arm | " + " | ".join(map(str, budgets)) + " |"]
+        lines += ["|---|" + "---|" * len(budgets)]
+        lines += [f"| {TITLES[arm]} | " + " | ".join(_cell(rows, arm, name, b) for b in budgets) + " |" for arm in arms]
     return "\n".join(lines) + "\n"
 
 
-def _line(rows: list[dict[str, Any]], key: tuple[str, str, int], models: list[str]) -> str:
-    found = {r["model"]: r for r in rows if (r["set"], str(r["seed"]), r["budget"]) == key}
-    verdicts = {c["model"]: c["verdict"] for c in compare(cast("list[Score]", list(found.values())))}
-    cells = []
-    for model in models:
-        row = found.get(model)
-        cell = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row else "-"
-        cells.append({"better": f"**{cell}**", "worse": f"~~{cell}~~"}.get(verdicts.get(model, ""), cell))
-    return f"| {key[0]} | {key[1]} | {key[2]} | " + " | ".join(cells) + " |"
+def _cell(rows: list[Measured], arm: str, test_set: str, budget: int) -> str:
+    found = [r.accuracy for r in rows if (r.arm, r.set, r.budget) == (arm, test_set, budget)]
+    each = f" ({', '.join(f'{value:.3f}' for value in found)})" if len(found) > 1 else ""
+    return f"{sum(found) / len(found):.3f}{each}"
+
+
+def _difference(found: tuple[float, float, float, float]) -> str:
+    gain, low, high, p_value = found
+    text = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_text(p_value)}"
+    return f"**{text}**" if p_value < 0.01 else text
 
 
 def main() -> None:
-    """Measure every seed and write the table after each one, so that an interrupt loses no finished seed."""
+    """Measure every seed, writing the page after each, so that an interrupt loses no finished seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--storage", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/alignment"))
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[Measured] = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
-        rows += measure(options.job, seed, options.storage, options.variants)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(markdown(rows, options.job))
-        print(markdown(rows, options.job), flush=True)
+        rows += measure(options.job, seed, options.storage, options.arms, options.overrides)
+        options.out.with_suffix(".json").write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(markdown(rows, options.job, options.overrides))
+        print(options.out.with_suffix(".md").read_text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,9 @@ def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as
 
 
 def evaluation_text(value: "Evaluation") -> str:
-    """Format an evaluation as a table, with each row's gain over the base."""
+    """Format an evaluation as a table, with each row's gain over the base, tested prompt by prompt."""
+    from dtrpo_ray.report.evaluation import p_text
+
     verdicts = {(c["set"], c["budget"]): c for c in value["comparison"]}
     lines = [f"{'set':<22}{'budget':>7}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward"]
     rows = sorted(value["table"], key=lambda r: (r["set"] != "held-out", r["set"], r["budget"], r["model"] != "base"))
@@ -225,7 +227,7 @@ def evaluation_text(value: "Evaluation") -> str:
         line = f"{row['set']:<22}{row['budget']:>7}{row['model']:>9}{row['accuracy']:>10.3f}  {interval:<17}"
         line += f"{row['tokens_per_forward']:>9.2f}"
         if row["model"] != "base" and (c := verdicts.get((row["set"], row["budget"]))):
-            line += f"   {c['gain']:+.3f} ({c['verdict']})"
+            line += f"   {c['gain']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}], {p_text(c['p_value'])} ({c['verdict']})"
         lines.append(line)
     return "\n".join(lines)
 

@@ -18,7 +18,8 @@ URL = "http://127.0.0.1:1"
 
 
 def gain(budget: int, value: float, test_set: str = "held-out") -> Comparison:
-    return {"model": "aligned", "set": test_set, "budget": budget, "gain": value, "verdict": "same"}
+    return {"model": "aligned", "set": test_set, "budget": budget, "gain": value,
+            "low": value, "high": value, "p_value": 1.0, "verdict": "same"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

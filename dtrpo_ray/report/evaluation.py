@@ -1,10 +1,12 @@
-"""Decoded held-out prompts of base and aligned -> accuracy with 95 % intervals and tokens per forward."""
+"""Decoded held-out prompts of base and aligned -> accuracy, tokens per forward, and a comparison prompt by prompt."""
 
 from collections.abc import Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 import pyarrow as pa
+from scipy.stats import binomtest
 
 from dtrpo_ray.config.decode import EvalConfig
 
@@ -12,12 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Z95 = 1.959964
+SIGNIFICANT = 0.05
 HELD_OUT = "held-out"
 NUM_EXAMPLES = 4  # denoisings kept for the report
 
 
 class Score(TypedDict):
-    """The accuracy of a model on a test set at a budget, the number of denoising steps per block."""
+    """The accuracy of a model on a test set at a budget, the number of denoising steps per block.
+
+    `solved` has a "1" for each prompt that was solved and a "0" for each other, in the order of the set.
+    """
 
     model: NotRequired[str]  # absent in the file of one model
     set: str
@@ -29,6 +35,7 @@ class Score(TypedDict):
     low: float
     high: float
     tokens_per_forward: float
+    solved: str
 
 
 class Example(TypedDict):
@@ -46,12 +53,19 @@ class Example(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The accuracy of a model minus the base's on a set at a budget; "same" if the 95 % intervals overlap."""
+    """A model minus the base on the same prompts of a set at a budget.
+
+    `low` and `high` are the 95 % interval of the gain in accuracy, and `p_value` is that of no difference; the verdict
+    is "same" where it is 0.05 or more.
+    """
 
     model: str
     set: str
     budget: int
     gain: float
+    low: float
+    high: float
+    p_value: float
     verdict: Literal["better", "worse", "same"]
 
 
@@ -98,6 +112,7 @@ def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperatu
         "low": low,
         "high": high,
         "tokens_per_forward": sum(len(r["steps"]) for r in rows) / sum(r["num_forwards"] for r in rows),
+        "solved": "".join(str(int(row["reward"] >= 1)) for row in rows),
     }
 
 
@@ -121,17 +136,49 @@ def _examples(
     ]
 
 
+def paired_test(better: Sequence[str], base: Sequence[str]) -> tuple[float, float, float, float]:
+    """Compare two models on the same prompts: (gain in accuracy, its 95 % interval low and high, p-value).
+
+    Each sequence has one string of "1" and "0" (see `Score.solved`) for each seed, of the same prompts. The p-value is
+    that of McNemar's exact test (Psychometrika 1947) over all seeds: of the prompts that one model alone solves, each
+    model has half. The interval is Agresti and Min's (Statistics in Medicine 2005), with a prompt's mean over the seeds
+    as its outcome, because the answers of several seeds to one prompt are not independent. Both are about these trained
+    models; few seeds say little about another seed.
+    """
+    one, other = (np.array([[int(c) for c in row] for row in rows], dtype=int) for rows in (better, base))
+    wins, losses = int((one > other).sum()), int((one < other).sum())
+    change = (one - other).mean(0)
+    total = len(change) + 2  # their two pseudo-prompts: half a win, half a loss, one tie
+    centre = change.sum() / total
+    half = Z95 * sqrt(((change**2).sum() + 1) / total - centre**2) / sqrt(total)
+    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return float(change.mean()), float(max(centre - half, -1)), float(min(centre + half, 1)), p_value
+
+
 def compare(table: Sequence[Score]) -> list[Comparison]:
-    """Compare each model with the base on every (set, budget)."""
+    """Compare each model with the base, prompt by prompt, on every (set, budget) that both have."""
     base = {(r["set"], r["budget"]): r for r in table if r["model"] == "base"}
-    return [
-        {
-            "model": row["model"],
-            "set": row["set"],
-            "budget": row["budget"],
-            "gain": row["accuracy"] - other["accuracy"],
-            "verdict": "better" if row["low"] > other["high"] else "worse" if row["high"] < other["low"] else "same",
-        }
-        for row in table
-        if row["model"] != "base" and (other := base.get((row["set"], row["budget"])))
-    ]
+    made: list[Comparison] = []
+    for row in table:
+        other = base.get((row["set"], row["budget"]))
+        if row["model"] == "base" or other is None:
+            continue
+        gain, low, high, p_value = paired_test([row["solved"]], [other["solved"]])
+        made.append(
+            {
+                "model": row["model"],
+                "set": row["set"],
+                "budget": row["budget"],
+                "gain": gain,
+                "low": low,
+                "high": high,
+                "p_value": p_value,
+                "verdict": "same" if p_value >= SIGNIFICANT else "better" if gain > 0 else "worse",
+            }
+        )
+    return made
+
+
+def p_text(p_value: float) -> str:
+    """Format a p-value: "p = 0.042", or "p < 0.001"."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"

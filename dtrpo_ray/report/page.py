@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dtrpo_ray.files import whole_file
-from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare
+from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, Evaluation, Example, Score, compare, p_text
 from dtrpo_ray.stages import Stage
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
@@ -57,16 +57,19 @@ class Curve:
 class ScorePair:
     """Base beside aligned on one test set at one budget.
 
-    `gain` is aligned minus base in percentage points, None if either is missing; `apart` is True if the 95 % intervals
-    do not overlap.
+    `change` compares them prompt by prompt; it is None if either is missing.
     """
 
     set: str
     budget: int
     base: Score | None
     aligned: Score | None
-    gain: float | None
-    apart: bool
+    change: Comparison | None
+
+    @property
+    def gain(self) -> float | None:
+        """Aligned minus base, in percentage points."""
+        return 100 * self.change["gain"] if self.change else None
 
 
 class Answer(TypedDict):
@@ -108,7 +111,7 @@ def write_report(
     held_out, public = [p for p in pairs if p.set == HELD_OUT], [p for p in pairs if p.set != HELD_OUT]
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(solved=_accuracy_text, points=points)
+    environment.filters.update(solved=_accuracy_text, points=points, p_text=p_text)
     page = environment.get_template("page.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
@@ -156,9 +159,7 @@ def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     pairs = []
     for test_set, budget in dict.fromkeys((row["set"], row["budget"]) for row in table):
         base, aligned = (scores.get((test_set, budget, model)) for model in ("base", "aligned"))
-        change = changes.get((test_set, budget))
-        gain, apart = 100 * change["gain"] if change else None, bool(change and change["verdict"] != "same")
-        pairs.append(ScorePair(test_set, budget, base, aligned, gain=gain, apart=apart))
+        pairs.append(ScorePair(test_set, budget, base, aligned, changes.get((test_set, budget))))
     return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.budget))
 
 
@@ -179,7 +180,8 @@ def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evalu
     gain, best = max(gains, key=lambda gain: gain[0])
     assert best.base is not None
     assert best.aligned is not None
-    overlap = "" if best.apart else "; the intervals overlap"
+    assert best.change is not None
+    test = f"; {p_text(best.change['p_value'])}"
     steps = _count(best.budget, "denoising step") + " per block"
     noun = "prompt" if "files" in (job.get("task") or {}) else "puzzle"
     prompts = _count(best.aligned["num_prompts"], f"held-out {noun}")
@@ -188,8 +190,8 @@ def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evalu
     if points(gain) == "0.0":
         return f"No gain from alignment: {'at its best, ' if len(gains) > 1 else ''}{result}."
     if gain < 0:
-        return f"{'A loss at every budget; the smallest' if len(gains) > 1 else 'A loss'}: {result}{overlap}."
-    return f"A{result[1:]}{overlap and overlap + ', so this may be chance'}."
+        return f"{'A loss at every budget; the smallest' if len(gains) > 1 else 'A loss'}: {result}{test}."
+    return f"A{result[1:]}{test}{', so this may be chance' if best.change['verdict'] == 'same' else ''}."
 
 
 def _training_headline(curves: Mapping[str, Sequence[Metrics]], evaluation: Evaluation | None) -> str:

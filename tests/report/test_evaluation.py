@@ -1,10 +1,13 @@
-"""Intervals with known values, tables from trajectories, and the verdict of non-overlapping intervals."""
+"""Intervals with known values, tables from trajectories, and the paired test of two models."""
 
+from math import sqrt
+
+import numpy as np
 import pytest
 
 from dtrpo_ray.config.decode import EvalConfig
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from dtrpo_ray.report.evaluation import compare, summarise, wilson_interval
+from dtrpo_ray.report.evaluation import Score, compare, p_text, paired_test, summarise, wilson_interval
 from tests.data.test_pairs import trajectories
 
 
@@ -23,20 +26,67 @@ def test_a_table_row_counts_tokens_per_denoising_forward() -> None:
     record = summarise(table, {"held-out/0": "1234", "held-out/1": "4321"}, EvalConfig(), character_tokenizer("01234"))
     row = record["table"][0]
     assert (row["set"], row["budget"], row["correct"], row["num_prompts"]) == ("held-out", 2, 1, 2)
+    assert row["solved"] == "10"
     assert row["tokens_per_forward"] == 1.0  # four tokens in four forwards each
     assert {example["correct"] for example in record["examples"]} == {True, False}
     assert record["examples"][0]["tokens"] == ["1", "2", "3", "4"]
 
 
-def test_better_and_worse_need_intervals_apart() -> None:
-    def row(model: str, budget: int, low: float, high: float) -> dict[str, object]:
-        return {"model": model, "set": "s", "budget": budget, "accuracy": (low + high) / 2, "low": low, "high": high}
+def test_the_paired_test_is_mcnemars_on_the_prompts_that_one_model_alone_solves() -> None:
+    """Of 15 such prompts 12 are won: two-sided binomial, 2 (C(15, 0) + ... + C(15, 3)) / 2^15."""
+    base, other = "1" * 30 + "0" * 12 + "1" * 3 + "0" * 5, "1" * 30 + "1" * 12 + "0" * 3 + "0" * 5
+    gain, low, high, p_value = paired_test([other], [base])
+    assert gain == pytest.approx(9 / 50)
+    assert p_value == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
+    half = 1.959964 * sqrt((15 + 1) / 52 - (9 / 52) ** 2) / sqrt(52)  # Agresti and Min with b = 12, c = 3, n = 50
+    assert (low, high) == pytest.approx((9 / 52 - half, 9 / 52 + half))
+    assert paired_test([base], [other]) == pytest.approx((-gain, -high, -low, p_value))
 
-    table = [
-        row("base", 1, 0.4, 0.5),
-        row("aligned", 1, 0.51, 0.6),
-        row("base", 2, 0.4, 0.5),
-        row("aligned", 2, 0.49, 0.6),
-    ]
-    table += [row("base", 4, 0.4, 0.5), row("aligned", 4, 0.2, 0.3)]
-    assert [c["verdict"] for c in compare(table)] == ["better", "same", "worse"]
+
+def test_equal_models_differ_in_nothing_and_the_interval_says_how_little_ten_prompts_show() -> None:
+    gain, low, high, p_value = paired_test(["1010101010"], ["1010101010"])
+    assert (gain, p_value) == (0, 1)
+    assert -0.2 < low < 0 < high < 0.2
+
+
+def test_seeds_with_the_same_answers_narrow_no_interval() -> None:
+    """Prompts are the sample: a seed that repeats another tells nothing new of the gain."""
+    one, base = "1101100111", "1001100011"
+    assert paired_test([one] * 3, [base] * 3)[:3] == pytest.approx(paired_test([one], [base])[:3])
+
+
+def test_the_test_rejects_true_equality_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    rejected, covered = 0, 0
+    for _ in range(400):
+        hard = rng.random(200)
+        one, other = ("".join("1" if r < h else "0" for r, h in zip(rng.random(200), hard, strict=True)) for _ in "ab")
+        _, low, high, p_value = paired_test([one], [other])
+        rejected += p_value < 0.05
+        covered += low <= 0 <= high
+    assert rejected <= 0.05 * 400 + 2 * sqrt(400 * 0.05 * 0.95)
+    assert covered >= 0.95 * 400 - 2 * sqrt(400 * 0.05 * 0.95)
+
+
+def test_a_verdict_is_of_the_pairs_and_not_of_two_intervals() -> None:
+    """Accuracies of 0.60 and 0.64 are four wins of four where one model solves all that the other does."""
+
+    def row(model: str, budget: int, solved: str) -> Score:
+        return {
+            "model": model, "set": "s", "budget": budget, "temperature": 0.0, "num_prompts": 100, "correct": 0,
+            "accuracy": 0.0, "low": 0.0, "high": 1.0, "tokens_per_forward": 1.0, "solved": solved,
+        }  # fmt: skip
+
+    nested, crossed = "1" * 64 + "0" * 36, "0" * 36 + "1" * 64
+    base = "1" * 60 + "0" * 40
+    table = [row("base", 1, base), row("aligned", 1, nested), row("base", 2, base), row("aligned", 2, crossed)]
+    table += [row("base", 4, "1" * 100), row("aligned", 4, base), row("aligned", 8, base)]
+    made = compare(table)
+    assert [c["budget"] for c in made] == [1, 2, 4]  # at 8 there is no base
+    assert [c["gain"] for c in made] == pytest.approx([0.04, 0.04, -0.4])
+    assert [c["p_value"] for c in made] == pytest.approx([0.125, 0.728, 0], abs=5e-3)
+    assert [c["verdict"] for c in made] == ["same", "same", "worse"]
+
+
+def test_a_p_value_is_never_said_to_be_zero() -> None:
+    assert [p_text(p) for p in (0.5, 0.0494, 0.00099, 1e-30)] == ["p = 0.500", "p = 0.049", "p < 0.001", "p < 0.001"]

@@ -40,7 +40,10 @@ PLOTS = {f"{name}.png" for name in ("base_loss", "train_loss", "margin", "reward
 def score(
     model: str, accuracy: float, low: float, high: float, budget: int = 1, test_set: str = "held-out", n: int = 2000
 ) -> Row:
-    numbers = {"num_prompts": n, "correct": round(accuracy * n), "accuracy": accuracy, "low": low, "high": high}
+    correct = round(accuracy * n)
+    numbers = {"num_prompts": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
+    rng = np.random.default_rng([len(model), budget])  # each model solves prompts of its own
+    numbers["solved"] = "".join(rng.permutation(list("1" * correct + "0" * (n - correct))))
     setting = {"model": model, "set": test_set, "budget": budget, "temperature": 0.0, "tokens_per_forward": 4 / budget}
     return setting | numbers
 
@@ -138,10 +141,12 @@ def test_first_words_are_the_result(full: Path) -> None:
     body = full.read_text().split("<main>")[1].replace("\N{NO-BREAK SPACE}", " ")
     assert body.split("</h1>")[0].strip() == (
         "<h1>At 1 denoising step per block the aligned model solves 71.2 % [69.2, 73.2] of 2,000 held-out puzzles, "
-        "the base 63.3 % [61.2, 65.4]."
+        "the base 63.3 % [61.2, 65.4]; p &lt; 0.001."
     )
     assert "+7.9 at 1, −1.0 at 2" in body
-    assert "apart at 1 of 2" in body
+    assert "significant (p &lt; 0.05) at 1 of 2" in body
+    assert body.count('<span class="better">▲ +7.9</span>') == 1
+    assert "[+5.0, +10.8], p &lt; 0.001" in body
     assert "1,424 of 2,000" in body
 
 
@@ -202,20 +207,20 @@ def test_import_is_light() -> None:
     ("table", "expected"),
     [
         (GAIN, "At 1 denoising step per block the aligned model solves 71.2 % [69.2, 73.2] of 2,000 held-out puzzles, "
-               "the base 63.3 % [61.2, 65.4]."),
+               "the base 63.3 % [61.2, 65.4]; p < 0.001."),
         ([score("base", 0.80, 0.78, 0.82, 4), score("aligned", 0.81, 0.79, 0.83, 4)],
          "At 4 denoising steps per block the aligned model solves 81.0 % [79.0, 83.0] of 2,000 held-out puzzles, "
-         "the base 80.0 % [78.0, 82.0]; the intervals overlap, so this may be chance."),
+         "the base 80.0 % [78.0, 82.0]; p = 0.446, so this may be chance."),
         ([score("base", 0.8, 0.78, 0.82), score("aligned", 0.8, 0.78, 0.82)],
          "No gain from alignment: at 1 denoising step per block the aligned model solves 80.0 % [78.0, 82.0] of 2,000 "
          "held-out puzzles, the base 80.0 % [78.0, 82.0]."),
         ([score("base", 0.80, 0.78, 0.82), score("aligned", 0.79, 0.77, 0.81),
           score("base", 0.9, 0.88, 0.92, 2), score("aligned", 0.7, 0.68, 0.72, 2)],
          "A loss at every budget; the smallest: at 1 denoising step per block the aligned model solves 79.0 % "
-         "[77.0, 81.0] of 2,000 held-out puzzles, the base 80.0 % [78.0, 82.0]; the intervals overlap."),
-        ([score("base", 0.9, 0.88, 0.92, n=1), score("aligned", 0.7, 0.68, 0.72, n=1)],
-         "A loss: at 1 denoising step per block the aligned model solves 70.0 % [68.0, 72.0] of 1 held-out puzzle, "
-         "the base 90.0 % [88.0, 92.0]."),
+         "[77.0, 81.0] of 2,000 held-out puzzles, the base 80.0 % [78.0, 82.0]; p = 0.453."),
+        ([score("base", 1.0, 0.9, 1.0, n=1), score("aligned", 0.0, 0.0, 0.1, n=1)],
+         "A loss: at 1 denoising step per block the aligned model solves 0.0 % [0.0, 10.0] of 1 held-out puzzle, "
+         "the base 100.0 % [90.0, 100.0]; p = 1.000."),
         (GAIN[:1] + PUBLIC, "No held-out set was evaluated for both models, and no training loss was logged."),
     ],
 )  # fmt: skip
@@ -242,7 +247,8 @@ def test_swapping_the_models_negates_the_gain_and_keeps_the_verdict() -> None:
     pairs = pair_up({"table": GAIN})
     assert [p.gain for p in pairs] == pytest.approx([7.9, -1.0])
     assert [p.gain for p in swapped] == pytest.approx([-7.9, 1.0])
-    assert [p.apart for p in pairs] == [p.apart for p in swapped] == [True, False]
+    assert [p.change and p.change["verdict"] for p in pairs] == ["better", "same"]
+    assert [p.change and p.change["verdict"] for p in swapped] == ["worse", "same"]
 
 
 def test_sets_come_held_out_first_then_by_number() -> None:
