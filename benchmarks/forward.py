@@ -29,8 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, TrainError
 from dtrpo_ray.method.batch import SIDES, MicroBatch, ModelLayout, build_batch
-from dtrpo_ray.method.loss import preference_loss, sum_by_side
-from dtrpo_ray.method.step import training_step
+from dtrpo_ray.method.step import preference_loss, sum_by_side, training_step
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.registry import build_model
 from dtrpo_ray.train.backend import peak_flops
@@ -187,7 +186,7 @@ def common_step(
     with torch.no_grad():
         ref_logp = common_logps(reference, rows, batch, lean)
     ratio = sum_by_side(batch.weight * (logp - ref_logp), batch.slot, *batch.tokens.shape)
-    return preference_loss(ratio, beta).loss_B
+    return preference_loss(ratio, beta).loss_P
 
 
 # --- one variant in a separate process ---
@@ -212,7 +211,7 @@ def _setup(name: str, shape: Shape) -> _Setup:
 
     def step() -> float:
         if way == "packed":
-            loss = training_step(policy, reference, batch, objective).loss_B
+            loss = training_step(policy, reference, batch, objective).loss_P
         else:
             loss = common_step(policy, reference, rows, batch, objective.beta, way == "lean")
         loss.mean().backward()

@@ -22,7 +22,7 @@ from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_events, read_metrics
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 REDUCE_BUCKET = 5 * 10**8  # gradients that DeepSpeed's ZeRO 3 makes room for at the start, by default
-CHUNK_LOGITS = 2**26  # as in `likelihood`, which imports torch: logits that exist together
+CHUNK_LOGITS = 2**26  # as in `models.base`, which imports torch: logits that exist together
 
 
 def parameters(init: ModelInit, vocab_size: int) -> int:

@@ -13,8 +13,7 @@ from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.model import ModelInit
 from dtrpo_ray.config.train import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.method.step import checkpoint_layers
-from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.models.likelihood import CHUNK_LOGITS
+from dtrpo_ray.models.base import CHUNK_LOGITS, DiffusionLM
 from dtrpo_ray.models.lora import add_adapters
 from dtrpo_ray.models.registry import build_model, save_model
 from dtrpo_ray.plan import (
@@ -122,7 +121,7 @@ def test_activations_are_what_a_forward_really_keeps(change: dict[str, int], bf1
     assert made["activations"] + made["scored_logits"] - momentary == pytest.approx(real, rel=0.05)
 
 
-def test_the_chunk_of_the_head_is_likelihoods() -> None:
+def test_the_chunk_of_the_head_is_the_models() -> None:
     assert plan_module.CHUNK_LOGITS == CHUNK_LOGITS
 
 

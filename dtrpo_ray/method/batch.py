@@ -27,6 +27,8 @@ from dtrpo_ray.method.trajectory import (
     sequential_steps,
 )
 
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 SIDES = ("chosen", "rejected")
 PLANES = {"ids": 0, "position": 0, "block": 0, "side": PAD, "stream": 0, "pair": 0}  # name -> value of padding
 # a scored token of a response: its index there, the stream and position of the state to read; columns of `MicroBatch`
@@ -61,16 +63,16 @@ class ModelLayout:
         """True if a block's first token is predicted from the block before it."""
         return self.shift == 1 and self.attention == "block"
 
-    def block_of(self, prompt_len: int, position: np.ndarray) -> np.ndarray:
-        """Number the blocks of positions in a row with this prompt."""
-        return self._on_grid(prompt_len, position) // self.block_size
+    def on_grid(self, prompt_len: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the blocks of positions in a row with this prompt, and their places within the block."""
+        block, place = np.divmod(
+            position + grid_offset(prompt_len, self.block_size, self.block_origin), self.block_size
+        )
+        return block, place
 
     def opens_block(self, prompt_len: int, response_len: int) -> np.ndarray:
         """Mark the response tokens that are the first of their block (bool [n])."""
-        return self._on_grid(prompt_len, prompt_len + np.arange(response_len)) % self.block_size == 0
-
-    def _on_grid(self, prompt_len: int, position: np.ndarray) -> np.ndarray:
-        return position + grid_offset(prompt_len, self.block_size, self.block_origin)
+        return self.on_grid(prompt_len, prompt_len + np.arange(response_len))[1] == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +127,7 @@ class MicroBatch:
 
 
 def build_batch(
-    rows: Sequence[Mapping[str, Any]],
-    objective: Objective,
-    layout: ModelLayout,
-    seed: int,
-    row_tokens: int | None = None,
+    rows: Rows, objective: Objective, layout: ModelLayout, seed: int, row_tokens: int | None = None
 ) -> MicroBatch:
     """Sample the states of each side of each row, and pack them.
 
@@ -173,7 +171,7 @@ def _sides_of(objective: Objective) -> tuple[str, ...]:
 
 
 def _sample_side(
-    row: Mapping[str, Any], side: str, objective: Objective, layout: ModelLayout, seed: int
+    row: Row, side: str, objective: Objective, layout: ModelLayout, seed: int
 ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """Return one response, its noisy versions (one per draw), and its scored tokens as records of SCORED.
 
@@ -181,7 +179,8 @@ def _sample_side(
     it, as in its decoder, or with `first_token` = "noisy" that block in the token's own stream, as in its training.
     """
     prompt_len, response = len(row["prompt_ids"]), np.asarray(row[f"{side}_ids"], dtype=np.int64)
-    first = layout.opens_block(prompt_len, len(response))
+    block, place = layout.on_grid(prompt_len, prompt_len + np.arange(len(response)))
+    first, noisy = place == 0, []
     states, given = _states(row, side, objective, layout, seed)
     # a likelihood (sft, the SFT term, elbo) reads every hidden token, dtrpo the newly unmasked ones only
     all_hidden = side == "chosen" and objective.reads_all_hidden
@@ -209,18 +208,17 @@ def _sample_side(
             f"row {row['row_id']}: prompt_ids is empty, and this model predicts a token from the one before it "
             "(shift = 1): begin prompts with a token, such as the tokenizer's first"
         )
-    block, noisy = layout.block_of(prompt_len, prompt_len + np.arange(len(response))), []
     for draw, state in enumerate(states, start=1):
         version = np.where(state.hidden, layout.mask_id, response)
         if layout.attention == "block":
-            read = layout.block_of(prompt_len, tokens["position"][tokens["stream"] == draw])
+            read, _ = layout.on_grid(prompt_len, tokens["position"][tokens["stream"] == draw])
             version = np.where(np.isin(block, read), version, LEFT_OUT)
         noisy.append(version)
     return response, noisy, tokens
 
 
 def _states(
-    row: Mapping[str, Any], side: str, objective: Objective, layout: ModelLayout, seed: int
+    row: Row, side: str, objective: Objective, layout: ModelLayout, seed: int
 ) -> tuple[list[State], np.ndarray]:
     """Sample the states of one side, and mark the tokens that no denoising step chose (bool [n])."""
     rng = block_generators(seed, row["row_id"], row["epoch"], "state")
@@ -248,7 +246,7 @@ def _states(
     return states, steps == GIVEN
 
 
-def _column(row: Mapping[str, Any], name: str, schedule: str) -> np.ndarray:
+def _column(row: Row, name: str, schedule: str) -> np.ndarray:
     values = row.get(name)
     if values is None:
         remedy = (
@@ -261,7 +259,7 @@ def _column(row: Mapping[str, Any], name: str, schedule: str) -> np.ndarray:
     return np.asarray(values, dtype=np.int64 if schedule == "recorded" else np.float64)
 
 
-def packed_tokens(row: Mapping[str, Any], objective: Objective, attention: str) -> int:
+def packed_tokens(row: Row, objective: Objective, attention: str) -> int:
     """Bound the tokens that a pair takes of a packed row (see `attention.pack_row`)."""
     prompt, tokens = len(row["prompt_ids"]), 0
     for side in _sides_of(objective):
@@ -296,11 +294,7 @@ def _share_rows(lengths: list[int], row_tokens: int | None) -> tuple[list[tuple[
 
 
 def _collate(
-    rows: Sequence[Mapping[str, Any]],
-    packed: list[PackedRow],
-    scored: list[list[np.ndarray]],
-    layout: ModelLayout,
-    row_tokens: int | None,
+    rows: Rows, packed: list[PackedRow], scored: list[list[np.ndarray]], layout: ModelLayout, row_tokens: int | None
 ) -> MicroBatch:
     places, filled = _share_rows([len(p.ids) for p in packed], row_tokens)
     grids = {name: np.full((len(filled), max(filled)), fill, dtype=np.int64) for name, fill in PLANES.items()}

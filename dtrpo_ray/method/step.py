@@ -1,9 +1,11 @@
 """Compute the loss of a `MicroBatch`: one policy forward over both sides, one reference forward, no more.
 
-Legend: P pairs, S sides, N scored tokens.
+Legend: P pairs (or single examples), S = 2 sides: 0 chosen, 1 rejected; N scored tokens. Every loss is per pair, [P];
+the caller weighs pairs over the GLOBAL batch, so that the number does not depend on how a batch is split.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.method.attention import FLEX_BUCKET, Planes, dense_mask, sparse_mask
 from dtrpo_ray.method.batch import SIDES, MicroBatch, ModelLayout, build_batch
-from dtrpo_ray.method.loss import LossOutput, preference_loss, sum_by_side
 from dtrpo_ray.method.trajectory import GIVEN
 from dtrpo_ray.models.base import DiffusionLM
 
@@ -51,6 +52,44 @@ def scored_logps(model: DiffusionLM, batch: MicroBatch, inputs: Inputs | None = 
     if isinstance(inputs[2], BlockMask) and model.lm.config._attn_implementation != "flex_attention":
         model.lm.set_attn_implementation("flex_attention")
     return model(*inputs, batch.scored_row, batch.scored_col, batch.target)
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """The loss with its gradient, and detached metrics [P] to be averaged like the loss."""
+
+    loss_P: Tensor
+    metrics: dict[str, Tensor]
+
+
+def preference_loss(
+    log_ratio_PS: Tensor, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+) -> LossOutput:
+    """Return the DPO-family loss of estimated trajectory log-ratios (arXiv 2305.18290 eq. 7; IPO 2310.12036 eq. 17).
+
+    log_ratio_PS holds Delta(x, y), the estimate of log pi_theta(tau|x) / pi_ref(tau|x) for each side, in nats and
+    summed over the response (not averaged). sigmoid: -log sigma(beta (Delta_w - Delta_l)), cDPO-smoothed;
+    ipo: (Delta_w - Delta_l - 1 / (2 beta))^2.
+    """
+    difference = log_ratio_PS[:, 0] - log_ratio_PS[:, 1]
+    margin = beta * difference
+    if loss_type == "ipo":
+        loss = (difference - 1 / (2 * beta)) ** 2
+    else:
+        loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    metrics = {
+        "margin": margin,
+        "reward_accuracy": (margin > 0).float(),
+        "log_ratio_chosen": log_ratio_PS[:, 0],
+        "log_ratio_rejected": log_ratio_PS[:, 1],
+    }
+    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def sum_by_side(values_N: Tensor, slot_N: Tensor, num_pairs: int, num_sides: int) -> Tensor:
+    """Sum token values [N] into [P, S]; slot = pair * S + side."""
+    flat = torch.zeros(num_pairs * num_sides, dtype=values_N.dtype, device=values_N.device)
+    return flat.index_add(0, slot_N, values_N).view(num_pairs, num_sides)
 
 
 def training_step(
@@ -97,7 +136,7 @@ def training_step(
         common |= {f"nll_{name}": nll_PS[:, side].detach(), f"logp_{name}": logp_PS[:, side]}
     if objective.num_draws != "all" and objective.num_draws > 1:
         common["spread"] = _spread(ratio_N.detach(), batch, objective.num_draws)
-    return LossOutput(out.loss_B + objective.rpo_alpha * nll_PS[:, 0], {**out.metrics, **common})
+    return LossOutput(out.loss_P + objective.rpo_alpha * nll_PS[:, 0], {**out.metrics, **common})
 
 
 def checkpoint_layers(policy: DiffusionLM) -> None:
@@ -112,12 +151,10 @@ def _spread(ratio_N: Tensor, batch: MicroBatch, num_draws: int) -> Tensor:
     draws its square is unbiased; strata that differ among themselves make it too large, never too small on average.
     Tokens that every draw scores alike (`exact`) are left out.
     """
-    num_pairs, num_sides = batch.tokens.shape
-    drawn = ~batch.exact
+    (num_pairs, num_sides), drawn = batch.tokens.shape, ~batch.exact
     sign = torch.where(batch.slot % num_sides == 0, 1.0, -1.0).to(ratio_N.dtype)
     place = torch.div(batch.slot, num_sides, rounding_mode="floor") * num_draws + batch.draw
-    parts = torch.zeros(num_pairs * num_draws, dtype=ratio_N.dtype, device=ratio_N.device)
-    parts = parts.index_add(0, place[drawn], (sign * ratio_N)[drawn]).view(num_pairs, num_draws)
+    parts = sum_by_side((sign * ratio_N)[drawn], place[drawn], num_pairs, num_draws)
     return (num_draws * parts.var(1, unbiased=True)).sqrt()
 
 
@@ -132,13 +169,12 @@ def order_by_confidence(
     decoder's own order, which is recomputed after each step.
     """
     layout = ModelLayout.of(reference)
-    hidden_rows = []
-    for row in rows:
-        steps = {}
-        for side in SIDES:
-            first = layout.opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]))
-            steps[f"{side}_steps"] = np.where(first & layout.reads_back, GIVEN, 0)
-        hidden_rows.append({**row, **steps})
+
+    def steps(row: Mapping[str, Any], side: str) -> np.ndarray:
+        first = layout.opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]))
+        return np.where(first & layout.reads_back, GIVEN, 0)
+
+    hidden_rows = [{**row, **{f"{side}_steps": steps(row, side) for side in SIDES}} for row in rows]
     batch = build_batch(hidden_rows, Objective(), layout, seed=0, row_tokens=row_tokens)
     logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
     slots, out = batch.slot.numpy(), []

@@ -1,10 +1,10 @@
 """The interface of a model: the rest of the package uses these facts, numbers and functions, and nothing else.
 
-A family (one file in this folder) names its trunk, a causal language model of transformers that is run with explicit
+A family (a class of this folder) names its trunk, a causal language model of transformers that is run with explicit
 positions and masks, converts its config keys (`trunk_config`) and, if names or shapes differ, maps its tensors
-(`upstream`); every quirk of its checkpoints stays in that file. The trunk's own causal mask, its training forward and
+(`upstream`); every quirk of its checkpoints stays in its file. The trunk's own causal mask, its training forward and
 remote code are never used.
-Shapes: B rows, T tokens of a row, H hidden size, V vocabulary.
+Shapes: B rows, T tokens of a row, N scored tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.config_json import ConfigJson
-from dtrpo_ray.models.likelihood import token_logps
 
+CHUNK_LOGITS = 2**26  # 256 MiB of float32
 QWEN_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 # keys that the trunk must not see. pad_token_id among them: torch would freeze its embedding at zero, and most configs
 # pad with the end-of-sequence token, which is text (our rows are padded by the attention mask)
@@ -93,7 +94,6 @@ class DiffusionLM(nn.Module):
 
     facts: ClassVar[FamilyFacts]
     trunk: ClassVar[type[PreTrainedModel]]
-    mask_by_layer_type: ClassVar[bool] = False  # True: the trunk takes a finished mask only in a dict, by kind of layer
     sizes: ClassVar[tuple[str, ...]] = QWEN_SIZES
     lora: ClassVar[LoraTargets] = QWEN_LORA
     lm: Any  # an instance of `trunk`
@@ -186,14 +186,14 @@ class DiffusionLM(nn.Module):
 
         `mask` is boolean [B or 1, 1, T, keys], True where attention is allowed.
         """
-        # a mask of four axes, or a dict of masks by kind of layer, bypasses the trunk's own causal mask
+        # a mask of four axes bypasses the trunk's own causal mask
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # convert once: every layer would, and keep its copy
             mask = torch.zeros_like(mask, dtype=self.lm.dtype).masked_fill_(~mask, float("-inf"))
         kept = {} if cache is None else {self.cache_name: cache}
         return self.lm.model(
             input_ids=ids_BT,
             position_ids=positions_BT,
-            attention_mask={"full_attention": mask} if self.mask_by_layer_type else mask,
+            attention_mask=mask,
             use_cache=cache is not None,
             **kept,
         ).last_hidden_state
@@ -282,3 +282,40 @@ class DiffusionLM(nn.Module):
                 owner, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(owner), leaf, kept[name].to(buffer.device))
         return self
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """`log_softmax(logits)[target]` [N] that keeps one [N, V] tensor for the backward pass, and makes no other there.
+
+    For the logits z of a token: d log p(target) / d z_v = [v = target] - p_v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        log_p_NV, target_N1 = torch.log_softmax(logits_NV, -1), target_N[:, None]
+        ctx.save_for_backward(log_p_NV, target_N1)
+        return log_p_NV.gather(-1, target_N1)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        log_p_NV, target_N1 = ctx.saved_tensors
+        grad_N1 = grads[0][:, None]
+        # in place: nobody else holds the tensor, and autograd refuses a second backward pass
+        grad_NV = log_p_NV.exp_().mul_(-grad_N1).scatter_add_(-1, target_N1, grad_N1)
+        return grad_NV, None
+
+
+def token_logps(logits: Callable[[Tensor], Tensor], hidden_NH: Tensor, target_N: Tensor, vocab_size: int) -> Tensor:
+    """Return log mu(target) [N] of a model's `logits`, without a [tokens, vocabulary] tensor where it would be large.
+
+    Above CHUNK_LOGITS the head runs in chunks, which are computed again in the backward pass.
+    """
+
+    def logps(hidden: Tensor, target: Tensor) -> Tensor:
+        return _LogSoftmaxAt.apply(logits(hidden), target)  # type: ignore[no-untyped-call]
+
+    chunk = max(1, CHUNK_LOGITS // vocab_size)
+    if len(target_N) <= chunk:
+        return logps(hidden_NH, target_N)
+    chunks = zip(hidden_NH.split(chunk), target_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(logps, h, t, use_reentrant=False) for h, t in chunks])

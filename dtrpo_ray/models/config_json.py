@@ -17,8 +17,10 @@ class ConfigJson(dict[str, Any]):
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return an integer, or the family's constant if the key is absent."""
-        value = self.get(key)
-        return default if value is None and default is not None else self._require_integer(key, value)
+        value = default if self.get(key) is None else self[key]
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(key, "an integer", value)
+        return value
 
     def integers(self, key: str, default: int | None = None) -> list[int]:
         """Return the integers of a key that holds one or a list."""
@@ -27,7 +29,7 @@ class ConfigJson(dict[str, Any]):
             return [self.integer(key, default)]
         if not value:
             raise self.error(key, "at least one id", value)
-        return [self._require_integer(key, each) for each in value]
+        return [ConfigJson({key: each}, self.family).integer(key) for each in value]
 
     def number(self, key: str) -> float:
         """Return a positive number. It has no default: a model with a guessed number loads, and computes noise."""
@@ -49,11 +51,6 @@ class ConfigJson(dict[str, Any]):
             if value is not None and value not in allowed:
                 known = " or ".join(repr(a) for a in allowed)
                 raise ModelError(f"config.json: {key} = {value!r} is not supported for {self.family}; only {known} is")
-
-    def _require_integer(self, key: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(key, "an integer", value)
-        return value
 
     def error(self, key: str, needed: str, value: Any, remedy: str = "") -> ModelError:
         """Make the error of a value that this family cannot use."""

@@ -13,17 +13,9 @@ from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM, FamilyFacts, TensorPiece
 from dtrpo_ray.models.config_json import ConfigJson
 
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ff_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "attn_out",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
+LAYER_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm", "self_attn.o_proj": "attn_out"}
+LAYER_NAMES |= {f"self_attn.{part}_proj": f"{part}_proj" for part in "qkv"}
+LAYER_NAMES |= {"mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
 TOP_NAMES = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
 
 
@@ -63,22 +55,21 @@ class LLaDA(DiffusionLM):
         rope = keys.rope_parameters()
         ConfigJson(rope, "llada").refuse(rope_type=("default",), type=("default",))  # upstream has no scaling
         heads = keys["n_heads"]
-        renamed = {
-            "vocab_size": self.vocabulary(keys),
-            "hidden_size": keys["d_model"],
-            "num_hidden_layers": keys["n_layers"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": keys.get("n_kv_heads") or (1 if keys.get("multi_query_attention") else heads),
-            "intermediate_size": keys.get("mlp_hidden_size") or keys.get("mlp_ratio", 4) * keys["d_model"],
-            "rms_norm_eps": keys.get("rms_norm_eps", 1e-5),
-            "rope_parameters": rope,
-            "max_position_embeddings": keys.get("max_sequence_length", 4096),
-            "initializer_range": keys.get("init_std", 0.02),
-            "tie_word_embeddings": self._tying(keys),
-            "pad_token_id": None,
-            "attn_implementation": keys["attn_implementation"],
-        }
-        return LlamaConfig(**renamed)
+        return LlamaConfig(
+            vocab_size=self.vocabulary(keys),
+            hidden_size=keys["d_model"],
+            num_hidden_layers=keys["n_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=keys.get("n_kv_heads") or (1 if keys.get("multi_query_attention") else heads),
+            intermediate_size=keys.get("mlp_hidden_size") or keys.get("mlp_ratio", 4) * keys["d_model"],
+            rms_norm_eps=keys.get("rms_norm_eps", 1e-5),
+            rope_parameters=rope,
+            max_position_embeddings=keys.get("max_sequence_length", 4096),
+            initializer_range=keys.get("init_std", 0.02),
+            tie_word_embeddings=self._tying(keys),
+            pad_token_id=None,
+            attn_implementation=keys["attn_implementation"],
+        )
 
     def _tying(self, keys: ConfigJson) -> bool:
         """Read whether the head is the embedding; upstream and transformers have a key each for it."""

@@ -23,18 +23,6 @@ RENAMED = {
 }
 
 
-def _require_groups(keys: ConfigJson) -> None:
-    """Raise ModelError if the router cannot choose its experts from groups of equal size."""
-    experts, groups, kept, chosen = (keys[k] for k in ("num_experts", "n_group", "topk_group", "num_experts_per_tok"))
-    if experts % groups:
-        raise ModelError(f"config.json: n_group = {groups} does not divide num_experts = {experts}")
-    if kept > groups:
-        raise ModelError(f"config.json: topk_group = {kept} exceeds n_group = {groups}")
-    if chosen > kept * (experts // groups):
-        room = f"topk_group = {kept} groups of {experts // groups}"
-        raise ModelError(f"config.json: num_experts_per_tok = {chosen} exceeds the experts of {room}")
-
-
 class LLaDA2(DiffusionLM):
     """Block-diffusion mixture of experts. Adapters go on attention, dense and shared MLPs, not on routed experts."""
 
@@ -69,7 +57,18 @@ class LLaDA2(DiffusionLM):
         keys.refuse(score_function=("sigmoid",), moe_router_enable_expert_bias=yes, router_dtype=("fp32",))
         if keys["num_experts_per_tok"] == 1:  # upstream leaves a single expert's weight as it is; the trunk does not
             keys.refuse(num_experts_per_tok=("2 and more",))
-        _require_groups(keys)
+        experts, groups, kept, chosen = (
+            keys[key] for key in ("num_experts", "n_group", "topk_group", "num_experts_per_tok")
+        )
+        share = experts // groups
+        room = f"topk_group = {kept} groups of {share}"
+        for wrong, problem in (
+            (experts % groups, f"n_group = {groups} does not divide num_experts = {experts}"),
+            (kept > groups, f"topk_group = {kept} exceeds n_group = {groups}"),
+            (chosen > kept * share, f"num_experts_per_tok = {chosen} exceeds the experts of {room}"),
+        ):
+            if wrong:
+                raise ModelError(f"config.json: {problem}")
         copied = [*self.sizes, "intermediate_size", "first_k_dense_replace", "rms_norm_eps"]
         copied += ["hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings"]
         copied += ["attn_implementation"]

@@ -14,14 +14,14 @@ from dtrpo_ray.models.config_json import ConfigJson, read_model_json
 from dtrpo_ray.models.tokenizer import Declared, declared_ids
 from dtrpo_ray.models.weights import MAX_SHARD_BYTES, Sharding, load_weights, save_weights
 
-# config.json's model_type -> module:class, imported on demand; a new family is one file and one line here
+# config.json's model_type -> module:class, imported on demand; a new family is one class and one line here
 FAMILIES = {
     "sdar": "dtrpo_ray.models.sdar:SDAR",
-    "sdar_moe": "dtrpo_ray.models.sdar_moe:SDARMoe",
-    "Fast_dLLM_Qwen": "dtrpo_ray.models.fast_dllm:FastDLLM",
+    "sdar_moe": "dtrpo_ray.models.sdar:SDARMoe",
+    "Fast_dLLM_Qwen": "dtrpo_ray.models.qwen2:FastDLLM",
     "llada": "dtrpo_ray.models.llada:LLaDA",
     "llada2_moe": "dtrpo_ray.models.llada2:LLaDA2",
-    "Dream": "dtrpo_ray.models.dream:Dream",
+    "Dream": "dtrpo_ray.models.qwen2:Dream",
 }
 
 
@@ -32,34 +32,30 @@ def family(model_type: str) -> type[DiffusionLM]:
 
 def detect(config: Mapping[str, Any]) -> type[DiffusionLM]:
     """Return the family of a `config.json`. Raises ModelError for an unknown or contradictory one."""
-    known = ", ".join(FAMILIES)
-    if str(config.get("model_type")) not in FAMILIES:
+    model_type, known = config.get("model_type"), f"known: {', '.join(FAMILIES)} (`dtrpo models`)"
+    if str(model_type) not in FAMILIES:
+        raise ModelError(f"config.json: model_type = {model_type!r} is not supported; {known}")
+    cls = family(str(model_type))
+    named, ours = config.get("architectures"), cls.facts.architectures
+    if named and not set(named) & set(ours):
         raise ModelError(
-            f"config.json: model_type = {config.get('model_type')!r} is not supported; known: {known} (`dtrpo models`)"
-        )
-    cls = family(str(config["model_type"]))
-    named = config.get("architectures")
-    if named and not set(named) & set(cls.facts.architectures):
-        raise ModelError(
-            f"config.json: architectures = {named} is another model than model_type = {config['model_type']!r}, "
-            f"which is {', '.join(cls.facts.architectures)} here; known: {known} (`dtrpo models`)"
+            f"config.json: architectures = {named} is another model than model_type = {model_type!r}, which is "
+            f"{', '.join(ours)} here; {known}"
         )
     return cls
 
 
 def build_model(config: Mapping[str, Any], seed: int = 0) -> DiffusionLM:
     """Build a randomly initialised model of a `config.json`; the same seed gives the same weights."""
-    cls = detect(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return cls(config)
+        return detect(config)(config)
 
 
 def skeleton(config: Mapping[str, Any]) -> DiffusionLM:
     """Build the model of a `config.json` without weights, on the meta device."""
-    cls = detect(config)
     with torch.device("meta"):
-        return cls(config)
+        return detect(config)(config)
 
 
 def load_model(
@@ -122,11 +118,10 @@ def generation_ends(path: Path, vocab_size: int) -> frozenset[int]:
     file = path / "generation_config.json"
     value = read_model_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise ModelError(
-                f"{file}: eos_token_id = {value!r}; give an id, or a list of ids, in the vocabulary of {vocab_size}"
-            )
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ModelError(
+            f"{file}: eos_token_id = {value!r}; give an id, or a list of ids, in the vocabulary of {vocab_size}"
+        )
     return frozenset(ids)
 
 

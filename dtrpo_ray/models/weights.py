@@ -5,9 +5,10 @@ compared before a single weight is read.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import chain
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,23 +51,17 @@ def load_weights(
     """
     with ExitStack() as stack:
         where, slices = _open_shards(path, stack)
-        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in _tensors(model)}
+        own = model.state_dict(keep_vars=True)
+        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
         _compare(published_shapes(model, shapes), where, slices, model.tied_tensors())
         if sharding is None:
-            model.to(dtype).to_empty(device=device)
-        own, by_tensor = dict(_tensors(model)), dict[str, list[TensorPiece]]()
-        for piece in model.pieces():
-            by_tensor.setdefault(piece.ours, []).append(piece)
-        for name, pieces in by_tensor.items():
+            own = model.to(dtype).to_empty(device=device).state_dict(keep_vars=True)
+        for name, pieces in groupby(model.pieces(), attrgetter("ours")):
             gathers = sharding if hasattr(own[name], "ds_shape") else None
             with gathers.whole([own[name]]) if gathers else nullcontext():
                 if gathers is None or gathers.rank == 0:
                     for piece in pieces:
                         own[name].data[piece.at].copy_(slices[piece.upstream][piece.start : piece.stop])
-
-
-def _tensors(model: DiffusionLM) -> Iterator[tuple[str, Any]]:
-    return chain(model.named_parameters(), model.named_buffers())
 
 
 def _open_shards(path: Path, stack: ExitStack) -> tuple[Path, Slices]:

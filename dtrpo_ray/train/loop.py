@@ -165,10 +165,10 @@ def optimizer_step(
         batch = to_batch(part).to(backend.device)
         out = training_step(backend.policy, reference, batch, config.objective)
         share = batch.row_weight / global_weight
-        shares = out.loss_B * share
+        shares = out.loss_P * share
         backend.backward(shares.sum(), last=number == len(parts))
         losses.append(shares.detach())
-        for name, values in {"loss": out.loss_B.detach(), **out.metrics}.items():
+        for name, values in {"loss": out.loss_P.detach(), **out.metrics}.items():
             totals[name] = totals.get(name, 0.0) + (values * share).sum()
         totals["trunk_tokens"] = totals.get("trunk_tokens", 0.0) + torch.tensor(float((batch.side != -2).sum()))
     names = sorted(totals)

@@ -19,7 +19,15 @@ from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.method import step
 from dtrpo_ray.method.attention import dense_mask, sparse_mask
 from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch
-from dtrpo_ray.method.step import checkpoint_layers, order_by_confidence, padded_inputs, scored_logps, training_step
+from dtrpo_ray.method.step import (
+    checkpoint_layers,
+    order_by_confidence,
+    padded_inputs,
+    preference_loss,
+    scored_logps,
+    sum_by_side,
+    training_step,
+)
 from dtrpo_ray.models.sdar import SDAR
 
 B, MASK = 4, 22
@@ -87,7 +95,7 @@ def logps_alone(model: SDAR, rows: list[Json], batch: MicroBatch) -> Tensor:
 def test_equal_models_cost_ln_2_for_any_draw(policy: SDAR, name: str) -> None:
     for seed in range(3):
         out = training_step(policy, policy, build(ROWS, PAIR_OBJECTIVES[name], seed), PAIR_OBJECTIVES[name])
-        assert out.loss_B.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-15)
+        assert out.loss_P.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-15)
         for metric in ("margin", "log_ratio_chosen", "log_ratio_rejected"):
             assert out.metrics[metric].tolist() == [0] * 4
 
@@ -96,9 +104,9 @@ def test_ipo_and_label_smoothing_reach_the_loss(policy: SDAR, reference: SDAR) -
     batch = build(ROWS, Objective())
     plain = training_step(policy, reference, batch, Objective(beta=0.3)).metrics
     delta = plain["log_ratio_chosen"] - plain["log_ratio_rejected"]
-    ipo = training_step(policy, reference, batch, Objective(beta=0.3, loss_type="ipo")).loss_B
+    ipo = training_step(policy, reference, batch, Objective(beta=0.3, loss_type="ipo")).loss_P
     assert torch.allclose(ipo, (delta - 1 / 0.6) ** 2, rtol=0, atol=1e-10)
-    smooth = training_step(policy, reference, batch, Objective(beta=0.3, label_smoothing=0.2)).loss_B
+    smooth = training_step(policy, reference, batch, Objective(beta=0.3, label_smoothing=0.2)).loss_P
     expected = -0.8 * F.logsigmoid(0.3 * delta) - 0.2 * F.logsigmoid(-0.3 * delta)
     assert torch.allclose(smooth, expected, rtol=0, atol=1e-10)
 
@@ -128,7 +136,7 @@ def test_loss_is_dpo_on_separate_forwards(policy: SDAR, reference: SDAR, name: s
         margin = objective.beta * (estimate[2 * b] - estimate[2 * b + 1])
         assert out.metrics["log_ratio_chosen"][b].item() == pytest.approx(estimate[2 * b], abs=1e-10)
         assert out.metrics["log_ratio_rejected"][b].item() == pytest.approx(estimate[2 * b + 1], abs=1e-10)
-        assert out.loss_B[b].item() == pytest.approx(math.log1p(math.exp(-margin)), abs=1e-10)
+        assert out.loss_P[b].item() == pytest.approx(math.log1p(math.exp(-margin)), abs=1e-10)
     assert out.metrics["margin"].abs().min() > 1e-3
 
 
@@ -139,8 +147,8 @@ def test_sft_loss_is_the_weighted_nll_per_response_token(policy: SDAR) -> None:
     expected = [0.0] * 4
     for b, weight, logp in zip(batch.scored_row.tolist(), batch.weight.tolist(), logps, strict=True):
         expected[b] -= weight * logp / len(ROWS[b]["chosen_ids"])
-    assert out.loss_B.tolist() == pytest.approx(expected, abs=1e-10)
-    assert torch.equal(out.metrics["nll"], out.loss_B.detach())
+    assert out.loss_P.tolist() == pytest.approx(expected, abs=1e-10)
+    assert torch.equal(out.metrics["nll"], out.loss_P.detach())
 
 
 @pytest.mark.parametrize("name", PAIR_OBJECTIVES)
@@ -175,7 +183,7 @@ def test_rpo_alpha_adds_the_nll_of_all_hidden_chosen_tokens(policy: SDAR, refere
             hidden = [col for col, masked in block if masked]
             nll -= len(block) / len(hidden) * sum(logps[r, col].item() for col in hidden)
         nll /= len(one["chosen_ids"])
-        assert (b.loss_B - a.loss_B)[r].item() == pytest.approx(0.25 * nll, abs=1e-6)  # float32 weights such as 4/3
+        assert (b.loss_P - a.loss_P)[r].item() == pytest.approx(0.25 * nll, abs=1e-6)  # float32 weights such as 4/3
         assert b.metrics["nll_chosen"][r].item() == pytest.approx(nll, abs=1e-6)
 
 
@@ -219,7 +227,7 @@ def test_rows_together_are_rows_alone(policy: SDAR, reference: SDAR, name: str) 
     together = training_step(policy, ref, build(ROWS, objective), objective)
     for b, one in enumerate(ROWS):
         alone = training_step(policy, ref, build([one], objective), objective)
-        assert alone.loss_B[0].item() == pytest.approx(together.loss_B[b].item(), abs=1e-12)
+        assert alone.loss_P[0].item() == pytest.approx(together.loss_P[b].item(), abs=1e-12)
         for metric, values in alone.metrics.items():
             assert values[0].item() == pytest.approx(together.metrics[metric][b].item(), abs=1e-12)
 
@@ -227,9 +235,9 @@ def test_rows_together_are_rows_alone(policy: SDAR, reference: SDAR, name: str) 
 def test_rows_together_are_rows_alone_in_float32(make_model: MakeModel) -> None:
     policy, reference, objective = make_model(seed=1), make_model(seed=2), PAIR_OBJECTIVES["steps"]
     with torch.no_grad():
-        together = training_step(policy, reference, build(ROWS, objective), objective).loss_B
+        together = training_step(policy, reference, build(ROWS, objective), objective).loss_P
         for b, one in enumerate(ROWS):
-            alone = training_step(policy, reference, build([one], objective), objective).loss_B
+            alone = training_step(policy, reference, build([one], objective), objective).loss_P
             assert alone[0].item() == pytest.approx(together[b].item(), rel=1e-5)
 
 
@@ -248,8 +256,8 @@ def test_the_float32_loss_is_the_exact_loss(make_model: MakeModel, policy: SDAR,
     objective = PAIR_OBJECTIVES["steps"]
     batch = build(ROWS, objective)
     with torch.no_grad():
-        single = training_step(make_model(seed=1), make_model(seed=2), batch, objective).loss_B
-        assert torch.allclose(single.double(), training_step(policy, reference, batch, objective).loss_B, atol=1e-4)
+        single = training_step(make_model(seed=1), make_model(seed=2), batch, objective).loss_P
+        assert torch.allclose(single.double(), training_step(policy, reference, batch, objective).loss_P, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*PAIR_OBJECTIVES, "sft"])
@@ -268,7 +276,7 @@ def test_gradient_reaches_scored_positions_only(
 
     monkeypatch.setattr(SDAR, "hidden", hidden)
     batch = build(ROWS, objective)
-    training_step(model, None if name == "sft" else reference, batch, objective).loss_B.sum().backward()
+    training_step(model, None if name == "sft" else reference, batch, objective).loss_P.sum().backward()
     (states,) = kept  # one policy forward over all rows and both sides
     assert states.grad is not None
     scored = torch.zeros(states.shape[:2], dtype=torch.bool)
@@ -294,7 +302,7 @@ def test_one_forward_each_and_no_gradient_for_the_reference(
     out = training_step(policy, reference, build(ROWS, PAIR_OBJECTIVES["steps"]), PAIR_OBJECTIVES["steps"])
     assert calls == [(True, True), (False, False)]
     assert len(masks) == 1  # policy and reference read the same
-    out.loss_B.sum().backward()
+    out.loss_P.sum().backward()
     assert all(p.grad is None for p in reference.parameters())
     assert all(not v.requires_grad for v in out.metrics.values())
 
@@ -312,7 +320,7 @@ def test_gradient_is_the_dpo_gradient_times_the_weights(policy: SDAR, reference:
             return logps
 
     out = training_step(Fixed(), reference, batch, objective)  # type: ignore[arg-type]
-    (grad,) = torch.autograd.grad(out.loss_B.sum(), logps)
+    (grad,) = torch.autograd.grad(out.loss_P.sum(), logps)
     sign = torch.where(batch.slot % 2 == 0, -1.0, 1.0).double()
     sigma = torch.sigmoid(-out.metrics["margin"])[batch.scored_row]
     assert torch.allclose(grad, sign * objective.beta * sigma * batch.weight, rtol=0, atol=1e-12)
@@ -322,7 +330,7 @@ def test_row_weight_is_the_callers_business(policy: SDAR, reference: SDAR) -> No
     objective = PAIR_OBJECTIVES["steps"]
     plain = build(ROWS, objective)
     weighed = build([r | {"row_weight": w} for r, w in zip(ROWS, (0, 1, 0.5, 3), strict=True)], objective)
-    a, b = (training_step(policy, reference, batch, objective).loss_B for batch in (plain, weighed))
+    a, b = (training_step(policy, reference, batch, objective).loss_P for batch in (plain, weighed))
     assert torch.equal(a, b)
     assert weighed.row_weight.tolist() == [0, 1, 0.5, 3]
 
@@ -377,7 +385,7 @@ def test_the_default_loss_is_what_it_was(tiny_config: Json) -> None:
         torch.manual_seed(seed)
         models.append(SDAR(dict(tiny_config)).eval())
     with torch.no_grad():
-        loss = training_step(*models, build(ROWS, MIXED, 11), MIXED).loss_B
+        loss = training_step(*models, build(ROWS, MIXED, 11), MIXED).loss_P
     assert loss.tolist() == pytest.approx(
         [21.264110565185547, 10.190515518188477, 19.51698112487793, 19.40593147277832]
     )
@@ -463,14 +471,14 @@ def test_packing_pairs_into_rows_changes_no_loss_and_no_gradient(policy: SDAR, r
     objective = Objective(beta=0.3, num_draws=2)
     parameters = list(policy.parameters())
     apart = training_step(policy, reference, build(TEXTS, objective), objective)
-    gradients = torch.autograd.grad(apart.loss_B.sum(), parameters)
+    gradients = torch.autograd.grad(apart.loss_P.sum(), parameters)
     for row_tokens in (60, 120, 1000):
         batch = build_for(policy, TEXTS, objective, row_tokens=row_tokens)
         assert len(batch.ids) < len(TEXTS)
         together = training_step(policy, reference, batch, objective)
-        assert torch.allclose(apart.loss_B, together.loss_B, rtol=0, atol=1e-12)
+        assert torch.allclose(apart.loss_P, together.loss_P, rtol=0, atol=1e-12)
         assert apart.metrics.keys() == together.metrics.keys()
-        for one, other in zip(gradients, torch.autograd.grad(together.loss_B.sum(), parameters), strict=True):
+        for one, other in zip(gradients, torch.autograd.grad(together.loss_P.sum(), parameters), strict=True):
             assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
@@ -521,7 +529,7 @@ def test_blocks_of_one_token_with_a_shift_are_ordinary_causal_dpo(make_model: Ma
     rows = [
         r | {"chosen_steps": [0] * len(r["chosen_ids"]), "rejected_steps": [0] * len(r["rejected_ids"])} for r in TEXTS
     ]
-    ours = training_step(*models, build_for(models[0], rows, objective), objective).loss_B
+    ours = training_step(*models, build_for(models[0], rows, objective), objective).loss_P
 
     def causal_logp(model: SDAR, prompt: list[int], response: list[int]) -> Tensor:
         logits = model.lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -704,7 +712,7 @@ def test_recomputing_layers_changes_no_gradient(make_model: MakeModel, reference
         model.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if recompute:
             checkpoint_layers(model)
-        training_step(model, reference, build(ROWS, objective), objective).loss_B.sum().backward()
+        training_step(model, reference, build(ROWS, objective), objective).loss_P.sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert len(calls) == 1 + recompute  # once more in the backward pass
     assert torch.allclose(*found, rtol=0, atol=1e-12)
@@ -761,3 +769,105 @@ def test_compiled_flex_attention_is_exact_and_compiled_for_few_lengths() -> None
         assert torch.allclose(dense, sparse, rtol=0, atol=1e-5)
         kernels.append((ids.shape[1], counted["unique_graphs"]))
     assert kernels == [(256, 1), (256, 1), (256, 1), (768, 2), (1280, 2), (1792, 2)]
+
+
+# --- the loss of log-ratios ---
+
+
+def ratios(*pairs: tuple[float, float]) -> Tensor:
+    return torch.tensor(pairs, dtype=torch.float64)
+
+
+def margins() -> Tensor:
+    chosen = torch.linspace(-9, 7, 33, dtype=torch.float64)
+    return torch.stack([chosen, chosen.flip(0) / 3 + 0.25], 1)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 7.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_equal_log_ratios_cost_ln_2(beta: float, smoothing: float) -> None:
+    out = preference_loss(ratios((0, 0), (-3.5, -3.5)), beta, label_smoothing=smoothing)
+    assert out.loss_P.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
+    assert out.metrics["margin"].tolist() == [0, 0]
+    assert out.metrics["reward_accuracy"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_swapping_sides_adds_the_margin(smoothing: float) -> None:
+    """L(-m) = L(m) + (1 - 2 eps) m for m = beta (Delta_w - Delta_l)."""
+    pairs = margins()
+    out = preference_loss(pairs, 0.7, label_smoothing=smoothing)
+    swapped = preference_loss(pairs.flip(1), 0.7, label_smoothing=smoothing)
+    margin = 0.7 * (pairs[:, 0] - pairs[:, 1])
+    assert torch.allclose(swapped.loss_P, out.loss_P + (1 - 2 * smoothing) * margin, rtol=0, atol=1e-12)
+    assert torch.equal(swapped.metrics["margin"], -out.metrics["margin"])
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_gradient_is_minus_beta_sigma_of_minus_the_margin(beta: float) -> None:
+    pairs = margins().requires_grad_()
+    (grad,) = torch.autograd.grad(preference_loss(pairs, beta).loss_P.sum(), pairs)
+    expected = -beta * torch.sigmoid(-beta * (pairs[:, 0] - pairs[:, 1])).detach()
+    assert torch.allclose(grad[:, 0], expected, rtol=0, atol=1e-12)
+    assert torch.equal(grad[:, 1], -grad[:, 0])
+
+
+def test_label_smoothing_is_the_mixture_of_both_labels() -> None:
+    pairs, eps = margins(), 0.15
+    right, wrong = preference_loss(pairs, 0.4).loss_P, preference_loss(pairs.flip(1), 0.4).loss_P
+    smoothed = preference_loss(pairs, 0.4, label_smoothing=eps).loss_P
+    assert torch.allclose(smoothed, (1 - eps) * right + eps * wrong, rtol=0, atol=1e-12)
+
+
+def test_ipo_is_a_parabola_around_one_over_two_beta() -> None:
+    beta = 0.2
+    out = preference_loss(ratios((2.5, 0), (0, 0), (0, 2.5), (4.5, 1)), beta, loss_type="ipo")
+    assert out.loss_P.tolist() == pytest.approx([0, 6.25, 25, 1])
+    assert out.metrics["margin"].tolist() == pytest.approx([0.5, 0, -0.5, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("beta", "exact", "per_draw", "gap", "grad"),
+    [
+        (0.1, 0.658495897, [0.678259676, 0.612382745, 0.707010167, 0.639142585], 7.029e-4, -0.048237068),
+        (1.0, 0.401375968, None, 0.060915, -0.330601659),
+    ],
+)
+def test_loss_of_the_four_draws_number_by_number(
+    beta: float, exact: float, per_draw: list[float] | None, gap: float, grad: float
+) -> None:
+    """The exact Delta_w is their mean, ln 1.5; the loss is convex, so noise costs at most beta^2 Var / 8."""
+    estimates = [0.0, 2 * math.log(2), 2 * math.log(0.75), 2 * math.log(1.5)]
+    pairs = ratios((math.log(1.5), -0.3), *((e, -0.3) for e in estimates)).requires_grad_()
+    loss = preference_loss(pairs, beta).loss_P
+    (grads,) = torch.autograd.grad(loss.sum(), pairs)
+    draws = loss[1:].detach()
+    assert loss[0].item() == pytest.approx(exact, abs=1e-9)
+    assert per_draw is None or draws.tolist() == pytest.approx(per_draw, abs=1e-9)
+    assert (draws.mean() - exact).item() == pytest.approx(gap, abs=1e-6)
+    assert 0 < gap <= beta**2 * 0.563214 / 8
+    assert grads[0].tolist() == pytest.approx([grad, -grad], abs=1e-9)
+
+
+def test_metrics_carry_no_gradient_and_one_value_a_row() -> None:
+    pairs = ratios((1, 0), (-1, 2), (0.5, 0.5)).requires_grad_()
+    out = preference_loss(pairs, 0.1)
+    assert out.loss_P.requires_grad
+    assert out.metrics["reward_accuracy"].tolist() == [1, 0, 0]
+    assert out.metrics["log_ratio_chosen"].tolist() == [1, -1, 0.5]
+    assert out.metrics["log_ratio_rejected"].tolist() == [0, 2, 0.5]
+    assert all(v.shape == (3,) and not v.requires_grad for v in out.metrics.values())
+
+
+def test_far_margins_stay_finite() -> None:
+    pairs = ratios((1e4, -1e4), (-1e4, 1e4)).requires_grad_()
+    loss = preference_loss(pairs, 1.0).loss_P
+    (grad,) = torch.autograd.grad(loss.sum(), pairs)
+    assert loss.tolist() == pytest.approx([0, 2e4])
+    assert grad.tolist() == [[0, 0], [-1, 1]]
+
+
+def test_sum_by_side_adds_tokens_to_their_row_and_side() -> None:
+    values = torch.tensor([1.0, 2, 4, 8, 16])
+    slots = torch.tensor([5, 0, 0, 3, 5])
+    assert sum_by_side(values, slots, 3, 2).tolist() == [[6, 0], [0, 8], [0, 17]]

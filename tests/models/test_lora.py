@@ -199,7 +199,7 @@ def test_a_lora_step_is_ln_2_at_the_start_and_leaves_the_base(tmp_path: Path) ->
     batch = build_batch(rows, objective, ModelLayout(model.block_size, model.mask_id), seed=0)
     losses = []
     for _ in range(5):
-        loss = training_step(backend.policy, BaseReference(backend.policy, model), batch, objective).loss_B.sum()
+        loss = training_step(backend.policy, BaseReference(backend.policy, model), batch, objective).loss_P.sum()
         losses.append(float(loss.detach()))
         backend.backward(loss)
         backend.step()

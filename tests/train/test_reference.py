@@ -60,9 +60,9 @@ def test_the_loss_from_a_cache_is_the_loss_from_the_frozen_model(make_model: Mak
         read = training_step(policy, None, to_batch(rows), OBJECTIVE)
         plain = build_batch(rows, OBJECTIVE, ModelLayout.of(policy), seed=SEED)
         computed = training_step(policy, reference, plain, OBJECTIVE)
-        assert torch.allclose(read.loss_B, computed.loss_B, rtol=0, atol=1e-5)
+        assert torch.allclose(read.loss_P, computed.loss_P, rtol=0, atol=1e-5)
         assert torch.allclose(read.metrics["margin"], computed.metrics["margin"], rtol=0, atol=1e-5)
-        assert read.loss_B.requires_grad
+        assert read.loss_P.requires_grad
 
 
 def test_another_seed_reference_or_file_is_refused(tiny: SDAR, tmp_path: Path) -> None:
