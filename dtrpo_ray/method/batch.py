@@ -65,10 +65,8 @@ class ModelLayout:
 
     def on_grid(self, prompt_len: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the blocks of positions in a row with this prompt, and their places within the block."""
-        block, place = np.divmod(
-            position + grid_offset(prompt_len, self.block_size, self.block_origin), self.block_size
-        )
-        return block, place
+        offset = grid_offset(prompt_len, self.block_size, self.block_origin)
+        return np.divmod(position + offset, self.block_size)
 
     def opens_block(self, prompt_len: int, response_len: int) -> np.ndarray:
         """Mark the response tokens that are the first of their block (bool [n])."""
