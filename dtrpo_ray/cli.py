@@ -179,7 +179,7 @@ def check(
             counts["public_tests"] = {name: found.get(name, "missing") for name in names}
         result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
         return
-    from dtrpo_ray.data.checking import check_data
+    from dtrpo_ray.data.prepare import check_data
 
     if parsed:
         files = getattr(parsed.task, "files", ())
@@ -188,9 +188,9 @@ def check(
         reports = check_data(source, max_tokens, tokenizer)
     refused = [row for report in reports for row in report.refused]
     if quarantine is not None:
-        from dtrpo_ray.data.tables import write_quarantine
+        from dtrpo_ray.data.tables import quarantine_lines
 
-        write_quarantine(refused, quarantine)
+        quarantine.write_text(quarantine_lines(refused))
     value = {"source": source, "files": {r.source: {"table": r.table, **r.totals} for r in reports}}
     result(value, as_json, "\n".join(line for report in reports for line in report.lines()))
     if refused and strict:

@@ -1,6 +1,8 @@
 """Scored trajectories -> preference pairs by a strategy. Ties never pair, and equal responses count once."""
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -9,17 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtrpo_ray.config.produce import PairConfig
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import PREFERENCE, SIDES, TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, write_whole
 from dtrpo_ray.errors import DataError
 
 _COMPARED_IDS = 1 << 24  # ids that are compared at once
 _MOST = 256  # responses to a prompt at a setting that are looked at from either end of the rewards
 
-# columns of PREFERENCE that the two sides share, and those that each side has
 SAME_PROMPT = ("prompt_ids", "mask_id", "block_size", "block_origin", "tokenizer_hash", "reward_source")
-SHARED = (*SAME_PROMPT, "prompt_id", "model_hash", "data_hash")
-_SIDE = {"ids": "response_ids", "steps": "steps", "types": "types", "reward": "reward"}
 
 
 class PairCounts(TypedDict):
@@ -30,11 +29,11 @@ class PairCounts(TypedDict):
     unscored: int
 
 
+@dataclass(frozen=True, slots=True)
 class Pairer:
     """Pairs the responses of a part, which holds whole prompts; writes a file of the part's name if there are pairs."""
 
-    def __init__(self, config: PairConfig) -> None:
-        self.config = config
+    config: PairConfig
 
     def __call__(self, part: TablePart, out: Path) -> PairCounts:
         """Pair one part. Raises DataError as `make_pairs` does, or naming a row that breaks a rule."""
@@ -54,18 +53,20 @@ def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
     """
     table = trajectories.filter(pc.is_finite(trajectories["reward"])).sort_by("row_id")
     prompt = _codes(table["prompt_id"])
-    _require_one_prompt(table, prompt)
-    reference = np.zeros(len(table), dtype=bool)
-    if config.strategy == "references":
-        reference = np.asarray(pc.equal(table["engine"], config.reference_engine).to_numpy())
-    columns = [prompt] if config.strategy == "references" else [prompt, *_settings(table)]
-    group = np.unique(np.stack(columns), axis=1, return_inverse=True)[1].ravel()
-    rows = _distinct(table, group)
-    good, bad = _candidates(table, group, rows, reference, config)
-    chosen = list(_select(table, group, good, bad, config))
-    first = np.unique(group, return_index=True)[1]  # groups in the order of their first rows
-    chosen.sort(key=lambda pair: first[group[pair[0]]])
-    return _pairs_table(table, np.array(chosen, dtype=np.int64).reshape(-1, 2))
+    _require_one_prompt(table, _first_equal(prompt))
+    settings = table.select(["denoising_steps", "temperature", "model_hash", "engine", "sampler"]).flatten()
+    alike = [] if config.strategy == "references" else settings.drop_columns("sampler.max_new_tokens").columns
+    group = _first_equal(prompt, *map(_codes, alike))
+    rows = np.unique(_first_equal(group, _codes(table["response_ids"])))
+    table, group = table.take(pa.array(rows)), group[rows]
+    pairs = list(_select(table, group, *_candidates(table, group, config), config))
+    return _pairs_table(table, np.array(pairs, dtype=np.int64).reshape(-1, 2))
+
+
+def _first_equal(*columns: np.ndarray) -> np.ndarray:
+    """Return int [rows], the first row that has the same values in these columns, int [rows] each."""
+    _, first, value = np.unique(np.stack(columns), axis=1, return_index=True, return_inverse=True)
+    return np.asarray(first[value.ravel()])
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
@@ -75,22 +76,14 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(keys.dictionary_encode(null_encoding="encode").indices.to_numpy())
 
 
-def _settings(table: pa.Table) -> list[np.ndarray]:
-    fields = [f.name for f in table["sampler"].type if f.name != "max_new_tokens"]
-    known = [_codes(table[name]) for name in ("denoising_steps", "temperature", "model_hash", "engine")]
-    return [*known, *(_codes(pc.struct_field(table["sampler"], name)) for name in fields)]
-
-
-def _require_one_prompt(table: pa.Table, prompt: np.ndarray) -> None:
-    first = np.unique(prompt, return_index=True)[1]
+def _require_one_prompt(table: pa.Table, first: np.ndarray) -> None:
+    """Raise DataError for the first row that differs from the `first` (int [rows]) row of its prompt_id."""
     for name in SAME_PROMPT:
         codes = _codes(table[name])
-        differs = codes != codes[first][np.searchsorted(prompt[first], prompt)] if len(table) else np.zeros(0, bool)
-        if differs.any():
-            row = int(np.argmax(differs))
-            ids = [table[c][row].as_py() for c in ("row_id", "prompt_id")]
-            says = f"{name} is not that of the other rows of prompt_id {ids[1]}; they cannot pair"
-            raise DataError(f"row {ids[0]}: {says}")
+        for row in np.flatnonzero(codes != codes[first])[:1].tolist():
+            row_id, prompt_id = (table[column][row].as_py() for column in ("row_id", "prompt_id"))
+            says = f"{name} is not that of the other rows of prompt_id {prompt_id}; they cannot pair"
+            raise DataError(f"row {row_id}: {says}")
 
 
 def _list_keys(column: pa.ListArray) -> pa.Array:
@@ -100,21 +93,15 @@ def _list_keys(column: pa.ListArray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), len(column), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
-def _distinct(table: pa.Table, group: np.ndarray) -> np.ndarray:
-    """Return the first row of each different response to a prompt at a setting, in the order of the table."""
-    responses = np.stack([group, _codes(table["response_ids"])])
-    return np.sort(np.unique(responses, axis=1, return_index=True)[1])
-
-
-def _candidates(
-    table: pa.Table, group: np.ndarray, rows: np.ndarray, reference: np.ndarray, config: PairConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(table: pa.Table, group: np.ndarray, config: PairConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return every (good, bad) of rows that may pair, from the best and the worst of each group, group by group."""
-    reward = table["reward"].to_numpy()
+    reward, rows = table["reward"].to_numpy(), np.arange(len(table))
     most = max(_MOST, config.max_pairs_per_prompt)  # no strategy but `closest` would take further ones
-    by_reference = config.strategy == "references"
-    better = _first(group, rows[reference[rows]] if by_reference else rows, -reward, most)
-    worse = _first(group, rows[~reference[rows]] if by_reference else rows, reward, most)
+    good = bad = rows
+    if config.strategy == "references":
+        reference = pc.equal(table["engine"], config.reference_engine).to_numpy()
+        good, bad = rows[reference], rows[~reference]
+    better, worse = _first(group, good, -reward, most), _first(group, bad, reward, most)
     begin = np.searchsorted(group[worse], group[better])
     partners = np.searchsorted(group[worse], group[better], side="right") - begin
     good = np.repeat(better, partners)
@@ -135,20 +122,17 @@ def _select(
 ) -> Iterator[tuple[int, int]]:
     """Yield the pairs that a strategy takes, in its order. Ties go to the smaller row_ids (rows are sorted by them)."""
     reward = table["reward"].to_numpy()
+    keys = [reward[bad], -reward[good]]  # the last one counts most
     if config.strategy == "closest":
-        order = np.lexsort([bad, good, _distances(table["response_ids"], good, bad), group[good]])
+        keys = [_distances(table["response_ids"], good, bad)]
     elif config.strategy == "all":
-        order = np.lexsort([bad, good, reward[bad] - reward[good], group[good]])
-    else:
-        order = np.lexsort([bad, good, reward[bad], -reward[good], group[good]])
-    used: set[int] = set()
-    current, made = -1, 0
+        keys = [reward[bad] - reward[good]]
+    order = np.lexsort([bad, good, *keys, group[good]])
+    used, made = set[int](), Counter[int]()
     for g, b in zip(good[order].tolist(), bad[order].tolist(), strict=True):
-        if group[g] != current:
-            current, made, used = group[g], 0, set()
-        if made < config.max_pairs_per_prompt and (config.strategy == "all" or not {g, b} & used):
+        if made[group[g]] < config.max_pairs_per_prompt and (config.strategy == "all" or not {g, b} & used):
             used |= {g, b}
-            made += 1
+            made[group[g]] += 1
             yield g, b
 
 
@@ -165,10 +149,8 @@ def _distances(ids: pa.ChunkedArray, one: np.ndarray, other: np.ndarray) -> np.n
 
 def _pairs_table(table: pa.Table, pairs: np.ndarray) -> pa.Table:
     better, worse = table.take(pa.array(pairs[:, 0])), table.take(pa.array(pairs[:, 1]))
-    columns: dict[str, pa.Array] = {name: better[name] for name in SHARED}
-    columns |= {f"chosen_{name}": better[source] for name, source in _SIDE.items()}
-    columns |= {f"rejected_{name}": worse[source] for name, source in _SIDE.items()}
-    columns["contract_version"] = pa.array(np.full(len(pairs), CONTRACT_VERSION), pa.int32())
+    columns: dict[str, pa.Array] = {name: better[name] for name in PREFERENCE.names if name in TRAJECTORY.names}
+    columns |= {name: (better if name.startswith("chosen") else worse)[source] for name, source in SIDES.items()}
     columns["row_id"] = pc.binary_join_element_wise(better["row_id"], worse["row_id"], ">")
     columns["origin"] = pa.nulls(len(pairs), pa.string())
-    return pa.table({name: columns[name] for name in PREFERENCE.names}, schema=PREFERENCE)
+    return pa.table(columns, schema=PREFERENCE)

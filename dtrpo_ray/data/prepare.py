@@ -1,20 +1,23 @@
-"""A job's task -> the tables and the tokenizer that its stages read: examples, prompts, or imported files."""
+"""A job's task -> the tables and the tokenizer that its stages read: examples, or imported files; and `dtrpo check`."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.task import FilesTask
+from dtrpo_ray.data import tables
 from dtrpo_ray.data.formats.base import Format
 from dtrpo_ray.data.formats.files import Shard, data_files, plan_shards
 from dtrpo_ray.data.formats.preferences import preference_format
@@ -22,24 +25,21 @@ from dtrpo_ray.data.formats.prompts import prompt_format
 from dtrpo_ray.data.formats.reading import first_rows
 from dtrpo_ray.data.formats.responses import response_format
 from dtrpo_ray.data.formats.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE
-from dtrpo_ray.data.tables import (
-    QUARANTINE,
-    Counts,
-    Rejected,
-    id_shares,
-    quarantine_lines,
-    repeated_rows,
-    with_columns,
-    write_manifest,
-    write_quarantine,
-    write_shards,
-    write_whole,
-)
+from dtrpo_ray.data.ragged import list_lengths
+from dtrpo_ray.data.rules import Expected, row_tokens
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE, ID_COLUMNS
+from dtrpo_ray.data.tables import Counts, Rejected, Report
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import read_json, whole_file, write_json
-from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, encode_response, eos_token_id, load_tokenizer
+from dtrpo_ray.models.tokenizer import (
+    character_tokenizer,
+    encode_prompt,
+    encode_response,
+    eos_token_id,
+    load_tokenizer,
+    tokenizer_hash,
+)
 
 # type of a task -> how the format of its files is recognised
 FORMAT_OF: dict[str, Callable[[str], Format[Any]]] = {
@@ -79,7 +79,7 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
         },
         schema=EXAMPLE,
     )
-    write_shards(table, out)
+    tables.write_shards(table, out)
     return {"examples": len(rows)}
 
 
@@ -118,22 +118,19 @@ class Importer:
     """
 
     def __init__(self, source: ImportJob) -> None:
-        task, grid = source.task, source.grid
-        self.task, self.hashes = task, source.data_hashes
-        limits = (task.max_prompt_tokens, task.max_response_tokens)
-        self.target = Target(
-            load_tokenizer(source.tokenizer), grid["block_size"], *limits, grid["block_origin"], grid["shift"]
-        )
-        self.form: Callable[[str], Format[Any]] = cache(FORMAT_OF[task.type])
+        self.task, self.hashes = source.task, source.data_hashes
+        limits = self.task.model_dump(include={"max_prompt_tokens", "max_response_tokens"})
+        self.target = Target(load_tokenizer(source.tokenizer), **limits, **source.grid)
+        self.form: Callable[[str], Format[Any]] = cache(FORMAT_OF[self.task.type])
 
-    def __call__(self, part: "ImportPart", out: Path) -> PartSummary:
+    def __call__(self, part: Shard, out: Path) -> PartSummary:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
-        form, data_hash = self.form(part.shard.file), self.hashes[part.shard.file]
+        form, data_hash = self.form(part.file), self.hashes[part.file]
         summary: PartSummary = {"rows": 0, "good": 0, "made": 0, "refused": {}}
         refused: list[Rejected] = []
         for batch, (rows, bad) in enumerate(self._batches(part)):
             table, unfit = self._tokenize(rows)
-            table = with_columns(table, {"data_hash": [data_hash] * len(table)})
+            table = tables.with_columns(table, {"data_hash": [data_hash] * len(table)})
             refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
@@ -142,35 +139,21 @@ class Importer:
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
         summary["refused"] = Counter(row.reason for row in refused)
         summary["rows"] = summary["good"] + len(refused)
-        write_quarantine(refused, out / f"refused-{part.name}.jsonl")
+        (out / f"refused-{part.name}.jsonl").write_text(tables.quarantine_lines(refused))
         return summary
 
-    def _batches(self, part: "ImportPart") -> Iterator[tuple[Any, list[Rejected]]]:
+    def _batches(self, part: Shard) -> Iterator[tuple[Any, list[Rejected]]]:
         """Yield rows to tokenize together, and the rows refused before that."""
-        yield from self.form(part.shard.file).tables(part.shard)
+        yield from self.form(part.file).tables(part)
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
         tokenize = tokenize_preferences if self.task.brings_pairs else tokenize_responses
         return tokenize(rows, self.target)
 
 
-@dataclass(frozen=True, slots=True)
-class ImportPart:
-    """A part of a file, with a name that is unique in the job."""
-
-    name: str
-    shard: Shard
-
-    def __str__(self) -> str:
-        return str(self.shard)
-
-
-def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
-    """Return the parts of a task's files in their order, up to `max_rows` rows.
-
-    A part has `rows` rows, or PART_ROWS if they are not given.
-    """
-    parts: list[ImportPart] = []
+def import_parts(task: FilesTask, rows: int | None = None) -> list[Shard]:
+    """Return the named parts of a task's files in their order, up to `max_rows` rows; one has `rows` or PART_ROWS."""
+    parts: list[Shard] = []
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
         paired = task.brings_pairs
@@ -178,7 +161,7 @@ def import_parts(task: FilesTask, rows: int | None = None) -> list[ImportPart]:
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken
-        parts += [ImportPart(f"{number:04d}-{i:05d}", shard) for i, shard in enumerate(shards)]
+        parts += [replace(shard, name=f"{number:04d}-{i:05d}") for i, shard in enumerate(shards)]
     return parts
 
 
@@ -188,9 +171,8 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
     It may be cut off and run again: the rows to drop are noted before any file is rewritten.
     """
     made = sum(summary["made"] for summary in summaries)
-    shares = id_shares(made)
-    refused = Counter[str]()
-    with whole_file(out / QUARANTINE) as partial, partial.open("w") as quarantine:
+    refused, shares = Counter[str](), tables.id_shares(made)
+    with whole_file(out / tables.QUARANTINE) as partial, partial.open("w") as quarantine:
         for file in sorted(out.glob("refused-*.jsonl")):
             quarantine.write(file.read_text())
         for share in range(shares):
@@ -198,7 +180,7 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
             _drop(doomed, out)
             for _, origin, first in (repeat for entry in doomed.values() for repeat in entry["refused"]):
                 rows = [Rejected(where, "duplicate row", f"the same as {first}") for where in split_origins(origin)]
-                quarantine.writelines(quarantine_lines(rows))
+                quarantine.write(tables.quarantine_lines(rows))
                 refused["duplicate row"] += len(rows)
                 made -= 1
     good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
@@ -206,7 +188,7 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
         refused.update(summary["refused"])
     by_reason = {reason: count for reason, count in refused.most_common() if count}
     counts: Counts = {"rows": sum(summary["rows"] for summary in summaries), "good": good, "refused": by_reason}
-    write_manifest(out, schema, counts, made)
+    tables.write_manifest(out, schema, counts, made)
     return counts
 
 
@@ -215,25 +197,18 @@ def _duplicates(out: Path, share: int, shares: int) -> dict[str, _RowsToDrop]:
 
     Only one share of the ids is looked at, and only the origins of repeated rows are held.
     """
-    note = out / f"duplicates-{share:05d}.json"
+    note, files = out / f"duplicates-{share:05d}.json", sorted(out.glob("part-*.parquet"))
     if note.exists():
         return dict(read_json(note))
-    found = repeated_rows(sorted(out.glob("part-*.parquet")), share, shares)
-    firsts: dict[Path, set[int]] = {}
-    for repeats in found.values():
-        for file, row in repeats.values():
-            firsts.setdefault(file, set()).add(row)
-    origins: dict[tuple[Path, int], str] = {}
-    for file in {*found, *firsts}:
-        rows = sorted({*found.get(file, ()), *firsts.get(file, ())})
-        column = pq.read_table(file, columns=["origin"])["origin"].take(pa.array(rows))
-        origins |= {(file, row): origin for row, origin in zip(rows, column.to_pylist(), strict=True)}
+    found, column = tables.repeated_rows(files, share, shares), pa.schema([("origin", pa.string())])
+    origins = [pads.dataset(files, column).take(pa.array(rows))["origin"].to_pylist() for rows in found]
+    repeats = zip(tables.places_of(files, found[0]), *origins, strict=True)
     doomed: dict[str, _RowsToDrop] = {
         file.name: {
             "rows": pq.read_metadata(file).num_rows,
-            "refused": [(row, origins[file, row], origins[first]) for row, first in repeats.items()],
+            "refused": [(row, origin, first) for (_, row), origin, first in own],
         }
-        for file, repeats in found.items()
+        for file, own in groupby(repeats, key=lambda repeat: repeat[0][0])
     }
     write_json(note, doomed)
     return doomed
@@ -246,14 +221,49 @@ def _drop(doomed: dict[str, _RowsToDrop], out: Path) -> None:
         if len(table) == entry["rows"]:
             keep = np.ones(len(table), dtype=bool)
             keep[[row for row, _, _ in entry["refused"]]] = False
-            write_whole(table.filter(pa.array(keep)), out / name)
+            tables.write_whole(table.filter(pa.array(keep)), out / name)
 
 
 def write_buckets(table: pa.Table, out: Path, name: str) -> None:
     """Write rows of like length together: `NAME-00512.parquet` holds those of 257 to 512 tokens."""
-    sides = [s for s in ("response_ids", "chosen_ids", "rejected_ids") if s in table.schema.names]
-    lengths = [pc.list_value_length(table[s]).to_numpy() for s in sides]
-    tokens = pc.list_value_length(table["prompt_ids"]).to_numpy() + np.max(lengths, axis=0, initial=0)
+    tokens = row_tokens(*(list_lengths(table[name]) for name in ID_COLUMNS if name in table.schema.names))
     bucket = 2 ** np.ceil(np.log2(np.maximum(tokens, 1))).astype(np.int64)
     for size in np.unique(bucket):
-        write_whole(table.filter(pa.array(bucket == size)), out / f"{name}-{size:05d}.parquet")
+        tables.write_whole(table.filter(pa.array(bucket == size)), out / f"{name}-{size:05d}.parquet")
+
+
+# === dtrpo check ===
+
+
+def check_data(
+    source: str, max_tokens: int | None = None, tokenizer: Path | None = None, kind: str | None = None
+) -> list[Report]:
+    """Return a report of a table, or one for each file. Raises DataError for what cannot be read or recognised.
+
+    A table's rows must have at most `max_tokens`, and ids of the tokenizer in the directory `tokenizer`, where these
+    are given. Files are read as a task of type `kind` reads them, or else as the first type that knows their columns.
+    """
+    schema = None if "://" in source else tables.schema_of(Path(source))
+    if schema is not None:
+        digest = None if tokenizer is None else tokenizer_hash(load_tokenizer(tokenizer))
+        return [tables.check_folder(Path(source), schema, Expected(digest, max_tokens))]
+    return [_check_file(file, (kind,) if kind else tuple(FORMAT_OF)) for file in data_files(source)]
+
+
+def _check_file(file: str, kinds: tuple[str, ...]) -> Report:
+    kind, *others = kinds
+    try:
+        form = FORMAT_OF[kind](file)
+    except DataError as unknown:
+        for other in others:
+            with suppress(DataError):
+                return _check_file(file, (other,))
+        raise unknown
+    good, rejected = 0, list[Rejected]()
+    for row in (row for shard in form.shards(file) for row in form.read(shard)):
+        if isinstance(row, Rejected):
+            rejected.append(row)
+        else:
+            good += form.rows_each
+    name = f"prompts, {form.name}" if kind == "prompts" else form.name
+    return Report(file, name, good + len(rejected), tuple(rejected))

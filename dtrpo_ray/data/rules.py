@@ -106,9 +106,9 @@ def block_ranks(steps: Ragged, starts: np.ndarray, block_size: np.ndarray) -> np
     return ranks
 
 
-def row_tokens(prompts: Ragged, *sides: Ragged) -> np.ndarray:
-    """Return int [rows], the tokens of the prompt and its longest side."""
-    return np.asarray(prompts.lengths + np.max([side.lengths for side in sides], axis=0))
+def row_tokens(prompt: np.ndarray, *sides: np.ndarray) -> np.ndarray:
+    """Return int [rows], the tokens of the prompt and its longest side; all are int [rows]."""
+    return np.asarray(prompt + np.max(sides, axis=0))
 
 
 def _starts(origins: np.ndarray, prompts: Ragged) -> np.ndarray:
@@ -224,4 +224,4 @@ def _row_rules(ids: list[str], expected: Expected) -> Iterator[Rule]:
         yield Rule("hash mismatch", says, ["tokenizer_hash"], lambda c: pc.not_equal(c, digest).fill_null(True), True)
     if limit:
         says = f"prompt and response have more than {limit} tokens"
-        yield Rule("too long", says, ids, lambda *sides: row_tokens(*sides) > limit)
+        yield Rule("too long", says, ids, lambda *lists: row_tokens(*(ids.lengths for ids in lists)) > limit)

@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -131,7 +131,7 @@ class TablePart:
     """Some rows of a table, as row numbers of files (None: all), and the name of the file that they become."""
 
     name: str
-    rows: dict[Path, pa.Array | None]
+    rows: Mapping[Path, pa.Array | None]
 
     def __str__(self) -> str:
         first, *others = self.rows
@@ -160,9 +160,7 @@ def row_parts(files: Sequence[Path], part: np.ndarray) -> list[TablePart]:
     made: list[TablePart] = []
     for number, rows in enumerate(np.split(order, np.flatnonzero(np.diff(part[order])) + 1)):
         of = np.searchsorted(starts, rows, side="right") - 1
-        held: dict[Path, pa.Array | None] = {
-            files[f]: pa.array(rows[of == f] - starts[f], pa.int32()) for f in np.unique(of)
-        }
+        held = {files[f]: pa.array(rows[of == f] - starts[f], pa.int32()) for f in np.unique(of)}
         made.append(TablePart(f"part-{number:05d}.parquet", held))
     return made
 
@@ -180,32 +178,33 @@ def id_shares(rows: int) -> int:
     return max(1, -(-rows // IDS_AT_ONCE))
 
 
-def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> dict[Path, dict[int, tuple[Path, int]]]:
-    """Map file -> number of each row that repeats a row_id -> file and number of the first row that has it.
+def repeated_rows(files: Sequence[Path], share: int = 0, shares: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return int [repeats] twice: the rows that repeat a row_id, and the first row that has it, counted over all files.
 
     Only one of the `shares` of the ids is looked at and held in memory.
     """
-    held: list[tuple[Path, np.ndarray, pa.Array]] = []
+    held, rows, before = list[pa.Array](), [np.arange(0)], 0
     for file in files:
-        ids = pq.read_table(file, columns=["row_id"])["row_id"].combine_chunks().cast(pa.string())
-        ids = ids.cast(pa.binary()).fill_null(b"")  # which need not be UTF-8
-        rows = np.arange(len(ids))
+        ids = pq.read_table(file, columns=["row_id"])["row_id"].combine_chunks().cast(pa.large_string())
+        ids = ids.cast(pa.large_binary()).fill_null(b"")  # which need not be UTF-8
+        own = np.arange(len(ids))
         if shares > 1:
             hashes = np.fromiter(map(zlib.crc32, ids.to_pylist()), np.uint32, len(ids))
-            rows = np.flatnonzero(hashes % shares == share)
-            ids = ids.take(pa.array(rows))
-        held.append((file, rows, ids))
-    counts = pc.value_counts(pa.chunked_array([ids for _, _, ids in held], pa.binary()))
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    first: dict[bytes, tuple[Path, int]] = {}
-    found: dict[Path, dict[int, tuple[Path, int]]] = {}
-    for file, rows, ids in held:
-        for at in np.flatnonzero(pc.is_in(ids, repeated)):
-            where = (file, int(rows[at]))
-            before = first.setdefault(ids[int(at)].as_py(), where)
-            if before != where:
-                found.setdefault(file, {})[where[1]] = before
-    return found
+            own = np.flatnonzero(hashes % shares == share)
+        held.append(ids.take(pa.array(own)))
+        rows.append(before + own)
+        before += len(ids)
+    codes = pa.chunked_array(held, pa.large_binary()).combine_chunks().dictionary_encode().indices.to_numpy()
+    first, row = np.unique(codes, return_index=True)[1][codes], np.concatenate(rows)
+    repeats = first != np.arange(len(row))
+    return row[repeats], row[first[repeats]]
+
+
+def places_of(files: Sequence[Path], rows: np.ndarray) -> list[tuple[Path, int]]:
+    """Return the file of each row that is counted over all files, and its number there."""
+    starts = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])
+    at = np.searchsorted(starts, rows, side="right") - 1
+    return [(files[file], row) for file, row in zip(at, (rows - starts[at]).tolist(), strict=True)]
 
 
 def with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
@@ -231,24 +230,20 @@ def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None
     Raises DataError naming a file that cannot be read, or whose bytes are not those of its manifest.
     """
     check_manifest(path)
-    rules, files = rules_of(schema, expected), table_files(path)
+    rules, files, rows = rules_of(schema, expected), table_files(path), 0
     refused: dict[tuple[Path, int], Rejected] = {}
-    rows = 0
     for file in files:
-        table = read_file(file, schema)
-        rows += len(table)
-        found = verdicts(table, rules)
+        found = verdicts(read_file(file, schema), rules)
+        rows += len(found)
         for number in np.flatnonzero(found != GOOD).tolist():
             rule = rules[found[number]]
             refused[file, number] = Rejected(f"{file}:{number + 1}", rule.name, rule.says)
-    shares = id_shares(rows)
-    for share in range(shares):
-        for file, repeated in repeated_rows(files, share, shares).items():
-            for number, (first, at) in repeated.items():
-                repeats = Rejected(f"{file}:{number + 1}", DUPLICATE, f"the row_id of {first}:{at + 1}")
-                refused.setdefault((file, number), repeats)
-    in_order = tuple(refused[key] for key in sorted(refused))
-    return Report(str(path), table_name(schema), rows, in_order)
+    for share in range(id_shares(rows)):
+        repeats = (places_of(files, found) for found in repeated_rows(files, share, id_shares(rows)))
+        for (file, number), (first, at) in zip(*repeats, strict=True):
+            repeated = Rejected(f"{file}:{number + 1}", DUPLICATE, f"the row_id of {first}:{at + 1}")
+            refused.setdefault((file, number), repeated)
+    return Report(str(path), table_name(schema), rows, tuple(refused[place] for place in sorted(refused)))
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
@@ -314,11 +309,6 @@ def check_manifest(folder: Path) -> None:
         raise DataError(f"{folder / name}: not in the manifest; move it away, or make the table anew")
 
 
-def quarantine_lines(rejected: Iterable[Rejected]) -> Iterator[str]:
-    """Yield a JSON line {origin, reason, detail} for each refused row; it quotes no text of the row."""
-    return (json.dumps(asdict(row)) + "\n" for row in rejected)
-
-
-def write_quarantine(rejected: Iterable[Rejected], path: Path) -> None:
-    """Write `quarantine_lines` to a file."""
-    path.write_text("".join(quarantine_lines(rejected)))
+def quarantine_lines(rejected: Iterable[Rejected]) -> str:
+    """Return a JSON line {origin, reason, detail} for each refused row; it quotes no text of the row."""
+    return "".join(json.dumps(asdict(row)) + "\n" for row in rejected)

@@ -12,10 +12,11 @@ import pyarrow as pa
 from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.data.formats.base import split_batches, split_rejected
 from dtrpo_ray.data.formats.columns import content_id, rows_batch
+from dtrpo_ray.data.formats.files import Shard
 from dtrpo_ray.data.formats.prompts import PromptRow
 from dtrpo_ray.data.formats.responses import RESPONSES, ResponseRow
 from dtrpo_ray.data.formats.tokenize import tokenize_responses
-from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
+from dtrpo_ray.data.prepare import Importer, ImportJob
 from dtrpo_ray.data.tables import Rejected, with_columns
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import row_generator
@@ -33,8 +34,8 @@ class Drafter(Importer):
         self.sampling = GenerateParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)
 
-    def _batches(self, part: ImportPart) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
-        prompts, first_seen = self.form(part.shard.file).read(part.shard), dict[str, str]()
+    def _batches(self, part: Shard) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
+        prompts, first_seen = self.form(part.file).read(part), dict[str, str]()
         for rows, refused in split_batches(prompts, self.config.batch_size):
             drafts, unfit = split_rejected(self._answer(rows, first_seen))
             yield rows_batch(drafts, RESPONSES), refused + unfit

@@ -16,10 +16,11 @@ import torch
 from dtrpo_ray.config.decode import POLICIES, STEPS, RolloutConfig
 from dtrpo_ray.data.formats.base import split_batches
 from dtrpo_ray.data.formats.columns import rows_batch
+from dtrpo_ray.data.formats.files import Shard
 from dtrpo_ray.data.formats.prompts import PROMPTS, PromptRow
 from dtrpo_ray.data.formats.reading import BATCH_ROWS
 from dtrpo_ray.data.formats.tokenize import apply_rules, tokenize_prompts
-from dtrpo_ray.data.prepare import Importer, ImportJob, ImportPart
+from dtrpo_ray.data.prepare import Importer, ImportJob
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY, TrajectoryRow
@@ -156,8 +157,8 @@ class FileRecorder(Importer):
         size = config.block_length or engine.model.block_size
         self.room = engine.context_tokens - -(-config.max_new_tokens // size) * size
 
-    def _batches(self, part: ImportPart) -> Iterator[tuple[list[PromptRow], list[Rejected]]]:
-        yield from split_batches(self.form(part.shard.file).read(part.shard), BATCH_ROWS)
+    def _batches(self, part: Shard) -> Iterator[tuple[list[PromptRow], list[Rejected]]]:
+        yield from split_batches(self.form(part.file).read(part), BATCH_ROWS)
 
     def _tokenize(self, rows: list[PromptRow]) -> tuple[pa.Table, list[Rejected]]:
         prompt_ids, ids, refusals = tokenize_prompts(rows_batch(rows, PROMPTS), self.target)

@@ -14,11 +14,12 @@ from dtrpo_ray.data.tables import (
     Rejected,
     check_folder,
     id_shares,
+    places_of,
+    quarantine_lines,
     read_table,
     repeated_rows,
     schema_of,
     write_manifest,
-    write_quarantine,
     write_shards,
 )
 from dtrpo_ray.errors import DataError
@@ -111,16 +112,17 @@ def test_repeated_rows_are_found_in_each_share_of_the_ids(tmp_path: Path, shares
     ids = [[f"{i % 40}" for i in range(50)], [f"{i}" for i in range(35, 60)]]
     for file, names in zip(files, ids, strict=True):
         pq.write_table(pa.table({"row_id": names}), file)
-    found = [repeated_rows(files, share, shares) for share in range(shares)]
-    assert sum(map(bool, found)) > shares / 2
-    rows = {(file, row): first for share in found for file, held in share.items() for row, first in held.items()}
+    found = [tuple(places_of(files, rows) for rows in repeated_rows(files, share, shares)) for share in range(shares)]
+    assert sum(bool(repeats) for repeats, _ in found) > shares / 2
+    rows = {row: first for share in found for row, first in zip(*share, strict=True)}
     within = {(files[0], 40 + i): (files[0], i) for i in range(10)}
     across = {(files[1], i): (files[0], 35 + i) for i in range(5)}
     assert rows == within | across
-    assert sum(len(held) for share in found for held in share.values()) == len(rows)
+    assert sum(len(repeats) for repeats, _ in found) == len(rows)
     pq.write_table(pa.table({"row_id": [1, 2, 2]}), tmp_path / "numbers.parquet")
     numbers = tmp_path / "numbers.parquet"
-    assert repeated_rows([numbers]) == {numbers: {2: (numbers, 1)}}
+    assert [rows.tolist() for rows in repeated_rows([numbers])] == [[2], [1]]
+    assert [rows.tolist() for rows in repeated_rows([])] == [[], []]
     assert [id_shares(n) for n in (0, 1, 2_000_000, 2_000_001)] == [1, 1, 1, 2]
 
 
@@ -164,7 +166,7 @@ def test_the_manifest_names_a_file_that_is_missing_new_or_changed(tmp_path: Path
         check_folder(tmp_path, EXAMPLE)
 
 
-def test_the_quarantine_file_is_one_json_object_a_line(tmp_path: Path) -> None:
-    write_quarantine([Rejected("f:1", "mask token", "why"), Rejected("f:2", "bad JSON", "so")], tmp_path / "q")
-    lines = [json.loads(line) for line in (tmp_path / "q").read_text().splitlines()]
+def test_the_quarantine_file_is_one_json_object_a_line() -> None:
+    text = quarantine_lines([Rejected("f:1", "mask token", "why"), Rejected("f:2", "bad JSON", "so")])
+    lines = [json.loads(line) for line in text.splitlines()]
     assert lines[1] == {"origin": "f:2", "reason": "bad JSON", "detail": "so"}

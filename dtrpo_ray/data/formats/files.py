@@ -24,7 +24,7 @@ class Shard:
     """A part of a file that one task reads: `rows` rows (of JSONL: lines) from number `first` (from 0) on, or all.
 
     `start` is the byte of a JSONL file where that row begins, else 0. A part of unpaired rows has one `share` of the
-    prompts, given as (number, count).
+    prompts, given as (number, count). An import gives it a `name` that is unique in the job.
     """
 
     file: str
@@ -32,6 +32,7 @@ class Shard:
     start: int = 0
     rows: int | None = None
     share: tuple[int, int] = (0, 1)
+    name: str = ""
 
     def __str__(self) -> str:
         last = "the end" if self.rows is None else self.first + self.rows

@@ -54,13 +54,10 @@ def score(prompt: str, response: str) -> float:
 
 def _apply(left: int, sign: str, right: int) -> int | None:
     """The result, or None where it is not an integer from 0 up."""
-    if sign == "+":
-        return left + right
-    if sign == "-":
-        return left - right if left >= right else None
-    if sign == "*":
-        return left * right
-    return left // right if right and left % right == 0 else None
+    if sign == "/":
+        return left // right if right and left % right == 0 else None
+    result = {"+": left + right, "-": left - right, "*": left * right}[sign]
+    return result if result >= 0 else None
 
 
 def generate(count: int, split: str, numbers: int, seed: int) -> list[dict[str, str]]:
@@ -86,9 +83,8 @@ def _combine(numbers: list[int], rng: random.Random) -> tuple[int, str]:
     while len(pool) > 1:
         rng.shuffle(pool)
         right, left = sorted([pool.pop(), pool.pop()])
-        legal = {
-            sign: value for sign in "+-*/" if (value := _apply(left, sign, right)) is not None and value <= _LARGEST
-        }
+        results = {sign: _apply(left, sign, right) for sign in "+-*/"}
+        legal = {sign: value for sign, value in results.items() if value is not None and value <= _LARGEST}
         sign = rng.choice(list(legal))
         pool.append(legal[sign])
         equations.append(f"{left}{sign}{right}={legal[sign]}")

@@ -40,7 +40,6 @@ def read_public(puzzle: str, path: Path) -> list[dict[str, str]]:
         try:
             rows.append(PUZZLES[puzzle].parse_public(json.loads(line)))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: not a row of a {puzzle.title()} test file ({error!r}); expected input and output"
-            ) from None
+            says = f"not a row of a {puzzle.title()} test file ({error!r}); expected input and output"
+            raise DataError(f"{path}:{number}: {says}") from None
     return rows

@@ -18,7 +18,7 @@ from read_rows import read_preferences
 
 from dtrpo_ray.data.formats import files
 from dtrpo_ray.data.formats.preferences import PREFERENCE_FORMATS, PreferenceRow, preference_format
-from dtrpo_ray.data.tables import write_quarantine
+from dtrpo_ray.data.tables import quarantine_lines
 from dtrpo_ray.errors import DataError
 
 Value = dict[str, Any]
@@ -269,7 +269,7 @@ def test_hh_harmless_imports_but_for_nine_rows(shared_data: Path) -> None:
 def test_the_quarantine_names_each_row_once_and_quotes_none(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", [TRL, TRL | {"chosen": "secret", "rejected": "secret"}, 5])
     _, rejected = read_preferences(path)
-    write_quarantine(rejected, tmp_path / "quarantine.jsonl")
+    (tmp_path / "quarantine.jsonl").write_text(quarantine_lines(rejected))
     text = (tmp_path / "quarantine.jsonl").read_text()
     assert [json.loads(line) for line in text.splitlines()] == [
         {"origin": f"{path}:2", "reason": "identical sides", "detail": "chosen and rejected are the same text"},

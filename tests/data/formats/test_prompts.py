@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dtrpo_ray.data.checking import check_data
 from dtrpo_ray.data.formats.files import Shard
 from dtrpo_ray.data.formats.prompts import PromptRow, prompt_format
 from dtrpo_ray.data.formats.reading import raw_rows
+from dtrpo_ray.data.prepare import check_data
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.produce.scoring import Verifier
