@@ -313,6 +313,25 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A model directory, a GGUF file or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    block_size: Annotated[int, typer.Option(help="Tokens of a block that are unmasked together.")] = 4,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Turn an autoregressive checkpoint (Llama, Qwen2, Qwen3) into a block-diffusion checkpoint, to be trained."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: auto, float32 or bfloat16")
+    from dtrpo_ray.models.convert import convert as convert_model
+
+    made = asdict(convert_model(source, out, block_size, revision, dtype))
+    text = "\n".join([f"wrote {out}", *(f"    {name}: {value}" for name, value in made.items())])
+    result({"verb": "convert", "directory": str(out), **made}, as_json, text)
+
+
+@app.command()
 def serve(
     source: Annotated[Path, typer.Argument(metavar="JOB|CHECKPOINT", help="A job file, or a model directory.")],
     overrides: Overrides = None,
