@@ -43,6 +43,7 @@ def test_help_names_every_verb() -> None:
         "plan",
         "run",
         "models",
+        "convert",
     ):
         assert f" {verb} " in text
 
@@ -194,3 +195,11 @@ def test_serve_answers_until_it_is_interrupted(tmp_path: Path, tiny: SDAR) -> No
 
 def _take_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it starts in the background
+
+
+def test_a_conversion_that_fails_is_one_message(tmp_path: Path) -> None:
+    done = dtrpo("convert", str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no autoregressive model that transformers loads")
+    assert len(done.stderr.splitlines()) == 1
+    assert dtrpo("convert", "a", "b", "--dtype", "int3").stderr == "error: --dtype int3: auto, float32 or bfloat16\n"
