@@ -322,8 +322,6 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn an autoregressive checkpoint (Llama, Qwen2, Qwen3) into a block-diffusion checkpoint, to be trained."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"--dtype {dtype}: auto, float32 or bfloat16")
     from dtrpo_ray.models.convert import convert as convert_model
 
     made = asdict(convert_model(source, out, block_size, revision, dtype))

@@ -202,4 +202,7 @@ def test_a_conversion_that_fails_is_one_message(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no autoregressive model that transformers loads")
     assert len(done.stderr.splitlines()) == 1
-    assert dtrpo("convert", "a", "b", "--dtype", "int3").stderr == "error: --dtype int3: auto, float32 or bfloat16\n"
+    assert (
+        dtrpo("convert", "a", "b", "--dtype", "int3").stderr
+        == "error: dtype int3: auto (as stored), float32 or bfloat16\n"
+    )

@@ -7,7 +7,7 @@ with its row of the embedding, and the block size. Training then teaches the mod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def convert(
     out: Path,
     block_size: int,
     revision: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: str = "auto",
 ) -> Converted:
     """Write the converted model, its tokenizer and its generation defaults to a new folder `out`.
 
@@ -58,6 +58,8 @@ def convert(
     """
     if out.exists():
         raise ModelError(f"{out} exists already; name a folder that does not")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ModelError(f"dtype {dtype}: auto (as stored), float32 or bfloat16")
     if block_size < 2:
         raise ModelError(f"block size {block_size}: a block of diffusion has at least 2 tokens")
     model, tokenizer = _load(source, revision, dtype)
@@ -67,7 +69,7 @@ def convert(
     if keys.get("mlp_bias") or (keys["model_type"] == "llama" and keys.get("attention_bias")):
         raise ModelError(f"{source}: mlp_bias or attention_bias = true, which no family here has")
     mask_id = _add_mask(tokenizer, source)
-    rows = max(model.get_input_embeddings().weight.shape[0], mask_id + 1)
+    rows = max(model.config.vocab_size, mask_id + 1)
     config = _config(keys, model, tokenizer, {"mask_token_id": mask_id, "vocab_size": rows}, block_size)
     with torch.device("meta"):
         made = family(TARGETS[keys["model_type"]])(config)
@@ -181,7 +183,7 @@ def causal_difference(source: PreTrainedModel, made: DiffusionLM) -> float:
 
     The tokens are some of the source's vocabulary; the mask token, new in the result, is left out of the comparison.
     """
-    size = source.get_input_embeddings().weight.shape[0]
+    size = source.config.vocab_size
     ids = torch.randint(size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     ids[ids == made.mask_id] = 0
     causal = torch.ones(PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool).tril()[None, None]
