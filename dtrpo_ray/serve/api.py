@@ -4,7 +4,8 @@ An unsupported field that would change the meaning of an answer is refused by na
 since clients send many. `null` means absent.
 """
 
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -228,7 +229,8 @@ class Tokenized(BaseModel):
     max_model_len: int
 
 
-_Row: Any = create_model("_Row", **{**get_type_hints(TrajectoryRow), "sampler": dict})
+_HINTS = get_type_hints(TrajectoryRow) | {"sampler": dict}
+_Row: Any = create_model("_Row", **{n: get_args(h)[0] if isinstance(h, UnionType) else h for n, h in _HINTS.items()})
 
 
 class Trajectory(_Row):
@@ -242,8 +244,6 @@ class Trajectory(_Row):
     answer: None = None
     reward: None = None
     reward_source: str = ""
-    logps: list[float]
-    denoising_steps: int
     block_origin: Literal["global", "response"]
     shift: Literal[0, 1]
     sampler: dict[str, str | float | int | None]
@@ -269,6 +269,11 @@ class Alternative(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
+
+    @classmethod
+    def of(cls, token: str, logprob: float, **more: Any) -> Self:
+        """Return a candidate from its text and log-probability."""
+        return cls(token=token, logprob=logprob, bytes=[*token.encode()], **more)
 
 
 class TokenLogprob(Alternative):

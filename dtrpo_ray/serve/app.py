@@ -9,18 +9,19 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import metadata, resources
-from typing import Any, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
 
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.decode.engine import Engine, block_size_error
@@ -31,7 +32,6 @@ from dtrpo_ray.serve.batcher import Batcher, Delivery
 from dtrpo_ray.serve.middleware import INTERNAL_ERROR, OPEN_PATHS, refusal, shorten
 from dtrpo_ray.serve.monitor import Monitor
 from dtrpo_ray.serve.responses import ActiveRequest, Choice
-from dtrpo_ray.serve.streams import EventStream, Result, unless_disconnected
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ DEADLINE_SECONDS = 120.0  # of a request, queueing included; clients cannot rais
 MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
+Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 Prompt = str | list[int] | list[api.Message]
 OpenAPI = dict[int | str, dict[str, Any]]
@@ -319,6 +320,41 @@ async def _deadline(request: ActiveRequest) -> AsyncIterator[None]:
     except TimeoutError:
         message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
         raise refusal(504, message, code="deadline") from None
+
+
+class EventStream(StreamingResponse):
+    """Sends server-sent events until the client hangs up; calls `done` at the end, however it comes."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], done: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self.events, self.done = events, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self.stream_response(send))
+        finally:
+            await self.events.aclose()
+            self.done()  # closing an iterator that never began runs none of it
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[object, None, Result]) -> Result | None:
+    """Return the result of `work`, None if it was cancelled; if the client hangs up first, cancel it."""
+
+    async def hung_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() and not task.cancelled() else None
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
 
 
 def _check_blocks(body: api.TextRequest, engine: Engine) -> None:

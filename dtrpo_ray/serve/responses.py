@@ -15,21 +15,17 @@ from pydantic import BaseModel
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, TrajectoryRow
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.types import DECODER_NAME, Alternatives, Committed, DecoderEvent, SamplingParams, Unmasked
+from dtrpo_ray.decode.types import DECODER_NAME, Committed, DecoderEvent, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
 from dtrpo_ray.serve.batcher import Delivery, Ticket
 
 HALF_CHARACTER = "\ufffd"
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of the text: the offset of its text, its log mu when unmasked, and the alternatives."""
+class Token(api.TokenLogprob):
+    """One token of the text, with its log mu when it was unmasked, and where its text begins."""
 
-    text: str
     offset: int
-    logp: float
-    top: Alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +100,9 @@ class Choice:
             return []
         tokens, block_start = [], sum(len(b.ids) for b in self.blocks[:-1])
         for i in range(before, len(self.ids)):
-            offset = len(self.engine.decode(self.ids[:i]))
-            text, logp = self.engine.decode([self.ids[i]]), block.logps[i - block_start]
-            tokens.append(Token(text, offset, logp, block.top.get(i, [])))
+            top = [api.Alternative.of(self.engine.decode([token]), logp) for token, logp in block.top.get(i, [])]
+            text, offset = self.engine.decode([self.ids[i]]), len(self.engine.decode(self.ids[:i]))
+            tokens.append(Token.of(text, block.logps[i - block_start], top_logprobs=top, offset=offset))
         return tokens
 
     def trajectory(self, row_id: str) -> api.Trajectory:
@@ -202,39 +198,28 @@ def _choice(request: ActiveRequest, index: int, new: NewText) -> BaseModel:
         role = None if choice.role_sent else "assistant"
         kind, text = api.ChatChunkChoice, {"delta": {"role": role, "content": new.text}}
         choice.role_sent = True
-    logprobs = _completion_logprobs if kind is api.CompletionChoice else _chat_logprobs
     ended = new.finish_reason and request.body.return_trajectory
     return kind(
         **text,
         index=index,
-        logprobs=None if choice.alternatives is None else logprobs(choice, new.tokens),
+        logprobs=_logprobs(choice, new.tokens, kind),
         finish_reason=new.finish_reason,
         trajectory=choice.trajectory(f"{request.id}-{index}") if ended else None,
     )
 
 
-def _completion_logprobs(choice: Choice, tokens: list[Token]) -> api.CompletionLogprobs:
-    top = [{choice.engine.decode([i]): logp for i, logp in token.top} for token in tokens]
+def _logprobs(choice: Choice, tokens: list[Token], kind: type[BaseModel]) -> BaseModel | None:
+    if choice.alternatives is None:
+        return None
+    if kind is not api.CompletionChoice:
+        return api.ChatLogprobs(content=[*tokens])
+    top = [{each.token: each.logprob for each in token.top_logprobs} for token in tokens]
     return api.CompletionLogprobs(
-        tokens=[token.text for token in tokens],
-        token_logprobs=[token.logp for token in tokens],
+        tokens=[token.token for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
         top_logprobs=top if choice.alternatives else None,
         text_offset=[token.offset for token in tokens],
     )
-
-
-def _chat_logprobs(choice: Choice, tokens: list[Token]) -> api.ChatLogprobs:
-    def alternative(text: str, logp: float) -> api.Alternative:
-        return api.Alternative(token=text, logprob=logp, bytes=list(text.encode()))
-
-    content = [
-        api.TokenLogprob(
-            **alternative(token.text, token.logp).model_dump(),
-            top_logprobs=[alternative(choice.engine.decode([i]), logp) for i, logp in token.top],
-        )
-        for token in tokens
-    ]
-    return api.ChatLogprobs(content=content)
 
 
 def _denoising(choice: Choice, index: int, event: Unmasked) -> api.Denoising:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dtrpo_ray.serve.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionRequest, TokenizeRequest
+from dtrpo_ray.serve.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionRequest, TokenizeRequest, Trajectory
 
 TURN = [{"role": "user", "content": "hi"}]
 
@@ -143,3 +143,10 @@ def test_the_specification_says_what_is_refused() -> None:
                 request_type.model_validate({"prompt": "a", "messages": TURN, name: neutral})
     (prompt, messages) = TokenizeRequest.model_json_schema()["oneOf"]
     assert (prompt["required"], messages["required"]) == (["prompt"], ["messages"])
+
+
+def test_no_column_of_a_trajectory_is_sometimes_null() -> None:
+    """An import may leave columns null; an answer has each always, or never."""
+    fields = Trajectory.model_json_schema()["properties"]
+    assert not [name for name, field in fields.items() if "anyOf" in field]
+    assert {name for name, field in fields.items() if field.get("type") == "null"} >= {"origin", "answer", "reward"}

@@ -47,10 +47,10 @@ def test_tokens_go_with_their_text(
     engine: Engine, blocks: list[list[int]], stop: list[str], texts: list[str], reason: str
 ) -> None:
     choice, pieces = tell(engine, blocks, stop)
-    assert ["".join(token.text for token in piece.tokens) for piece in pieces] == [piece.text for piece in pieces]
+    assert ["".join(token.token for token in piece.tokens) for piece in pieces] == [piece.text for piece in pieces]
     assert [token for piece in pieces for token in piece.tokens] == choice.tokens
     assert [token.offset for token in choice.tokens] == list(range(len(choice.text)))
-    assert [token.logp for token in choice.tokens] == [-float(token) for token in choice.text]
+    assert [token.logprob for token in choice.tokens] == [-float(token) for token in choice.text]
     assert ([piece.finish_reason for piece in pieces][-1], choice.finish_reason) == (reason, reason)
     assert [piece.text for piece in pieces] == texts
     assert "".join(texts) == choice.text
