@@ -32,14 +32,7 @@ from dtrpo_ray.data.tables import Counts, Rejected, Report
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import read_json, whole_file, write_json
-from dtrpo_ray.models.tokenizer import (
-    character_tokenizer,
-    encode_prompt,
-    encode_response,
-    eos_token_id,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from dtrpo_ray.models import tokenizer as tokenizers
 
 # type of a task -> how the format of its files is recognised
 FORMAT_OF: dict[str, Callable[[str], Format[Any]]] = {
@@ -52,9 +45,9 @@ FORMAT_OF: dict[str, Callable[[str], Format[Any]]] = {
 def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the model directory, of `model.tokenizer`, or of the puzzle's characters."""
     if source := job.model.path or job.model.tokenizer:
-        return load_tokenizer(source)
+        return tokenizers.load_tokenizer(source)
     assert job.puzzle is not None
-    return character_tokenizer(puzzle_module(job.puzzle).ALPHABET)
+    return tokenizers.character_tokenizer(puzzle_module(job.puzzle).ALPHABET)
 
 
 def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, int]:
@@ -63,33 +56,23 @@ def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
     assert job.model.init is not None
     assert job.puzzle is not None
     rows = generate_puzzles(job.puzzle, job.sft.num_examples, "train", job.seed)
-    end = None if puzzle_module(job.puzzle).FIXED_LENGTH else eos_token_id(tokenizer)
+    end = None if puzzle_module(job.puzzle).FIXED_LENGTH else tokenizers.eos_token_id(tokenizer)
     size = job.model.init.block_size
     # puzzles share their answers: a few hundred texts of a hundred thousand
-    prompt_ids = cache(lambda text: encode_prompt(tokenizer, text))
-    answer_ids = cache(lambda text, prompt_len: encode_response(tokenizer, text, prompt_len, size, end))
+    prompt_ids = cache(lambda text: tokenizers.encode_prompt(tokenizer, text))
+    answer_ids = cache(lambda text, prompt_len: tokenizers.encode_response(tokenizer, text, prompt_len, size, end))
     prompts = [prompt_ids(row["prompt"]) for row in rows]
     answers = [answer_ids(row["answer"], len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
-    table = pa.table(
-        {
-            "contract_version": np.full(len(rows), CONTRACT_VERSION, dtype=np.int32),
-            "row_id": [f"example-{i:08d}" for i in range(len(rows))],
-            "prompt_ids": prompts,
-            "chosen_ids": answers,
-        },
-        schema=EXAMPLE,
-    )
-    tables.write_shards(table, out)
+    versions, ids = [CONTRACT_VERSION] * len(rows), [f"example-{i:08d}" for i in range(len(rows))]
+    columns = {"contract_version": versions, "row_id": ids, "prompt_ids": prompts, "chosen_ids": answers}
+    tables.write_shards(pa.table(columns, schema=EXAMPLE), out)
     return {"examples": len(rows)}
 
 
-class PartSummary(TypedDict):
+class PartSummary(Counts):
     """The counts of one part of a file; `made` are rows of the table, `good` the rows of the file in them."""
 
-    rows: int
-    good: int
     made: int
-    refused: dict[str, int]
 
 
 class _RowsToDrop(TypedDict):
@@ -120,27 +103,23 @@ class Importer:
     def __init__(self, source: ImportJob) -> None:
         self.task, self.hashes = source.task, source.data_hashes
         limits = self.task.model_dump(include={"max_prompt_tokens", "max_response_tokens"})
-        self.target = Target(load_tokenizer(source.tokenizer), **limits, **source.grid)
+        self.target = Target(tokenizers.load_tokenizer(source.tokenizer), **limits, **source.grid)
         self.form: Callable[[str], Format[Any]] = cache(FORMAT_OF[self.task.type])
 
     def __call__(self, part: Shard, out: Path) -> PartSummary:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
-        form, data_hash = self.form(part.file), self.hashes[part.file]
-        summary: PartSummary = {"rows": 0, "good": 0, "made": 0, "refused": {}}
-        refused: list[Rejected] = []
+        made, refused = 0, list[Rejected]()
         for batch, (rows, bad) in enumerate(self._batches(part)):
             table, unfit = self._tokenize(rows)
-            table = tables.with_columns(table, {"data_hash": [data_hash] * len(table)})
+            table = tables.with_columns(table, {"data_hash": [self.hashes[part.file]] * len(table)})
             refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
-            summary["good"] += len(table) * form.rows_each
-            summary["made"] += len(table)
+            made += len(table)
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
-        summary["refused"] = Counter(row.reason for row in refused)
-        summary["rows"] = summary["good"] + len(refused)
         (out / f"refused-{part.name}.jsonl").write_text(tables.quarantine_lines(refused))
-        return summary
+        good, reasons = made * self.form(part.file).rows_each, Counter(row.reason for row in refused)
+        return {"rows": good + len(refused), "good": good, "made": made, "refused": reasons}
 
     def _batches(self, part: Shard) -> Iterator[tuple[Any, list[Rejected]]]:
         """Yield rows to tokenize together, and the rows refused before that."""
@@ -156,8 +135,7 @@ def import_parts(task: FilesTask, rows: int | None = None) -> list[Shard]:
     parts: list[Shard] = []
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
-        paired = task.brings_pairs
-        shards = preference_format(file).shards(file, rows) if paired else plan_shards(file, rows)
+        shards = preference_format(file).shards(file, rows) if task.brings_pairs else plan_shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken
@@ -245,7 +223,7 @@ def check_data(
     """
     schema = None if "://" in source else tables.schema_of(Path(source))
     if schema is not None:
-        digest = None if tokenizer is None else tokenizer_hash(load_tokenizer(tokenizer))
+        digest = None if tokenizer is None else tokenizers.tokenizer_hash(tokenizers.load_tokenizer(tokenizer))
         return [tables.check_folder(Path(source), schema, Expected(digest, max_tokens))]
     return [_check_file(file, (kind,) if kind else tuple(FORMAT_OF)) for file in data_files(source)]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,7 @@ class Ragged:
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> "Ragged":
         """Build it from lists of integers."""
-        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-        values = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
-        return cls.packed(values, lengths)
+        return cls.from_arrow(pa.array(lists, pa.list_(pa.int32())))
 
     @classmethod
     def from_arrow(cls, column: pa.ListArray | pa.ChunkedArray) -> "Ragged":

@@ -166,10 +166,8 @@ def _value_rule(name: str, says: str, find: Callable[..., np.ndarray]) -> Rule:
 
 
 def _mask_rule(name: str, says: str) -> Rule:
-    def find(ids: Ragged, mask: np.ndarray) -> np.ndarray:
-        return ids.any(ids.values == np.repeat(mask, ids.lengths))
-
-    return Rule("mask token", f"{name} holds the mask token: {says}", [name, "mask_id"], find)
+    says = f"{name} holds the mask token: {says}"
+    return Rule("mask token", says, [name, "mask_id"], lambda ids, mask: ids.any(ids.values == mask[ids.owner]))
 
 
 def _side_rules(ids: str, prefix: str) -> Iterator[Rule]:
