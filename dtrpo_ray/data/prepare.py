@@ -179,8 +179,8 @@ def _duplicates(out: Path, share: int, shares: int) -> dict[str, _RowsToDrop]:
     if note.exists():
         return dict(read_json(note))
     found, column = tables.repeated_rows(files, share, shares), pa.schema([("origin", pa.string())])
-    origins = [pads.dataset(files, column).take(pa.array(rows))["origin"].to_pylist() for rows in found]
-    repeats = zip(tables.places_of(files, found[0]), *origins, strict=True)
+    origins = pads.dataset(files, column).take(pa.array(np.concatenate(found)))["origin"].to_numpy()
+    repeats = zip(tables.places_of(files, found[0]), *np.split(origins, 2), strict=True)
     doomed: dict[str, _RowsToDrop] = {
         file.name: {
             "rows": pq.read_metadata(file).num_rows,
