@@ -20,7 +20,7 @@ from dtrpo_ray.data.prepare import Importer, ImportJob
 from dtrpo_ray.data.tables import Rejected, with_columns
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import row_generator
-from dtrpo_ray.produce.llm import GenerateParams, LanguageModel, Reply
+from dtrpo_ray.produce.llm import GenerateParams, LanguageModel
 
 ENGINE_NAME = "vllm"
 
@@ -42,18 +42,24 @@ class Drafter(Importer):
 
     def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
         """Yield the drafts of a batch of prompts, and a refusal for each prompt that cannot be asked."""
-        asked: list[tuple[PromptRow, list[int]]] = []
+        drafts: list[tuple[PromptRow, int, list[int]]] = []
         for row in rows:
             ids = self._encode(row, first_seen)
             if isinstance(ids, Rejected):
                 yield ids
             else:
-                asked.append((row, ids))
-        drafts = [(row, ids, number) for row, ids in asked for number in range(1, self.config.num_samples + 1)]
-        seeds = [draft_seed(self.seed, draft_id(content_id(row.prompt), number)) for row, _, number in drafts]
-        replies = self.model.generate([ids for _, ids, _ in drafts], self.sampling, seeds)
-        for (row, _, number), reply in zip(drafts, replies, strict=True):
-            yield self._draft(row, number, reply)
+                drafts += [(row, number, ids) for number in range(1, self.config.num_samples + 1)]
+        seeds = [draft_seed(self.seed, draft_id(content_id(row.prompt), number)) for row, number, _ in drafts]
+        replies = self.model.generate([ids for *_, ids in drafts], self.sampling, seeds)
+        for (row, number, _), reply in zip(drafts, replies, strict=True):
+            origin = f"{row.origin}#{number}"
+            if not reply.ended:
+                limit = f"no end within drafts.max_new_tokens = {self.config.max_new_tokens}"
+                yield Rejected(origin, "unfinished", limit)
+            elif not reply.text.strip():
+                yield Rejected(origin, "empty side", "the draft has no text")
+            else:
+                yield ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
 
     def _encode(self, row: PromptRow, first_seen: dict[str, str]) -> list[int] | Rejected:
         first = first_seen.setdefault(content_id(row.prompt), row.origin)
@@ -69,26 +75,20 @@ class Drafter(Importer):
             return Rejected(row.origin, "prompt too long", detail)
         return ids
 
-    def _draft(self, row: PromptRow, number: int, reply: Reply) -> ResponseRow | Rejected:
-        origin = f"{row.origin}#{number}"
-        if not reply.ended:
-            return Rejected(origin, "unfinished", f"no end within drafts.max_new_tokens = {self.config.max_new_tokens}")
-        if not reply.text.strip():
-            return Rejected(origin, "empty side", "the draft has no text")
-        return ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
-
     def _tokenize(self, rows: pa.RecordBatch) -> tuple[pa.Table, list[Rejected]]:
         table, refused = tokenize_responses(rows, self.target)
-        numbers = [int(origin.rsplit("#", 1)[1]) for origin in table["origin"].to_pylist()]
-        prompts = table["prompt_id"].to_pylist()
-        ids = [draft_id(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]
-        config = self.config
-        sampler = {"top_p": config.top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
+        config, known = self.config, zip(table["prompt_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
+        ids = [draft_id(prompt_id, int(origin.rsplit("#", 1)[1])) for prompt_id, origin in known]
         cut = config.temperature > 0 and (config.top_p < 1 or config.top_k > 0)
-        columns: dict[str, list[Any]] = {"row_id": ids, "seed": [draft_seed(self.seed, row_id) for row_id in ids]}
-        same = {"temperature": config.temperature, "sampler": sampler, "support": "truncated" if cut else "full"}
-        same |= {"model_hash": self.model_hash}
-        return with_columns(table, columns | {name: [value] * len(ids) for name, value in same.items()}), refused
+        same = {
+            "temperature": config.temperature,
+            "sampler": config.model_dump(include={"top_p", "top_k", "max_new_tokens"}),
+            "support": "truncated" if cut else "full",
+            "model_hash": self.model_hash,
+        }
+        columns: dict[str, list[Any]] = {name: [value] * len(ids) for name, value in same.items()}
+        columns |= {"row_id": ids, "seed": [draft_seed(self.seed, row_id) for row_id in ids]}
+        return with_columns(table, columns), refused
 
 
 def draft_id(prompt_id: str, number: int) -> str:

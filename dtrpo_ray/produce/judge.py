@@ -8,16 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 from dtrpo_ray.config.produce import JUDGE_FIELDS, JudgeConfig
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.models.tokenizer import prompt_messages
 from dtrpo_ray.produce.llm import GenerateParams, LanguageModel, Reply
 
-Verdict = Literal["first", "second", "tie"]
-NAMES: dict[str, Verdict] = {"a": "first", "b": "second"}
-SWAPPED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie"}
+POINTS = {"a": 1.0, "b": 0.0}  # of the answer shown first; any other word is a tie
 
 DECIDED, TIE, INCONSISTENT = "decided", "tie", "inconsistent"  # outcomes that count
 UNPARSABLE, TOO_LONG = "unparsable", "too long"  # outcomes that do not
@@ -33,15 +31,15 @@ _MARKED = re.compile(f"{_SAID}|{_BRACKETED}", re.IGNORECASE)
 _BARE = re.compile(rf"\W*{_WORDS}\W*", re.IGNORECASE)
 
 
-def read_verdict(reply: str) -> Verdict | None:
-    """Read a reply's verdict: the last marked one, or the whole reply if it is nothing else; None if neither."""
+def read_verdict(reply: str) -> float | None:
+    """Return a verdict as points of the answer shown first: 1 won, 0.5 tied, 0 lost.
+
+    It is the last marked one, or the whole reply if that is nothing else; None if neither.
+    """
     said = _THOUGHT.sub("", reply)
     marked = list(_MARKED.finditer(said))
     found = marked[-1] if marked else _BARE.fullmatch(said)
-    if found is None:
-        return None
-    word = next(value for value in found.groupdict().values() if value).lower()
-    return NAMES.get(word, "tie")
+    return POINTS.get(next(filter(None, found.groupdict().values())).lower(), 0.5) if found else None
 
 
 def question(template: str, prompt: str, first: str, second: str) -> str:
@@ -56,13 +54,13 @@ def readable_prompt(prompt: str) -> str:
     return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
 
 
-def outcome(straight: Verdict | None, swapped: Verdict | None) -> tuple[str, float | None]:
+def outcome(straight: float | None, swapped: float | None) -> tuple[str, float | None]:
     """Return (name, points of the first response) from its verdict and the one with the places swapped."""
     if straight is None or swapped is None:
         return UNPARSABLE, None
-    if straight != SWAPPED[swapped]:
+    if straight + swapped != 1:
         return INCONSISTENT, 0.5
-    return (TIE, 0.5) if straight == "tie" else (DECIDED, float(straight == "first"))
+    return TIE if straight == 0.5 else DECIDED, straight
 
 
 def mean_points(count: int, points: Sequence[tuple[int, int, float | None]]) -> list[float | None]:
@@ -90,24 +88,20 @@ class Judge:
         for row, prompt in enumerate(prompts):
             together.setdefault(prompt, []).append(row)
         pairs = [pair for rows in together.values() for pair in combinations(rows, 2)]
-        asked = [order for one, other in pairs for order in ((one, other), (other, one))]
-        ids = [self._encode(readable_prompt(prompts[a]), responses[a], responses[b]) for a, b in asked]
-        fit = [place for place, tokens in enumerate(ids) if tokens is not None]
-        replies: list[Reply] = self.model.generate([ids[at] for at in fit], GenerateParams(self.config.max_new_tokens))
-        verdicts = dict(zip(fit, (read_verdict(reply.text) for reply in replies), strict=True))
+        asked = [[self._encode(prompts[a], responses[a], responses[b]) for a, b in (p, p[::-1])] for p in pairs]
+        fit = [ids for both in asked if None not in both for ids in both]
+        replies: list[Reply] = self.model.generate(fit, GenerateParams(self.config.max_new_tokens))
+        verdicts = iter([read_verdict(reply.text) for reply in replies])
         points = []
-        for number, (one, other) in enumerate(pairs):
-            places = (2 * number, 2 * number + 1)
-            name, value = TOO_LONG, None
-            if all(place in verdicts for place in places):
-                name, value = outcome(verdicts[places[0]], verdicts[places[1]])
+        for (one, other), both in zip(pairs, asked, strict=True):
+            name, value = (TOO_LONG, None) if None in both else outcome(next(verdicts), next(verdicts))
             self.counts[name] += 1
             points.append((one, other, value))
         return mean_points(len(prompts), points)
 
     def _encode(self, prompt: str, first: str, second: str) -> list[int] | None:
         """Encode a question; None if it leaves no room for a reply, or cannot be encoded."""
-        text = question(self.config.template, prompt, first, second)
+        text = question(self.config.template, readable_prompt(prompt), first, second)
         chats = bool(self.model.tokenizer.chat_template)
         try:
             ids: list[int] = self.model.encode([{"role": "user", "content": text}] if chats else text)

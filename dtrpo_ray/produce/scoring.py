@@ -38,15 +38,14 @@ class Scorer:
     """Score the parts of a trajectory table, each into a file of the part's name."""
 
     def __init__(self, config: ScoreConfig) -> None:
-        self.source: str = config.scorer
+        self.score: RewardModel | Judge | Verifier
         if config.reward_model is not None:
-            self.score: RewardModel | Judge | Verifier = RewardModel(config.reward_model, config.batch_size)
-            self.source += f" {config.reward_model.name}"
+            self.score, model = RewardModel(config.reward_model, config.batch_size), f" {config.reward_model.name}"
         elif config.judge is not None:
-            self.score = Judge(config.judge)
-            self.source += f" {config.judge.model.name}"
+            self.score, model = Judge(config.judge), f" {config.judge.model.name}"
         else:
-            self.score = Verifier(config.scorer)
+            self.score, model = Verifier(config.scorer), ""
+        self.source = config.scorer + model
 
     def __call__(self, part: TablePart, out: Path) -> ScoreSummary:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
@@ -87,20 +86,20 @@ class Verifier:
         self.caution: Callable[[], str] = getattr(self.module, "caution", str)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
-        return [self._one(row, *texts) for row, texts in enumerate(zip(prompts, responses, answers, strict=True))]
-
-    def _one(self, row: int, prompt: str, response: str, answer: str | None) -> float:
-        if answer is None and not getattr(self.module, "ANSWER_OPTIONAL", False):
-            raise Unscorable(row, f"answer is null, and score.scorer = {self.name!r} compares with it")
-        try:
-            return float(self.module.score(prompt, response, answer))
-        except ConfigError:
-            raise
-        except DataError as error:  # the reference is unreadable
-            raise Unscorable(row, str(error)) from None
-        except _RESPONSE_ERRORS:
-            self.failed += 1
-            return 0.0
+        rewards, optional = [], getattr(self.module, "ANSWER_OPTIONAL", False)
+        for row, texts in enumerate(zip(prompts, responses, answers, strict=True)):
+            if answers[row] is None and not optional:
+                raise Unscorable(row, f"answer is null, and score.scorer = {self.name!r} compares with it")
+            try:
+                rewards.append(float(self.module.score(*texts)))
+            except ConfigError:
+                raise
+            except DataError as error:  # the reference is unreadable
+                raise Unscorable(row, str(error)) from None
+            except _RESPONSE_ERRORS:
+                self.failed += 1
+                rewards.append(0.0)
+        return rewards
 
 
 class RewardModel:

@@ -16,23 +16,23 @@ from dtrpo_ray.produce.llm import GenerateParams, Reply
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [
-        ("A names the year.\nVerdict: A", "first"),
-        ("Verdict: B.", "second"),
-        ("**Verdict:** **B**", "second"),
-        ("**Verdict**: [[B]]", "second"),
-        ('verdict = "answer a"', "first"),
-        ("Final verdict: Response B is better.", "second"),
-        ("Verdict: tie", "tie"),
-        ("Verdict: a tie", "tie"),
-        ("Verdict: Neither.", "tie"),
-        ("[[C]]", "tie"),
-        ("Verdict: A, because B is wrong", "first"),
-        ("Verdict: A\nNo, I misread it.\nVerdict: B", "second"),
-        ("<think>Verdict: A? No.</think>\nVerdict: B", "second"),
-        ("So it is B.</think>Verdict: A", "first"),
-        (" B\n", "second"),
-        ("(Answer A)", "first"),
-        ("tie.", "tie"),
+        ("A names the year.\nVerdict: A", 1.0),
+        ("Verdict: B.", 0.0),
+        ("**Verdict:** **B**", 0.0),
+        ("**Verdict**: [[B]]", 0.0),
+        ('verdict = "answer a"', 1.0),
+        ("Final verdict: Response B is better.", 0.0),
+        ("Verdict: tie", 0.5),
+        ("Verdict: a tie", 0.5),
+        ("Verdict: Neither.", 0.5),
+        ("[[C]]", 0.5),
+        ("Verdict: A, because B is wrong", 1.0),
+        ("Verdict: A\nNo, I misread it.\nVerdict: B", 0.0),
+        ("<think>Verdict: A? No.</think>\nVerdict: B", 0.0),
+        ("So it is B.</think>Verdict: A", 1.0),
+        (" B\n", 0.0),
+        ("(Answer A)", 1.0),
+        ("tie.", 0.5),
         ("Verdict: A or B", None),
         ("Verdict: A/B", None),
         ("Verdict: A, B", None),
@@ -45,7 +45,7 @@ from dtrpo_ray.produce.llm import GenerateParams, Reply
         ("", None),
     ],
 )
-def test_a_verdict_is_read_or_is_none(reply: str, verdict: str | None) -> None:
+def test_a_verdict_is_read_or_is_none(reply: str, verdict: float | None) -> None:
     assert read_verdict(reply) == verdict
 
 
@@ -62,11 +62,11 @@ def test_a_conversation_is_shown_with_its_roles() -> None:
 
 
 def test_only_the_same_answer_in_both_places_decides() -> None:
-    table = {pair: outcome(*pair) for pair in itertools.product(("first", "second", "tie", None), repeat=2)}  # type: ignore[arg-type]
-    assert table["first", "second"] == ("decided", 1.0)
-    assert table["second", "first"] == ("decided", 0.0)
-    assert table["tie", "tie"] == ("tie", 0.5)
-    assert table["first", "first"] == table["second", "second"] == table["tie", "first"] == ("inconsistent", 0.5)
+    table = {pair: outcome(*pair) for pair in itertools.product((1.0, 0.0, 0.5, None), repeat=2)}
+    assert table[1.0, 0.0] == ("decided", 1.0)
+    assert table[0.0, 1.0] == ("decided", 0.0)
+    assert table[0.5, 0.5] == ("tie", 0.5)
+    assert table[1.0, 1.0] == table[0.0, 0.0] == table[0.5, 1.0] == ("inconsistent", 0.5)
     assert {name for pair, (name, _) in table.items() if None in pair} == {"unparsable"}
     for (straight, swapped), (_, points) in table.items():  # whoever comes first, the two share one point
         other = outcome(swapped, straight)[1]
