@@ -72,8 +72,9 @@ class LanguageModel:
 
         Raises DataError for a prompt without ids, ModelError for messages if there is no template.
         """
-        text = isinstance(prompt, str)
-        return encode_text(self.tokenizer, prompt, special=True) if text else encode_prompt(self.tokenizer, prompt)
+        if isinstance(prompt, str):
+            return encode_text(self.tokenizer, prompt, special=True)
+        return encode_prompt(self.tokenizer, prompt)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: GenerateParams, seeds: Sequence[int] | None = None

@@ -5,6 +5,7 @@ Verifiers and reward models score a file of trajectory/v1 at a time; a judge all
 
 import importlib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -61,11 +62,9 @@ class Scorer:
         write_whole(with_columns(table, {"reward": list(rewards), "reward_source": sources}), out / part.name)
         summary: ScoreSummary = {"rows": len(table), "scored": len(given), "sum": sum(given)}
         if isinstance(self.score, Judge):
-            summary["comparisons"] = dict(self.score.counts)
-            self.score.counts.clear()
+            summary["comparisons"], self.score.counts = dict(self.score.counts), Counter()
         if isinstance(self.score, Verifier):
-            summary["failed"], summary["caution"] = self.score.failed, self.score.caution()
-            self.score.failed = 0
+            summary["caution"], summary["failed"], self.score.failed = self.score.caution(), self.score.failed, 0
         return summary
 
 

@@ -137,8 +137,7 @@ def write_report(
 
 def points(difference: float) -> str:
     """A signed difference in percentage points; one that rounds to nothing has no sign."""
-    text = f"{difference:+.1f}".replace("-", "−")
-    return "0.0" if text[1:] == "0.0" else text
+    return f"{difference:+z.1f}".replace("-", "−").replace("+0.0", "0.0")
 
 
 def _accuracy_text(row: Score) -> str:
@@ -273,7 +272,8 @@ def _curve_plot(out: Path, curve: Curve, rounds: Sequence[Sequence[Metrics]]) ->
             _draw_segments(axes, data[key], window, color, label)
         if curve.level:
             axes.axhline(curve.level[0], lw=1, ls=(0, (4, 3)), label=curve.level[1] or None)
-        _mark_rounds(axes, bounds)
+        if len(rounds) > 1:
+            _mark_rounds(axes, bounds)
         _dress(axes, "optimizer step", curve.unit)
         _crown(figure, axes, curve.title)
 
@@ -290,8 +290,6 @@ def _draw_segments(axes: Axes, segments: list[np.ndarray], window: int, color: s
 
 
 def _mark_rounds(axes: Axes, bounds: list[float]) -> None:
-    if len(bounds) < 3:
-        return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels above the curves
     for number, start in enumerate(bounds[:-1], 1):
@@ -396,8 +394,8 @@ def _drawn(job: dict[str, Any], example: Example) -> tuple[Example, bool, list[l
     for start, end in pairwise([0, *range(len(tokens) % size or size, len(tokens) + 1, size)]):
         ranks = {step: rank for rank, step in enumerate(sorted({step for step in steps[start:end] if step >= 0}))}
         blocks.append([
-            Cell(token=tokens[i], given=sudoku and prompt[i] != "0", step=steps[i] + 1,
-                 wanted=wanted[i] if wanted[i] != tokens[i] else "", rank=ranks.get(steps[i]))
+            Cell(tokens[i], sudoku and prompt[i] != "0", step=steps[i] + 1, rank=ranks.get(steps[i]),
+                 wanted=wanted[i] if wanted[i] != tokens[i] else "")
             for i in range(start, end)
         ])  # fmt: skip
     return example, sudoku, blocks

@@ -7,7 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Annotated
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from dtrpo_ray.data.tasks import countdown
 from dtrpo_ray.errors import DataError
@@ -18,6 +20,8 @@ ANSWER_OPTIONAL = True
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
+_Integer = Annotated[int, BeforeValidator(str)]  # 3, 3.0 or "3", and not true
+_REFERENCE = TypeAdapter(tuple[list[_Integer], _Integer])
 _LONGEST = 200  # characters of an expression
 _SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", r"\left": "", r"\right": ""}
 
@@ -45,21 +49,13 @@ def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
         raise answer_error("countdown", repr(error)) from None
     if isinstance(given, list):
         try:
-            numbers, target = given
-            return [_integer(number) for number in numbers], _integer(target)
-        except (TypeError, ValueError):
+            return _REFERENCE.validate_python(given)
+        except ValidationError:
             raise answer_error("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers") from None
     found = [int(n) for n in re.findall(r"\d+", prompt) if len(n) <= _LONGEST]
     if len(found) < 3:
         raise DataError("the prompt holds no numbers and target for countdown, nor does answer; see docs/data.md")
     return found[:-1], found[-1]
-
-
-def _integer(number: Any) -> int:
-    """Convert 3, 3.0 or "3"; raise ValueError for anything else."""
-    if isinstance(number, bool) or (isinstance(number, float) and not number.is_integer()):
-        raise ValueError(number)
-    return int(number)
 
 
 def _value(text: str, used: list[int]) -> Fraction | None:

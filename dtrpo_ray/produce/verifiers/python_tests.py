@@ -12,12 +12,12 @@ import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.produce.verifiers.extract import answer_error, json_object
@@ -80,28 +80,19 @@ def caution() -> str:
 
 
 def _run(code: str, tests: str, wall_seconds: float, isolated: bool) -> bool:
-    word = secrets.token_hex(16)
+    word, how = secrets.token_hex(16), "isolated" if isolated else "limited"
     job = {"code": code, "tests": tests, "word": word, "limits": _LIMITS}
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as verdict,  # not a pipe: the limit on file sizes holds for a file
-    ):
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", _SANDBOX, "isolated" if isolated else "limited", str(wall_seconds)],
-            stdin=subprocess.PIPE,
-            stdout=verdict,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-        )
+    command = [sys.executable, "-I", "-S", str(_SANDBOX), how, str(wall_seconds)]
+    # the verdict is not a pipe: the limit on file sizes holds for a file
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, TemporaryFile() as verdict:
+        process = Popen(command, stdin=PIPE, stdout=verdict, stderr=DEVNULL, cwd=folder, env={}, start_new_session=True)
         try:
             process.communicate(json.dumps(job).encode(), timeout=wall_seconds + (_BACKSTOP_SECONDS if isolated else 0))
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             return False
         finally:
             process.terminate()  # it ends its namespace
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 process.wait(1)
             with suppress(ProcessLookupError):  # and the processes that it started
                 os.killpg(process.pid, signal.SIGKILL)
