@@ -197,12 +197,12 @@ def test_imitation_is_the_chosen_likelihood_in_the_states_of_dtrpo(
     )
     out = training_step(policy, None, build(ROWS, alone), alone)
     pairs = training_step(policy, reference, build(ROWS, both), both)
-    torch.testing.assert_close(out.loss_B, pairs.metrics["nll_chosen"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.loss_P, pairs.metrics["nll_chosen"], rtol=0, atol=1e-12)
     if tokens == "unmasked":
         lengths = torch.tensor([len(r["chosen_ids"]) for r in ROWS])
-        torch.testing.assert_close(out.loss_B, -pairs.metrics["logp_chosen"] / lengths, rtol=0, atol=1e-12)
+        torch.testing.assert_close(out.loss_P, -pairs.metrics["logp_chosen"] / lengths, rtol=0, atol=1e-12)
     weights = list(policy.parameters())
-    one, other = (torch.autograd.grad(loss.sum(), weights) for loss in (out.loss_B, pairs.loss_B))
+    one, other = (torch.autograd.grad(loss.sum(), weights) for loss in (out.loss_P, pairs.loss_P))
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
