@@ -412,17 +412,9 @@ def _write_report(pipeline: "Pipeline", answer: "Answer | None") -> Path:
 
     job: Job = pipeline.job
     pipeline.aligned()
-    evaluation = _evaluation(pipeline)
-    out = job.storage / job.name
+    evaluation, facts, out = _evaluation(pipeline), job.model_dump(mode="json"), job.storage / job.name
     out.mkdir(parents=True, exist_ok=True)
-    return write_report(
-        out,
-        job=job.model_dump(mode="json"),
-        lineage=pipeline.lineage(),
-        curves=pipeline.curves(),
-        evaluation=evaluation,
-        answer=answer,
-    )
+    return write_report(out, facts, pipeline.lineage(), pipeline.curves(), evaluation=evaluation, answer=answer)
 
 
 def main() -> None:

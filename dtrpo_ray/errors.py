@@ -1,14 +1,5 @@
 """The errors a user can cause, and their messages on one line.
 
-    DtrpoError
-    +-- ConfigError      a job file, an override, a flag
-    +-- DataError        a row, a file, a store
-    +-- ModelError       a checkpoint in the model layout
-    +-- CheckpointError  a training checkpoint
-    +-- TrainError       a run that cannot go on
-    +-- ServeError       a request or a deployment
-    +-- SessionError     a Ray session that does not start
-
 Each message names the place, the field, the value and the remedy. No class defines `__init__`: Ray sends exceptions
 between processes by pickle, which calls the class with `args`.
 """

@@ -15,8 +15,6 @@ from pyarrow import fs as pafs
 
 from dtrpo_ray.errors import DataError
 
-# === where files are ===
-
 
 def join_path(where: str, name: str) -> str:
     """Return the path or URI of `name` in a folder; the options of a URI (`?region=...`) stay at its end."""
@@ -49,9 +47,6 @@ def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
-# === hashes ===
-
-
 def sha256_json(value: Any) -> str:
     """Return the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -66,9 +61,6 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a local file's bytes."""
     with path.open("rb") as file:
         return sha256_stream(file)
-
-
-# === reading ===
 
 
 def read_lines(path: Path) -> list[str]:
@@ -88,9 +80,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: missing or damaged ({error})") from None
-
-
-# === writing: whole or not at all ===
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray.data
@@ -28,12 +28,6 @@ Part = TypeVar("Part")
 Summary = TypeVar("Summary", bound=Mapping[str, object])
 Worker = Callable[[Part, Path], Summary]
 """(part, folder) -> {"rows": the number of rows it read, ...}. Writing a part again gives the same files."""
-
-
-class _Outcome(TypedDict):
-    part: int
-    rows: int
-    error: str | None
 
 
 class _Actor:
@@ -64,7 +58,7 @@ class _Actor:
             if kind in ("MemoryError", "OutOfMemoryError"):  # Python's, torch's
                 advice = "smaller batches, fewer cluster.num_actors, or more memory"
             error = f"{part}: {kind}: {problem}; {advice}"
-        return pa.table({"part": [number], "rows": [rows], "error": pa.array([error], pa.string())})
+        return pa.table({"rows": [rows], "error": pa.array([error], pa.string())})
 
     def _count_try(self, number: int) -> None:
         with _tries(self.out, number).open("a") as dots:
@@ -96,10 +90,10 @@ def run_parts(
     with bar() as progress:
         task = progress.add_task(label, total=len(left), note="", visible=console.is_terminal)
         actor = {"make": make, "parts": parts, "out": out.resolve()}
-        for done, row in enumerate(_outcomes(left, actor, cluster, gpu and uses_gpu(cluster)), 1):
-            if row["error"] is not None:
-                raise DataError(row["error"])
-            rows, now = rows + row["rows"], time.perf_counter()
+        for done, (read, error) in enumerate(_outcomes(left, actor, cluster, gpu and uses_gpu(cluster)), 1):
+            if error is not None:
+                raise DataError(error)
+            rows, now = rows + read, time.perf_counter()
             speed = f"{rows / (now - began):,.0f} rows/s"
             progress.update(task, advance=1, note=speed)
             if not console.is_terminal and now - printed > PLAIN_SECONDS:
@@ -111,9 +105,12 @@ def run_parts(
     return [read_json(_summary(out, number)) for number in range(len(parts))]
 
 
-def _outcomes(left: list[int], actor: dict[str, Any], cluster: ClusterConfig, gpu: bool) -> Iterator[_Outcome]:
+def _outcomes(
+    left: list[int], actor: dict[str, Any], cluster: ClusterConfig, gpu: bool
+) -> Iterator[tuple[int, str | None]]:
+    """Yield the rows and the error of each part as it is done."""
     if not left:
-        return iter(())
+        return
     source = ray.data.from_arrow([pa.table({"part": [number]}) for number in left])
     done = source.map_batches(
         _Actor,
@@ -126,7 +123,7 @@ def _outcomes(left: list[int], actor: dict[str, Any], cluster: ClusterConfig, gp
         runtime_env={"env_vars": {} if gpu else CPU_WORKER_ENV},
     )
     done.context.enable_progress_bars = False  # ours counts rows
-    return cast(Iterator[_Outcome], iter(done.iter_rows()))
+    yield from ((row["rows"], row["error"]) for row in done.iter_rows())
 
 
 def _summary(out: Path, number: int) -> Path:

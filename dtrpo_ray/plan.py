@@ -42,9 +42,7 @@ def stored_parameters(folder: Path) -> int:
 
 
 def vocabulary(job: Job) -> int:
-    """Return the vocabulary size, for model.init padded to a multiple of 8."""
-    if job.model.path:
-        return _sizes(job.model.path)["vocab_size"]
+    """Return the vocabulary size of a model.init, padded to a multiple of 8."""
     if job.model.tokenizer:
         for name in ("tokenizer.json", "vocab.json"):
             if (file := job.model.tokenizer / name).exists():
@@ -73,16 +71,16 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def plan(job: Job) -> dict[str, Any]:
     """Describe the run stage by stage, as JSON."""
-    vocab, init = vocabulary(job), job.model.init
+    shape = Shape.of(job)
     if job.model.path:
         count = stored_parameters(job.model.path)
     else:
-        assert init is not None
-        count = parameters(init, vocab)
+        assert job.model.init is not None
+        count = parameters(job.model.init, shape.vocab)
     stages: dict[str, Any] = {}
 
     def add_training(name: str, folder: str, config: TrainConfig, rows: int | None, **facts: int) -> None:
-        bounds = (Shape.of(job), *row_bounds(job, config.objective.is_preference))
+        bounds = (shape, *row_bounds(job, config.objective.is_preference))
         made = training(config, job.cluster.fewest_workers, count, rows, bounds)  # each holds the most then
         stages[name] = made | facts | previous_steps(job.storage, folder, config, made["optimizer_steps"])
 
@@ -98,7 +96,7 @@ def plan(job: Job) -> dict[str, Any]:
     add_training("train", "train-1", job.train, rows, rounds=job.rounds)
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"
-    return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": vocab, "stages": stages}
+    return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": shape.vocab, "stages": stages}
 
 
 def previous_steps(storage: Path, stage: str, config: TrainConfig, num_steps: int | None) -> dict[str, Any]:
@@ -135,20 +133,15 @@ class Shape:
         """Read the sizes from the model directory's config.json or from model.init."""
         if job.model.path:
             config = _sizes(job.model.path)
-            hidden, heads = config["hidden_size"], config["num_attention_heads"]
-            size = config.get("head_dim") or hidden // heads
-            return cls(
-                hidden=hidden,
-                intermediate=config["intermediate_size"],
-                layers=config["num_hidden_layers"],
-                queries=heads * size,
-                keys=(config.get("num_key_value_heads") or heads) * size,
-                vocab=config["vocab_size"],
-            )
-        init, vocab = job.model.init, vocabulary(job)
-        assert init is not None
-        h, i = init.hidden_size, init.intermediate_size
-        return cls(hidden=h, intermediate=i, layers=init.num_layers, queries=h, keys=h, vocab=vocab)
+        else:
+            assert job.model.init is not None
+            config = {"vocab_size": vocabulary(job), **job.model.init.sizes()}
+        hidden, heads, layers = (
+            config[f"{name}"] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
+        size = config.get("head_dim") or hidden // heads
+        keys = size * (config.get("num_key_value_heads") or heads)
+        return cls(hidden, config["intermediate_size"], layers, heads * size, keys=keys, vocab=config["vocab_size"])
 
 
 def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
@@ -204,10 +197,8 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int,
 
 def checkpoint_bytes(config: TrainConfig, count: int, trained: int, bf16: bool) -> int:
     """Bytes of one whole checkpoint, of all workers: weights (under ZeRO 3 the frozen ones alone) and optimizer."""
-    width = BYTES_BF16 if bf16 else BYTES_FP32
-    own_weights = config.zero_stage > 0 or bf16
-    weights = (count - trained) if config.zero_stage == 3 else count
-    return weights * width + trained * BYTES_FP32 * (2 + own_weights)
+    whole = state_bytes(config, 1, count, trained, bf16)
+    return whole["weights"] - (whole["gradients"] if config.zero_stage == 3 else 0) + whole["optimizer"]
 
 
 def row_bounds(job: Job, pair: bool) -> tuple[int, int]:

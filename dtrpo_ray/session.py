@@ -56,8 +56,7 @@ def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -
 
 def _connect(address: str, options: dict[str, Any]) -> None:
     """Call `ray.init`, a second time if it fails: on a busy machine Ray's processes may start too slowly for it."""
-    failures: list[str] = []
-    while True:
+    for number in range(1, CONNECT_TRIES + 1):
         try:
             ray.init(**options)
             return
@@ -67,15 +66,14 @@ def _connect(address: str, options: dict[str, Any]) -> None:
                 'start one, or set cluster.address = "local"'
             ) from None
         except Exception as error:  # Ray raises RuntimeError, TimeoutError and plain Exception here
-            failures.append(first_line(error))
             ray.shutdown()  # ends the processes that did start
-        if len(failures) == CONNECT_TRIES:
-            raise SessionError(
-                f"cluster.address = {address!r}: Ray did not start in {CONNECT_TRIES} tries ({failures[-1]}). The "
-                "machine may be busy or short of memory: end other programs, then run the same command again. "
-                "Ray's logs are in /tmp/ray/session_latest/logs"
-            )
-        console.print(f"Ray did not start ({failures[-1]}); trying once more", markup=False, highlight=False)
+            if number == CONNECT_TRIES:
+                raise SessionError(
+                    f"cluster.address = {address!r}: Ray did not start in {number} tries ({first_line(error)}). The "
+                    "machine may be busy or short of memory: end other programs, then run the same command again. "
+                    "Ray's logs are in /tmp/ray/session_latest/logs"
+                ) from None
+            console.print(f"Ray did not start ({first_line(error)}); trying once more", markup=False, highlight=False)
 
 
 def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:

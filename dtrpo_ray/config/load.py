@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from dtrpo_ray.config.job import Job
-from dtrpo_ray.config.section import Section
+from dtrpo_ray.config.section import Section, kinds
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.errors import ConfigError
@@ -85,16 +85,14 @@ def _explain(problem: Any, root: type[Section]) -> str:
 
 def _suggestion(root: type[Section], loc: Sequence[Any], where: str) -> str:
     """Name the field with the nearest spelling in the section of an unknown field, or all of its fields."""
-    section: Any = root
-    variants: list[Any] = []
+    sections: list[Any] = [root]
     for part in loc[:-1]:
-        if len(variants) > 1:  # a union on `type`, whose tag is this part
-            section = next(v for v in variants if part in get_args(v.model_fields["type"].annotation))
-            variants = []
-            continue
-        found = section.model_fields[part].annotation
-        variants = [t for t in (found, *get_args(found)) if isinstance(t, type) and issubclass(t, Section)]
-        section = variants[0]
+        if len(sections) > 1:  # a union on `type`, whose tag is this part
+            sections = [s for s in sections if part in get_args(s.model_fields["type"].annotation)]
+        else:
+            found = kinds(sections[0].model_fields[part].annotation)
+            sections = [kind for kind in found if isinstance(kind, type) and issubclass(kind, Section)]
+    section = sections[0]
     near = difflib.get_close_matches(loc[-1], section.model_fields, 1)
     known = ", ".join(section.model_fields)
     return f"; did you mean {where.removesuffix(loc[-1])}{near[0]}?" if near else f"; its section knows {known}"

@@ -14,18 +14,17 @@ class Section(BaseModel):
     def _as_written(cls, values: Any) -> Any:
         """pydantic would read true as 1, and "3" or "yes" as a number or a truth: here they are mistakes."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else {object}
-            numeric = bool(kinds & {int, float, bool}) and not kinds - {int, float, bool, type(None)}
-            quoted = isinstance(value, str) and (bool in kinds or not value.isalpha())
-            if numeric and (quoted or (isinstance(value, bool) and bool not in kinds)):
-                wanted = "true or false" if bool in kinds else "a number"
+            plain = kinds(cls.model_fields[name].annotation) - {type(None)} if name in cls.model_fields else {object}
+            quoted = isinstance(value, str) and (bool in plain or not value.isalpha())
+            if plain <= {int, float, bool} and (quoted or (isinstance(value, bool) and bool not in plain)):
+                wanted = "true or false" if bool in plain else "a number"
                 raise ValueError(f"{name} = {value!r} must be {wanted}, written without quotes")
         return values
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that an annotation allows."""
+def kinds(annotation: Any) -> set[Any]:
+    """Return the plain types and sections that an annotation allows."""
     parts = get_args(annotation)
     if not parts or get_origin(annotation) not in (Union, UnionType, Annotated):
         return {annotation}
-    return set().union(*(_kinds(part) for part in (parts[:1] if get_origin(annotation) is Annotated else parts)))
+    return set().union(*map(kinds, parts[:1] if get_origin(annotation) is Annotated else parts))
