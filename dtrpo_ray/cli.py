@@ -41,12 +41,11 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def command(
-    asked: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+def command(asked: Version = False) -> None:
     """Align diffusion language models with dTRPO on Ray, then serve them."""
 
 
@@ -173,10 +172,9 @@ def check(
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
     parsed = load_job(Path(source), overrides or ()) if source.endswith(".toml") else None
     if parsed and parsed.puzzle:
-        counts: dict[str, object] = {"job": parsed.name, "task": parsed.task.type}
-        if names := [path.name for path in parsed.puzzle.public_tests]:
-            found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
-            counts["public_tests"] = {name: found.get(name, "missing") for name in names}
+        found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
+        tests = {path.name: found.get(path.name, "missing") for path in parsed.puzzle.public_tests}
+        counts = {"job": parsed.name, "task": parsed.task.type, **({"public_tests": tests} if tests else {})}
         result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
         return
     from dtrpo_ray.data.prepare import check_data
@@ -258,8 +256,7 @@ def export(
 
         with local_folder(source) as folder:
             facts = export_checkpoint(folder, out, merged, dtype, base_name)
-        _warn_of_a_local_base(out)
-        result({"verb": "export", "directory": str(out), "step": facts["step"]}, as_json, f"wrote {out}")
+        _print_export(out, as_json, step=facts["step"])
         return
     parsed = load_job(job, overrides or ())
     adapter = parsed.train.lora is not None and not merged
@@ -278,17 +275,17 @@ def export(
         card = exports.job_card(pipeline.job, pipeline.lineage(), pipeline.curves(), base_name, adapter)
         if adapter:
             exports.export_adapter(aligned.path.parent / "adapter", out, card, base_name, dtype)
-            _warn_of_a_local_base(out)
         else:
             exports.export_model(aligned.path, out, card, dtype, pipeline.job.serve.denoising_steps)
-    result({"verb": "export", "directory": str(out), "model_hash": aligned.digest}, as_json, f"wrote {out}")
+    _print_export(out, as_json, model_hash=aligned.digest)
 
 
-def _warn_of_a_local_base(out: Path) -> None:
+def _print_export(out: Path, as_json: bool, **facts: int | str) -> None:
     file = out / "adapter_config.json"
     base = json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else ""
     if base and Path(base).exists():
         say(f"{file} names its base by a path of this machine, {base}; for others give --base-name, a hub id")
+    result({"verb": "export", "directory": str(out), **facts}, as_json, f"wrote {out}")
 
 
 @app.command()
@@ -381,8 +378,10 @@ def run(
     """Run every stage: base, rollout, pair, train, eval, questions to the served models, report."""
     given = load_job(job, overrides or ()).serve
     from dtrpo_ray import demo
+    from dtrpo_ray.serve.server import free_port, read_keys
 
-    demo.require_port(given)  # now, and not after ten minutes
+    free_port(given.host, given.port)  # taken ports and unreadable keys are told now, and not after ten minutes
+    read_keys(given.api_key_file)
     with open_pipeline(job, overrides, fresh) as pipeline:
         pipeline.aligned()
         evaluation = _evaluation(pipeline)

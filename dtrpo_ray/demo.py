@@ -16,7 +16,7 @@ from dtrpo_ray.pipeline import HELD_OUT_SEED, Pipeline
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Comparison
 from dtrpo_ray.report.page import Answer
-from dtrpo_ray.serve.server import free_port, read_keys, start, stop
+from dtrpo_ray.serve.server import read_keys, start, stop
 from dtrpo_ray.stages import Json, JsonObject
 
 NUM_PUZZLES = 10
@@ -57,12 +57,6 @@ class Questions:
             f"example: {example['prompt']}",
             *(f"  {model:<8} {a['text']} ({'correct' if a['correct'] else 'wrong'})" for model, a in shown.items()),
         ]
-
-
-def require_port(config: ServeConfig) -> None:
-    """Raise ServeError if the port is taken or the API keys cannot be read, before any work starts."""
-    free_port(config.host, config.port)
-    read_keys(config.api_key_file)
 
 
 def choose_budget(job: Job, comparison: Sequence[Comparison]) -> int:

@@ -46,7 +46,7 @@ class _Actor:
         try:
             self._count_try(number)
             summary = self.work(part, self.out)
-            write_json(_summary(self.out, number), summary)
+            write_json(_file(self.out, number, "json"), summary)
             rows = int(summary["rows"])
         except DtrpoError as problem:  # the user must mend it: another try would fail too
             error = str(problem)
@@ -61,9 +61,9 @@ class _Actor:
         return pa.table({"rows": [rows], "error": pa.array([error], pa.string())})
 
     def _count_try(self, number: int) -> None:
-        with _tries(self.out, number).open("a") as dots:
+        with (file := _file(self.out, number, "tries")).open("a") as dots:
             dots.write(".")
-        if _tries(self.out, number).stat().st_size > TRIES:
+        if file.stat().st_size > TRIES:
             raise DataError(f"{self.parts[number]}: {TRIES} workers died on it; mend it, or give workers more memory")
 
 
@@ -80,11 +80,11 @@ def run_parts(
     Raises DataError with a worker's message, or naming a part on which workers died; finished parts are kept.
     """
     (out / DONE).mkdir(parents=True, exist_ok=True)
-    left = [number for number in range(len(parts)) if not _summary(out, number).exists()]
+    left = [number for number in range(len(parts)) if not _file(out, number, "json").exists()]
     for file in out.glob("*.partial"):  # of workers that were killed
         file.unlink()
     for number in left:
-        _tries(out, number).unlink(missing_ok=True)
+        _file(out, number, "tries").unlink(missing_ok=True)
     began = printed = time.perf_counter()
     rows = 0
     with bar() as progress:
@@ -102,7 +102,7 @@ def run_parts(
     seconds = time.perf_counter() - began
     kept = f", {len(parts) - len(left)} part(s) were done before" if len(left) < len(parts) else ""
     console.print(f"{label}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s){kept}", highlight=False)
-    return [read_json(_summary(out, number)) for number in range(len(parts))]
+    return [read_json(_file(out, number, "json")) for number in range(len(parts))]
 
 
 def _outcomes(
@@ -126,9 +126,6 @@ def _outcomes(
     yield from ((row["rows"], row["error"]) for row in done.iter_rows())
 
 
-def _summary(out: Path, number: int) -> Path:
-    return out / DONE / f"{number:06d}.json"
-
-
-def _tries(out: Path, number: int) -> Path:
-    return out / DONE / f"{number:06d}.tries"
+def _file(out: Path, number: int, kind: str) -> Path:
+    """Return a part's summary, "json", or its file of dots, "tries"."""
+    return out / DONE / f"{number:06d}.{kind}"

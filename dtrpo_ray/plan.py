@@ -12,8 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dtrpo_ray.config.job import Job
-from dtrpo_ray.config.model import ModelInit
+from dtrpo_ray.config.job import Job, ModelInit
 from dtrpo_ray.config.task import FilesTask
 from dtrpo_ray.config.train import LoraConfig, TrainConfig
 from dtrpo_ray.data.tasks.puzzles import puzzle_module
@@ -136,9 +135,7 @@ class Shape:
         else:
             assert job.model.init is not None
             config = {"vocab_size": vocabulary(job), **job.model.init.sizes()}
-        hidden, heads, layers = (
-            config[f"{name}"] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
+        hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
         size = config.get("head_dim") or hidden // heads
         keys = size * (config.get("num_key_value_heads") or heads)
         return cls(hidden, config["intermediate_size"], layers, heads * size, keys=keys, vocab=config["vocab_size"])

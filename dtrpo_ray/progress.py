@@ -25,8 +25,7 @@ def bar() -> Progress:
 @contextmanager
 def watch(metrics: Path, label: str, total: int, events: Path) -> Iterator[None]:
     """Follow a metrics file, and print what is appended to an events file, from a thread until the block ends."""
-    stop = threading.Event()
-    known = len(read_events(events))
+    stop, known = threading.Event(), len(read_events(events))
     thread = threading.Thread(target=_follow, args=(metrics, label, total, stop, events, known), daemon=True)
     thread.start()
     try:

@@ -9,8 +9,8 @@ import torch
 from paths import ROOT
 
 from dtrpo_ray import plan as plan_module
+from dtrpo_ray.config.job import ModelInit
 from dtrpo_ray.config.load import load_job
-from dtrpo_ray.config.model import ModelInit
 from dtrpo_ray.config.train import LoraConfig, Objective, TrainConfig
 from dtrpo_ray.method.step import checkpoint_layers
 from dtrpo_ray.models.base import CHUNK_LOGITS, DiffusionLM

@@ -38,21 +38,7 @@ class DraftsConfig(_LanguageModel):
 
 
 JUDGE_FIELDS = ("{prompt}", "{first}", "{second}")  # of a template
-JUDGE_TEMPLATE = """Compare two answers to the same request. Judge how well each serves the request, and neither its \
-place nor its length.
-
-[Request]
-{prompt}
-
-[Answer A]
-{first}
-
-[Answer B]
-{second}
-
-[Task]
-Say in a few sentences which answer is better and why. Then end with one line: "Verdict: A", "Verdict: B" or, if \
-neither is better, "Verdict: tie"."""
+JUDGE_TEMPLATE = Path(__file__).with_name("judge.txt").read_text().rstrip()
 
 
 class JudgeConfig(_LanguageModel):
