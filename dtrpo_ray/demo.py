@@ -45,15 +45,13 @@ class Questions:
 
     def lines(self) -> list[str]:
         """Describe scores and example for a terminal."""
-        example = self.example()
+        example, aligned = self.example(), self.answers["aligned"]
         if example["correct"] is None:
             return [f"asked {self.url}: {example['prompt']} -> {example['text']}"]
-        count = len(self.answers["aligned"])
-        scores = ", ".join(f"{model} {correct}/{count}" for model, correct in self.scores().items())
-        number = self.answers["aligned"].index(example)
-        shown = {model: answers[number] for model, answers in self.answers.items()}
+        scores = ", ".join(f"{model} {correct}/{len(aligned)}" for model, correct in self.scores().items())
+        shown = {model: answers[aligned.index(example)] for model, answers in self.answers.items()}
         return [
-            f"asked the served models {count} held-out puzzles: {scores} at {self.budget} steps per block",
+            f"asked the served models {len(aligned)} held-out puzzles: {scores} at {self.budget} steps per block",
             f"example: {example['prompt']}",
             *(f"  {model:<8} {a['text']} ({'correct' if a['correct'] else 'wrong'})" for model, a in shown.items()),
         ]

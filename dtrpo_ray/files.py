@@ -27,9 +27,7 @@ def open_pyarrow(where: str) -> tuple[pafs.FileSystem, str]:
 
     Raises ValueError or OSError for a URI that pyarrow cannot open.
     """
-    if "://" not in where:
-        return pafs.LocalFileSystem(), str(Path(where).resolve())
-    filesystem, path = pafs.FileSystem.from_uri(where)
+    filesystem, path = pafs.FileSystem.from_uri(where if "://" in where else str(Path(where).resolve()))
     return filesystem, path
 
 

@@ -5,7 +5,6 @@ failures, dropped steps, skipped checkpoints, drains; they are appended by sever
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -62,8 +61,5 @@ def _whole_lines(path: Path) -> list[str]:
 def append_event(path: Path, event: str, message: str, **facts: Any) -> None:
     """Append one event; a line is a single write, so processes may share the file."""
     line = json.dumps({"time": round(time.time(), 3), "event": event, "message": message, **facts}) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())

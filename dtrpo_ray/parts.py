@@ -28,12 +28,13 @@ Part = TypeVar("Part")
 Summary = TypeVar("Summary", bound=Mapping[str, object])
 Worker = Callable[[Part, Path], Summary]
 """(part, folder) -> {"rows": the number of rows it read, ...}. Writing a part again gives the same files."""
+Maker = Callable[[], Worker[Part, Summary]]
 
 
 class _Actor:
     """A process that makes its worker at the first part, so that a failure to make it is reported like any other."""
 
-    def __init__(self, make: Callable[[], Worker[Any, Any]], parts: Sequence[Any], out: Path) -> None:
+    def __init__(self, make: Maker[Any, Any], parts: Sequence[Any], out: Path) -> None:
         self.make, self.parts, self.out = make, parts, out
 
     @cached_property
@@ -44,7 +45,10 @@ class _Actor:
         (number,) = batch["part"].to_pylist()
         part, rows, error = self.parts[number], 0, None
         try:
-            self._count_try(number)
+            with (tries := _file(self.out, number, "tries")).open("a") as dots:
+                dots.write(".")
+            if tries.stat().st_size > TRIES:
+                raise DataError(f"{part}: {TRIES} workers died on it; mend it, or give workers more memory")
             summary = self.work(part, self.out)
             write_json(_file(self.out, number, "json"), summary)
             rows = int(summary["rows"])
@@ -60,20 +64,9 @@ class _Actor:
             error = f"{part}: {kind}: {problem}; {advice}"
         return pa.table({"rows": [rows], "error": pa.array([error], pa.string())})
 
-    def _count_try(self, number: int) -> None:
-        with (file := _file(self.out, number, "tries")).open("a") as dots:
-            dots.write(".")
-        if file.stat().st_size > TRIES:
-            raise DataError(f"{self.parts[number]}: {TRIES} workers died on it; mend it, or give workers more memory")
-
 
 def run_parts(
-    parts: Sequence[Part],
-    make: Callable[[], Worker[Part, Summary]],
-    out: Path,
-    cluster: ClusterConfig,
-    label: str,
-    gpu: bool = False,
+    parts: Sequence[Part], make: Maker[Part, Summary], out: Path, cluster: ClusterConfig, label: str, gpu: bool = False
 ) -> list[Summary]:
     """Do the parts that are not done yet; return the summaries of all, in order.
 

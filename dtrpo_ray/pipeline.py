@@ -32,10 +32,7 @@ from dtrpo_ray.models.lora import target_modules
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id
 from dtrpo_ray.parts import run_parts
-from dtrpo_ray.produce import rollout
-from dtrpo_ray.produce.drafts import Drafter
-from dtrpo_ray.produce.llm import require_vllm
-from dtrpo_ray.produce.scoring import Scorer
+from dtrpo_ray.produce import drafts, llm, rollout, scoring
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
 from dtrpo_ray.stages import JsonObject, Stage, Store
@@ -206,10 +203,10 @@ class Pipeline:
 
         def make(out: Path) -> JsonObject:
             if config.judge:
-                require_vllm("score.judge")
+                llm.require_vllm("score.judge")
             files = tables.table_files((trajectories.path / TABLE).resolve())
             parts = tables.prompt_parts(files, config.judge.batch_size) if config.judge else tables.file_parts(files)
-            scorer = partial(Scorer, config)
+            scorer = partial(scoring.Scorer, config)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
             tables.write_manifest(out / TABLE, TRAJECTORY, rows=rows)
@@ -249,8 +246,8 @@ class Pipeline:
         inputs: JsonObject = {"drafts": config.model_dump(mode="json"), "drafter": digest, "seed": self.job.seed}
 
         def drafter() -> MakeImporter:
-            require_vllm("drafts")
-            return partial(Drafter, config=config, model_hash=digest, seed=self.job.seed)
+            llm.require_vllm("drafts")
+            return partial(drafts.Drafter, config=config, model_hash=digest, seed=self.job.seed)
 
         return self._import("drafts", "drafts", inputs, drafter, config.batch_size)
 
@@ -373,8 +370,7 @@ class Pipeline:
             files = tables.table_files(table.path / TABLE)  # beside what an import leaves in the folder
             ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
             texts = [str(tokenizer.decode(row)) for row in ids]
-        prompts = [validation.ValidationPrompt(prompt=t, prompt_ids=row) for t, row in zip(texts, ids, strict=True)]
-        validation.write_questions(prompts, scorer_path(puzzle) if puzzle else None, out)
+        validation.write_questions(texts, ids, scorer_path(puzzle) if puzzle else None, out)
 
     @once
     def evaluate(self) -> Evaluation:

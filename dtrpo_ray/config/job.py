@@ -100,10 +100,8 @@ class Job(Section):
             self._fits_files(kind)
         elif self.rollout is None:
             raise ValueError(f"{kind} has no pairs of its own: add a [rollout] section")
-        elif self.score:
-            raise ValueError(f"{kind} scores what it decodes: remove [score]")
-        elif self.drafts:
-            raise ValueError(f"{kind} decodes its own prompts: remove [drafts]")
+        elif self.score or self.drafts:
+            raise ValueError(f"{kind} decodes its own prompts and scores the answers: remove [drafts] and [score]")
         if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:

@@ -92,9 +92,8 @@ def _suggestion(root: type[Section], loc: Sequence[Any], where: str) -> str:
         else:
             found = kinds(sections[0].model_fields[part].annotation)
             sections = [kind for kind in found if isinstance(kind, type) and issubclass(kind, Section)]
-    section = sections[0]
-    near = difflib.get_close_matches(loc[-1], section.model_fields, 1)
-    known = ", ".join(section.model_fields)
+    fields = sections[0].model_fields
+    near, known = difflib.get_close_matches(loc[-1], fields, 1), ", ".join(fields)
     return f"; did you mean {where.removesuffix(loc[-1])}{near[0]}?" if near else f"; its section knows {known}"
 
 

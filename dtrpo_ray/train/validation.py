@@ -27,13 +27,6 @@ QUESTIONS = "questions.json"
 TIMEOUT_SECONDS = 3600  # of one validation; later ones wait for it
 
 
-class ValidationPrompt(TypedDict):
-    """A prompt as text and as ids."""
-
-    prompt: str
-    prompt_ids: list[int]
-
-
 class Line(TypedDict):
     """The fixed columns of a line of validation.jsonl; the metrics are columns too."""
 
@@ -49,9 +42,10 @@ class Measured(TypedDict):
     line: Line
 
 
-def write_questions(prompts: Sequence[ValidationPrompt], scorer: str | None, out: Path) -> None:
+def write_questions(texts: Sequence[str], ids: Sequence[list[int]], scorer: str | None, out: Path) -> None:
     """Store the questions for every checkpoint, and their scorer ("module:function"), if there is one."""
-    (out / QUESTIONS).write_text(json.dumps({"prompts": list(prompts), "scorer": scorer}))
+    prompts = [{"prompt": text, "prompt_ids": row} for text, row in zip(texts, ids, strict=True)]
+    (out / QUESTIONS).write_text(json.dumps({"prompts": prompts, "scorer": scorer}))
 
 
 def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[str, float]:

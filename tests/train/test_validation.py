@@ -45,8 +45,8 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
 ) -> None:
     monkeypatch.setattr(validation, "Engine", FakeEngine)
     monkeypatch.setattr(validation, "export_checkpoint", lambda *_, **__: {"step": 4})
-    prompts = [{"prompt": text, "prompt_ids": [int(text)]} for text in ("7", "7", "8", "7")]
-    validation.write_questions(prompts, "tests.train.test_validation:score", tmp_path)
+    texts = ("7", "7", "8", "7")
+    validation.write_questions(texts, [[int(text)] for text in texts], "tests.train.test_validation:score", tmp_path)
     root = str(tmp_path / "run")
     path = write(tmp_path, root, 4)
     here = lambda folder, out, config: validation.measure(folder, out, TrainConfig.model_validate(config))  # noqa: E731
