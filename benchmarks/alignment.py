@@ -67,8 +67,9 @@ def measure(job_file: Path, seed: int, storage: Path, arms: list[str], overrides
         settings = [*settings_of(arm, job_file, overrides), f"seed={seed}", f"storage={storage}"]
         job = load_job(job_file, settings)
         with ray_session(job.cluster):
-            table = Pipeline(job, Store(storage)).evaluate()["table"]
-        for row in table:
+            value = Pipeline(job, Store(storage)).evaluate()
+        assert value is not None
+        for row in value["table"]:
             if row["model"] == "aligned" or arm == arms[0]:
                 name = "base" if row["model"] == "base" else arm
                 made.append(Measured(name, seed, row["set"], row["budget"], row["solved"]))

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ import typer
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job, load_serve
-from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.data.tasks.puzzles import read_public_tests
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
@@ -178,6 +177,7 @@ def check(
         result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
         return
     from dtrpo_ray.data.prepare import check_data
+    from dtrpo_ray.data.tables import quarantine_lines
 
     if parsed:
         files = getattr(parsed.task, "files", ())
@@ -186,8 +186,6 @@ def check(
         reports = check_data(source, max_tokens, tokenizer)
     refused = [row for report in reports for row in report.refused]
     if quarantine is not None:
-        from dtrpo_ray.data.tables import quarantine_lines
-
         quarantine.write_text(quarantine_lines(refused))
     value = {"source": source, "files": {r.source: {"table": r.table, **r.totals} for r in reports}}
     result(value, as_json, "\n".join(line for report in reports for line in report.lines()))
@@ -210,6 +208,7 @@ def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as
     """Evaluate base and aligned on held-out prompts, at every decoding budget."""
     with open_pipeline(job, overrides, fresh, "eval") as pipeline:
         value = pipeline.evaluate()
+    assert value is not None
     result({"verb": "eval", **value}, as_json, evaluation_text(value))
 
 
@@ -249,13 +248,13 @@ def export(
         raise ConfigError(f"{out} exists already; name a folder that does not")
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
+    from dtrpo_ray.train import export as exports
+    from dtrpo_ray.train.checkpoint import local_folder
+
     job = Path(source)
     if "://" in source or job.is_dir():
-        from dtrpo_ray.train.checkpoint import local_folder
-        from dtrpo_ray.train.export import export_checkpoint
-
         with local_folder(source) as folder:
-            facts = export_checkpoint(folder, out, merged, dtype, base_name)
+            facts = exports.export_checkpoint(folder, out, merged, dtype, base_name)
         _print_export(out, as_json, step=facts["step"])
         return
     parsed = load_job(job, overrides or ())
@@ -264,8 +263,6 @@ def export(
         raise ConfigError(
             f"{parsed.name}: each of its {parsed.rounds} rounds has its own base: export it with --merged"
         )
-    from dtrpo_ray.train import export as exports
-
     with open_pipeline(job, overrides, False) as pipeline:
         aligned = pipeline.aligned()
         if base_name is None and parsed.model.path:
@@ -333,30 +330,24 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve a model directory, or a job's aligned model, over HTTP until Ctrl-C."""
-    if source.is_dir():
-        config = load_serve(source, overrides or ())
-        from dtrpo_ray.session import ray_session
-
-        with ray_session(ClusterConfig()):
-            _serve_until_interrupt(config, as_json)
-        return
-    with open_pipeline(source, overrides, False) as pipeline:
-        given = pipeline.job.serve
-        path = given.checkpoint or str(pipeline.aligned().path.resolve())
-        _serve_until_interrupt(given.model_copy(update={"checkpoint": path}), as_json)
-
-
-def _serve_until_interrupt(config: ServeConfig, as_json: bool) -> None:
+    local = source.is_dir()
+    config = load_serve(source, overrides or ()) if local else load_job(source, overrides or ()).serve
     from dtrpo_ray.serve.server import start, stop
+    from dtrpo_ray.session import ray_session
 
-    url, name = start(config), config.model_name
-    try:
-        result({"verb": "serve", "url": url, "model": name}, as_json, f"serving {name} at {url}")
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    except KeyboardInterrupt:
-        pass
-    finally:
-        stop()
+    opened: AbstractContextManager[Pipeline | None]
+    opened = ray_session(ClusterConfig()) if local else open_pipeline(source, overrides, False)
+    with opened as pipeline:
+        if pipeline and not config.checkpoint:
+            config = config.model_copy(update={"checkpoint": str(pipeline.aligned().path.resolve())})
+        url, name = start(config), config.model_name
+        try:
+            result({"verb": "serve", "url": url, "model": name}, as_json, f"serving {name} at {url}")
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        except KeyboardInterrupt:
+            pass
+        finally:
+            stop()
 
 
 @app.command()
@@ -384,7 +375,7 @@ def run(
     read_keys(given.api_key_file)
     with open_pipeline(job, overrides, fresh) as pipeline:
         pipeline.aligned()
-        evaluation = _evaluation(pipeline)
+        evaluation = pipeline.evaluate()
         if evaluation:
             say(evaluation_text(evaluation))
         budget = demo.choose_budget(pipeline.job, evaluation["comparison"] if evaluation else ())
@@ -402,16 +393,12 @@ def run(
                 signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
-def _evaluation(pipeline: "Pipeline") -> "Evaluation | None":
-    return pipeline.evaluate() if pipeline.job.eval and pipeline.job.puzzle else None
-
-
 def _write_report(pipeline: "Pipeline", answer: "Answer | None") -> Path:
     from dtrpo_ray.report.page import write_report
 
     job: Job = pipeline.job
     pipeline.aligned()
-    evaluation, facts, out = _evaluation(pipeline), job.model_dump(mode="json"), job.storage / job.name
+    evaluation, facts, out = pipeline.evaluate(), job.model_dump(mode="json"), job.storage / job.name
     out.mkdir(parents=True, exist_ok=True)
     return write_report(out, facts, pipeline.lineage(), pipeline.curves(), evaluation=evaluation, answer=answer)
 

@@ -34,11 +34,9 @@ def drop_placement_group_cleaner(trainer: Any) -> None:
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     create = trainer._create_default_callbacks
-
-    def create_without() -> list[Any]:
-        return [callback for callback in create() if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-    trainer._create_default_callbacks = create_without
+    trainer._create_default_callbacks = lambda: [
+        c for c in create() if not isinstance(c, PlacementGroupCleanerCallback)
+    ]
 
 
 def end_serve_controller(seconds: float) -> None:

@@ -7,9 +7,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 
@@ -47,21 +47,6 @@ HELD_OUT_SEED = 1  # held-out prompts are the same for every seed, round and var
 
 MakeImporter = Callable[[prepare.ImportJob], prepare.Importer]
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def once(method: Method) -> Method:
-    """Keep a method's results in its pipeline, so that files are hashed and stages looked up once in a command."""
-
-    @wraps(method)
-    def remember(self: "Pipeline", *args: Any) -> Any:
-        call = (method.__name__, args)
-        if call not in self.results:
-            self.results[call] = method(self, *args)
-        return self.results[call]
-
-    return cast(Method, remember)
-
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
@@ -80,9 +65,10 @@ class Pipeline:
     def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
         self.job, self.store, self.resume = job, store, resume
         self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
-        self.results: dict[tuple[str, tuple[Any, ...]], Any] = {}
+        found_once = (self.initial, self.base, self.trajectories, self.scored, self.pairs, self.policy)
+        for method in (*found_once, self.reference_logps, self.evaluate, self._test_sets):
+            setattr(self, method.__name__, cache(method))  # files are hashed and stages looked up once in a command
 
-    @once
     def initial(self) -> ModelRef:
         """Return the given model directory, or a new one with random weights."""
         job, model = self.job, self.job.model
@@ -115,7 +101,6 @@ class Pipeline:
         save_model(model, out / MODEL)
         return {"parameters": sum(p.numel() for p in model.parameters())}
 
-    @once
     def base(self) -> ModelRef:
         """Return the model to align: the initial one, trained on generated examples if the job has [sft]."""
         job = self.job
@@ -133,7 +118,6 @@ class Pipeline:
         tables.read_table(out / TABLE, EXAMPLE)
         return summary
 
-    @once
     def trajectories(self, number: int) -> Stage:
         """Return a round's trajectories: decoded by the policy that enters it, or read from the job's files.
 
@@ -161,7 +145,7 @@ class Pipeline:
             done = self._record(prompts, decode, out, label=name)
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
-        if job.task.brings_prompts:
+        if not job.puzzle:
             rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
             return self._import(name, "trajectories", inputs, recorder, max(1, rows))
         task = job.task.model_dump(mode="json", exclude={"public_tests"})
@@ -191,7 +175,6 @@ class Pipeline:
         tables.write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
         return done
 
-    @once
     def scored(self, number: int) -> Stage:
         """Return a round's trajectories with rewards: a puzzle scores its own, [score] those of files."""
         job, config, trajectories = self.job, self.job.score, self.trajectories(number)
@@ -214,7 +197,6 @@ class Pipeline:
 
         return self.store.stage(f"score-{number}", inputs, [f"{TABLE}/*.parquet"], make)
 
-    @once
     def pairs(self, number: int) -> Stage:
         """Return a round's preference pairs: from its scored trajectories, or from the job's files."""
         job = self.job
@@ -287,7 +269,6 @@ class Pipeline:
 
         return self.store.stage(name, {**inputs, **(more or {})}, [f"{TABLE}/*.parquet"], make)
 
-    @once
     def policy(self, number: int) -> ModelRef:
         """Return the policy after `number` rounds, which is the reference of the next round; 0 is the base."""
         if number == 0:
@@ -297,7 +278,6 @@ class Pipeline:
         seed = self.job.seed + number
         return self._train(f"train-{number}", self.job.train, reference, pairs, seed, cache=cache)
 
-    @once
     def reference_logps(self, number: int) -> Stage:
         """Return the reference's log-probs of a round's pairs, at the states that its training will draw."""
         config, reference, pairs = self.job.train, self.policy(number - 1), self.pairs(number)
@@ -322,8 +302,8 @@ class Pipeline:
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
         workers = self.workers[name] = self._workers(name)
+        fields = config.model_dump(mode="json", exclude=set(NO_WEIGHTS))
         fixed: JsonObject = {"base": base.digest, "seed": seed, "table": table.digest, "num_workers": workers}
-        inputs: JsonObject = {"config": weight_fields(config), **fixed}
 
         def make(out: Path) -> JsonObject:
             if workers != self.job.cluster.num_workers:
@@ -346,7 +326,7 @@ class Pipeline:
             return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
 
         outputs = [f"{MODEL}/*", METRICS, *([f"{ADAPTER}/*"] if config.lora else [])]
-        return _model_of(self.store.stage(name, inputs, outputs, make))
+        return _model_of(self.store.stage(name, {"config": fields, **fixed}, outputs, make))
 
     def _workers(self, name: str) -> NumWorkers:
         """Return the number of workers in a stage's name: the job's or, before the resumed stage, the old run's.
@@ -372,9 +352,10 @@ class Pipeline:
             texts = [str(tokenizer.decode(row)) for row in ids]
         validation.write_questions(texts, ids, scorer_path(puzzle) if puzzle else None, out)
 
-    @once
-    def evaluate(self) -> Evaluation:
-        """Evaluate base and aligned on held-out prompts and public test sets."""
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate base and aligned on held-out prompts and public test sets; None without [eval] or a verifier."""
+        if self.job.eval is None or self.job.puzzle is None:
+            return None
         table: list[Score] = []
         examples: list[Example] = []
         for name, model in (("base", self.base()), ("aligned", self.aligned())):
@@ -385,8 +366,7 @@ class Pipeline:
 
     def _evaluate_model(self, name: str, model: ModelRef) -> Stage:
         job, config = self.job, self.job.eval
-        if config is None or job.puzzle is None:
-            raise ConfigError("nothing to evaluate: the job has no [eval] section, or its task has no verifier")
+        assert config is not None
         sets = self._test_sets()
         fields, hashes = config.model_dump(mode="json"), {title: sha256_json(rows) for title, rows in sets.items()}
         inputs: JsonObject = {"eval": fields, "model": model.digest, "sets": hashes, "seed": job.seed}
@@ -410,7 +390,6 @@ class Pipeline:
 
         return self.store.stage(f"eval-{name}", inputs, ["eval.json"], make)
 
-    @once
     def _test_sets(self) -> dict[str, list[dict[str, str]]]:
         config, task = self.job.eval, self.job.puzzle
         assert config is not None
@@ -453,11 +432,6 @@ def _rewards(done: Sequence[Mapping[str, Any]], out: Path) -> JsonObject:
 def _seed_of(*parts: int | str) -> int:
     """Derive a seed from these parts."""
     return int.from_bytes(bytes.fromhex(sha256_json(list(parts))[:12]))
-
-
-def weight_fields(config: TrainConfig) -> JsonObject:
-    """Return the fields of a training section that change weights and so name its stage."""
-    return config.model_dump(mode="json", exclude=set(NO_WEIGHTS))
 
 
 def _model_of(stage: Stage) -> ModelRef:

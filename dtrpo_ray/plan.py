@@ -180,13 +180,11 @@ def state_bytes(config: TrainConfig, num_workers: int, count: int, trained: int,
     The optimizer's are Adam's two moments, and under ZeRO or bf16 its own float32 weights. With `offload` they lie in
     CPU memory.
     """
-    width = BYTES_BF16 if bf16 else BYTES_FP32
-    stage = config.zero_stage
-    own_weights = stage > 0 or bf16
+    width, stage = BYTES_BF16 if bf16 else BYTES_FP32, config.zero_stage
     return {
         "weights": count * width // (num_workers if stage == 3 else 1),
         "gradients": trained * width // (num_workers if stage >= 2 else 1),
-        "optimizer": trained * BYTES_FP32 * (2 + own_weights) // (num_workers if stage > 0 else 1),
+        "optimizer": trained * BYTES_FP32 * (2 + (stage > 0 or bf16)) // (num_workers if stage > 0 else 1),
         "reference": count * width if config.runs_reference and config.lora is None else 0,
         "buffers": REDUCE_BUCKET * width if stage == 3 else 0,
     }

@@ -112,13 +112,9 @@ def uses_gpu(cluster: ClusterConfig) -> bool:
 def shortfall(cluster: ClusterConfig, gpu: bool) -> str:
     """Return a message about the GPUs or CPUs a training stage must wait for, "" if its workers fit the cluster."""
     kind = "GPU" if gpu else "CPU"
-    have = int(ray.cluster_resources().get(kind, 0))
-    if have >= cluster.fewest_workers:
-        return ""
-    return (
-        f"{cluster.fewest_workers} worker(s) need a {kind} each and the cluster has {have}: waiting for it to grow; "
-        "Ctrl-C, and set cluster.num_workers, if it cannot"
-    )
+    have, fewest = int(ray.cluster_resources().get(kind, 0)), cluster.fewest_workers
+    advice = "waiting for it to grow; Ctrl-C, and set cluster.num_workers, if it cannot"
+    return "" if have >= fewest else f"{fewest} worker(s) need a {kind} each and the cluster has {have}: {advice}"
 
 
 def cpu_threads(sharers: int) -> int:

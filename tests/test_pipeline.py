@@ -18,9 +18,28 @@ from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.files import sha256_json
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from dtrpo_ray.pipeline import ModelRef, Pipeline, weight_fields
+from dtrpo_ray.pipeline import ModelRef, Pipeline
 from dtrpo_ray.stages import Stage, Store
 from dtrpo_ray.train.run import RunRecord, TrainStage
+
+
+class Dry:
+    """A store that makes nothing and keeps what each stage depends on."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    def stage(self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: object) -> Stage:
+        self.inputs[name] = inputs
+        key = sha256_json({"stage": name, "inputs": inputs})
+        return Stage(name, key, Path(name), 0.0, False, {f"model/{name}": key})
+
+
+def weight_fields(config: TrainConfig) -> object:
+    """The settings that name a training stage."""
+    store, job = Dry(), load_job(ROOT / "jobs" / "demo.toml").model_copy(update={"train": config})
+    Pipeline(job, store).policy(1)  # type: ignore[arg-type]
+    return store.inputs["train-1"]["config"]
 
 
 @pytest.mark.parametrize(
@@ -36,18 +55,6 @@ def test_knobs_that_change_no_weight_do_not_rename_a_stage(change: dict[str, obj
 )
 def test_knobs_that_change_weights_do(change: dict[str, object]) -> None:
     assert weight_fields(TrainConfig.model_validate(change)) != weight_fields(TrainConfig())
-
-
-class Dry:
-    """A store that makes nothing and keeps what each stage depends on."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, dict[str, Any]] = {}
-
-    def stage(self, name: str, inputs: dict[str, Any], outputs: Iterable[str], make: object) -> Stage:
-        self.inputs[name] = inputs
-        key = sha256_json({"stage": name, "inputs": inputs})
-        return Stage(name, key, Path(name), 0.0, False, {f"model/{name}": key})
 
 
 def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it() -> None:

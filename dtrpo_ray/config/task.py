@@ -14,7 +14,6 @@ class TaskBase(Section):
     type: str
     brings_pairs: ClassVar[bool] = False
     brings_responses: ClassVar[bool] = False
-    brings_prompts: ClassVar[bool] = False
     answer_tokens: ClassVar[int] = 1
     """Fewest tokens that hold an answer."""
 
@@ -83,7 +82,6 @@ class TrajectoriesTask(FilesTaskBase):
 class PromptsTask(FilesTaskBase):
     """Prompts from files, answered by the model itself ([rollout]) or by an ordinary one ([drafts]): no accuracy."""
 
-    brings_prompts: ClassVar[bool] = True
     type: Literal["prompts"]
 
 
