@@ -260,9 +260,7 @@ def export(
     parsed = load_job(job, overrides or ())
     adapter = parsed.train.lora is not None and not merged
     if adapter and parsed.rounds > 1:
-        raise ConfigError(
-            f"{parsed.name}: each of its {parsed.rounds} rounds has its own base: export it with --merged"
-        )
+        raise ConfigError(f"{parsed.name}: each of {parsed.rounds} rounds has its own base: export it with --merged")
     with open_pipeline(job, overrides, False) as pipeline:
         aligned = pipeline.aligned()
         if base_name is None and parsed.model.path:
@@ -375,8 +373,7 @@ def run(
     read_keys(given.api_key_file)
     with open_pipeline(job, overrides, fresh) as pipeline:
         pipeline.aligned()
-        evaluation = pipeline.evaluate()
-        if evaluation:
+        if evaluation := pipeline.evaluate():
             say(evaluation_text(evaluation))
         budget = demo.choose_budget(pipeline.job, evaluation["comparison"] if evaluation else ())
         with demo.ask_served(pipeline, budget) as asked:

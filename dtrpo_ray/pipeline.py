@@ -430,7 +430,6 @@ def _rewards(done: Sequence[Mapping[str, Any]], out: Path) -> JsonObject:
 
 
 def _seed_of(*parts: int | str) -> int:
-    """Derive a seed from these parts."""
     return int.from_bytes(bytes.fromhex(sha256_json(list(parts))[:12]))
 
 

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.section import Section, kinds
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.config.task import PuzzleTask
 from dtrpo_ray.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -98,7 +97,7 @@ def _suggestion(root: type[Section], loc: Sequence[Any], where: str) -> str:
 
 
 def _require_files(path: Path, job: Job) -> None:
-    score, task = job.score, job.task
+    score = job.score
     wanted: list[tuple[str, str | Path | None]] = [
         ("model.path", job.model.path),
         ("model.tokenizer", job.model.tokenizer),
@@ -107,8 +106,7 @@ def _require_files(path: Path, job: Job) -> None:
         ("score.judge.model", score.judge.model if score and score.judge else None),
         ("drafts.model", job.drafts.model if job.drafts else None),
     ]
-    if not isinstance(task, PuzzleTask):
-        wanted += [("task.files", file) for file in task.files if "://" not in file]
+    wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")
