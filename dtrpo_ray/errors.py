@@ -1,40 +1,41 @@
 """The errors a user can cause, and their messages on one line.
 
+    DtrpoError           any of them: the CLI prints its message and exits with 2
+    +-- ConfigError      a job file, an override or a flag that cannot be run
+    +-- DataError        a row, file or store that breaks its schema
+    +-- ModelError       a model directory that is unknown, incomplete or of another shape
+    +-- CheckpointError  a training checkpoint that is missing, partial, corrupt or of another run
+    +-- TrainError       a training run that cannot go on (for example a loss that is not finite)
+    +-- ServeError       a request or deployment that cannot be served
+    +-- SessionError     a Ray session that does not start on this machine
+
 Each message names the place, the field, the value and the remedy. No class defines `__init__`: Ray sends exceptions
 between processes by pickle, which calls the class with `args`.
 """
 
 
-class DtrpoError(Exception):
-    """Base of every error that the user can mend; the CLI prints its message and exits with 2."""
+class DtrpoError(Exception): ...
 
 
-class ConfigError(DtrpoError, ValueError):
-    """A job file, an override or a flag that cannot be run."""
+class ConfigError(DtrpoError, ValueError): ...
 
 
-class DataError(DtrpoError, ValueError):
-    """A row, file or store that breaks its schema."""
+class DataError(DtrpoError, ValueError): ...
 
 
-class ModelError(DtrpoError, ValueError):
-    """A model directory that is unknown, incomplete or of another shape."""
+class ModelError(DtrpoError, ValueError): ...
 
 
-class CheckpointError(DtrpoError, ValueError):
-    """A training checkpoint that is missing, partial, corrupt or of another run."""
+class CheckpointError(DtrpoError, ValueError): ...
 
 
-class TrainError(DtrpoError, RuntimeError):
-    """A training run that cannot go on (for example a loss that is not finite)."""
+class TrainError(DtrpoError, RuntimeError): ...
 
 
-class ServeError(DtrpoError, RuntimeError):
-    """A request or deployment that cannot be served."""
+class ServeError(DtrpoError, RuntimeError): ...
 
 
-class SessionError(DtrpoError, RuntimeError):
-    """A Ray session that does not start on this machine."""
+class SessionError(DtrpoError, RuntimeError): ...
 
 
 def first_line(error: BaseException) -> str:

@@ -12,8 +12,7 @@ from typing import Any, NotRequired, TypedDict
 from dtrpo_ray.files import whole_file
 
 # in the folder of a stage
-METRICS, EVENTS, RUN, ERRORS = "metrics.jsonl", "events.jsonl", "run.json", "errors"
-VALIDATION = "validation.jsonl"
+METRICS, EVENTS, RUN, ERRORS, VALIDATION = "metrics.jsonl", "events.jsonl", "run.json", "errors", "validation.jsonl"
 
 
 class Event(TypedDict):
