@@ -8,7 +8,8 @@ from pathlib import Path
 from paths import ROOT
 
 REPORT = ("page.html.jinja", "plots.mplstyle", "light.mplstyle", "dark.mplstyle")
-READ = ("py.typed", "serve/playground.html", "train/card.md.jinja", *(f"report/{name}" for name in REPORT))
+TEMPLATES = ("config/judge.txt", "serve/playground.html", "train/card.md.jinja")
+READ = ("py.typed", *TEMPLATES, *(f"report/{name}" for name in REPORT))
 NOT_CODE = {f"dtrpo_ray/{name}" for name in READ}
 
 
