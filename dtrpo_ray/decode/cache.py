@@ -17,11 +17,10 @@ SCRATCH = 0  # the page that padding is written to; nothing reads it
 
 def block_digests(ids: Sequence[int], block_size: int) -> list[bytes]:
     """Return a digest of each whole block of `ids` together with everything before it."""
-    digests, before = [], b""
+    digests: list[bytes] = []
     for start in range(0, len(ids) - block_size + 1, block_size):
         text = ",".join(map(str, ids[start : start + block_size]))
-        before = blake2b(before + text.encode(), digest_size=16).digest()
-        digests.append(before)
+        digests.append(blake2b(b"".join(digests[-1:]) + text.encode(), digest_size=16).digest())
     return digests
 
 

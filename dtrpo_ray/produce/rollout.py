@@ -23,10 +23,10 @@ from dtrpo_ray.data.formats.tokenize import apply_rules, tokenize_prompts
 from dtrpo_ray.data.prepare import Importer, ImportJob
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.rules import check_table
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, TRAJECTORY, TrajectoryRow
+from dtrpo_ray.data.schemas import TRAJECTORY, TrajectoryRow
 from dtrpo_ray.data.tables import Rejected, write_whole
 from dtrpo_ray.decode.engine import Engine, block_size_error
-from dtrpo_ray.decode.types import DECODER_NAME, SamplingParams, to_params
+from dtrpo_ray.decode.types import SamplingParams, to_params
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.registry import skeleton_of
@@ -97,18 +97,10 @@ class Recorder:
             text = self.engine.decode(generation.text_ids)
             yield {
                 **request,
-                **how_decoded(self.engine.model, params, len(prompt), generation.steps),
-                "contract_version": CONTRACT_VERSION,
+                **how_decoded(self.engine.model, params, prompt, generation, seed),
                 "response": text,
-                "prompt_ids": prompt,
-                "response_ids": generation.ids,
-                "steps": generation.steps,
-                "logps": generation.logps,
-                "num_forwards": generation.num_forwards,
                 "reward": self.score(request["prompt"], text) if self.score else None,
                 "reward_source": self.job.scorer,
-                "seed": seed,
-                "engine": DECODER_NAME,
                 "model_hash": self.job.model_hash,
                 "tokenizer_hash": self.tokenizer_hash,
             }

@@ -7,18 +7,9 @@ since clients send many. `null` means absent.
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    create_model,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic.json_schema import WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from dtrpo_ray.config.decode import Remasking, Sampling
 from dtrpo_ray.data.schemas import TrajectoryRow
@@ -28,23 +19,17 @@ MAX_ALTERNATIVES = 20  # of each token
 UNSUPPORTED = "unsupported_parameter"
 
 
-class _Only:
-    """Accepts only neutral values, which ask for nothing; the specification lists them."""
+def _only(*neutral: Any) -> tuple[AfterValidator, WithJsonSchema]:
+    """Accept only neutral values, which ask for nothing; the specification lists them."""
 
-    def __init__(self, *neutral: Any) -> None:
-        self.neutral = neutral
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [*(v for v in self.neutral if not isinstance(v, float)), None]}  # 0 is 0.0 in JSON
-
-    def check(self, value: Any) -> Any:
+    def check(value: Any) -> Any:
         # `True == 1`, and `logprobs = 0` asks for something that `logprobs = false` does not
-        if any(type(value) is type(allowed) and value == allowed for allowed in self.neutral):
+        if any(type(value) is type(allowed) and value == allowed for allowed in neutral):
             return value
         raise PydanticCustomError(UNSUPPORTED, "is not supported by this server; leave the field out")
+
+    listed = [*(value for value in neutral if not isinstance(value, float)), None]  # 0 is 0.0 in JSON
+    return AfterValidator(check), WithJsonSchema({"enum": listed})
 
 
 def _as_list(value: Any) -> Any:
@@ -110,18 +95,18 @@ class _Request(_Body, Sampling):
     return_trajectory: bool = False
     """Also return each choice as a row of the trajectory table: ids, the denoising step of each, log-probabilities."""
 
-    echo: Annotated[Any, _Only(False)] = None
-    best_of: Annotated[Any, _Only(1)] = None
-    logit_bias: Annotated[Any, _Only({})] = None
-    suffix: Annotated[Any, _Only("")] = None
-    min_p: Annotated[Any, _Only(0, 0.0)] = None
-    frequency_penalty: Annotated[Any, _Only(0, 0.0)] = None
-    presence_penalty: Annotated[Any, _Only(0, 0.0)] = None
-    repetition_penalty: Annotated[Any, _Only(1, 1.0)] = None
-    min_tokens: Annotated[Any, _Only(0)] = None
-    response_format: Annotated[Any, _Only({"type": "text"})] = None
-    tools: Annotated[Any, _Only([])] = None
-    functions: Annotated[Any, _Only([])] = None
+    echo: Annotated[Any, *_only(False)] = None
+    best_of: Annotated[Any, *_only(1)] = None
+    logit_bias: Annotated[Any, *_only({})] = None
+    suffix: Annotated[Any, *_only("")] = None
+    min_p: Annotated[Any, *_only(0, 0.0)] = None
+    frequency_penalty: Annotated[Any, *_only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, *_only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, *_only(1, 1.0)] = None
+    min_tokens: Annotated[Any, *_only(0)] = None
+    response_format: Annotated[Any, *_only({"type": "text"})] = None
+    tools: Annotated[Any, *_only([])] = None
+    functions: Annotated[Any, *_only([])] = None
 
 
 def _as_prompts(value: Any) -> Any:

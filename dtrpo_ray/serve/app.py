@@ -60,7 +60,7 @@ def create_app(
 ) -> FastAPI:
     """Return the app of one engine, and of `others` by name. With `keys`, clients send one as a Bearer token."""
     service = Service({config.model_name: engine, **(others or {})}, config)
-    app = FastAPI(title="dtrpo", version=_version(), lifespan=service.lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="dtrpo", version=_version(), docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(middleware.Gate, keys=keys)
     app.add_exception_handler(StarletteHTTPException, middleware.on_http_error)
@@ -120,12 +120,6 @@ class Service:
     def swap(self, name: str, engine: Engine) -> None:
         """Serve new requests for a name with an engine; those under way end with the one they began with."""
         self.served[name] = Batcher(engine, self.config.max_batch, self.config.cache_tokens)
-
-    @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """End the tokenizing thread at the end; a decoding thread ends with its last request."""
-        yield
-        self.tokenizing.shutdown(wait=False, cancel_futures=True)
 
     # --- endpoints ---
 

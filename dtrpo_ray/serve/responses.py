@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from dtrpo_ray.data.rows import how_decoded
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, TrajectoryRow
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.types import DECODER_NAME, Committed, DecoderEvent, SamplingParams, Unmasked
+from dtrpo_ray.decode.types import Committed, DecoderEvent, Generation, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
 from dtrpo_ray.serve.batcher import Delivery, Ticket
 
@@ -107,23 +106,12 @@ class Choice:
 
     def trajectory(self, row_id: str) -> api.Trajectory:
         """Return the choice as a row of the trajectory table."""
-        steps = [step for b in self.blocks for step in b.steps]
-        row: TrajectoryRow = {
-            "contract_version": CONTRACT_VERSION,
-            "row_id": row_id,
-            "prompt_id": row_id,
-            "prompt": self.engine.decode(self.prompt),
-            "response": self.text,
-            "prompt_ids": self.prompt,
-            "response_ids": [token for b in self.blocks for token in b.ids],
-            "steps": steps,
-            "logps": [logp for b in self.blocks for logp in b.logps],
-            "num_forwards": 1 + max(steps, default=-1),
-            **how_decoded(self.engine.model, self.params, len(self.prompt), steps),
-            "seed": self.seed,
-            "engine": DECODER_NAME,
-        }
-        return api.Trajectory(**row, tokens=[self.engine.decode([token]) for token in self.ids])
+        ids, steps = [i for b in self.blocks for i in b.ids], [step for b in self.blocks for step in b.steps]
+        logps = [logp for b in self.blocks for logp in b.logps]
+        made = Generation(ids, steps, logps, num_forwards=1 + max(steps, default=-1), text_ids=self.ids)
+        prompt, tokens = self.engine.decode(self.prompt), [self.engine.decode([token]) for token in self.ids]
+        row = how_decoded(self.engine.model, self.params, self.prompt, made, self.seed)
+        return api.Trajectory(**row, row_id=row_id, prompt_id=row_id, prompt=prompt, response=self.text, tokens=tokens)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -31,36 +31,23 @@ from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import server
 from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS
+from tests.serve.test_app import CONFIG
 
 torch.set_num_threads(1)
 
 CLUSTER = ROOT / "cluster"
-CONFIG = {
-    "model_type": "sdar",
-    "vocab_size": 8,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "block_size": 4,
-    "mask_token_id": 6,
-    "eos_token_id": 5,
-    "pad_token_id": 5,
-    "bos_token_id": 5,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 256,
-}
+
+
+def write_model(path: Path, seed: int) -> Path:
+    """A model with one id that has no text."""
+    save_model(build_model({**CONFIG, "vocab_size": 8}, seed=seed), path)
+    character_tokenizer("01234").save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(build_model(CONFIG, seed=3), path)
-    character_tokenizer("01234").save_pretrained(path)
-    return path
+    return write_model(tmp_path_factory.mktemp("model"), 3)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +59,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("another")
-    save_model(build_model(CONFIG, seed=5), path)
-    character_tokenizer("01234").save_pretrained(path)
-    return path
+    return write_model(tmp_path_factory.mktemp("another"), 5)
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +355,7 @@ def replica(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def said(model: server.Model, *names: str) -> list[str]:
     """What models of a replica write to one prompt."""
     asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "steps": 2}
-    client = TestClient(model.__serve_build_asgi_app__())  # without its lifespan, which would end the replica
+    client = TestClient(model.__serve_build_asgi_app__())
     answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in names]
     return [answer.json()["choices"][0]["text"] for answer in answers]
 
