@@ -247,12 +247,13 @@ def _states(
 def _column(row: Row, name: str, schedule: str) -> np.ndarray:
     values = row.get(name)
     if values is None:
-        remedy = (
-            "record trajectories (dtrpo rollout)" if schedule == "recorded" else "run step.order_by_confidence first"
-        )
+        remedies = {
+            "recorded": "record trajectories (dtrpo rollout)",
+            "confidence": "run step.order_by_confidence first",
+        }
         raise DataError(
             f'row {row["row_id"]}: {name} is missing, and train.objective.schedule = "{schedule}" needs it; '
-            f'{remedy} or set schedule = "random"'
+            f'{remedies[schedule]} or set schedule = "random"'
         )
     return np.asarray(values, dtype=np.int64 if schedule == "recorded" else np.float64)
 

@@ -6,6 +6,7 @@ the caller weighs pairs over the GLOBAL batch, so that the number does not depen
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,10 +110,7 @@ def training_step(
     negative (Schulman, "Approximating KL divergence", 2020, k3).
     """
     num_pairs, num_sides = batch.tokens.shape
-
-    def by_side(values_N: Tensor) -> Tensor:
-        return sum_by_side(values_N, batch.slot, num_pairs, num_sides)
-
+    by_side = partial(sum_by_side, slot_N=batch.slot, num_pairs=num_pairs, num_sides=num_sides)
     inputs = packed_inputs(batch)
     logp_N = scored_logps(policy, batch, inputs)
     nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
@@ -177,12 +175,9 @@ def order_by_confidence(
     hidden_rows = [{**row, **{f"{side}_steps": steps(row, side) for side in SIDES}} for row in rows]
     batch = build_batch(hidden_rows, Objective(), layout, seed=0, row_tokens=row_tokens)
     logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
-    slots, out = batch.slot.numpy(), []
+    slots, out = batch.slot.numpy(), [dict(row) for row in rows]
     for b, row in enumerate(hidden_rows):
-        confidence = {}
         for s, side in enumerate(SIDES):
-            values = np.zeros(len(row[f"{side}_steps"]))
+            out[b][f"{side}_confidence"] = values = np.zeros(len(row[f"{side}_steps"]))
             values[row[f"{side}_steps"] != GIVEN] = logps[slots == b * len(SIDES) + s]
-            confidence[f"{side}_confidence"] = values
-        out.append({**rows[b], **confidence})
     return out

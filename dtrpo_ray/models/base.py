@@ -135,13 +135,11 @@ class DiffusionLM(nn.Module):
                     f"config.json: {key} = {token} lies outside the vocabulary of {self.vocab_size}; "
                     f"give the id of that token in the tokenizer as {key}"
                 )
-        if config.get("use_sliding_window"):
-            raise ModelError("config.json: use_sliding_window = true is not supported; every layer sees the whole mask")
+        sliding = "use_sliding_window = true is" if config.get("use_sliding_window") else ""
         if odd := set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise ModelError(
-                f"config.json: layer_types names {min(odd)!r}, which is not supported; every layer sees the whole mask "
-                "(full_attention)"
-            )
+            sliding = f"layer_types names {min(odd)!r}, which is"
+        if sliding:
+            raise ModelError(f"config.json: {sliding} not supported; every layer sees the whole mask (full_attention)")
         config.rope_parameters()  # raises: rope_theta has no default
 
     def _trunk_config(self) -> PreTrainedConfig:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedConfig
 
 from dtrpo_ray.errors import ModelError
-from dtrpo_ray.models.base import QWEN_LORA, QWEN_SIZES, DiffusionLM, FamilyFacts, LoraTargets, TensorPiece
+from dtrpo_ray.models.base import QWEN_SIZES, DiffusionLM, FamilyFacts, TensorPiece
 from dtrpo_ray.models.config_json import ConfigJson
 
 RENAMED = {
@@ -45,7 +45,6 @@ class LLaDA2(DiffusionLM):
         *("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok"),
         *("moe_intermediate_size", "n_group", "topk_group", "num_shared_experts"),
     )
-    lora = LoraTargets(QWEN_LORA.attention, QWEN_LORA.mlp)
 
     def end_tokens(self, config: ConfigJson) -> list[int]:
         # the published config names its end-of-text token only as padding

@@ -28,8 +28,7 @@ def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
 
     Raises ConfigError if some of them take no adapters, rather than train fewer than were asked for.
     """
-    attention, mlp, output = model.lora.attention, model.lora.mlp, model.lora.output
-    if "mlp" in (config.targets or "") and not mlp:
+    if "mlp" in (config.targets or "") and not model.lora.mlp:
         raise ConfigError(
             f"lora.targets = {config.targets!r}: the MLPs of {model.facts.model_type} are routed experts alone, "
             "stacked tensors that take no adapters; set train.lora.targets = 'attention'"
@@ -39,8 +38,7 @@ def target_modules(model: DiffusionLM, config: LoraConfig) -> list[str]:
             f"lora.targets = {config.targets!r}: this model's output head is its embedding (tied), and merging would "
             "change both; set train.lora.targets = 'mlp'"
         )
-    parts = {"attention": attention, "mlp": mlp, "attention+mlp": attention + mlp, "mlp+output": mlp + output}
-    return list(parts[config.targets or "attention+mlp"])
+    return [name for part in (config.targets or "attention+mlp").split("+") for name in getattr(model.lora, part)]
 
 
 def add_adapters(model: DiffusionLM, config: LoraConfig, seed: int) -> None:
@@ -109,7 +107,13 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     import peft
     from peft.utils.other import get_pattern_key
 
-    config, tensors = _read_adapter(path)
+    try:
+        config, tensors = peft.PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_FILE)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
+    plain = isinstance(config, peft.LoraConfig) and not (config.use_dora or config.use_rslora)
+    if not plain or config.modules_to_save or config.bias != "none":
+        raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
     parts = {name.removesuffix(".weight"): pieces for name, pieces in base.checkpoint_tensors().items()}
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):
@@ -143,19 +147,6 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
         for side, value in zip((layer.lora_A, layer.lora_B), weights[name], strict=True):
             side[NAME].to(layer.weight.device, layer.weight.dtype).weight.data.copy_(value)
     copy.requires_grad_(False)
-
-
-def _read_adapter(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    import peft
-
-    try:
-        config, tensors = peft.PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_FILE)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
-    plain = isinstance(config, peft.LoraConfig) and not (config.use_dora or config.use_rslora)
-    if not plain or config.modules_to_save or config.bias != "none":
-        raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
-    return config, tensors
 
 
 def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) -> None:

@@ -85,7 +85,14 @@ def skeleton_of(path: Path, sharding: Sharding | None = None) -> DiffusionLM:
         config["mask_token_id"] = declared.mask
     with sharding.build() if sharding else torch.device("meta"):
         model = cls(config)
-    model.other_ends |= generation_ends(path, model.vocab_size)
+    file = path / "generation_config.json"
+    ends = read_model_json(file).get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int and 0 <= token < model.vocab_size for token in ids):
+        raise ModelError(
+            f"{file}: eos_token_id = {ends!r}; give an id, or a list of ids, in the vocabulary of {model.vocab_size}"
+        )
+    model.other_ends |= frozenset(ids)
     _require_own_tokenizer(path, declared, model)
     return model
 
@@ -108,21 +115,6 @@ def _require_own_tokenizer(path: Path, declared: Declared, model: DiffusionLM) -
             f"generation_config.json is {', '.join(map(str, sorted(model.stop_ids)))}; one of them belongs to another "
             "model, or add the token to the list in generation_config.json"
         )
-
-
-def generation_ends(path: Path, vocab_size: int) -> frozenset[int]:
-    """Read the end tokens of a directory's `generation_config.json`: its eos_token_id, one id or a list.
-
-    Raises ModelError for anything else, and for an id outside the vocabulary.
-    """
-    file = path / "generation_config.json"
-    value = read_model_json(file).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        raise ModelError(
-            f"{file}: eos_token_id = {value!r}; give an id, or a list of ids, in the vocabulary of {vocab_size}"
-        )
-    return frozenset(ids)
 
 
 def save_model(model: DiffusionLM, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -27,7 +27,6 @@ class SDAR(DiffusionLM):
         sources=("JetAstra/SDAR: config.json and modeling_sdar.py of SDAR-4B-Chat", "Gen-Verse/dLLM-RL: generate.py"),
     )
     trunk = Qwen3ForCausalLM
-    sizes = (*QWEN_SIZES, "block_size")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         if config.get("block_size") is None:

@@ -2,11 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders
@@ -55,11 +54,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the mask token: declared, or one of MASK_SPELLINGS. Raises ModelError if there is none."""
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    for spelling in MASK_SPELLINGS:
-        if spelling in tokenizer.get_vocab():
-            return int(tokenizer.get_vocab()[spelling])
+    vocab = tokenizer.get_vocab()
+    for spelling in (tokenizer.mask_token, *MASK_SPELLINGS):
+        if spelling in vocab:
+            return int(vocab[spelling])
     raise ModelError("the tokenizer has no mask token; a diffusion model needs one")
 
 
@@ -109,25 +107,21 @@ class Declared:
 
 def declared_ids(path: Path) -> Declared:
     """Read the ids of a directory's added tokens. Raises ModelError if two files disagree."""
+    config, extra, whole = (
+        read_model_json(path / name) for name in ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
+    )
+    pairs = [(token["content"], int(token_id)) for token_id, token in config.get("added_tokens_decoder", {}).items()]
+    pairs += [*extra.items(), *((token["content"], token["id"]) for token in whole.get("added_tokens", []))]
     added: dict[str, int] = {}
-    for name, tokens in ADDED_TOKENS.items():
-        for token, token_id in tokens(read_model_json(path / name)):
-            if added.setdefault(token, token_id) != token_id:
-                raise ModelError(f"{path}: the tokenizer files give {token!r} two ids: {added[token]}, {token_id}")
+    for token, token_id in pairs:
+        if added.setdefault(token, token_id) != token_id:
+            raise ModelError(f"{path}: the tokenizer files give {token!r} two ids: {added[token]}, {token_id}")
     masks = sorted({token_id for token, token_id in added.items() if token in MASK_SPELLINGS})
     if len(masks) > 1:
         raise ModelError(f"{path}: the tokenizer files give the mask token two ids: {masks}")
-    eos = read_model_json(path / "tokenizer_config.json").get("eos_token")
+    eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     return Declared(added, masks[0] if masks else None, added.get(str(eos)))
-
-
-# file -> (token, id) of the added tokens in it
-ADDED_TOKENS: dict[str, Callable[[Mapping[str, Any]], Iterable[tuple[str, int]]]] = {
-    "tokenizer_config.json": lambda r: ((t["content"], int(i)) for i, t in r.get("added_tokens_decoder", {}).items()),
-    "added_tokens.json": lambda record: record.items(),
-    "tokenizer.json": lambda record: ((token["content"], token["id"]) for token in record.get("added_tokens", [])),
-}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -177,12 +171,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
 def render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]
 ) -> tuple[list[str], dict[int, str]]:
-    """Render conversations in one call; return their texts ("" if refused) and {place: reason} of the refused."""
-    try:
-        if tokenizer.chat_template is not None and conversations:
-            return list(tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)), {}
-    except TemplateError:  # one bad conversation fails the whole call: find it
-        pass
+    """Render conversations; return their texts ("" if refused) and {place: reason} of the refused."""
     texts, refused = [""] * len(conversations), dict[int, str]()
     for place, conversation in enumerate(conversations):
         try:
