@@ -247,13 +247,10 @@ def _states(
 def _column(row: Row, name: str, schedule: str) -> np.ndarray:
     values = row.get(name)
     if values is None:
-        remedies = {
-            "recorded": "record trajectories (dtrpo rollout)",
-            "confidence": "run step.order_by_confidence first",
-        }
+        remedy = {"recorded": "record trajectories (dtrpo rollout)"}.get(schedule, "run step.order_by_confidence first")
         raise DataError(
             f'row {row["row_id"]}: {name} is missing, and train.objective.schedule = "{schedule}" needs it; '
-            f'{remedies[schedule]} or set schedule = "random"'
+            f'{remedy} or set schedule = "random"'
         )
     return np.asarray(values, dtype=np.int64 if schedule == "recorded" else np.float64)
 
@@ -308,7 +305,7 @@ def _collate(
     responses = [[len(row[f"{side}_ids"]) for side in SIDES[: len(scored[0])]] for row in rows]
     return MicroBatch(
         **{name: torch.from_numpy(grid) for name, grid in grids.items()},
-        **{name: torch.from_numpy(columns[name].copy()) for name in columns.dtype.names[3:]},
+        **{name: torch.from_numpy(columns[name].copy()) for name in (columns.dtype.names or ())[3:]},
         tokens=torch.tensor(responses, dtype=torch.float32),
         scored=torch.tensor(counts, dtype=torch.float32),
         row_weight=torch.tensor([float(row.get("row_weight", 1.0)) for row in rows]),

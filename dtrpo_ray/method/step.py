@@ -167,12 +167,11 @@ def order_by_confidence(
     decoder's own order, which is recomputed after each step.
     """
     layout = ModelLayout.of(reference)
-
-    def steps(row: Mapping[str, Any], side: str) -> np.ndarray:
-        first = layout.opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]))
-        return np.where(first & layout.reads_back, GIVEN, 0)
-
-    hidden_rows = [{**row, **{f"{side}_steps": steps(row, side) for side in SIDES}} for row in rows]
+    hidden_rows = [dict(row) for row in rows]
+    for row in hidden_rows:
+        for side in SIDES:
+            first = layout.opens_block(len(row["prompt_ids"]), len(row[f"{side}_ids"]))
+            row[f"{side}_steps"] = np.where(first & layout.reads_back, GIVEN, 0)
     batch = build_batch(hidden_rows, Objective(), layout, seed=0, row_tokens=row_tokens)
     logps = scored_logps(reference, batch.to(device)).float().cpu().numpy()
     slots, out = batch.slot.numpy(), [dict(row) for row in rows]

@@ -128,8 +128,10 @@ class DiffusionLM(nn.Module):
                 f"config.json: small_block_size = {self.small_block_size} does not divide {self.facts.block_key} = "
                 f"{self.block_size}; give one that does, or {self.block_size} to decode by whole blocks"
             )
-        ends = (("eos_token_id", token) for token in self.end_tokens(config))
-        for key, token in (("mask_token_id", self.mask_id), *ends):
+        for key, token in (
+            ("mask_token_id", self.mask_id),
+            *(("eos_token_id", end) for end in self.end_tokens(config)),
+        ):
             if not 0 <= token < self.vocab_size:
                 raise ModelError(
                     f"config.json: {key} = {token} lies outside the vocabulary of {self.vocab_size}; "
@@ -166,8 +168,7 @@ class DiffusionLM(nn.Module):
 
     def trunk_config(self, keys: ConfigJson) -> PreTrainedConfig:
         """Convert the family's config keys, without HIDDEN_KEYS, to the trunk's config; by default unchanged."""
-        config_class: Any = self.trunk.config_class
-        return config_class(**keys)
+        return self.trunk.config_class(**keys)  # type: ignore[misc]
 
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor, row_N: Tensor, col_N: Tensor, target_N: Tensor

@@ -49,7 +49,7 @@ class ConfigJson(dict[str, Any]):
         for key, allowed in supported.items():
             value = self.get(key)
             if value is not None and value not in allowed:
-                known = " or ".join(repr(a) for a in allowed)
+                known = " or ".join(map(repr, allowed))
                 raise ModelError(f"config.json: {key} = {value!r} is not supported for {self.family}; only {known} is")
 
     def error(self, key: str, needed: str, value: Any, remedy: str = "") -> ModelError:

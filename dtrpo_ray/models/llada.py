@@ -54,8 +54,17 @@ class LLaDA(DiffusionLM):
             raise ModelError("config.json: rope = False is not supported for llada; only True is")
         rope = keys.rope_parameters()
         ConfigJson(rope, "llada").refuse(rope_type=("default",), type=("default",))  # upstream has no scaling
+        # upstream and transformers have a key each for a head that is the embedding
+        tied, other = keys.get("weight_tying"), keys.get("tie_word_embeddings")
+        if not isinstance(tied, bool):
+            raise keys.error("weight_tying", "true or false", tied)
+        if other not in (None, tied):
+            raise ModelError(
+                f"config.json: weight_tying = {tied} and tie_word_embeddings = {other} disagree; LLaDA reads the "
+                "first: set the second to the same value, or remove it"
+            )
         heads = keys["n_heads"]
-        return LlamaConfig(
+        return LlamaConfig(  # type: ignore[call-arg] - any key is taken
             vocab_size=self.vocabulary(keys),
             hidden_size=keys["d_model"],
             num_hidden_layers=keys["n_layers"],
@@ -66,22 +75,10 @@ class LLaDA(DiffusionLM):
             rope_parameters=rope,
             max_position_embeddings=keys.get("max_sequence_length", 4096),
             initializer_range=keys.get("init_std", 0.02),
-            tie_word_embeddings=self._tying(keys),
+            tie_word_embeddings=tied,
             pad_token_id=None,
             attn_implementation=keys["attn_implementation"],
         )
-
-    def _tying(self, keys: ConfigJson) -> bool:
-        """Read whether the head is the embedding; upstream and transformers have a key each for it."""
-        tied, other = keys.get("weight_tying"), keys.get("tie_word_embeddings")
-        if not isinstance(tied, bool):
-            raise keys.error("weight_tying", "true or false", tied)
-        if other not in (None, tied):
-            raise ModelError(
-                f"config.json: weight_tying = {tied} and tie_word_embeddings = {other} disagree; LLaDA reads the "
-                "first: set the second to the same value, or remove it"
-            )
-        return tied
 
     def upstream(self, name: str) -> Iterator[TensorPiece]:
         module, _, kind = name.rpartition(".")

@@ -89,9 +89,8 @@ class LLaDA2(DiffusionLM):
         The published config says it twice, as a share and as a count; transformers 5 saves it within rope_parameters.
         """
         whole = {"partial_rotary_factor": 1, "rotary_dim": keys["head_dim"]}
-        if keys.get("partial_rotary_factor") is None:
-            nested = keys.get("rope_parameters") or {}
-            keys = ConfigJson({**keys, "partial_rotary_factor": nested.get("partial_rotary_factor")}, keys.family)
+        own = {key: value for key, value in keys.items() if value is not None}
+        keys = ConfigJson({**(keys.get("rope_parameters") or {}), **own}, keys.family)
         given = [key for key in whole if keys.get(key) is not None] or ["partial_rotary_factor"]
         shares = [keys.number(key) / whole[key] for key in given]
         if min(shares) != max(shares) or shares[0] > 1:
@@ -117,5 +116,6 @@ class LLaDA2(DiffusionLM):
         stem, _, leaf = name.rpartition("self_attn.")
         which = "qkv".index(leaf[0])
         start = sum(stops[:which])
-        kind = leaf.rpartition(".")[2]
-        return TensorPiece(f"{stem}attention.query_key_value.{kind}", f"lm.{name}", start, start + stops[which])
+        return TensorPiece(
+            f"{stem}attention.query_key_value.{leaf.rpartition('.')[2]}", f"lm.{name}", start, start + stops[which]
+        )
