@@ -128,10 +128,8 @@ class DiffusionLM(nn.Module):
                 f"config.json: small_block_size = {self.small_block_size} does not divide {self.facts.block_key} = "
                 f"{self.block_size}; give one that does, or {self.block_size} to decode by whole blocks"
             )
-        for key, token in (
-            ("mask_token_id", self.mask_id),
-            *(("eos_token_id", end) for end in self.end_tokens(config)),
-        ):
+        ends = self.end_tokens(config)
+        for key, token in (("mask_token_id", self.mask_id), *(("eos_token_id", end) for end in ends)):
             if not 0 <= token < self.vocab_size:
                 raise ModelError(
                     f"config.json: {key} = {token} lies outside the vocabulary of {self.vocab_size}; "

@@ -64,7 +64,7 @@ class LLaDA(DiffusionLM):
                 "first: set the second to the same value, or remove it"
             )
         heads = keys["n_heads"]
-        return LlamaConfig(  # type: ignore[call-arg] - any key is taken
+        return LlamaConfig(  # type: ignore[call-arg]
             vocab_size=self.vocabulary(keys),
             hidden_size=keys["d_model"],
             num_hidden_layers=keys["n_layers"],

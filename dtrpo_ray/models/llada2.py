@@ -114,8 +114,6 @@ class LLaDA2(DiffusionLM):
         size, kv_heads = self.config["head_dim"], self.config["num_key_value_heads"]
         stops = [heads * size for heads in (self.config["num_attention_heads"], kv_heads, kv_heads)]
         stem, _, leaf = name.rpartition("self_attn.")
-        which = "qkv".index(leaf[0])
+        which, kind = "qkv".index(leaf[0]), leaf.rpartition(".")[2]
         start = sum(stops[:which])
-        return TensorPiece(
-            f"{stem}attention.query_key_value.{leaf.rpartition('.')[2]}", f"lm.{name}", start, start + stops[which]
-        )
+        return TensorPiece(f"{stem}attention.query_key_value.{kind}", f"lm.{name}", start, start + stops[which])

@@ -1,7 +1,4 @@
-"""Dream, DiffuCoder and Fast-dLLM v2: a Qwen2.5 trunk with the autoregressive shift.
-
-Tokens are predicted from the state before them.
-"""
+"""Dream, DiffuCoder, Fast-dLLM v2: Qwen2.5 with the autoregressive shift (the state before a token predicts it)."""
 
 from transformers import PreTrainedConfig, Qwen2ForCausalLM
 

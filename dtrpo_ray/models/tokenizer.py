@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -197,12 +198,10 @@ def encode_response(
 def prompt_messages(prompt: str) -> list[dict[str, str]]:
     """Return the messages that a column `prompt` holds as JSON, or else its text as the user's."""
     if prompt.startswith("[{"):
-        try:
+        with suppress(json.JSONDecodeError):
             messages = json.loads(prompt)
-        except json.JSONDecodeError:
-            messages = []
-        if messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-            return list(messages)
+            if all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+                return list(messages)
     return [{"role": "user", "content": prompt}]
 
 
