@@ -85,9 +85,7 @@ def _listed_shards(index: Path) -> list[Path]:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         hint = "copy the safetensors weights there"
         if pickled:
-            hint = (
-                f"found {', '.join(pickled[:3])}: convert it to safetensors first, since pickled weights can run code"
-            )
+            hint = f"found {', '.join(pickled[:3])}: convert it to safetensors first; pickled weights can run code"
         raise ModelError(f"{folder}: no {SINGLE} and no {INDEX}; {hint}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
