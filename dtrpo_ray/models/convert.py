@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 from dtrpo_ray.errors import ModelError, first_line
 from dtrpo_ray.files import whole_folder
 from dtrpo_ray.models.base import DiffusionLM
-from dtrpo_ray.models.registry import family, save_model
+from dtrpo_ray.models.registry import family, save_model, skeleton
 from dtrpo_ray.models.tokenizer import MASK, MASK_SPELLINGS
 
 TOLERANCE = 1e-5  # of logits between the source and the converted model, relative to the largest, in float32
@@ -43,13 +43,7 @@ class Converted:
     difference: float
 
 
-def convert(
-    source: str,
-    out: Path,
-    block_size: int,
-    revision: str | None = None,
-    dtype: str = "auto",
-) -> Converted:
+def convert(source: str, out: Path, block_size: int, revision: str | None = None, dtype: str = "auto") -> Converted:
     """Write the converted model, its tokenizer and its generation defaults to a new folder `out`.
 
     `source` is a directory with safetensors, a GGUF file, or a hub id, of which `revision` is a branch, tag or commit.
@@ -71,8 +65,7 @@ def convert(
     mask_id = _add_mask(tokenizer, source)
     rows = max(model.config.vocab_size, mask_id + 1)
     config = _config(keys, model, tokenizer, {"mask_token_id": mask_id, "vocab_size": rows}, block_size)
-    with torch.device("meta"):
-        made = family(TARGETS[keys["model_type"]])(config)
+    made = skeleton(config)
     made.lm.load_state_dict(_tensors(model, made, rows, mask_id), strict=True, assign=True)
     made.finish("cpu")
     difference = causal_difference(model, made)
