@@ -65,7 +65,7 @@ def open_pipeline(
     """Validate the job, then start Ray and yield its pipeline. `needs` names the section that the verb is about."""
     job = load_job(path, overrides or ())
     if needs and getattr(job, needs) is None:
-        raise ConfigError(f"{path}: there is no [{needs}] section, so there is nothing to do here")
+        raise ConfigError(f"{path}: this command needs a section [{needs}]")
     if needs == "eval" and not job.puzzle:
         raise ConfigError(f"{path}: task.type = {job.task.type!r} has no verifier, so there is no accuracy to measure")
     if needs == "drafts" or (needs == "score" and job.score and job.score.judge):
@@ -103,7 +103,7 @@ def _stage_verb(name: str, text: str, pick: Callable[["Pipeline"], Any]) -> None
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Compare two ways in one run: `dtrpo bench train|decode|data|forward`. Needs a checkout of the repository."""
+    """Run a benchmark: `dtrpo bench train|decode|data|forward`. Needs a clone of the repository."""
     checkout = Path(__file__).parents[1]
     if not (checkout / "benchmarks" / "cli.py").is_file():
         raise ConfigError("dtrpo bench is not part of the installed package: run it from a clone of the repository")
@@ -132,14 +132,14 @@ def train(
     fresh: Fresh = False,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on from the checkpoints of this training stage's folder, cut off with other settings."),
+        typer.Option(help="The folder of a training stage to resume with changed settings."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Align the model: all rounds of rollout, pair and train. A run cut off goes on by itself."""
+    """Align the model: all rounds of rollout, pair and train. An interrupted run resumes by itself."""
     trained = ("base-", *(f"train-{number + 1}-" for number in range(load_job(job, overrides or ()).rounds)))
     if resume and not resume.name.startswith(trained):
-        raise ConfigError(f"--resume {resume}: no stage of this job is called so; name a folder train-N-... in stages/")
+        raise ConfigError(f"--resume {resume}: not a training stage of this job; name a folder train-N-... in stages/")
     with open_pipeline(job, overrides, fresh, resume=resume) as pipeline:
         pipeline.aligned()
     _print_last_stage("train", pipeline, as_json)
@@ -151,7 +151,7 @@ def status(
     check: Annotated[bool, typer.Option("--check", help="Read every byte of every checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the state of a training stage: live, cut off or finished; its checkpoints; its errors."""
+    """Show the state of a training stage (running, cut off or finished), its checkpoints and its errors."""
     from dtrpo_ray.train.status import read_status
 
     value = read_status(run, check)
@@ -236,18 +236,18 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     overrides: Overrides = None,
-    merged: Annotated[bool, typer.Option("--merged", help="With LoRA: the whole model, adapters added in.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="With LoRA: the whole model with merged adapters.")] = False,
     base_name: Annotated[
-        str | None, typer.Option(help="What adapter and card call the base, a hub id; absent: model.path as given.")
+        str | None, typer.Option(help="Hub id of the base, for the adapter and the model card; absent: model.path.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as trained if absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the aligned model of a job, or the model of a checkpoint, with its card; with LoRA the PEFT adapter."""
     if out.exists():
-        raise ConfigError(f"{out} exists already; name a folder that does not")
+        raise ConfigError(f"{out} already exists; name a new folder")
     if dtype not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
+        raise ConfigError(f"--dtype {dtype}: use float32 or bfloat16")
     from dtrpo_ray.train import export as exports
     from dtrpo_ray.train.checkpoint import local_folder
 
@@ -260,7 +260,9 @@ def export(
     parsed = load_job(job, overrides or ())
     adapter = parsed.train.lora is not None and not merged
     if adapter and parsed.rounds > 1:
-        raise ConfigError(f"{parsed.name}: each of {parsed.rounds} rounds has its own base: export it with --merged")
+        raise ConfigError(
+            f"{parsed.name}: the adapter fits only the base of round {parsed.rounds}: export with --merged"
+        )
     with open_pipeline(job, overrides, False) as pipeline:
         aligned = pipeline.aligned()
         if base_name is None and parsed.model.path:
@@ -279,7 +281,7 @@ def _print_export(out: Path, as_json: bool, **facts: int | str) -> None:
     file = out / "adapter_config.json"
     base = json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else ""
     if base and Path(base).exists():
-        say(f"{file} names its base by a path of this machine, {base}; for others give --base-name, a hub id")
+        say(f"{file} names its base by a local path, {base}; to share it, set --base-name to a Hub id")
     result({"verb": "export", "directory": str(out), **facts}, as_json, f"wrote {out}")
 
 
@@ -413,5 +415,5 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # typer turns Ctrl-C into the code it returns
-        say("interrupted: finished stages are kept, and the same command goes on from here")
+        say("interrupted: finished stages are kept; run the same command again to continue")
     sys.exit(code)

@@ -48,14 +48,14 @@ class _Actor:
             with (tries := _file(self.out, number, "tries")).open("a") as dots:
                 dots.write(".")
             if tries.stat().st_size > TRIES:
-                raise DataError(f"{part}: {TRIES} workers died on it; mend it, or give workers more memory")
+                raise DataError(f"{part}: {TRIES} workers died on it; check its data, or give workers more memory")
             summary = self.work(part, self.out)
             write_json(_file(self.out, number, "json"), summary)
             rows = int(summary["rows"])
         except DtrpoError as problem:  # the user must mend it: another try would fail too
             error = str(problem)
         except OSError as problem:
-            error = f"{part}: {problem}; writing to {self.out}. Mend it and run the same command again"
+            error = f"{part}: {problem} (output: {self.out}). Fix this and run the same command again"
         except Exception as problem:
             traceback.print_exc()  # in the worker's log
             kind, advice = type(problem).__name__, "a bug: the worker's log has the traceback"

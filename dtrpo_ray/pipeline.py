@@ -211,7 +211,8 @@ class Pipeline:
             done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
             if not made:
-                raise DataError(f"{trajectories.path}: no prompt has both a good and a bad response; raise num_samples")
+                margin = f"pair.min_margin = {job.pair.min_margin:g}"
+                raise DataError(f"{trajectories.path}: no rewards differ by {margin} or more; raise num_samples")
             tables.write_manifest(out / TABLE, PREFERENCE, rows=made)
             return {"pairs": made, **({"unscored": unscored} if unscored else {})}
 
@@ -262,7 +263,7 @@ class Pipeline:
             console.print("\n".join(tables.count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 reasons = out / TABLE / tables.QUARANTINE
-                raise DataError(f"{task.files[0]}: no row is left; see the reasons in {reasons}")
+                raise DataError(f"{task.files[0]}: no row was imported; see the reasons in {reasons}")
             manifest = tables.read_manifest(out / TABLE)
             assert manifest is not None
             return {noun: manifest["rows"], **cast(JsonObject, counts)}
@@ -308,8 +309,8 @@ class Pipeline:
         def make(out: Path) -> JsonObject:
             if workers != self.job.cluster.num_workers:
                 raise ConfigError(
-                    f"--resume {self.resume}: it was built on a finished stage {name} of {workers} worker(s), which "
-                    f"is not in {self.store.root}; put that back, or start again without --resume"
+                    f"--resume {self.resume}: this run needs its stage {name} of {workers} worker(s), which is not "
+                    f"in {self.store.root}; restore that folder, or start again without --resume"
                 )
             if config.validation:
                 self._write_questions(config.validation.num_prompts, base, table, out)

@@ -73,7 +73,7 @@ def _connect(address: str, options: dict[str, Any]) -> None:
                     "machine may be busy or short of memory: end other programs, then run the same command again. "
                     "Ray's logs are in /tmp/ray/session_latest/logs"
                 ) from None
-            console.print(f"Ray did not start ({first_line(error)}); trying once more", markup=False, highlight=False)
+            console.print(f"Ray did not start ({first_line(error)}); trying again", markup=False, highlight=False)
 
 
 def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterConfig:
@@ -84,7 +84,7 @@ def fit_cluster(cluster: ClusterConfig, say: Callable[[str], None]) -> ClusterCo
     """
     gpu = uses_gpu(cluster)
     if cluster.address != "local" and cluster.use_gpu == "auto" and not gpu:
-        say('this cluster has no GPU now, so CPUs do the work; cluster.use_gpu = "yes" waits for GPUs')
+        say('this cluster has no GPU now: the job runs on CPUs; set cluster.use_gpu = "yes" to wait for GPUs')
     if cluster.address != "local" or not gpu:
         return cluster
     gpus, fewest = int(ray.cluster_resources()["GPU"]), cluster.fewest_workers

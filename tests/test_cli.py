@@ -53,7 +53,7 @@ def test_help_names_every_verb() -> None:
     [
         (["train", "nowhere.toml"], "error: nowhere.toml: no such job file"),
         (["train", DEMO, "--set", "train.lrr=1"], "unknown field train.lrr"),
-        (["plan", DEMO, "--set", "train.global_batch=7"], "does not divide"),
+        (["plan", DEMO, "--set", "train.global_batch=7"], "must be a multiple of"),
         (["serve", "nowhere"], "no such job file"),
         (["sft", DEMO, "--set", "sft={}", "--set", "model={path='.'}"], "[sft] trains model.init from scratch"),
     ],
@@ -66,7 +66,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(words: list[str], message: str
 
 
 @pytest.mark.parametrize(
-    ("verb", "message"), [("sft", "no [sft] section"), ("rollout", "no [rollout] section"), ("eval", "has no verifier")]
+    ("verb", "message"),
+    [("sft", "needs a section [sft]"), ("rollout", "needs a section [rollout]"), ("eval", "has no verifier")],
 )
 def test_a_verb_that_has_nothing_to_do_says_so_before_anything_starts(verb: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("")
@@ -95,7 +96,7 @@ def test_a_wrong_command_line_is_exit_code_2(words: list[str]) -> None:
 def test_export_never_overwrites(tmp_path: Path) -> None:
     done = dtrpo("export", DEMO, str(tmp_path))
     assert done.returncode == 2
-    assert "exists already" in done.stderr
+    assert "already exists" in done.stderr
 
 
 def test_plan_prints_derived_numbers_as_one_json_line() -> None:
@@ -139,7 +140,7 @@ def test_ctrl_c_is_one_message_and_exit_code_130() -> None:
     code += "def interrupted(*_): raise KeyboardInterrupt\ncli.load_job = interrupted\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 130
-    assert done.stderr.strip() == "interrupted: finished stages are kept, and the same command goes on from here"
+    assert done.stderr.strip() == "interrupted: finished stages are kept; run the same command again to continue"
 
 
 def test_models_lists_every_family_with_its_sources() -> None:
@@ -160,7 +161,7 @@ def test_a_lora_job_of_rounds_exports_merged_only(tmp_path: Path) -> None:
     words = ("export", DEMO, str(tmp_path / "new"), "--set", "train.lora.rank=4", "--set", "rounds=2")
     done = dtrpo(*words)
     assert done.returncode == 2
-    assert "export it with --merged" in done.stderr
+    assert "export with --merged" in done.stderr
 
 
 @pytest.mark.ray

@@ -38,13 +38,13 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("train.offload=yes", ["offload = 'yes' must be true or false"]),
         ("train.lr=1\nx = 2", ["expected dotted.key=value"]),
         ("eval.budgets=[1, 1]", ["budgets = [1, 1] lists a budget twice"]),
-        ("model.init.num_heads=3", ["hidden_size = 128 gives 3 heads"]),
-        ("model.init.hidden_size=12", ["hidden_size = 12 gives 4 heads 3 units each"]),
-        ("name=stages", ["is a folder of every storage"]),
+        ("model.init.num_heads=3", ["hidden_size = 128 / num_heads = 3 is 42.6667"]),
+        ("model.init.hidden_size=12", ["hidden_size = 12 / num_heads = 4 is 3"]),
+        ("name=stages", ["is taken by a folder in storage"]),
         ("task.public_tests=['a/x.jsonl', 'b/x.jsonl']", ["two files are named x.jsonl"]),
         ("train.global_batch=7", ["train.global_batch = 7", "cluster.num_workers = 2"]),
         ("cluster.num_workers=[3, 2]", ["num_workers = [3, 2] must be [fewest, most]"]),
-        ("cluster.num_workers=[1, 99]", ["gives some of", "no row"]),
+        ("cluster.num_workers=[1, 99]", ["must be at least the most workers"]),
         ("train.zero.stage=3", ["unknown field train.zero"]),
         ("cluster.trackers=['comet']", ["cluster.trackers"]),
         ("eval.budgets=[99]", ["99 denoising steps per block exceed block_size = 8"]),
@@ -122,7 +122,7 @@ def test_serving_is_on_loopback_unless_asked() -> None:
 def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None:
     demo = ROOT / "jobs" / "demo.toml"
     for name in ("rollout", "eval"):
-        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: an answer has 16 tokens"):
+        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8 must be at least 16"):
             load_job(demo, [f"{name}.max_new_tokens=8"])
     text = ROOT / "jobs" / "text.toml"
     (tmp_path / "pairs.jsonl").touch()
@@ -130,7 +130,7 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
     model.write_text(
         text.read_text().split("[model]")[0] + f'[model]\npath = "{tmp_path}"\n[train.objective]\nschedule = "random"\n'
     )
-    with pytest.raises(ConfigError, match=r"model\.path: .* is no model directory \(it has no config\.json\)"):
+    with pytest.raises(ConfigError, match=r"model\.path: .* is not a model directory \(it has no config\.json\)"):
         load_job(model, [f"task.files=['{tmp_path}/pairs.jsonl']"])
 
 
@@ -140,12 +140,15 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
         ("drafts.temperature=0", "num_samples = 8: at temperature = 0 all answers are the same; set 1"),
         ("drafts.engine.x=[1]", "drafts.engine.x"),
         ("drafts.modle=m", "did you mean drafts.model?"),
-        ("task.type=trajectories", "task.type = 'trajectories' brings its responses: remove [rollout] and [drafts]"),
-        ("rollout.num_samples=2", "give [rollout] or [drafts], one of which answers them"),
-        ("rounds=2", "has neither examples nor puzzles to make: remove [sft] and rounds"),
+        (
+            "task.type=trajectories",
+            "task.type = 'trajectories' reads responses from files: remove [rollout] and [drafts]",
+        ),
+        ("rollout.num_samples=2", "needs exactly one of [rollout] and [drafts]"),
+        ("rounds=2", "generates no examples and no prompts: remove [sft] and rounds"),
         ("train.objective.schedule=recorded", "task.type = 'prompts' has no recorded steps"),
-        ("score.scorer=gsm8k", "scorer = 'judge' and a section [score.judge] go together"),
-        ("score.judge.template='{prompt} {first}'", "template lacks {second}: the judge must see what it compares"),
+        ("score.scorer=gsm8k", "add the section [score.judge] if scorer = 'judge', and only then"),
+        ("score.judge.template='{prompt} {first}'", "template lacks {second}, which the judge needs: add it"),
         ("drafts.model=models/absent", "drafts.model: models/absent does not exist"),
     ],
 )
@@ -164,10 +167,16 @@ def test_mistakes_about_drafts_and_judge(override: str, words: str, tmp_path: Pa
         ("rollout.threshold=0.9", "threshold = 0.9 and denoising_steps = (4, 8) exclude each other; give one"),
         ("rollout.remasking=threshold", "rollout.remasking"),
         ("rollout.top_p=0", "rollout.top_p"),
-        ("rollout.num_prompts=10", "rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read"),
+        (
+            "rollout.num_prompts=10",
+            "rollout.num_prompts is for puzzles only: limit the prompts of a file by task.max_rows",
+        ),
         ("rollout.max_new_tokens=4096", "rollout.max_new_tokens = 4096 exceeds task.max_response_tokens = 64"),
-        ("drafts.model=m", "give [rollout] or [drafts], one of which answers them"),
-        ("task.type=preferences", "task.type = 'preferences' brings its responses: remove [rollout] and [drafts]"),
+        ("drafts.model=m", "needs exactly one of [rollout] and [drafts]"),
+        (
+            "task.type=preferences",
+            "task.type = 'preferences' reads responses from files: remove [rollout] and [drafts]",
+        ),
     ],
 )
 def test_mistakes_about_a_rollout_of_prompts(override: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

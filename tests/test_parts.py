@@ -80,7 +80,7 @@ def test_a_full_disk_names_the_part_and_leaves_it_open(tmp_path: Path) -> None:
         return {"rows": 1}
 
     row = one_part(lambda: work, tmp_path)
-    assert row["error"].startswith("shard-0: [Errno 28] No space left on device; writing to ")
+    assert row["error"].startswith("shard-0: [Errno 28] No space left on device (output: ")
     assert not list((tmp_path / DONE).glob("*.json"))
 
 

@@ -107,7 +107,7 @@ def test_a_run_resumed_with_other_workers_reuses_the_stages_it_was_built_on(tmp_
     Pipeline(now, again, second).policy(3)  # type: ignore[arg-type]
     assert again.inputs["train-2"] == resumed.inputs["train-2"]
     missing, examples = Pipeline(now, Store(tmp_path), cut), Stage("examples", "key", tmp_path, 0.0, False, {})
-    with pytest.raises(ConfigError, match=r"built on a finished stage base of \(1, 4\) worker\(s\), which is not in"):
+    with pytest.raises(ConfigError, match=r"needs its stage base of \(1, 4\) worker\(s\), which is not in"):
         missing._train("base", was.train, ModelRef(tmp_path, "model"), examples, 0)
     (cut / "run.json").unlink()
     without = Dry()

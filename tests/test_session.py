@@ -61,7 +61,7 @@ def test_a_cluster_without_a_gpu_yet_is_waited_for_or_told(with_gpus: Any) -> No
     said: list[str] = []
     assert fit_cluster(ClusterConfig(address="auto"), said.append) == ClusterConfig(address="auto")
     assert len(said) == 1
-    assert said[0].startswith("this cluster has no GPU now, so CPUs do the work")
+    assert said[0].startswith("this cluster has no GPU now: the job runs on CPUs")
 
 
 def test_a_cluster_that_is_too_small_says_what_it_waits_for(with_gpus: Any) -> None:

@@ -18,15 +18,15 @@ class ClusterConfig(Section):
     num_workers: Workers | tuple[Workers, Workers] = 2
     """Ray Train workers; [fewest, most]: as many as the cluster has, changing when nodes come and go."""
     num_actors: int = Field(2, ge=1)
-    """Actors that do the parts of prepare, rollout, drafts, score, ref-logps and evaluation."""
+    """Actors that run prepare, rollout, drafts, score, pair, ref-logps and evaluation."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """auto: one GPU a worker if the cluster has any now; yes: a cluster that has none yet is waited for."""
+    """auto: one GPU per worker if the cluster has any GPU now; yes: wait until the cluster has GPUs."""
     max_failures: int = Field(3, ge=0)
     """Restarts of a training stage from its last checkpoint; leaving a drained node is not counted."""
     hang_seconds: int = Field(1800, ge=5)
-    """A worker that finishes no optimizer step or checkpoint for so long dumps its stacks, dies and is restarted."""
+    """A worker that finishes no optimizer step or checkpoint for so long writes its stacks, exits and is restarted."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Where metrics go besides metrics.jsonl; each package only if it is named here."""
+    """Trackers that receive the metrics of metrics.jsonl too; the package of each must be installed."""
     profile_steps: int = Field(0, ge=0)
     """Optimizer steps of rank 0 that torch's profiler traces, from the third of an attempt on."""
     checkpoints: str | None = None

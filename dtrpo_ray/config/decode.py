@@ -66,7 +66,7 @@ class Sampling(BaseModel):
             listed = " and ".join(f"{name} = {value}" for name, value in given.items())
             raise ValueError(f"{listed} exclude each other; give one")
         if (amount := POLICIES[self.policy]) in AMOUNTS and amount not in given:
-            raise ValueError(f"remasking = {self.policy} needs {amount}; give it")
+            raise ValueError(f"remasking = {self.policy} needs {amount}: set it too")
         return self
 
 

@@ -28,8 +28,8 @@ class ModelInit(Section):
         size, rest = divmod(self.hidden_size, self.num_heads)
         if rest or size % 2:
             raise ValueError(
-                f"hidden_size = {self.hidden_size} gives {self.num_heads} heads {self.hidden_size / self.num_heads:g} "
-                "units each; it must be an even whole number"
+                f"hidden_size = {self.hidden_size} / num_heads = {self.num_heads} is "
+                f"{self.hidden_size / self.num_heads:g}; the units of a head must be an even whole number"
             )
         return self
 
@@ -52,7 +52,7 @@ class ModelConfig(Section):
     init: ModelInit | None = None
     """Sizes of a new model."""
     tokenizer: Path | None = None
-    """A tokenizer directory for `init`; a puzzle task makes its own if absent."""
+    """A tokenizer directory for `init`; if absent, a puzzle task makes one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
@@ -71,7 +71,7 @@ class Job(Section):
     storage: Path = Path("runs")
     """Folder of finished stages and reports."""
     rounds: int = Field(1, ge=1)
-    """Times rollout, pair and train repeat; the reference is reset to the newest policy each round."""
+    """Times that rollout, pair and train run; each round starts from the newest policy, which is its reference."""
     task: Task
     model: ModelConfig
     sft: SFTConfig | None = None
@@ -105,17 +105,17 @@ class Job(Section):
         if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:
-            raise ValueError("[sft] trains model.init from scratch; remove it where model.path is given")
+            raise ValueError("[sft] trains model.init from scratch: remove [sft], or replace model.path by model.init")
         for name, stage in (("sft", self.sft), ("train", self.train)):
             batch, workers = stage.global_batch if stage else 0, self.cluster.num_workers
             if stage and isinstance(workers, int) and batch % workers:
-                raise ValueError(f"{name}.global_batch = {batch} does not divide by cluster.num_workers = {workers}")
+                raise ValueError(f"{name}.global_batch = {batch} must be a multiple of cluster.num_workers = {workers}")
             if stage and batch < self.cluster.most_workers:
-                raise ValueError(f"{name}.global_batch = {batch} gives some of {workers} workers no row")
+                raise ValueError(f"{name}.global_batch = {batch} must be at least the most workers of {workers}")
         needed = self.task.answer_tokens
         for name, section in (("rollout", self.rollout), ("eval", self.eval)):
             if section and section.max_new_tokens < needed:
-                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: an answer has {needed} tokens")
+                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens} must be at least {needed}")
         if self.rollout and self.model.init:
             worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
             if worst > self.model.init.block_size:
@@ -126,9 +126,9 @@ class Job(Section):
         if isinstance(self.task, PromptsTask):
             self._fits_prompts(self.task.max_response_tokens)
         elif self.rollout or self.drafts:
-            raise ValueError(f"{kind} brings its responses: remove [rollout] and [drafts]")
+            raise ValueError(f"{kind} reads responses from files: remove [rollout] and [drafts]")
         if self.sft or (self.rounds > 1 and not self.rollout):
-            raise ValueError(f"{kind} has neither examples nor puzzles to make: remove [sft] and rounds")
+            raise ValueError(f"{kind} generates no examples and no prompts: remove [sft] and rounds")
         if self.train.keep_best == "accuracy":
             raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
         if self.model.init and self.model.tokenizer is None:
@@ -136,18 +136,18 @@ class Job(Section):
         if self.task.brings_responses or self.rollout:
             return
         if self.score and self.task.brings_pairs:
-            raise ValueError(f"{kind} brings pairs, not responses to score: remove [score]")
+            raise ValueError(f"{kind} reads pairs, and there are no responses to score: remove [score]")
         if self.train.objective.needs_recorded_steps:
             raise ValueError(f"{kind} has no recorded steps: set train.objective.schedule = 'random'")
 
     def _fits_prompts(self, longest: int) -> None:
         if (self.rollout is None) == (self.drafts is None):
-            raise ValueError("task.type = 'prompts': give [rollout] or [drafts], one of which answers them")
+            raise ValueError("task.type = 'prompts' needs exactly one of [rollout] and [drafts] to answer the prompts")
         if self.rollout is None:
             return
         if self.score is None:
             raise ValueError("task.type = 'prompts' has no scorer of its own: add a [score] section to [rollout]")
         if "num_prompts" in self.rollout.model_fields_set:
-            raise ValueError("rollout.num_prompts counts puzzles: of a file's prompts, task.max_rows are read")
+            raise ValueError("rollout.num_prompts is for puzzles only: limit the prompts of a file by task.max_rows")
         if (tokens := self.rollout.max_new_tokens) > longest:
             raise ValueError(f"rollout.max_new_tokens = {tokens} exceeds task.max_response_tokens = {longest}")

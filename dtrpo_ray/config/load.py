@@ -25,7 +25,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     try:
         tree = tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such job file; shipped ones lie in jobs/") from None
+        raise ConfigError(f"{path}: no such job file; the shipped ones are in jobs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a job file ({error})") from None
     except tomllib.TOMLDecodeError as error:
@@ -114,6 +114,6 @@ def _require_files(path: Path, job: Job) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{path}: task.public_tests: two files are named {min(twice)}; rename one")
     if job.name in ("stages", "locks"):
-        raise ConfigError(f"{path}: name = {job.name!r} is a folder of every storage; give the job another name")
+        raise ConfigError(f"{path}: name = {job.name!r} is taken by a folder in storage; give the job another name")
     if job.model.path and not (job.model.path / "config.json").is_file():
-        raise ConfigError(f"{path}: model.path: {job.model.path} is no model directory (it has no config.json)")
+        raise ConfigError(f"{path}: model.path: {job.model.path} is not a model directory (it has no config.json)")

@@ -26,9 +26,9 @@ class DraftsConfig(_LanguageModel):
     top_k: int = Field(0, ge=0)
     """0: no limit."""
     max_new_tokens: int = Field(512, ge=1)
-    """Counted in tokens of that model; an answer that does not end within them goes to the quarantine file."""
+    """In tokens of that model; an answer that does not end within this limit goes to the quarantine file."""
     batch_size: int = Field(256, ge=1)
-    """Prompts of one part of the work; an interrupted part is done again whole."""
+    """Prompts per part of the work; an interrupted part is repeated as a whole."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "DraftsConfig":
@@ -49,12 +49,12 @@ class JudgeConfig(_LanguageModel):
     max_new_tokens: int = Field(512, ge=1)
     """A reply that is cut off before its verdict counts as unparsable."""
     batch_size: int = Field(256, ge=1)
-    """Approximate responses of one part of the work; all responses to a prompt are judged together."""
+    """Approximate responses per part of the work; all responses to a prompt are judged together."""
 
     @model_validator(mode="after")
     def _has_its_fields(self) -> "JudgeConfig":
         if missing := [name for name in JUDGE_FIELDS if name not in self.template]:
-            raise ValueError(f"template lacks {' and '.join(missing)}: the judge must see what it compares")
+            raise ValueError(f"template lacks {' and '.join(missing)}, which the judge needs: add it")
         return self
 
 
@@ -73,14 +73,14 @@ class ScoreConfig(Section):
     reward_model: Path | None = None
     """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
     batch_size: int = Field(16, ge=1)
-    """Rows of one forward of the reward model."""
+    """Rows per forward of the reward model."""
 
     @model_validator(mode="after")
     def _model_of_the_scorer(self) -> "ScoreConfig":
         if (self.scorer == "reward_model") != (self.reward_model is not None):
-            raise ValueError("scorer = 'reward_model' and reward_model, a model directory, go together")
+            raise ValueError("set reward_model (a model directory) if scorer = 'reward_model', and only then")
         if (self.scorer == "judge") != (self.judge is not None):
-            raise ValueError("scorer = 'judge' and a section [score.judge] go together")
+            raise ValueError("add the section [score.judge] if scorer = 'judge', and only then")
         return self
 
 
@@ -96,4 +96,4 @@ class PairConfig(Section):
     max_pairs_per_prompt: int = Field(1, ge=1)
     """Upper bound of pairs per prompt and setting."""
     min_margin: float = Field(0.5, gt=0)
-    """Smallest difference of rewards; ties never pair."""
+    """Smallest difference between the rewards of a pair."""

@@ -40,10 +40,14 @@ class ServeConfig(Section):
     def _open_only_with_a_key(self) -> "ServeConfig":
         has_keys = self.api_key_file is not None or os.environ.get(KEY_VARIABLE, "").strip(" ,")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not has_keys:
-            raise ValueError(f"serve.host = {self.host!r} is open to the network: set serve.api_key_file too")
+            raise ValueError(
+                f"serve.host = {self.host!r} is open to the network: set serve.api_key_file or {KEY_VARIABLE} too"
+            )
         most = self.max_replicas or self.num_replicas
         if self.num_replicas > most or not most:
-            raise ValueError(f"serve.num_replicas = {self.num_replicas} needs a serve.max_replicas of at least as many")
+            raise ValueError(
+                f"serve.num_replicas = {self.num_replicas} needs serve.max_replicas >= {max(self.num_replicas, 1)}"
+            )
         if self.model_name in self.other_models:
             raise ValueError(f"serve.other_models names {self.model_name!r} again; give each model its own name")
         return self

@@ -22,7 +22,7 @@ class PuzzleTask(TaskBase):
     """A task that generates its prompts and verifies answers."""
 
     public_tests: tuple[Path, ...] = ()
-    """Test files from elsewhere (JSONL of input and output), evaluated where they exist."""
+    """Public test files (JSONL with input and output); files that do not exist are skipped."""
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the puzzle's generator."""
@@ -40,7 +40,9 @@ class SudokuTask(PuzzleTask):
     @model_validator(mode="after")
     def _range(self) -> "SudokuTask":
         if not 1 <= self.blanks[0] <= self.blanks[1] <= 16:
-            raise ValueError(f"blanks = {list(self.blanks)} must be two rising numbers between 1 and 16")
+            raise ValueError(
+                f"blanks = {list(self.blanks)} must be [fewest, most], two rising numbers between 1 and 16"
+            )
         return self
 
 
@@ -56,7 +58,7 @@ class FilesTaskBase(TaskBase):
     files: tuple[str, ...] = Field(min_length=1)
     """Paths or URIs (s3://, gs://) of files or folders; the format is recognised by the columns (docs/data.md)."""
     max_prompt_tokens: int = Field(512, ge=1)
-    """Longer prompts lose their beginning."""
+    """Longer prompts are truncated at their beginning."""
     max_response_tokens: int = Field(512, ge=1)
     """Rows with a longer response go to the quarantine file."""
     max_rows: int | None = Field(None, ge=1)

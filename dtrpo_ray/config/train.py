@@ -16,7 +16,7 @@ class Objective(Section):
     beta: float = Field(0.1, gt=0)
     """Inverse temperature of the implicit reward; multiplies a log-ratio in nats summed over the response."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
-    """As in TRL's DPOConfig, on log-ratios summed over the response; TRL's "ipo" averages, so its beta is another."""
+    """As in TRL's DPOConfig, on log-ratios summed over the response. TRL's "ipo" averages, so its beta differs."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """As in TRL's DPOConfig (cDPO); sigmoid only."""
     rpo_alpha: float = Field(0.0, ge=0)
@@ -28,7 +28,7 @@ class Objective(Section):
     weighting: Literal["steps", "tokens", "unit"] = "steps"
     """Weight of a sampled step, dtrpo only: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    """Denoising steps sampled per block, stratified; "all" takes every step (exact, dtrpo only); ELBO draws else."""
+    """Denoising steps sampled per block, in strata; "all" scores every step (exact, dtrpo only). elbo_dpo: draws."""
     schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
     """Source of the unmasking order, dtrpo only: the row's recorded steps, or a constructed order (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
@@ -71,7 +71,9 @@ class Objective(Section):
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to loss_type = 'sigmoid' (cDPO); IPO has none")
         if self.num_draws == "all" and not self.follows_steps:
-            raise ValueError(f"num_draws = 'all' takes the steps of a trajectory, which {self.type} lacks")
+            raise ValueError(
+                f"num_draws = 'all' scores every denoising step, and type = {self.type!r} has none: set a number"
+            )
         return self
 
 
@@ -98,7 +100,7 @@ class ValidationConfig(Section):
     """Denoising steps per block; greedy."""
     max_new_tokens: int = Field(16, ge=1)
     num_examples: int = Field(4, ge=0)
-    """Answers kept in validation.jsonl."""
+    """Answers written to validation.jsonl for each checkpoint."""
 
 
 class TrainConfig(Section):
@@ -113,15 +115,15 @@ class TrainConfig(Section):
     global_batch: int = Field(64, ge=1)
     """Rows per optimizer step, over all workers."""
     micro_batch: int = Field(32, ge=1)
-    """Most rows per forward of one worker; gradient accumulation is derived."""
+    """Largest number of rows per forward of one worker; gradient accumulation follows from it."""
     micro_tokens: int | None = Field(None, ge=1)
-    """Most tokens per forward of one worker, padding counted; a longer row goes alone. Absent: `micro_batch` alone."""
+    """Largest number of tokens per forward of one worker, with padding; a longer row runs alone. Absent: no limit."""
     row_tokens: int | None = Field(None, ge=1)
-    """Pairs of a micro-batch share packed rows of up to this many tokens; absent: one pair a row, padded."""
+    """Pairs of a micro-batch share packed rows of up to this many tokens; absent: each pair has a padded row."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping it: less memory, about a third more time."""
     reference: Literal["frozen", "cache"] = "frozen"
-    """The reference's log-probs: from a frozen copy in the same step, or written beforehand (dtrpo ref-logps)."""
+    """Source of the reference's log-probs: a frozen copy in each step, or the files of `dtrpo ref-logps`."""
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -135,26 +137,26 @@ class TrainConfig(Section):
     offload: bool = False
     """Keep the optimizer's state in CPU memory (DeepSpeed's CPU Adam); ZeRO stages 1 to 3."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop the run, or drop the step (never ten in a row). Rows are logged."""
+    """If loss or gradient is not finite: stop the run, or skip the step (ten in a row stop it). Its rows are logged."""
     log_every: int = Field(1, ge=1)
     """Optimizer steps between metric lines."""
     save_every: int = Field(100, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The newest whole ones that are kept."""
+    """How many of the newest complete checkpoints to keep."""
     keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy", "accuracy"] | None = None
-    """Keep the checkpoint with the best such metric too; accuracy is that of [train.validation]."""
+    """Also keep the checkpoint with the best value of this metric; accuracy comes from [train.validation]."""
     validation: ValidationConfig | None = None
     """Present: each checkpoint answers prompts, and is scored where the task has a verifier."""
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
         if self.reference == "cache" and not self.objective.is_preference:
-            raise ValueError(f"reference = 'cache': the objective {self.objective.type} has no reference")
+            raise ValueError(f"reference = 'cache': objective.type = {self.objective.type!r} has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
-            raise ValueError("schedule = 'confidence' needs the reference at hand to order by: reference = 'frozen'")
+            raise ValueError("schedule = 'confidence' runs the reference in each step: set reference = 'frozen'")
         if self.keep_best == "accuracy" and self.validation is None:
-            raise ValueError("keep_best = 'accuracy' is measured by validation: add that section")
+            raise ValueError("keep_best = 'accuracy' needs validation: add a section [train.validation]")
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload = true needs zero_stage 1, 2 or 3")
         return self

@@ -82,7 +82,7 @@ def _require_one_prompt(table: pa.Table, first: np.ndarray) -> None:
         codes = _codes(table[name])
         for row in np.flatnonzero(codes != codes[first])[:1].tolist():
             row_id, prompt_id = (table[column][row].as_py() for column in ("row_id", "prompt_id"))
-            says = f"{name} is not that of the other rows of prompt_id {prompt_id}; they cannot pair"
+            says = f"{name} differs from other rows of prompt_id {prompt_id}, so they cannot pair"
             raise DataError(f"row {row_id}: {says}")
 
 

@@ -154,7 +154,7 @@ def _value_rules() -> Iterator[Rule]:
         yield _value_rule(name, "is below 0", lambda values: values < 0)
     yield _value_rule("temperature", "is below 0 or not finite", lambda values: ~((values >= 0) & (values < np.inf)))
     yield _value_rule("shift", "is neither 0 nor 1", lambda values: ~np.isin(values, (0, 1)))
-    says = "holds a number above 0, or none at all (NaN)"
+    says = "holds a number above 0, or NaN"
     yield _value_rule("logps", says, lambda logps: logps.any(~(logps.values <= _ROUNDING)))
     yield _value_rule("block_size", "is below 1", lambda sizes: sizes < 1)
     for name, known in (("block_origin", schemas.BLOCK_ORIGINS), ("support", schemas.SUPPORTS)):
@@ -212,7 +212,7 @@ def _row_rules(ids: list[str], expected: Expected) -> Iterator[Rule]:
     yield _mask_rule("prompt_ids", "nothing would fill it")
     for name in ("reward", "chosen_reward", "rejected_reward"):
         yield _value_rule(name, "is not finite", lambda rewards: ~np.isfinite(rewards))
-        pair, says = [name, "reward_source"], f"{name} has no reward_source: who gave it?"
+        pair, says = [name, "reward_source"], f"{name} has no reward_source: name its source"
         yield Rule("missing value", says, pair, _only_first, on_nulls=True)
         yield Rule("missing value", says, pair, lambda _, sources: sources == "")
     says = "chosen_ids and rejected_ids are identical: nothing to prefer"

@@ -164,7 +164,7 @@ def save_adapter(model: DiffusionLM, config: LoraConfig, base: str, path: Path) 
         if not adapted:
             continue
         if len(adapted) < len(parts):
-            raise ModelError(f"{upstream}: adapters on a part of it have no PEFT form; target all of its parts")
+            raise ModelError(f"{upstream}: PEFT cannot store adapters on a part of it; target all of its parts")
         module = upstream.removesuffix(".weight")
         a, b = ([getattr(layer, f"lora_{x}")[NAME].weight.detach().cpu() for layer in adapted] for x in "AB")
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(a).contiguous()

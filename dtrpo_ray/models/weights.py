@@ -114,15 +114,15 @@ def _compare(published: dict[str, tuple[int, ...]], where: Path, slices: Slices,
         shape, (head, embedding) = shapes.pop(tied[0]), tied
         parts = (slice(first, first + COMPARED_ROWS) for first in range(0, shape[0], COMPARED_ROWS))
         if shape != shapes.get(embedding) or any(not slices[head][p].equal(slices[embedding][p]) for p in parts):
-            raise ModelError(f"{where}: {head} differs from {embedding}, and config.json says they are tied")
+            raise ModelError(f"{where}: {head} differs from {embedding}, but config.json says they are tied")
     for problem, names in (("missing", published.keys() - shapes), ("surplus", shapes.keys() - published)):
         if names:
-            raise ModelError(f"{where}: {len(names)} {problem} tensor(s), first {min(names)}; is config.json its own?")
+            raise ModelError(f"{where}: {len(names)} {problem} tensor(s), first {min(names)}; check config.json")
     if wrong := sorted(name for name in shapes if shapes[name] != published[name]):
         name = wrong[0]
         raise ModelError(
             f"{where}: {len(wrong)} misshapen tensor(s), first {name}: {list(shapes[name])}, and "
-            f"config.json makes it {list(published[name])}; is config.json its own?"
+            f"config.json expects {list(published[name])}; check config.json"
         )
 
 

@@ -198,7 +198,7 @@ class Service:
         if engine.model.shift and not all(ids):
             raise refusal(400, f"{field} has no token, and this model needs one to predict the next from", field)
         if self.num_active >= MAX_ACTIVE_REQUESTS:
-            message = f"{MAX_ACTIVE_REQUESTS} requests are waiting already; try again"
+            message = f"{MAX_ACTIVE_REQUESTS} requests are running or queued; try again later"
             raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
         choices = _choices(body, engine, ids, params)
         events: asyncio.Queue[Delivery] = asyncio.Queue()
@@ -356,7 +356,11 @@ def _check_blocks(body: api.TextRequest, engine: Engine) -> None:
         field, message = problem
         raise refusal(400, message, field)
     if (size := body.block_length or engine.model.block_size) > engine.context_tokens:
-        raise refusal(400, f"block_length = {size} exceeds the context; ask for fewer", "block_length")
+        raise refusal(
+            400,
+            f"block_length = {size} exceeds the context of {engine.context_tokens} tokens; ask for fewer",
+            "block_length",
+        )
 
 
 def _encode(engine: Engine, prompt: Prompt, field: str) -> list[int]:

@@ -49,7 +49,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     message when the run failed more often than `max_failures` or met an error that no restart mends.
     """
     if config.reference == "cache" and stage.cache is None:
-        raise TrainError(f'{stage.label}: train.reference = "cache", and the stage has none; run dtrpo ref-logps')
+        raise TrainError(f'{stage.label}: train.reference = "cache" finds no log-probs; run dtrpo ref-logps')
     require_trackers(cluster.trackers)
     stage = _resolve(stage)
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)

@@ -140,8 +140,8 @@ def require_precision(found: Found | None, bf16: bool, stage: TrainStage) -> Non
     if found and (was := found.facts["precision"]) != PRECISIONS[bf16]:
         remedy = f"dtrpo train JOB --resume {stage.out} --set {stage.section}.precision={was}"
         raise CheckpointError(
-            f"{found.place.path}: was trained in {was}, this run's is {PRECISIONS[bf16]} (precision auto is bf16 on a "
-            f"GPU, fp32 without one); go on with {remedy}, or train anew with --fresh"
+            f"{found.place.path}: was trained in {was}, but this run uses {PRECISIONS[bf16]} (precision auto is bf16 "
+            f"on a GPU, fp32 without one); go on with {remedy}, or train anew with --fresh"
         )
 
 

@@ -136,8 +136,8 @@ def resume_root(stage: TrainStage, config: TrainConfig) -> str | None:
         lines = "\n".join(changes)
         may = ", ".join(f"{stage.section}.{name}" for name in sorted(MAY_CHANGE))
         raise CheckpointError(
-            f"--resume {stage.resume_from}: this is another run:\n{lines}\n"
-            f"set them back, or start anew without --resume. May change: {may}, and all of [cluster]"
+            f"--resume {stage.resume_from}: these settings differ from that run:\n{lines}\n"
+            f"restore them, or start again without --resume. These may differ: {may}, and all of [cluster]"
         )
     root = checkpoint.root_of(stage.resume_from.resolve(), old.checkpoints)
     checkpoint.require_any(root)

@@ -124,7 +124,7 @@ def test_what_only_the_length_allowed_sets_apart_pairs() -> None:
 )
 def test_rows_of_a_prompt_that_cannot_be_compared_are_an_error(name: str, value: Any) -> None:
     table = trajectories(("a", [1] * 4, 1.0, 2), ("a", [2] * 4, 0.0, 2, {name: value}))
-    with pytest.raises(DataError, match=f"row a-1: {name} is not that of the other rows of prompt_id a"):
+    with pytest.raises(DataError, match=f"row a-1: {name} differs from other rows of prompt_id a"):
         make_pairs(table, PairConfig())
 
 

@@ -77,12 +77,12 @@ BROKEN: list[tuple[str, Row, str]] = [
         for t in (-0.5, float("nan"), float("inf"))
     ],
     *[
-        ("trajectory/v1", {"logps": [-1.0, logp, 0, 0, 0, 0]}, "logps holds a number above 0, or none at all (NaN)")
+        ("trajectory/v1", {"logps": [-1.0, logp, 0, 0, 0, 0]}, "logps holds a number above 0, or NaN")
         for logp in (0.5, float("nan"))
     ],
     ("trajectory/v1", {"support": "most"}, "support is not full or truncated"),
     ("trajectory/v1", {"reward": float("nan")}, "reward is not finite"),
-    ("trajectory/v1", {"reward_source": ""}, "reward has no reward_source: who gave it?"),
+    ("trajectory/v1", {"reward_source": ""}, "reward has no reward_source: name its source"),
     ("example/v1", {"chosen_ids": []}, "chosen_ids is empty"),
     ("trajectory/v1", {**ALIGNED, "response_ids": [], "steps": [], "logps": None}, "response_ids is empty"),
     ("preference/v1", {**ALIGNED, "chosen_ids": [], "rejected_ids": [4] * 4}, "chosen_ids is empty"),
@@ -155,7 +155,7 @@ def test_null_is_refused_in_every_field_but_those_an_import_leaves_open(kind: st
 
 NEEDED = {
     "steps": ["ranks are not a partition: each block's must be 0, 1, .. in the order of its steps"],
-    "reward_source": [f"{r} has no reward_source: who gave it?" for r in ("reward", "chosen_reward")],
+    "reward_source": [f"{r} has no reward_source: name its source" for r in ("reward", "chosen_reward")],
 }
 
 

@@ -48,16 +48,16 @@ IFEVAL = '{"instruction_id_list": %s, "kwargs": %s}'
     ("scorer", "answer", "message"),
     [
         ("gsm8k", None, r"part-0\.parquet: row 1: answer is null, and score\.scorer = 'gsm8k' compares with it"),
-        ("python_tests", "no JSON", r"part-0\.parquet: row 1: answer is not what python_tests reads"),
-        ("instructions", "{}", r"part-0\.parquet: row 1: answer is not what instructions reads"),
-        ("instructions", IFEVAL % ("[]", "[]"), "row 1: answer is not what instructions reads"),
-        ("instructions", IFEVAL % ('["startend:quotation"]', "[]"), "row 1: answer is not what instructions reads"),
-        ("instructions", IFEVAL % ('["startend:quotation"]', "[5]"), "row 1: answer is not what instructions reads"),
+        ("python_tests", "no JSON", r"part-0\.parquet: row 1: python_tests cannot read this answer"),
+        ("instructions", "{}", r"part-0\.parquet: row 1: instructions cannot read this answer"),
+        ("instructions", IFEVAL % ("[]", "[]"), "row 1: instructions cannot read this answer"),
+        ("instructions", IFEVAL % ('["startend:quotation"]', "[]"), "row 1: instructions cannot read this answer"),
+        ("instructions", IFEVAL % ('["startend:quotation"]', "[5]"), "row 1: instructions cannot read this answer"),
         ("instructions", IFEVAL % ('["keywords:existence"]', '[{"keywords": ["("]}]'), "row 1: .*unterminated"),
         ("instructions", IFEVAL % ('["no:such"]', "[null]"), "row 1: instruction 'no:such' is not one of"),
-        ("python_tests", "[]", "row 1: answer is not what python_tests reads .a JSON list"),
-        ("python_tests", '{"entry_point": "f"}', "row 1: answer is not what python_tests reads"),
-        ("python_tests", '{"test_list": 5}', "row 1: answer is not what python_tests reads"),
+        ("python_tests", "[]", "row 1: python_tests cannot read this answer .a JSON list"),
+        ("python_tests", '{"entry_point": "f"}', "row 1: python_tests cannot read this answer"),
+        ("python_tests", '{"test_list": 5}', "row 1: python_tests cannot read this answer"),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_named(tmp_path: Path, scorer: Any, answer: Any, message: str) -> None:
@@ -70,12 +70,12 @@ def test_a_row_that_cannot_be_scored_is_named(tmp_path: Path, scorer: Any, answe
 @pytest.mark.parametrize(
     ("scorer", "prompt", "answer", "message"),
     [
-        ("gsm8k", "", "none", "answer is not what gsm8k reads .it holds no number"),
-        ("sudoku", "no puzzle", None, "the prompt holds no puzzle of 16 digits"),
-        ("countdown", "no puzzle", None, "the prompt holds no numbers and target"),
-        ("countdown", "1 2 3", "[[1e999], 3]", "answer is not what countdown reads"),
-        ("countdown", "1 2 3", "[" * 100_000, "answer is not what countdown reads"),
-        ("countdown", "1 2 3", "[[1]]", "answer is not what countdown reads"),
+        ("gsm8k", "", "none", "gsm8k cannot read this answer .it holds no number"),
+        ("sudoku", "no puzzle", None, "sudoku finds no puzzle of 16 digits"),
+        ("countdown", "no puzzle", None, "countdown finds numbers and a target neither"),
+        ("countdown", "1 2 3", "[[1e999], 3]", "countdown cannot read this answer"),
+        ("countdown", "1 2 3", "[" * 100_000, "countdown cannot read this answer"),
+        ("countdown", "1 2 3", "[[1]]", "countdown cannot read this answer"),
     ],
 )
 def test_a_reference_that_says_nothing_is_named(scorer: str, prompt: str, answer: str | None, message: str) -> None:

@@ -243,7 +243,7 @@ def test_the_command_exports_a_checkpoint_and_tells_of_a_base_on_this_machine(
     source, _ = write_checkpoint(LORA)
     done = CliRunner().invoke(cli.app, ["export", str(source), str(tmp_path / "a"), "--json"])
     assert json.loads(done.stdout) == {"verb": "export", "directory": str(tmp_path / "a"), "step": 40}
-    assert f"names its base by a path of this machine, {trained}; for others give --base-name" in done.stderr
+    assert f"names its base by a local path, {trained}; to share it, set --base-name" in done.stderr
     words = ["export", str(source), str(tmp_path / "b"), "--base-name", "JetLM/SDAR-4B-Chat", "--dtype", "bfloat16"]
     assert CliRunner().invoke(cli.app, words).stderr == ""
     assert PeftConfig.from_pretrained(str(tmp_path / "b")).base_model_name_or_path == "JetLM/SDAR-4B-Chat"

@@ -177,7 +177,7 @@ def test_a_checkpoint_of_the_other_precision_is_refused_with_the_remedy(one_rank
     recovery.require_precision(found, False, stage(tmp_path))
     recovery.require_precision(None, True, stage(tmp_path))
     remedy = f"--resume {tmp_path} --set train.precision=fp32"
-    with pytest.raises(CheckpointError, match=rf"was trained in fp32, this run's is bf16.*{remedy}"):
+    with pytest.raises(CheckpointError, match=rf"was trained in fp32, but this run uses bf16.*{remedy}"):
         recovery.require_precision(found, True, stage(tmp_path))
 
 

@@ -88,7 +88,7 @@ def find_format(file: str, formats: Sequence[F], kind: str) -> F:
             return form
     found = ", ".join(sorted(columns)) or "none (no row is a JSON object)"
     known = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in formats)
-    raise DataError(f"{file}: columns of no known format of {kind}: {found}; known are {known}")
+    raise DataError(f"{file}: no format of {kind} has these columns: {found}; known formats: {known}")
 
 
 def split_rejected(rows: Iterable[R | Rejected]) -> tuple[list[R], list[Rejected]]:

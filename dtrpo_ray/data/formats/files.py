@@ -84,7 +84,7 @@ def _files_of_state(where: str, state_json: bytes) -> list[str]:
         place = join_path(where, "state.json")
         raise DataError(f"{place}: not what datasets writes ({error!r}); save the data anew") from None
     if selection:
-        raise DataError(f"{where}: a selection of rows; save it with flatten_indices() first")
+        raise DataError(f"{where}: the dataset is a selection of rows; call flatten_indices() and save it again")
     return files
 
 

@@ -115,7 +115,7 @@ def _pair_answers(prompt: Prompt, good: _Answers, bad: _Answers) -> Iterator[Pre
     used = min(len(good), len(bad))
     for kind, left in (("rejected", good[used:]), ("chosen", bad[used:])):
         for origin, _ in left:
-            yield Rejected(origin, "no partner", f"the file has no {kind} answer to this prompt for it")
+            yield Rejected(origin, "no partner", f"the file has no {kind} answer left to pair it with")
 
 
 def require_pair(row: PreferenceRow) -> PreferenceRow:
@@ -237,7 +237,7 @@ def _split(chosen: Messages, rejected: Messages) -> Pair:
     """Split two whole conversations into the turns they share and their last turns."""
     (prompt, better), (other, worse) = _last_answer(chosen, "chosen"), _last_answer(rejected, "rejected")
     if prompt != other:
-        raise Refusal("prompts differ", "chosen and rejected part before their last turn")
+        raise Refusal("prompts differ", "chosen and rejected differ before their last turn")
     return prompt, better, worse
 
 

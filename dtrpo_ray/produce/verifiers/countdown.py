@@ -54,7 +54,7 @@ def _puzzle(prompt: str, answer: str | None) -> tuple[list[int], int]:
             raise answer_error("countdown", f"{str(given)[:60]}, not [[numbers], target] in integers") from None
     found = [int(n) for n in re.findall(r"\d+", prompt) if len(n) <= _LONGEST]
     if len(found) < 3:
-        raise DataError("the prompt holds no numbers and target for countdown, nor does answer; see docs/data.md")
+        raise DataError("countdown finds numbers and a target neither in answer nor in the prompt; see docs/data.md")
     return found[:-1], found[-1]
 
 

@@ -38,7 +38,7 @@ def marked_answers(text: str) -> Iterator[str]:
 
 def answer_error(verifier: str, why: object) -> DataError:
     """Make the error of a reference answer that a verifier cannot read."""
-    return DataError(f"answer is not what {verifier} reads ({why}); see docs/data.md")
+    return DataError(f"{verifier} cannot read this answer ({why}); see docs/data.md")
 
 
 def json_object(answer: str, verifier: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _pool() -> Pool:
     try:
         pool.apply(_is_mathematics, ("$1$",))
     except Exception as error:
-        raise ConfigError(f"score.scorer = 'math': math_verify does not work ({error!r}); install it anew") from None
+        raise ConfigError(f"score.scorer = 'math': math_verify does not work ({error!r}); reinstall it") from None
     return pool
 
 

@@ -65,7 +65,9 @@ def namespaces() -> bool:
     """
     permitted = any(_run("", "", _PROBE_SECONDS, isolated=True) for _ in range(2))
     if not permitted and not _run("", "", _PROBE_SECONDS, isolated=False):
-        raise ConfigError(f"python_tests: {sys.executable} runs no empty test within the limits {_LIMITS}; repair it")
+        raise ConfigError(
+            f"python_tests: {sys.executable} fails on an empty test within the limits {_LIMITS}; repair it"
+        )
     return permitted
 
 

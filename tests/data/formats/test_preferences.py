@@ -217,9 +217,9 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
         (
             "kto.json",
             b'[{"messages": []}]',
-            "no known format of preferences: messages; known are LLaMA",
+            "no format of preferences has these columns: messages; known formats: LLaMA",
         ),
-        ("empty.jsonl", b"\n\n", r"no known format of preferences: none \(no row is a JSON object\)"),
+        ("empty.jsonl", b"\n\n", r"no format of preferences has these columns: none \(no row is a JSON object\)"),
         (
             "broken.json",
             b'[{"prompt": ',

@@ -306,7 +306,7 @@ def test_a_machine_without_namespaces_is_told_of(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(python_tests, "namespaces", python_tests.namespaces.__wrapped__)
     assert "ran without namespaces" in python_tests.caution()
     monkeypatch.setattr(python_tests, "_run", lambda *_, isolated: False)
-    with pytest.raises(ConfigError, match="runs no empty test within the limits"):
+    with pytest.raises(ConfigError, match="fails on an empty test within the limits"):
         python_tests.namespaces()
 
 
