@@ -56,13 +56,16 @@ REFUSALS = {
 
 
 def create_app(
-    engine: Engine, config: ServeConfig, keys: frozenset[str], others: Mapping[str, Engine] | None = None
+    engine: Engine, config: ServeConfig, digests: frozenset[str], others: Mapping[str, Engine] | None = None
 ) -> FastAPI:
-    """Return the app of one engine, and of `others` by name. With `keys`, clients send one as a Bearer token."""
+    """Return the app of one engine, and of `others` by name.
+
+    With `digests` (`middleware.key_digests`), clients send a key of such a digest as a Bearer token.
+    """
     service = Service({config.model_name: engine, **(others or {})}, config)
     app = FastAPI(title="dtrpo", version=_version(), docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(middleware.Gate, keys=keys)
+    app.add_middleware(middleware.Gate, digests=digests)
     app.add_exception_handler(StarletteHTTPException, middleware.on_http_error)
     app.add_exception_handler(RequestValidationError, middleware.on_invalid_request)
     post = partial(app.add_api_route, methods=["POST"])
@@ -78,7 +81,7 @@ def create_app(
     app.add_api_route("/ready", service.ready, responses={503: {"description": "The queue is full."}})
     app.add_api_route("/version", service.version)
     app.add_api_route("/", service.page, include_in_schema=False)
-    _describe(app, bool(keys))
+    _describe(app, bool(digests))
     return app
 
 

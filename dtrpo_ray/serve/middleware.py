@@ -1,7 +1,9 @@
 """The checks before the endpoints (API keys, body size), and every refusal in OpenAI's shape."""
 
+import hashlib
 import hmac
 import logging
+from collections.abc import Iterable
 
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,17 +21,25 @@ _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "serv
 logger = logging.getLogger(__name__)
 
 
-class Gate:
-    """Refuses requests without a key and bodies that are too large, and answers every failure inside with a 500."""
+def key_digests(keys: Iterable[str]) -> frozenset[str]:
+    """Return the SHA-256 of each API key, which is what travels to the replicas in place of the keys."""
+    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)
 
-    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
-        self.app, self.keys = app, [key.encode() for key in sorted(keys)]
+
+class Gate:
+    """Refuses requests without a key and bodies that are too large, and answers every failure inside with a 500.
+
+    `digests` are those of the keys (`key_digests`); without any, no key is asked for.
+    """
+
+    def __init__(self, app: ASGIApp, digests: frozenset[str]) -> None:
+        self.app, self.digests = app, sorted(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self.keys and path not in OPEN_PATHS and not self._has_key(scope):
+        if self.digests and path not in OPEN_PATHS and not self._has_key(scope):
             message = "the API key is missing or wrong; send the header `Authorization: Bearer KEY`"
             headers = {"WWW-Authenticate": "Bearer"}
             return await _respond(refusal(401, message, code="invalid_api_key", headers=headers))(scope, receive, send)
@@ -51,8 +61,9 @@ class Gate:
     def _has_key(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, given = header.partition(b" ")
+        digest = hashlib.sha256(given.strip()).hexdigest()
         # every key is compared, in constant time each: the time taken says nothing about them
-        matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+        matches = [hmac.compare_digest(digest, wanted) for wanted in self.digests]
         return scheme.lower() == b"bearer" and any(matches)
 
 

@@ -30,6 +30,7 @@ from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.lora import is_adapter
 from dtrpo_ray.models.registry import read_config
 from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS, create_app
+from dtrpo_ray.serve.middleware import key_digests
 
 APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free
@@ -40,18 +41,20 @@ UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of l
 
 
 class Model:
-    """One replica: the engines, and the app that Serve asks for once they are loaded."""
+    """One replica: the engines, and the app that Serve asks for once they are loaded.
 
-    def __init__(self, config: ServeConfig) -> None:
+    `digests` are those of the API keys where the command ran. A replica reads no keys itself: on its node the file or
+    the environment variable may be missing, and the endpoint would be open.
+    """
+
+    def __init__(self, config: ServeConfig, digests: frozenset[str]) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
-        # not read in `build`: Serve stores what a builder returns, and keys must not be stored
-        self.config, self.keys = config, read_keys(config.api_key_file)
-        self.checkpoints = {config.model_name: config.checkpoint, **config.other_models}
+        self.config, self.checkpoints = config, {config.model_name: config.checkpoint, **config.other_models}
         engine = Engine.load(Path(config.checkpoint))
         others = {name: _load(Path(path), engine) for name, path in config.other_models.items()}
         # not `app`: Serve gives the class a property of that name
-        self.asgi = create_app(engine, config, self.keys, others)
+        self.asgi = create_app(engine, config, digests, others)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.asgi
@@ -82,7 +85,21 @@ def _load(path: Path, base: Engine) -> Engine:
 
 
 def build(args: ServeConfig) -> serve.Application:
-    """Return the Serve application of a config; Serve validates the `args` of a YAML into `ServeConfig`."""
+    """Return the Serve application of a config; Serve validates the `args` of a YAML into `ServeConfig`.
+
+    Raises ServeError if there are no keys: `serve deploy` listens where its YAML says, on all interfaces if it says
+    nothing, and does not tell the application.
+    """
+    digests = key_digests(read_keys(args.api_key_file))
+    if not digests:
+        raise ServeError(
+            f"serve.api_key_file is not set, and {KEY_VARIABLE} is empty where the application is built: the endpoint "
+            "would answer everyone who reaches its port; name a file of keys as api_key_file in the args"
+        )
+    return _application(args, digests)
+
+
+def _application(args: ServeConfig, digests: frozenset[str]) -> serve.Application:
     if not args.checkpoint:
         raise ServeError("serve.checkpoint is empty; name a model directory, as `dtrpo export` writes one")
     gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
@@ -99,7 +116,7 @@ def build(args: ServeConfig) -> serve.Application:
         max_constructor_retry_count=2,
         user_config={"checkpoints": {args.model_name: args.checkpoint, **args.other_models}},
     )
-    application: serve.Application = deployment(serve.ingress()(Model)).bind(args)
+    application: serve.Application = deployment(serve.ingress()(Model)).bind(args, digests)
     return application
 
 
@@ -125,8 +142,7 @@ def start(config: ServeConfig) -> str:
     Port 0 picks a free one. Raises ServeError for a port in use, unusable keys or a replica that does not start, and
     ModelError for a directory that is not a model.
     """
-    read_keys(config.api_key_file)
-    application = build(config)
+    application = _application(config, key_digests(read_keys(config.api_key_file)))
     read_config(Path(config.checkpoint))
     for path in map(Path, config.other_models.values()):
         if not is_adapter(path):

@@ -23,7 +23,7 @@ from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import app as app_module
 from dtrpo_ray.serve.app import MAX_ACTIVE_REQUESTS, create_app
-from dtrpo_ray.serve.middleware import MAX_BODY_BYTES
+from dtrpo_ray.serve.middleware import MAX_BODY_BYTES, key_digests
 
 torch.set_num_threads(1)
 
@@ -81,7 +81,7 @@ def make_engine(kind: type[SDAR] = SDAR, chat: bool = True, seed: int = 3) -> En
 
 
 def client_of(engine: Engine, *keys: str) -> TestClient:
-    return TestClient(create_app(engine, SERVE, frozenset(keys)), raise_server_exceptions=False)
+    return TestClient(create_app(engine, SERVE, key_digests(keys)), raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -575,7 +575,7 @@ def test_probes_need_no_key(engine: Engine) -> None:
 
 
 def test_a_mount_point_does_not_open_the_gate(engine: Engine) -> None:
-    client = TestClient(create_app(engine, SERVE, frozenset({"right"})), root_path="/mounted")
+    client = TestClient(create_app(engine, SERVE, key_digests(["right"])), root_path="/mounted")
     assert client.get("/mounted/v1/models").status_code == 401
     assert client.get("/mounted/health").status_code == 200
 

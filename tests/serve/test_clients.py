@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.serve.app import create_app
+from dtrpo_ray.serve.middleware import key_digests
 from tests.serve.test_app import SERVE, make_engine
 
 pytestmark = pytest.mark.extra
@@ -42,7 +43,7 @@ def url(engine: Engine) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    app = create_app(engine, SERVE, frozenset({"a-key"}), {"base": make_engine(seed=4)})
+    app = create_app(engine, SERVE, key_digests(["a-key"]), {"base": make_engine(seed=4)})
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """The Ray Serve shell: one real deployment over HTTP, and every refusal to start one."""
 
 import asyncio
+import hashlib
 import json
 import socket
 import threading
@@ -310,6 +311,13 @@ def test_the_url_can_be_reached(host: str, url: str) -> None:
     assert server._url(host, 80) == url
 
 
+def test_serve_deploy_without_keys_is_refused_wherever_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`build` cannot know the host of the YAML, so it is closed."""
+    monkeypatch.delenv("DTRPO_API_KEY", raising=False)
+    with pytest.raises(ServeError, match="would answer everyone who reaches its port; name a file of keys"):
+        server.build(ServeConfig(checkpoint="unused"))
+
+
 def test_keys_are_the_lines_of_the_file(key_file: Path) -> None:
     assert server.read_keys(key_file) == {"first-key", "second-key"}
     assert server.read_keys(None) == frozenset()
@@ -339,7 +347,9 @@ def test_configs_that_contradict_themselves_are_refused(fields: dict[str, Any], 
 
 
 def test_replicas_are_bounded_where_they_follow_the_load() -> None:
-    deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=0, max_replicas=3))._bound_deployment
+    deployment = server._application(
+        ServeConfig(checkpoint="somewhere", num_replicas=0, max_replicas=3), frozenset()
+    )._bound_deployment
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
 
@@ -349,7 +359,12 @@ def replica(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     """The replica's class by itself, without Ray, from its other models."""
     context = SimpleNamespace(get_assigned_resources=dict)
     monkeypatch.setattr(server.ray, "get_runtime_context", lambda: context)
-    return lambda **others: server.Model(config.model_copy(update={"api_key_file": None, "other_models": others}))
+
+    def make(digests: frozenset[str] = frozenset(), **others: str) -> server.Model:
+        elsewhere = {"api_key_file": Path("/not/on/this/node"), "other_models": others}
+        return server.Model(config.model_copy(update=elsewhere), digests)
+
+    return make
 
 
 def said(model: server.Model, *names: str) -> list[str]:
@@ -398,6 +413,19 @@ def test_adapters_stand_on_the_base_that_serves(
     assert len({*expected(checkpoint), *on_another}) == 4
 
 
+def test_the_keys_of_the_command_hold_in_a_replica_that_cannot_read_them(
+    config: ServeConfig, replica: Callable[..., server.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests travel, and no key: on the replica's node neither the file nor the variable exists."""
+    monkeypatch.delenv("DTRPO_API_KEY", raising=False)
+    given, digests = server.build(config)._bound_deployment.init_args
+    assert "first-key" not in repr((given, sorted(digests)))
+    assert digests == {hashlib.sha256(key).hexdigest() for key in (b"first-key", b"second-key")}
+    client = TestClient(replica(digests=digests).asgi)
+    for header, status in ((None, 401), ("Bearer wrong", 401), ("Bearer second-key", 200)):
+        assert client.get("/v1/models", headers={"Authorization": header} if header else {}).status_code == status
+
+
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe"])
 def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys"
@@ -409,13 +437,13 @@ def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: bytes | Non
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"serve\.checkpoint"):
-        server.build(ServeConfig())
+        server.start(ServeConfig())
     with pytest.raises(ModelError, match="not a model directory"):
         server.start(ServeConfig(checkpoint=str(tmp_path), port=0))
 
 
 def test_the_deployment_is_bounded_and_drains() -> None:
-    deployment = server.build(ServeConfig(checkpoint="somewhere", num_replicas=3))._bound_deployment
+    deployment = server._application(ServeConfig(checkpoint="somewhere", num_replicas=3), frozenset())._bound_deployment
     assert deployment.num_replicas == 3
     assert MAX_ACTIVE_REQUESTS < deployment.max_ongoing_requests < 1000
     assert 0 < deployment.max_queued_requests < 1000
@@ -432,12 +460,13 @@ def deployed() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("config", deployed(), ids=["vm", "kubernetes"])
-def test_shipped_serve_configs_build(config: dict[str, Any]) -> None:
+def test_shipped_serve_configs_build(config: dict[str, Any], key_file: Path) -> None:
     schema = ServeDeploySchema.model_validate(config)
     (application,) = schema.applications
     assert application.import_path == "dtrpo_ray.serve.server:build"
     args = ServeConfig.model_validate(application.args)
-    built = server.build(args)
+    assert args.api_key_file is not None
+    built = server.build(args.model_copy(update={"api_key_file": key_file}))  # this machine lacks theirs
     assert isinstance(built, serve.Application)
     assert schema.http_options.request_timeout_s is not None
     assert schema.http_options.request_timeout_s > DEADLINE_SECONDS
