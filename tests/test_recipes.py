@@ -78,7 +78,7 @@ def dry_run(rank: int, recipe: Path, folder: Path) -> None:
         | {"row_id": str(i), "epoch": 0, "batch_weight": 4.0}
         for i in range(4)
     ]
-    backend = DeepSpeedBackend(policy, train, 4, 1, torch.device("cpu"))
+    backend = DeepSpeedBackend(policy, train, 4, torch.device("cpu"))
     of_base = BaseReference(backend.policy, policy) if train.lora else reference
     to_batch = collate(train, policy, 0, reference=of_base)
     losses = [optimizer_step(train, backend, of_base, rows, to_batch).metrics["loss"] for _ in range(4)]

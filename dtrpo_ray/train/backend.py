@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,6 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the gradients of one micro-batch; `last` marks an optimizer step's last one, on all ranks at once."""
-        ...
 
     def step(self, skip: bool = False) -> tuple[float, float]:
         """Update after the last micro-batch of an optimizer step; returns (gradient norm, learning rate).
@@ -57,31 +57,25 @@ class Backend(Protocol):
         `skip`, or a gradient that is not finite (the norm says so), leaves weights and moments as they are; the
         schedule goes on either way.
         """
-        ...
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks."""
-        ...
 
     def most(self, count: int) -> int:
         """Return the largest count of all ranks."""
-        ...
 
     def save(self, path: Path, step: int) -> None:
         """Write weights, optimizer and schedule after an optimizer step."""
-        ...
 
     def load(self, path: Path) -> int:
         """Load a checkpoint of `save`; returns its step."""
-        ...
 
     def full_model(self) -> DiffusionLM:
         """Return the model with whole parameters; every rank must call it."""
-        ...
 
 
-class SkippableAdamW(torch.optim.AdamW):
-    """torch's AdamW that can skip one step: DeepSpeed offers no way to drop a step whose gradients are finite."""
+class Skippable(torch.optim.Optimizer):
+    """An optimizer that can skip one step: DeepSpeed offers no way to drop a step whose gradients are finite."""
 
     skip = refused = False
     check = False  # without ZeRO nothing in DeepSpeed looks at the gradients before they are used
@@ -89,6 +83,10 @@ class SkippableAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         self.refused = self.skip or (self.check and not _finite_everywhere(self.param_groups))
         return None if self.refused else super().step(closure)
+
+
+class SkippableAdamW(Skippable, torch.optim.AdamW):
+    """torch's AdamW."""
 
 
 def _finite_everywhere(groups: list[dict[str, Any]]) -> bool:
@@ -99,12 +97,11 @@ def _finite_everywhere(groups: list[dict[str, Any]]) -> bool:
     return not bool(bad)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> SkippableAdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Skippable:
     """Return AdamW over the trained parameters; with `offload` DeepSpeed's, whose state is in CPU memory."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = partial(_cpu_adam(), adamw_mode=True) if config.offload else SkippableAdamW
-    result: SkippableAdamW = optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
-    return result
+    optimizer = partial(_cpu_adam(), adamw_mode=True) if config.offload else SkippableAdamW
+    return optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
 
 
 def make_schedule(
@@ -157,12 +154,11 @@ class Zero3Sharding:
     To be created in a process group; implements `models.weights.Sharding`.
     """
 
-    def __init__(self, config: TrainConfig, num_workers: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self._deepspeed = _deepspeed(device)
         self._deepspeed.init_distributed(auto_mpi_discovery=False)  # finds the group that is there
-        bf16 = uses_bf16(config.precision, device)
-        self._config = deepspeed_config(config, num_workers, bf16)
-        self.rank = torch.distributed.get_rank()
+        self.rank, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._config = deepspeed_config(config, num_workers, uses_bf16(config.precision, device))
 
     def build(self) -> AbstractContextManager[Any]:
         # without `dtype`: 0.19.8 turns an explicit float32 into bfloat16 where the device has no float16 (the CPU)
@@ -176,23 +172,17 @@ class DeepSpeedBackend:
     """A DeepSpeed engine over the process group that Ray Train has set up."""
 
     def __init__(
-        self,
-        model: DiffusionLM,
-        config: TrainConfig,
-        num_steps: int,
-        num_workers: int,
-        device: torch.device,
-        universal: bool = False,
+        self, model: DiffusionLM, config: TrainConfig, num_steps: int, device: torch.device, universal: bool = False
     ) -> None:
         deepspeed = _deepspeed(device)
-        self.device, self.num_workers = device, num_workers
+        self.device, self.num_workers = device, torch.distributed.get_world_size()
         bf16 = uses_bf16(config.precision, device)
         self.optimizer = make_optimizer(model, config)
         self.optimizer.check = config.zero_stage == 0
         # the schedule is ours alone: DeepSpeed would stop it at a step that it drops
         self.schedule = make_schedule(self.optimizer, config, num_steps)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config, num_workers, bf16, universal)
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config, self.num_workers, bf16, universal)
         )
         self.policy = self.engine
         self.gathered = config.zero_stage == 3
@@ -226,9 +216,9 @@ class DeepSpeedBackend:
 
     def save(self, path: Path, step: int) -> None:
         # universal_checkpoint_info lets stages 1 and 2 be converted to another world size later
-        extra = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        extra["schedule"] = self.schedule.state_dict()
-        self.engine.save_checkpoint(str(path), tag=TAG, client_state={"step": step, **extra})
+        universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+        state = {"step": step, **universal, "schedule": self.schedule.state_dict()}
+        self.engine.save_checkpoint(str(path), tag=TAG, client_state=state)
 
     def load(self, path: Path) -> int:
         loaded, state = self.engine.load_checkpoint(str(path), tag=TAG)
@@ -263,17 +253,13 @@ def _deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _cpu_adam() -> Any:
+def _cpu_adam() -> Callable[..., Skippable]:
     """Return DeepSpeed's CPU Adam; it is compiled on first use (g++ and ninja), by one process at a time."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    class CPUAdam(DeepSpeedCPUAdam):
-        skip = check = refused = False
-
-        def step(self, closure: Any = None) -> Any:
-            self.refused = self.skip
-            return None if self.skip else super().step(closure)
+    class CPUAdam(Skippable, DeepSpeedCPUAdam):
+        """DeepSpeed's Adam."""
 
     folder = compat.extension_folder("cpu_adam")
     with FileLock(folder.with_name(f"{folder.name}.held")):  # a dead process lets go of this lock

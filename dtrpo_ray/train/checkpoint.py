@@ -12,11 +12,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 
 from pyarrow import fs as pafs
 
@@ -31,6 +31,7 @@ MAX_PENDING = 8  # checkpoints that are kept because their validation is still t
 LOWER_IS_BETTER = ("loss", "nll", "nll_chosen")
 _NAME = re.compile(r"^step-(\d{8})(?:-(\d+))?$")
 _CHUNK_BYTES = 1 << 22
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -85,11 +86,6 @@ class Place:
     attempt: int
     path: str
 
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return folder_name(self.step, self.attempt)
-
 
 def folder_name(step: int, attempt: int) -> str:
     """The name of a checkpoint folder: unique for each step of each attempt."""
@@ -113,17 +109,20 @@ def write(folder: Path, filesystem: pafs.FileSystem, path: str, rank: int, facts
     COMPLETE carries the facts of rank 0, so that two ranks which write it at once write the same. A failing write is
     tried ATTEMPTS times, one, two, four, ... seconds apart; then its OSError is raised.
     """
-    files = {str(f.relative_to(folder)): _local_entry(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    listing: _RankListing = {"rank": rank, "facts": facts, "files": files}
+    files = {
+        str(f.relative_to(folder)): _FileEntry(bytes=f.stat().st_size, sha256=sha256_file(f))
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
     for name in files:
-        _retry(lambda name=name: _copy(folder / name, filesystem, f"{path}/{name}"))  # type: ignore[misc]
-    _retry(lambda: _put(filesystem, f"{path}/rank-{rank}.json", json.dumps(listing).encode()))
+        _retry(_copy, folder / name, filesystem, f"{path}/{name}")
+    _retry(_put, filesystem, f"{path}/rank-{rank}.json", _RankListing(rank=rank, facts=facts, files=files))
     names = [f"rank-{r}.json" for r in range(facts["num_workers"])]
-    if _retry(lambda: all(_exists(filesystem, f"{path}/{name}") for name in names)):
-        listings = _retry(lambda: {name: _get(filesystem, f"{path}/{name}") for name in names})
+    if all(_retry(_exists, filesystem, f"{path}/{name}") for name in names):
+        listings = {name: _retry(_get, filesystem, f"{path}/{name}") for name in names}
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in listings.items()}
         record = {"schema": FACTS_SCHEMA, **json.loads(listings[names[0]])["facts"], "ranks": hashes}
-        _retry(lambda: _put(filesystem, f"{path}/{COMPLETE}", json.dumps(record).encode()))
+        _retry(_put, filesystem, f"{path}/{COMPLETE}", record)
 
 
 def places(filesystem: pafs.FileSystem, root: str) -> list[Place]:
@@ -146,7 +145,7 @@ def facts_of(filesystem: pafs.FileSystem, place: Place) -> SealedFacts:
     about the checkpoint.
     """
     try:
-        record = json.loads(_retry(lambda: _get(filesystem, f"{place.path}/{COMPLETE}")))
+        record = json.loads(_retry(_get, filesystem, f"{place.path}/{COMPLETE}"))
         schema, missing = record["schema"], SealedFacts.__required_keys__ - record.keys()
     except FileNotFoundError:
         raise CheckpointError(f"{place.path}: no {COMPLETE}: it was never finished") from None
@@ -168,19 +167,18 @@ def verify(filesystem: pafs.FileSystem, place: Place, part: int = 0, parts: int 
     entries: list[tuple[str, _FileEntry]] = []
     for name, digest in sorted(record["ranks"].items()):
         try:
-            listing = _retry(lambda name=name: _get(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
+            listing = _retry(_get, filesystem, f"{place.path}/{name}")
         except FileNotFoundError:
             raise CheckpointError(f"{place.path}: {name} is missing") from None
         if hashlib.sha256(listing).hexdigest() != digest:
             raise CheckpointError(f"{place.path}: {name} is not the list that {COMPLETE} was written for")
         entries += sorted(json.loads(listing)["files"].items())
-    infos = _retry(lambda: filesystem.get_file_info([f"{place.path}/{name}" for name, _ in entries]))
+    infos = _retry(filesystem.get_file_info, [f"{place.path}/{name}" for name, _ in entries])
     for (name, entry), info in zip(entries, infos, strict=True):
         if info.type != pafs.FileType.File or info.size != entry["bytes"]:
             raise CheckpointError(f"{place.path}: {name} has {info.size} bytes, {entry['bytes']} were written")
     for name, entry in entries[part::parts]:
-        digest = _retry(lambda name=name: _remote_sha256(filesystem, f"{place.path}/{name}"))  # type: ignore[misc]
-        if digest != entry["sha256"]:
+        if _retry(_remote_sha256, filesystem, f"{place.path}/{name}") != entry["sha256"]:
             raise CheckpointError(f"{place.path}: {name} has changed since it was written (its SHA-256 differs)")
     return record
 
@@ -236,16 +234,15 @@ def remove_folder(filesystem: pafs.FileSystem, path: str) -> None:
 def write_validation(filesystem: pafs.FileSystem, path: str, metrics: dict[str, float]) -> None:
     """Put the metrics of a validation beside the checkpoint in the folder `path`, if that is still there."""
     if _exists(filesystem, f"{path}/{COMPLETE}"):
-        _retry(lambda: _put(filesystem, f"{path}/{SCORES_FILE}", json.dumps(metrics).encode()))
+        _retry(_put, filesystem, f"{path}/{SCORES_FILE}", metrics)
 
 
 def validation_of(filesystem: pafs.FileSystem, place: Place) -> dict[str, float] | None:
     """Return the metrics of a checkpoint's validation, {} if it failed, None if there is none that can be read."""
     try:
-        measured: dict[str, float] = json.loads(_get(filesystem, f"{place.path}/{SCORES_FILE}"))
+        return cast(dict[str, float], json.loads(_get(filesystem, f"{place.path}/{SCORES_FILE}")))
     except (OSError, ValueError):
         return None
-    return measured
 
 
 def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, validated: bool = False) -> list[Place]:
@@ -275,19 +272,15 @@ def prune(filesystem: pafs.FileSystem, root: str, keep: int, best: str | None, v
     return removed
 
 
-def _retry(action: Callable[[], T]) -> T:
+def _retry(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     for attempt in range(ATTEMPTS - 1):
         try:
-            return action()
+            return action(*args, **kwargs)
         except FileNotFoundError:
             raise
         except OSError:
             time.sleep(2**attempt)
-    return action()
-
-
-def _local_entry(file: Path) -> _FileEntry:
-    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    return action(*args, **kwargs)
 
 
 def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
@@ -296,20 +289,16 @@ def _copy(file: Path, filesystem: pafs.FileSystem, path: str) -> None:
         shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
 
-def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Write a whole file or none: an object store's put is atomic, a local file is renamed."""
-    if filesystem.type_name == "local":
-        with whole_file(Path(path)) as partial:
-            partial.write_bytes(content)
-        return
-    with filesystem.open_output_stream(path) as target:
-        target.write(content)
+def _put(filesystem: pafs.FileSystem, path: str, value: Mapping[str, Any]) -> None:
+    """Write JSON as a whole file or not at all: an object store's put is atomic, a local file is renamed."""
+    whole = whole_file(Path(path)) if filesystem.type_name == "local" else nullcontext(path)
+    with whole as name, filesystem.open_output_stream(str(name)) as target:
+        target.write(json.dumps(value).encode())
 
 
 def _get(filesystem: pafs.FileSystem, path: str) -> bytes:
     with filesystem.open_input_stream(path) as source:
-        content: bytes = source.read()
-    return content
+        return cast(bytes, source.read())
 
 
 def _exists(filesystem: pafs.FileSystem, path: str) -> bool:

@@ -49,10 +49,9 @@ def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
     real = min(total, len(rows))
     fill = np.resize(rows[:real], total)
     weight = (np.arange(total) < real).astype(np.float64)
-    digest = hashlib.sha256(f"{config.global_batch} {num_steps}".encode())
-    for row in rows[:real]:
-        digest.update(f"\n{row_ids[row]}".encode())
-    return Plan(np.resize(epochs[:real], total), fill, weight, num_steps, digest.hexdigest()[:16])
+    text = "\n".join([f"{config.global_batch} {num_steps}", *(row_ids[row] for row in rows[:real])])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Plan(np.resize(epochs[:real], total), fill, weight, num_steps, digest)
 
 
 def _epoch_order(row_ids: list[str], seed: int, epoch: int) -> np.ndarray:
@@ -81,13 +80,8 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
         ordinal = np.array([o for _, o in taken], dtype=np.int64)
         out = table.take(pa.array([row for row, _ in taken], type=pa.int64()))
         rank = ordinal % size // per_rank
-        columns = {
-            "ordinal": ordinal,
-            "epoch": epoch[ordinal],
-            "row_weight": weight[ordinal],
-            "batch_weight": batch_weight[ordinal],
-            "place": rank * len(epoch) + ordinal,
-        }
+        columns = {"ordinal": ordinal, "epoch": epoch[ordinal], "row_weight": weight[ordinal]}
+        columns |= {"batch_weight": batch_weight[ordinal], "place": rank * len(epoch) + ordinal}
         for name, values in columns.items():
             out = out.append_column(name, pa.array(values))
         return out

@@ -51,12 +51,15 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     if config.reference == "cache" and stage.cache is None:
         raise TrainError(f'{stage.label}: train.reference = "cache" finds no log-probs; run dtrpo ref-logps')
     require_trackers(cluster.trackers)
-    stage = _resolve(stage)
+    cache = stage.cache and stage.cache.resolve()
+    stage = replace(stage, base=stage.base.resolve(), out=stage.out.resolve(), cache=cache)  # workers run elsewhere
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     folder, name = _place(stage.out, cluster)
     root, other = join_path(folder, name), resume_root(stage, config)
     RunRecord.of(stage, config, root).write(stage.out)
-    _forget_ray_list(root)
+    filesystem, path = checkpoint.open_storage(root)
+    with suppress(FileNotFoundError):
+        filesystem.delete_file(f"{path}/{compat.RAY_TRAIN_SNAPSHOT}")
     shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
     spec = RunSpec(
@@ -96,24 +99,21 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
 
 
 def _run(trainer: TorchTrainer, spec: RunSpec, gpu: bool) -> None:
-    """Run the trainer under a progress bar. Raises TrainError with the workers' message."""
-    out, label = spec.stage.out, spec.stage.label
+    """Run the trainer under a progress bar. Raises TrainError with the most informative message of the workers."""
+    out, label, failed = spec.stage.out, spec.stage.label, ""
     with watch(out / METRICS, label, spec.num_steps, out / EVENTS):
         if shortage := shortfall(spec.cluster, gpu):
             append_event(out / EVENTS, "waiting", shortage)
         try:
             _fit(trainer)
         except TrainingFailedError as error:
-            message = _fatal_error(out) or f"training failed: {_root_message(error)}"
-            raise TrainError(f"{label}: {message}") from None
-    if message := _fatal_error(out):
-        raise TrainError(f"{label}: {message}")
-
-
-def _resolve(stage: TrainStage) -> TrainStage:
-    """Make every path absolute: workers run in other folders."""
-    cache = stage.cache and stage.cache.resolve()
-    return replace(stage, base=stage.base.resolve(), out=stage.out.resolve(), cache=cache)
+            first = next(iter((getattr(error, "worker_failures", None) or {0: error}).values()))
+            failed = f"training failed: {last_line(first)}"
+    fatal = [file.read_text() for file in sorted((out / ERRORS).glob("rank-*"))]  # that no restart mends
+    if fatal:
+        failed = max(fatal, key=lambda text: ("rows of this rank" in text, len(text)))
+    if failed:
+        raise TrainError(f"{label}: {failed}")
 
 
 def _validation(spec: RunSpec, gpu: bool) -> ValidationConfig:
@@ -146,12 +146,6 @@ def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     filesystem, path = checkpoint.open_storage(join_path(*_place(out, cluster)))
     if filesystem.get_file_info(path).type != FileType.NotFound:
         checkpoint.remove_folder(filesystem, path)
-
-
-def _forget_ray_list(root: str) -> None:
-    filesystem, path = checkpoint.open_storage(root)
-    with suppress(FileNotFoundError):
-        filesystem.delete_file(f"{path}/{compat.RAY_TRAIN_SNAPSHOT}")
 
 
 def _train_function(spec: RunSpec) -> Callable[[], None]:
@@ -198,14 +192,3 @@ def _fit(trainer: TorchTrainer) -> None:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, earlier)
-
-
-def _root_message(error: TrainingFailedError) -> str:
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    return last_line(next(iter(failures.values())))
-
-
-def _fatal_error(out: Path) -> str:
-    """Return the most informative rank's error that no restart mends, or ""."""
-    messages = [file.read_text() for file in sorted((out / ERRORS).glob("rank-*"))]
-    return max(messages, key=lambda text: ("rows of this rank" in text, len(text)), default="")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import ray.train
 import torch
+from pyarrow.fs import FileSystem
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
-from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import EVENTS, append_event
 from dtrpo_ray.train import checkpoint
@@ -96,7 +96,7 @@ def choose(roots: Sequence[str], out: Path, rank: int, world: int) -> Found | No
     unread = ""
     for root in roots:
         filesystem, path = checkpoint.open_storage(root)
-        for place in broadcast_from_rank_zero(checkpoint.places(filesystem, path) if rank == 0 else None):
+        for place in _list(filesystem, path):
             problem, facts = ("", ""), None
             try:
                 facts = checkpoint.verify(filesystem, place, rank, world)
@@ -113,7 +113,7 @@ def choose(roots: Sequence[str], out: Path, rank: int, world: int) -> Found | No
             unread = unread or (text if kind == "unread" else "")
             if rank == 0:
                 message = f"skipped checkpoint {text}"
-                append_event(out / EVENTS, "skipped checkpoint", message, checkpoint=place.name)
+                append_event(out / EVENTS, "skipped checkpoint", message, checkpoint=Path(place.path).name)
                 if root == roots[0] and "never finished" in text:
                     checkpoint.remove(filesystem, place)
     if unread:
@@ -123,40 +123,34 @@ def choose(roots: Sequence[str], out: Path, rank: int, world: int) -> Found | No
     return None
 
 
-def require_plan(found: Found | None, digest: str) -> None:
-    """Raise CheckpointError for a checkpoint whose rows were read by another plan: going on would repeat and skip."""
-    if found is None:
-        return
-    plan = found.facts["plan"]
+def require_same(found: Found, digest: str, bf16: bool, stage: TrainStage) -> None:
+    """Raise CheckpointError for a checkpoint of another plan, or of the other precision.
+
+    By another plan, rows would be repeated and skipped; DeepSpeed keeps each precision in files of its own.
+    """
+    path, plan, was, now = found.place.path, found.facts["plan"], found.facts["precision"], PRECISIONS[bf16]
     if plan["digest"] != digest:
         raise CheckpointError(
-            f"{found.place.path}: its {sum(plan['consumed'])} rows were read in the order {plan['digest']}, this run's "
-            f"is {digest}: the table or the batches have changed; put the table back, or train anew with --fresh"
+            f"{path}: its {sum(plan['consumed'])} rows were read in the order {plan['digest']}, this run's is "
+            f"{digest}: the table or the batches have changed; put the table back, or train anew with --fresh"
         )
-
-
-def require_precision(found: Found | None, bf16: bool, stage: TrainStage) -> None:
-    """Raise CheckpointError for a checkpoint of the other precision: DeepSpeed keeps each in its own files."""
-    if found and (was := found.facts["precision"]) != PRECISIONS[bf16]:
+    if was != now:
         remedy = f"dtrpo train JOB --resume {stage.out} --set {stage.section}.precision={was}"
         raise CheckpointError(
-            f"{found.place.path}: was trained in {was}, but this run uses {PRECISIONS[bf16]} (precision auto is bf16 "
-            f"on a GPU, fp32 without one); go on with {remedy}, or train anew with --fresh"
+            f"{path}: was trained in {was}, but this run uses {now} (precision auto is bf16 on a GPU, fp32 without one); "
+            f"go on with {remedy}, or train anew with --fresh"
         )
 
 
-def rows_read(step: int, rows: int, config: TrainConfig) -> list[int]:
-    """Count the rows of each epoch of `rows` rows that the first `step` optimizer steps read."""
-    return [min(max(step * config.global_batch - epoch * rows, 0), rows) for epoch in range(config.num_epochs)]
+def _list(filesystem: FileSystem, path: str) -> list[Place]:
+    """List the checkpoints as rank 0 sees them. A collective."""
+    places = checkpoint.places(filesystem, path) if ray.train.get_context().get_world_rank() == 0 else None
+    return broadcast_from_rank_zero(places)
 
 
 def attempt_number(root: str) -> int:
     """Return one more than any attempt that left a checkpoint here; 0 for the first. A collective."""
-    number = 0
-    if ray.train.get_context().get_world_rank() == 0:
-        filesystem, path = checkpoint.open_storage(root)
-        number = max((place.attempt + 1 for place in checkpoint.places(filesystem, path)), default=0)
-    return int(broadcast_from_rank_zero(number))
+    return max((place.attempt + 1 for place in _list(*checkpoint.open_storage(root))), default=0)
 
 
 def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_world: bool) -> int:
@@ -165,7 +159,8 @@ def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_worl
         return 0
     context = ray.train.get_context()
     filesystem, _ = checkpoint.open_storage(found.root)
-    folder, scratch = Path(found.place.path), Path(tempfile.gettempdir()) / f"dtrpo-{found.place.name}-{out.name}"
+    folder = Path(found.place.path)
+    scratch = Path(tempfile.gettempdir()) / f"dtrpo-{folder.name}-{out.name}"
     if filesystem.type_name != "local":
         folder = scratch
         if context.get_local_rank() == 0:
@@ -190,7 +185,8 @@ def resume(backend: DeepSpeedBackend, found: Found | None, out: Path, other_worl
 class Saver:
     """Writes checkpoints: the engine's files to local scratch, then the upload in Ray Train's background thread.
 
-    One upload at a time: the next save waits for it, so scratch holds one checkpoint and storage sets the pace.
+    One upload at a time: the next save waits until it is `uploaded`, so scratch holds one checkpoint and storage sets
+    the pace.
     """
 
     def __init__(self, backend: DeepSpeedBackend, spec: RunSpec, attempt: int) -> None:
@@ -208,7 +204,7 @@ class Saver:
 
     def save(self, step: int, at_once: bool = False) -> None:
         """Write the checkpoint of a step; `at_once` returns once it is in storage."""
-        self.wait()
+        self.uploaded.wait()
         folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         self.backend.save(folder, step)
         facts = self._facts(step)
@@ -222,15 +218,11 @@ class Saver:
             validation=self.config.validation is not None,
         )
         if at_once:
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait until no upload is under way."""
-        self.uploaded.wait()
+            self.uploaded.wait()
 
     def _facts(self, step: int) -> CheckpointFacts:
-        stage = self.spec.stage
-        read = rows_read(step, self.spec.epoch_rows, self.config)
+        stage, rows, epochs = self.spec.stage, self.spec.epoch_rows, range(self.config.num_epochs)
+        consumed = [min(max(step * self.config.global_batch - epoch * rows, 0), rows) for epoch in epochs]
         return {
             "step": step,
             "num_workers": self.world,
@@ -241,7 +233,7 @@ class Saver:
             "identity": dict(stage.identity),
             "config": self.config.model_dump(mode="json"),
             "seed": stage.seed,
-            "plan": {"digest": self.spec.plan_digest, "consumed": read},
+            "plan": {"digest": self.spec.plan_digest, "consumed": consumed},
             "metrics": self.metrics,
         }
 

@@ -110,7 +110,7 @@ class RunRecord(BaseModel):
 
         def compare(name: str, was: Any, now: Any) -> None:
             if name.removeprefix("config.") in MAY_CHANGE or (name == "config.precision" and "auto" in (was, now)):
-                return  # the checkpoint knows which precision "auto" was (`recovery.require_precision`)
+                return  # the checkpoint knows which precision "auto" was (`recovery.require_same`)
             if isinstance(was, dict) and isinstance(now, dict):
                 for key in sorted({*was, *now}):
                     compare(f"{name}.{key}" if name else key, was.get(key), now.get(key))

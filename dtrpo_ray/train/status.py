@@ -14,9 +14,7 @@ from dtrpo_ray.stages import MANIFEST
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.run import RunRecord
 
-QUIET_SECONDS = (
-    300  # a run that has written nothing for so long, and for the time of three metric lines, counts as cut off
-)
+QUIET_SECONDS = 300  # a run that wrote nothing for so long, and for the time of three metric lines, was cut off
 SHOWN_EVENTS = 10
 
 

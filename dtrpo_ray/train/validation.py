@@ -27,19 +27,13 @@ QUESTIONS = "questions.json"
 TIMEOUT_SECONDS = 3600  # of one validation; later ones wait for it
 
 
-class Line(TypedDict):
-    """The fixed columns of a line of validation.jsonl; the metrics are columns too."""
+class Measured(TypedDict):
+    """The metrics of one checkpoint, and its first answers."""
 
     step: int
+    metrics: dict[str, float]
     num_prompts: int
     samples: list[dict[str, str]]
-
-
-class Measured(TypedDict):
-    """The metrics of one checkpoint, and its line of validation.jsonl."""
-
-    metrics: dict[str, float]
-    line: Line
 
 
 def write_questions(texts: Sequence[str], ids: Sequence[list[int]], scorer: str | None, out: Path) -> None:
@@ -59,13 +53,13 @@ def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[st
     metrics: dict[str, float] = {}
     try:
         with saved.as_directory() as folder:
-            record = _measure_in_child(Path(folder), Path(out), config)
-        metrics, line = record["metrics"], record["line"]
+            done = _measure_in_child(Path(folder), Path(out), config)
+        step, metrics, count = done["step"], done["metrics"], done["num_prompts"]
         with (Path(out) / VALIDATION).open("a") as file:
+            line = {"step": step, **metrics, "num_prompts": count, "samples": done["samples"]}
             file.write(json.dumps(line) + "\n")
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        message = f"step {line['step']}: {numbers} ({line['num_prompts']} prompts)"
-        append_event(events, "validation", message, **metrics)
+        append_event(events, "validation", f"step {step}: {numbers} ({count} prompts)", **metrics)
     except Exception as error:
         append_event(events, "validation failed", f"validation of {saved.path} failed: {last_line(error)}")
     try:
@@ -80,15 +74,13 @@ def _measure_in_child(folder: Path, out: Path, config: dict[str, Any]) -> Measur
     """Run `measure` in a child process. Raises TrainError with its last line of output."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        words = [sys.executable, "-m", "dtrpo_ray.train.validation"]
-        words += [str(folder), str(out), json.dumps(config), str(result)]
+        words = [sys.executable, "-m", __name__, str(folder), str(out), json.dumps(config), str(result)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode:
             errors = done.stderr.strip().splitlines()
             raise TrainError(errors[-1] if errors else f"its process ended with {done.returncode}")
-        measured: Measured = json.loads(result.read_text())
-    return measured
+        return cast(Measured, json.loads(result.read_text()))
 
 
 def measure(folder: Path, out: Path, train: TrainConfig) -> Measured:
@@ -108,9 +100,10 @@ def measure(folder: Path, out: Path, train: TrainConfig) -> Measured:
         score = pkgutil.resolve_name(questions["scorer"])
         rewards = [score(row["prompt"], answer) for row, answer in zip(prompts, answers, strict=True)]
         metrics = {"accuracy": sum(reward >= 1 for reward in rewards) / len(rewards), **metrics}
-    samples = [{"prompt": p["prompt"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
-    line = {"step": facts["step"], **metrics, "num_prompts": len(prompts), "samples": samples[: config.num_examples]}
-    return {"metrics": metrics, "line": cast(Line, line)}
+    samples = [{"prompt": p["prompt"], "answer": a} for p, a in zip(prompts, answers, strict=True)][
+        : config.num_examples
+    ]
+    return {"step": facts["step"], "metrics": metrics, "num_prompts": len(prompts), "samples": samples}
 
 
 def main() -> None:

@@ -55,17 +55,17 @@ def _attempt(spec: RunSpec, rank: int, alive: Callable[[], None]) -> None:
     device = _prepare_device()
     attempt = recovery.attempt_number(spec.roots[0])
     found = recovery.choose(spec.roots, stage.out, rank, world)
-    recovery.require_plan(found, spec.plan_digest)
-    recovery.require_precision(found, uses_bf16(config.precision, device), stage)
+    if found:
+        recovery.require_same(found, spec.plan_digest, uses_bf16(config.precision, device), stage)
     other_world = found is not None and config.zero_stage > 0 and found.facts["num_workers"] != world
-    sharding = Zero3Sharding(config, world, device) if config.zero_stage == 3 else None
+    sharding = Zero3Sharding(config, device) if config.zero_stage == 3 else None
     policy = load_model(stage.base, device=str(device), sharding=sharding)
     flops_per_token = telemetry.step_flops(policy, config) / world  # before adapters are added
     if config.lora:
         add_adapters(policy, config.lora, stage.seed)
     if config.gradient_checkpointing:
         checkpoint_layers(policy)
-    backend = DeepSpeedBackend(policy, config, spec.num_steps, world, device, universal=other_world)
+    backend = DeepSpeedBackend(policy, config, spec.num_steps, device, universal=other_world)
     reference: Any = None
     fill = None
     if stage.cache:
@@ -84,7 +84,7 @@ def _attempt(spec: RunSpec, rank: int, alive: Callable[[], None]) -> None:
     to_batch = loop.collate(config, policy, stage.seed, reference, fill=fill, device=device)
     with _loop(spec, saver, start, flops_per_token, alive) as run:
         run(config, backend, reference, batches, to_batch, start_step=start, num_steps=spec.num_steps)
-    saver.wait()
+    saver.uploaded.wait()
     _write_model(backend, config, stage.base, stage.out, rank)
 
 

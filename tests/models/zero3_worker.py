@@ -24,12 +24,12 @@ dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=ran
 device = torch.device("cpu")
 adapters = LoraConfig(rank=4) if lora == "lora" else None
 config = TrainConfig(zero_stage=3, lr=1e-2, global_batch=world, lora=adapters, lr_schedule="constant", warmup_ratio=0)
-model = load_model(folder, sharding=Zero3Sharding(config, world, device))
+model = load_model(folder, sharding=Zero3Sharding(config, device))
 held = sum(p.ds_tensor.numel() for p in model.parameters())
 whole = sum(p.ds_numel for p in model.parameters())
 if adapters:
     add_adapters(model, adapters, seed=0)
-backend = DeepSpeedBackend(model, config, 4, world, device)
+backend = DeepSpeedBackend(model, config, 4, device)
 ids = torch.arange(16)[None] % 80
 where = torch.arange(4)
 inputs = (ids, torch.arange(16)[None], torch.ones(1, 1, 16, 16, dtype=torch.bool), where * 0, where, where + 1)

@@ -102,7 +102,7 @@ class Run:
         self.policy, self.reference = model(settings, 1, dropout), model(settings, 2, 0.0).eval()
         if cfg.lora:
             add_adapters(self.policy, cfg.lora, 0)
-        self.backend = DeepSpeedBackend(self.policy, cfg, STEPS, world, CPU, universal)
+        self.backend = DeepSpeedBackend(self.policy, cfg, STEPS, CPU, universal)
         self.seen: list[list[str]] = []
         self.log: list[dict[str, Any]] = []
 

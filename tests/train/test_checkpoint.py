@@ -69,7 +69,7 @@ def test_what_was_written_verifies_and_the_newest_is_found(tmp_path: Path) -> No
     root = str(tmp_path / "run")
     for step, attempt in ((4, 0), (8, 0), (8, 2)):
         write(tmp_path, root, step, attempt)
-    assert [(p.step, p.attempt, p.name) for p in places(LOCAL, root)] == [
+    assert [(p.step, p.attempt, Path(p.path).name) for p in places(LOCAL, root)] == [
         (8, 2, "step-00000008-2"), (8, 0, "step-00000008"), (4, 0, "step-00000004"),
     ]  # fmt: skip
     found = newest_whole(LOCAL, root, pytest.fail)

@@ -162,23 +162,22 @@ def test_a_checkpoint_holds_its_plan_and_what_was_read_of_each_epoch(one_rank: O
         assert found is not None
         read.append(found.facts["plan"]["consumed"])
     assert read == [[4, 0], [15, 1], [15, 15]]
-    recovery.require_plan(None, "any")
-    recovery.require_plan(found, "a plan")
+    recovery.require_same(found, "a plan", False, stage(tmp_path))
     with pytest.raises(
         CheckpointError, match=r"step-00000008: its 30 rows were read in the order a plan, this run's is b"
     ):
-        recovery.require_plan(found, "b")
+        recovery.require_same(found, "b", False, stage(tmp_path))
 
 
 def test_a_checkpoint_of_the_other_precision_is_refused_with_the_remedy(one_rank: OneRank, tmp_path: Path) -> None:
     """Precision auto is fp32 on this CPU and bf16 on a GPU."""
     saver(tmp_path).save(2, at_once=True)
     found = recovery.choose([str(tmp_path / "checkpoints")], tmp_path, 0, 1)
-    recovery.require_precision(found, False, stage(tmp_path))
-    recovery.require_precision(None, True, stage(tmp_path))
+    assert found is not None
+    recovery.require_same(found, "a plan", False, stage(tmp_path))
     remedy = f"--resume {tmp_path} --set train.precision=fp32"
     with pytest.raises(CheckpointError, match=rf"was trained in fp32, but this run uses bf16.*{remedy}"):
-        recovery.require_precision(found, True, stage(tmp_path))
+        recovery.require_same(found, "a plan", True, stage(tmp_path))
 
 
 def test_a_run_to_go_on_from_that_is_damaged_is_no_new_run(one_rank: OneRank, tmp_path: Path) -> None:

@@ -92,9 +92,8 @@ def test_a_storage_that_fails_under_a_validation_is_told(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_validation", fails)
-    monkeypatch.setattr(
-        validation, "_measure_in_child", lambda *_: {"metrics": {}, "line": {"step": 4, "num_prompts": 0}}
-    )
+    measured = {"step": 4, "metrics": {}, "num_prompts": 0, "samples": []}
+    monkeypatch.setattr(validation, "_measure_in_child", lambda *_: measured)
     path = write(tmp_path, str(tmp_path / "run"), 4)
     validation.validate(saved_at(path), str(tmp_path), str(tmp_path / "run"), CONFIG.model_dump(mode="json"))
     assert "No space left on device" in read_metrics(tmp_path / EVENTS)[-1]["message"]
