@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyarrow.fs import FileType
 from ray.train import (
     DataConfig,
     FailureConfig,
@@ -143,9 +142,7 @@ def _place(out: Path, cluster: ClusterConfig) -> tuple[str, str]:
 
 def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     """Delete the checkpoints of a stage that starts anew, wherever they are stored."""
-    filesystem, path = checkpoint.open_storage(join_path(*_place(out, cluster)))
-    if filesystem.get_file_info(path).type != FileType.NotFound:
-        checkpoint.remove_folder(filesystem, path)
+    checkpoint.remove_folder(*checkpoint.open_storage(join_path(*_place(out, cluster))))
 
 
 def _train_function(spec: RunSpec) -> Callable[[], None]:

@@ -35,15 +35,12 @@ def step_flops(policy: DiffusionLM, config: TrainConfig) -> float:
     and the head, which reads the scored tokens alone, are left out, so that the MFU is never too high.
     """
     settings, count = policy.lm.config, 0.0
-    share = getattr(settings, "num_experts_per_tok", 1) / _num_experts(settings)
+    experts = getattr(settings, "num_experts", None) or getattr(settings, "n_routed_experts", None) or 1
+    share = getattr(settings, "num_experts_per_tok", 1) / experts
     for name, weight in policy.lm.model.named_parameters():
         if weight.dim() > 1 and "embed" not in name:
             count += getattr(weight, "ds_numel", weight.numel()) * (share if ".experts." in name else 1)
     return count * (2 + 2 + 2 * (config.lora is None) + 2 * config.runs_reference)
-
-
-def _num_experts(settings: Any) -> int:
-    return int(getattr(settings, "num_experts", None) or getattr(settings, "n_routed_experts", None) or 1)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -78,8 +78,7 @@ def _measure_in_child(folder: Path, out: Path, config: dict[str, Any]) -> Measur
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode:
-            errors = done.stderr.strip().splitlines()
-            raise TrainError(errors[-1] if errors else f"its process ended with {done.returncode}")
+            raise TrainError((done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1])
         return cast(Measured, json.loads(result.read_text()))
 
 

@@ -138,13 +138,11 @@ def _loop(
 
 
 def _log_start(spec: RunSpec, start: int, world: int, found: recovery.Found | None) -> None:
+    event, message = "start", f"step 0 of {spec.num_steps} on {world} worker(s)"
     if found is not None:
         was = found.facts["num_workers"]
         workers = f"{world} worker(s)" + (f", written by {was}" if was != world else "")
-        message = f"resumed at step {start} of {spec.num_steps} on {workers} ({found.place.path})"
-    else:
-        message = f"step 0 of {spec.num_steps} on {world} worker(s)"
-    event = "start" if found is None else "resume"
+        event, message = "resume", f"resumed at step {start} of {spec.num_steps} on {workers} ({found.place.path})"
     append_event(spec.stage.out / EVENTS, event, message, step=start, num_steps=spec.num_steps, num_workers=world)
 
 
