@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dtrpo_ray import compat
 from dtrpo_ray.config.train import TrainConfig
@@ -104,9 +105,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Skippable:
     return optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int) -> LambdaLR:
     """Return the schedule of transformers' `get_scheduler`, equal to the bit.
 
     Importing that function loads peft and accelerate: 2 s of CPU and 130 MiB in every worker (docs/decisions.md).
@@ -121,7 +120,7 @@ def make_schedule(
         done = (step - warmup) / max(1, end - warmup)
         return max(0.0, 0.5 * (1 + math.cos(math.pi * done))) if config.lr_schedule == "cosine" else 1.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, share)
 
 
 def deepspeed_config(config: TrainConfig, num_workers: int, bf16: bool, universal: bool = False) -> dict[str, Any]:

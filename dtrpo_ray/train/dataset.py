@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from ray.data import DataIterator
 
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import TrainError
@@ -95,11 +96,7 @@ def shard(table_dir: Path, config: TrainConfig, seed: int, num_workers: int) -> 
 
 
 def rank_batches(
-    rows: ray.data.DataIterator,
-    config: TrainConfig,
-    num_workers: int,
-    start_step: int,
-    share: tuple[int, int] | None = None,
+    rows: DataIterator, config: TrainConfig, num_workers: int, start_step: int, share: tuple[int, int] | None = None
 ) -> Iterator[Any]:
     """Yield this rank's rows of each optimizer step from `start_step` on, checked against the plan.
 

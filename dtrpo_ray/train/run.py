@@ -81,14 +81,8 @@ class RunRecord(BaseModel):
     @classmethod
     def of(cls, stage: TrainStage, config: TrainConfig, root: str) -> "RunRecord":
         """Describe a run whose checkpoints are in `root`."""
-        return cls(
-            config=config.model_dump(mode="json"),
-            seed=stage.seed,
-            identity=dict(stage.identity),
-            label=stage.label,
-            checkpoints=root,
-            workers=dict(stage.workers),
-        )
+        of_stage = {name: getattr(stage, name) for name in ("seed", "identity", "label", "workers")}
+        return cls(config=config.model_dump(mode="json"), checkpoints=root, **of_stage)
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord | None":
