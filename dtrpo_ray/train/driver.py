@@ -56,9 +56,7 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
     folder, name = _place(stage.out, cluster)
     root, other = join_path(folder, name), resume_root(stage, config)
     RunRecord.of(stage, config, root).write(stage.out)
-    filesystem, path = checkpoint.open_storage(root)
-    with suppress(FileNotFoundError):
-        filesystem.delete_file(f"{path}/{compat.RAY_TRAIN_SNAPSHOT}")
+    _forget_ray_list(root)
     shards, plan = dataset.shard(stage.table, config, stage.seed, 1 if elastic else cluster.most_workers)
     names = ["all"] if elastic else [f"rank-{rank}" for rank in range(cluster.most_workers)]
     spec = RunSpec(
@@ -143,6 +141,12 @@ def _place(out: Path, cluster: ClusterConfig) -> tuple[str, str]:
 def forget_checkpoints(out: Path, cluster: ClusterConfig) -> None:
     """Delete the checkpoints of a stage that starts anew, wherever they are stored."""
     checkpoint.remove_folder(*checkpoint.open_storage(join_path(*_place(out, cluster))))
+
+
+def _forget_ray_list(root: str) -> None:
+    filesystem, path = checkpoint.open_storage(root)
+    with suppress(FileNotFoundError):
+        filesystem.delete_file(f"{path}/{compat.RAY_TRAIN_SNAPSHOT}")
 
 
 def _train_function(spec: RunSpec) -> Callable[[], None]:
