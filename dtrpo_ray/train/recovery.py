@@ -137,8 +137,8 @@ def require_same(found: Found, digest: str, bf16: bool, stage: TrainStage) -> No
     if was != now:
         remedy = f"dtrpo train JOB --resume {stage.out} --set {stage.section}.precision={was}"
         raise CheckpointError(
-            f"{path}: was trained in {was}, but this run uses {now} (precision auto is bf16 on a GPU, fp32 without one); "
-            f"go on with {remedy}, or train anew with --fresh"
+            f"{path}: was trained in {was}, but this run uses {now} (precision auto is bf16 on a GPU, fp32 without "
+            f"one); go on with {remedy}, or train anew with --fresh"
         )
 
 
