@@ -117,8 +117,9 @@ class Decoder(Generic[Key]):
         """Run one pass of every request, a denoising step once its prompt is read; return (key, event) pairs."""
         events: list[tuple[Key, DecoderEvent]] = []
         for rows in self._groups():
-            ready = [row for row in rows if self._is_ready(row)]
-            if ready:
+            for row in rows:
+                row.waiting = [page for page in row.waiting if page in self.unfilled]
+            if ready := [row for row in rows if not row.waiting]:
                 events += [(row.key, event) for row, event in self._run(ready)]
         return events
 
@@ -164,10 +165,6 @@ class Decoder(Generic[Key]):
         self.canvas[slot], self.steps[slot], self.logps[slot], self.tables[slot] = mask, NEVER, 0, 0
         self.canvas[slot, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.long, device=self.device)
         self.tables[slot, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.long, device=self.device)
-
-    def _is_ready(self, row: _Row) -> bool:
-        row.waiting = [page for page in row.waiting if page in self.unfilled]
-        return not row.waiting
 
     def _leave(self, row: _Row) -> None:
         del self.rows[row.key]

@@ -143,17 +143,11 @@ class Service:
 
     async def models(self) -> api.ModelList:
         """List the served models."""
-        engines = {name: served.engine for name, served in self.served.items()}
-        cards = [
-            api.ModelCard(
-                id=name,
-                created=self.started,
-                max_model_len=engine.context_tokens,
-                block_size=engine.model.block_size,
-                attention=engine.model.attention,
-            )
-            for name, engine in engines.items()
-        ]
+        cards = []
+        for name, served in self.served.items():
+            model, most = served.engine.model, served.engine.context_tokens
+            facts = {"max_model_len": most, "block_size": model.block_size, "attention": model.attention}
+            cards.append(api.ModelCard(id=name, created=self.started, **facts))
         return api.ModelList(data=cards)
 
     async def metrics(self) -> Response:
@@ -356,8 +350,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[object, None, Re
 
 def _check_blocks(body: api.TextRequest, engine: Engine) -> None:
     if problem := block_size_error(engine.model, body, body.steps):
-        field, message = problem
-        raise refusal(400, message, field)
+        raise refusal(400, param=problem[0], message=problem[1])
     if (size := body.block_length or engine.model.block_size) > engine.context_tokens:
         raise refusal(
             400,

@@ -1,6 +1,7 @@
 """Counters of a serving process -> Prometheus text. `vllm bench serve` reads the `vllm:diffusion_*` names."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -34,11 +35,9 @@ class Monitor(Collector):
         self.requests = Counter(
             "dtrpo:requests", "Requests by outcome.", ["model_name", "outcome"], registry=self.registry
         )
-        self.latency = self._histogram("vllm:e2e_request_latency_seconds", "Seconds from a request to its last token.")
-        self.first = self._histogram("vllm:time_to_first_token_seconds", "Seconds from a request to its first block.")
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, ["model_name"], buckets=LATENCY_SECONDS, registry=self.registry)
+        seconds = partial(Histogram, labelnames=["model_name"], buckets=LATENCY_SECONDS, registry=self.registry)
+        self.latency = seconds("vllm:e2e_request_latency_seconds", "Seconds from a request to its last token.")
+        self.first = seconds("vllm:time_to_first_token_seconds", "Seconds from a request to its first block.")
 
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
         """Yield the metrics; the registry calls this at each scrape."""

@@ -65,8 +65,7 @@ class Choice:
         self.ids += block.ids[: room if cut is None else cut]
         self.text = self.engine.decode(self.ids)
         found = min((at for at in map(self.text.find, self.stop) if at >= 0), default=None)
-        if found is not None:
-            self.text = self.text[:found]
+        self.text = self.text[:found]
         if found is not None or cut is not None:
             self.finish_reason = "stop"
         elif len(self.ids) >= params.max_new_tokens:
@@ -154,25 +153,20 @@ def stream_events(request: ActiveRequest, events: list[tuple[int, DecoderEvent]]
 
 def whole_response(request: ActiveRequest) -> dict[str, object]:
     """Return the answer to a request whose choices have all finished."""
-    texts = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
-    choices = [_choice(request, i, text) for i, text in enumerate(texts)]
+    whole = [NewText(choice.text, choice.tokens, choice.finish_reason) for choice in request.choices]
+    choices = [_choice(request, *text) for text in enumerate(whole)]
     return answer(request, choices, usage=request.usage())
 
 
-def answer(
-    request: ActiveRequest,
-    choices: list[BaseModel],
-    usage: api.Usage | None = None,
-    denoising: api.Denoising | None = None,
-) -> dict[str, object]:
-    """Return a response's body, or that of a chunk of a stream; `usage` and `denoising` are left out where absent."""
+def answer(request: ActiveRequest, choices: list[BaseModel], **more: BaseModel) -> dict[str, object]:
+    """Return the body of a response, or of a stream's chunk; of `usage` and `denoising` only what is in `more`."""
     kind: type[BaseModel] = api.ChatCompletion
     if isinstance(request.body, api.CompletionRequest):
         kind = api.Completion
     elif request.body.stream:
         kind = api.ChatChunk
     head = {"id": request.id, "created": int(time.time()), "model": request.model_name}
-    body = kind(**head, choices=choices, usage=usage, denoising=denoising).model_dump()
+    body = kind(**head, choices=choices, **more).model_dump()
     return {k: v for k, v in body.items() if v is not None or k not in ("usage", "denoising")}
 
 
