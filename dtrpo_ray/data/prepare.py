@@ -123,7 +123,7 @@ class Importer:
 
     def _batches(self, part: Shard) -> Iterator[tuple[Any, list[Rejected]]]:
         """Yield rows to tokenize together, and the rows refused before that."""
-        yield from self.form(part.file).tables(part)
+        yield from self.form(part.file).batches(part)
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
         tokenize = tokenize_preferences if self.task.brings_pairs else tokenize_responses

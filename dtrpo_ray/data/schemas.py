@@ -30,10 +30,10 @@ _ARROW: dict[Any, pa.DataType] = {
 }
 
 
-def arrow_fields(row: type, skip: tuple[str, ...] = ()) -> list[pa.Field]:
-    """Return the columns of a TypedDict or dataclass in its order; every column may be null to Arrow."""
-    hints = {name: hint for name, hint in get_type_hints(row).items() if name not in skip}
-    kinds = {name: get_args(hint)[0] if isinstance(hint, UnionType) else hint for name, hint in hints.items()}
+def arrow_fields(row: type) -> list[pa.Field]:
+    """Return the columns of a TypedDict in its order; every column may be null to Arrow."""
+    hints = get_type_hints(row).items()
+    kinds = {name: get_args(hint)[0] if isinstance(hint, UnionType) else hint for name, hint in hints}
     return [pa.field(n, pa.struct(arrow_fields(k)) if is_typeddict(k) else _ARROW[k]) for n, k in kinds.items()]
 
 

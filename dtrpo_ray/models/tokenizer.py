@@ -169,19 +169,6 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
         raise DataError(f"the chat template refuses the messages ({error})") from None
 
 
-def render_all(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]
-) -> tuple[list[str], dict[int, str]]:
-    """Render conversations; return their texts ("" if refused) and {place: reason} of the refused."""
-    texts, refused = [""] * len(conversations), dict[int, str]()
-    for place, conversation in enumerate(conversations):
-        try:
-            texts[place] = render_prompt(tokenizer, conversation)
-        except DataError as error:
-            refused[place] = str(error)
-    return texts, refused
-
-
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, response: str, prompt_len: int, block_size: int, end: int | None
 ) -> list[int]:

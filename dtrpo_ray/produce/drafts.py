@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from dtrpo_ray.config.produce import DraftsConfig
-from dtrpo_ray.data.formats.base import split_batches, split_rejected
-from dtrpo_ray.data.formats.columns import content_id, rows_batch
+from dtrpo_ray.data.formats.base import attempt, split_batches, split_rejected
 from dtrpo_ray.data.formats.files import Shard
+from dtrpo_ray.data.formats.parsing import Refusal
 from dtrpo_ray.data.formats.prompts import PromptRow
-from dtrpo_ray.data.formats.responses import RESPONSES, ResponseRow
-from dtrpo_ray.data.formats.tokenize import tokenize_responses
+from dtrpo_ray.data.formats.responses import ResponseRow
+from dtrpo_ray.data.formats.tokenize import content_id, tokenize_responses
 from dtrpo_ray.data.prepare import Importer, ImportJob
 from dtrpo_ray.data.tables import Rejected, with_columns
 from dtrpo_ray.errors import DataError
@@ -34,17 +34,17 @@ class Drafter(Importer):
         self.sampling = GenerateParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.model = LanguageModel(config.model, config.engine)
 
-    def _batches(self, part: Shard) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
+    def _batches(self, part: Shard) -> Iterator[tuple[list[ResponseRow], list[Rejected]]]:
         prompts, first_seen = self.form(part.file).read(part), dict[str, str]()
         for rows, refused in split_batches(prompts, self.config.batch_size):
             drafts, unfit = split_rejected(self._answer(rows, first_seen))
-            yield rows_batch(drafts, RESPONSES), refused + unfit
+            yield drafts, refused + unfit
 
     def _answer(self, rows: list[PromptRow], first_seen: dict[str, str]) -> Iterator[ResponseRow | Rejected]:
         """Yield the drafts of a batch of prompts, and a refusal for each prompt that cannot be asked."""
         drafts: list[tuple[PromptRow, int, list[int]]] = []
         for row in rows:
-            ids = self._encode(row, first_seen)
+            ids = attempt(row.origin, self._encode, row, first_seen)
             if isinstance(ids, Rejected):
                 yield ids
             else:
@@ -59,23 +59,23 @@ class Drafter(Importer):
             elif not reply.text.strip():
                 yield Rejected(origin, "empty side", "the draft has no text")
             else:
-                yield ResponseRow(origin, ENGINE_NAME, row.prompt, reply.text, row.answer)
+                yield ResponseRow(ENGINE_NAME, row.prompt, reply.text, row.answer, origin=origin)
 
-    def _encode(self, row: PromptRow, first_seen: dict[str, str]) -> list[int] | Rejected:
+    def _encode(self, row: PromptRow, first_seen: dict[str, str]) -> list[int]:
         first = first_seen.setdefault(content_id(row.prompt), row.origin)
         if first != row.origin:
-            return Rejected(row.origin, "duplicate row", f"the prompt of {first}")
+            raise Refusal("duplicate row", f"the prompt of {first}")
         try:
             ids = self.model.encode(row.prompt)
         except DataError as error:
-            return Rejected(row.origin, "cannot be tokenized", str(error))
+            raise Refusal("cannot be tokenized", str(error)) from None
         room = self.model.longest - self.config.max_new_tokens
         if not 0 < len(ids) <= room:
             detail = f"{len(ids)} tokens; with drafts.max_new_tokens for the answer, {room} fit"
-            return Rejected(row.origin, "prompt too long", detail)
+            raise Refusal("prompt too long", detail)
         return ids
 
-    def _tokenize(self, rows: pa.RecordBatch) -> tuple[pa.Table, list[Rejected]]:
+    def _tokenize(self, rows: list[ResponseRow]) -> tuple[pa.Table, list[Rejected]]:
         table, refused = tokenize_responses(rows, self.target)
         config, known = self.config, zip(table["prompt_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
         ids = [draft_id(prompt_id, int(origin.rsplit("#", 1)[1])) for prompt_id, origin in known]

@@ -7,19 +7,17 @@ import json
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from dtrpo_ray.config.decode import POLICIES, STEPS, RolloutConfig
-from dtrpo_ray.data.formats.base import split_batches
-from dtrpo_ray.data.formats.columns import rows_batch
-from dtrpo_ray.data.formats.files import Shard
-from dtrpo_ray.data.formats.prompts import PROMPTS, PromptRow
-from dtrpo_ray.data.formats.reading import BATCH_ROWS
-from dtrpo_ray.data.formats.tokenize import apply_rules, tokenize_prompts
+from dtrpo_ray.data.formats.base import attempt, split_rejected
+from dtrpo_ray.data.formats.parsing import Refusal
+from dtrpo_ray.data.formats.prompts import PromptRow
+from dtrpo_ray.data.formats.tokenize import Batch, apply_rules
 from dtrpo_ray.data.prepare import Importer, ImportJob
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.data.rules import check_table
@@ -149,25 +147,22 @@ class FileRecorder(Importer):
         size = config.block_length or engine.model.block_size
         self.room = engine.context_tokens - -(-config.max_new_tokens // size) * size
 
-    def _batches(self, part: Shard) -> Iterator[tuple[list[PromptRow], list[Rejected]]]:
-        yield from split_batches(self.form(part.file).read(part), BATCH_ROWS)
-
     def _tokenize(self, rows: list[PromptRow]) -> tuple[pa.Table, list[Rejected]]:
-        prompt_ids, ids, refusals = tokenize_prompts(rows_batch(rows, PROMPTS), self.target)
+        batch = Batch(self.target, [row.prompt for row in rows])
+        asked, refused = split_rejected(attempt(row.origin, self._requests, row, batch) for row in rows)
+        return apply_rules(self.recorder.decode(list(chain.from_iterable(asked))), refused)
 
-        def detail(row: int) -> str:
-            return f"{ids.lengths[row]} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
-
-        refusals.refuse(ids.lengths > self.room, "prompt too long", detail)
-        requests = list[TrajectoryRow]()
-        for at in np.flatnonzero(refusals.good).tolist():
-            row, prompt_id = rows[at], prompt_ids[at].as_py()
-            requests += sample_requests(self.config, {
-                "row_id": f"r{self.number}-{prompt_id}",
-                "prompt_id": prompt_id,
-                "prompt": row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, ensure_ascii=False),
-                "prompt_ids": ids.take(np.array([at])).flat.tolist(),
-                "answer": row.answer,
-                "origin": row.origin,
-            })  # fmt: skip
-        return apply_rules(self.recorder.decode(requests), refusals.to_rejected(lambda at: [rows[at].origin]))
+    def _requests(self, row: PromptRow, batch: Batch) -> Iterator[TrajectoryRow]:
+        """Return the responses to decode to a prompt. Raises Refusal for one that cannot be asked."""
+        prompt_id, ids = batch.prompt(row)
+        if len(ids) > self.room:
+            detail = f"{len(ids)} tokens; with rollout.max_new_tokens for the answer, {self.room} fit"
+            raise Refusal("prompt too long", detail)
+        return sample_requests(self.config, {
+            "row_id": f"r{self.number}-{prompt_id}",
+            "prompt_id": prompt_id,
+            "prompt": row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, ensure_ascii=False),
+            "prompt_ids": ids,
+            "answer": row.answer,
+            "origin": row.origin,
+        })  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from dtrpo_ray.config.decode import RolloutConfig
 from dtrpo_ray.config.task import PromptsTask
 from dtrpo_ray.data import prepare
-from dtrpo_ray.data.formats.columns import content_id
+from dtrpo_ray.data.formats.tokenize import content_id
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import read_table
 from dtrpo_ray.decode.types import SamplingParams

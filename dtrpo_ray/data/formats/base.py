@@ -3,21 +3,31 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
-import pyarrow as pa
-
-from dtrpo_ray.data.formats.columns import rows_batch
 from dtrpo_ray.data.formats.files import Shard, plan_shards
-from dtrpo_ray.data.formats.parsing import Refusal, one_row
+from dtrpo_ray.data.formats.parsing import Record, Refusal, one_row
 from dtrpo_ray.data.formats.reading import BATCH_ROWS, raw_batches, raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 
 HEAD_ROWS = 1_000  # a file is recognised by the columns of so many rows
 
-R = TypeVar("R")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(ABC):
+    """A row that a format makes of a file's; `origin` is "file:line" or "file:row", counted from 1."""
+
+    origin: str = ""
+
+    @abstractmethod
+    def require(self) -> Self:
+        """Return the row. Raises Refusal for one that breaks a rule of all formats."""
+
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Row)
 P = ParamSpec("P")
 
 
@@ -25,12 +35,11 @@ P = ParamSpec("P")
 class Format(ABC, Generic[R]):
     """A layout of rows, which a file has if it has all its `columns`. Every raw row becomes rows R or is refused.
 
-    `rows_each` rows of a file make one row R; `schema` has the columns of R.
+    `rows_each` rows of a file make one row R.
     """
 
     name: str
     columns: tuple[str, ...]
-    schema: ClassVar[pa.Schema]
     rows_each: ClassVar[int] = 1
 
     def shards(self, file: str, rows: int | None = None) -> list[Shard]:
@@ -41,36 +50,44 @@ class Format(ABC, Generic[R]):
     def read(self, shard: Shard) -> Iterator[R | Rejected]:
         """Yield the rows of a part and the refusals."""
 
-    def tables(self, shard: Shard) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
-        """Yield the rows of a part as columns, with the refusals, a batch at a time."""
-        for rows, rejected in split_batches(self.read(shard), BATCH_ROWS):
-            yield rows_batch(rows, self.schema), rejected
+    def batches(self, shard: Shard) -> Iterator[tuple[list[R], list[Rejected]]]:
+        """Yield the rows of a part and the refusals, a batch at a time."""
+        return split_batches(self.read(shard), BATCH_ROWS)
 
 
+@dataclass(frozen=True, slots=True)
 class RowFormat(Format[R]):
-    """A format whose raw rows are parsed one by one."""
+    """A format whose raw rows are parsed one by one; `parse` returns one row without its origin, or a list of them."""
 
-    __slots__ = ()
+    parse: Callable[[Record], R | list[R]]
 
-    @abstractmethod
     def parse_row(self, origin: str, value: Any) -> Iterator[R | Rejected]:
-        """Yield the rows, or the refusals, that one raw row becomes."""
+        """Yield the rows, or the refusals, that one raw row becomes; of several "origin#2" is the second."""
+        found = attempt(origin, parse_record, self.parse, value)
+        rows = found if isinstance(found, list) else [found]
+        for number, row in enumerate(rows, 1):
+            where = origin if len(rows) == 1 else f"{origin}#{number}"
+            yield row if isinstance(row, Rejected) else attempt(where, replace(row, origin=where).require)
 
     def read(self, shard: Shard) -> Iterator[R | Rejected]:
         for origin, value in raw_rows(shard):
             yield from self.parse_row(origin, value)
 
-    def tables(self, shard: Shard) -> Iterator[tuple[pa.RecordBatch, list[Rejected]]]:
+    def batches(self, shard: Shard) -> Iterator[tuple[list[R], list[Rejected]]]:
         for batch in raw_batches(shard):
-            good, refused = split_rejected(itertools.chain.from_iterable(self.parse_row(*row) for row in batch))
-            yield rows_batch(good, self.schema), refused
+            yield split_rejected(itertools.chain.from_iterable(self.parse_row(*row) for row in batch))
 
 
-def attempt(origin: str, make: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | Rejected:
-    """Return the row that `make` returns, or the refusal of the row at `origin` that it raises."""
+@one_row()
+def parse_record(parse: Callable[[Record], T], value: Any) -> T:
+    """Return what `parse` makes of a raw row. Raises Refusal."""
+    return parse(Record.of_row(value))
+
+
+def attempt(origin: str, make: Callable[P, T], *args: P.args, **options: P.kwargs) -> T | Rejected:
+    """Return what `make` returns, or the refusal of the row at `origin` that it raises."""
     try:
-        with one_row():
-            return make(*args, **options)
+        return make(*args, **options)
     except Refusal as refusal:
         return Rejected(origin, *refusal.args)
 
@@ -91,16 +108,16 @@ def find_format(file: str, formats: Sequence[F], kind: str) -> F:
     raise DataError(f"{file}: no format of {kind} has these columns: {found}; known formats: {known}")
 
 
-def split_rejected(rows: Iterable[R | Rejected]) -> tuple[list[R], list[Rejected]]:
+def split_rejected(rows: Iterable[T | Rejected]) -> tuple[list[T], list[Rejected]]:
     """Return the good rows and the refusals."""
-    good: list[R] = []
+    good: list[T] = []
     rejected: list[Rejected] = []
     for row in rows:
         rejected.append(row) if isinstance(row, Rejected) else good.append(row)
     return good, rejected
 
 
-def split_batches(rows: Iterator[R | Rejected], size: int) -> Iterator[tuple[list[R], list[Rejected]]]:
+def split_batches(rows: Iterator[T | Rejected], size: int) -> Iterator[tuple[list[T], list[Rejected]]]:
     """Yield batches of at most `size` rows, refused ones included, each split by `split_rejected`."""
     while batch := list(itertools.islice(rows, size)):
         yield split_rejected(batch)

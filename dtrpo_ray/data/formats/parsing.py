@@ -4,9 +4,10 @@ A row that cannot be used raises `Refusal`; it is then refused in its own place 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from dtrpo_ray.errors import DtrpoError
 
@@ -15,6 +16,7 @@ MOST = 2**31 - 1  # the largest integer that our tables hold
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages
+T = TypeVar("T")
 
 
 class Refusal(Exception):
@@ -44,90 +46,19 @@ OPENAI = Chat("role", "content", {"system": "system", "user": "user", "assistant
 SHAREGPT = Chat("from", "value", {"system": "system", "human": "user", "gpt": "assistant"})
 
 
-class Record:
-    """The JSON object of one row. Each method returns a field in the type asked for, or raises Refusal."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
-
-    @classmethod
-    def of_row(cls, value: Any) -> "Record":
-        """Return the record of a raw row. Raises Refusal if it is none, or has a field that an import would lose."""
-        if isinstance(value, Refusal):
-            raise value
-        if not isinstance(value, dict):
-            raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
-        for name in EXTRAS:
-            if value.get(name):
-                raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
-        return cls(value)
-
-    def get(self, name: str) -> Any:
-        """Return a field as it is, None if it is missing."""
-        return self.fields.get(name)
-
-    def first(self, names: Sequence[str]) -> str | None:
-        """Return the first of these names whose field is there."""
-        return next((name for name in names if self.get(name) is not None), None)
-
-    def require(self, name: str) -> Any:
-        """Return a field as it is; it must be there."""
-        if (value := self.get(name)) is None:
-            raise Refusal("missing field", name)
-        return value
-
-    def text(self, name: str) -> str:
-        """Return a text that must be there."""
-        return as_text(self.require(name), name)
-
-    def text_or_empty(self, name: str) -> str:
-        """Return a text, "" if it is missing."""
-        return as_text(self.get(name) or "", name)
-
-    def items(self, name: str) -> list[Any]:
-        """Return a list of anything."""
-        return as_list(self.require(name), name)
-
-    def integer(self, name: str, least: int = 0) -> int:
-        """Return an integer from `least` to MOST."""
-        value = self.require(name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not an integer")
-        if not least <= value <= MOST:
-            raise Refusal("bad value", f"{name} is {str(value)[:20]}; expected {least} to {MOST}")
-        return value
-
-    def integers(self, name: str) -> list[int]:
-        """Return a list of integers that int32 holds."""
-        return as_integers(self.require(name), name)
-
-    def label(self, name: str) -> bool:
-        """Return true or false."""
-        if not isinstance(value := self.require(name), bool):
-            raise Refusal("wrong type", f"{name} is a {type(value).__name__}, not true or false")
-        return value
-
-    def prompt(self, name: str = "prompt") -> Prompt:
-        """Return a prompt, as text or as messages."""
-        value = self.require(name)
-        return value if isinstance(value, str) else as_messages(value, name)
-
-    def messages(self, name: str, chat: Chat = OPENAI) -> Messages:
-        """Return a conversation in our spelling."""
-        return as_messages(self.require(name), name, chat)
-
-    def reference(self, name: str) -> str | None:
-        """Return a reference answer as a verifier reads it: text as it is, anything else as JSON."""
-        return as_reference(self.get(name), name)
-
-
 # === values: each function returns `value` in a type, or raises Refusal that names `where` it stands ===
 
 
-def as_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not text")
-    return value
+def _as_type(kind: type[T], says: str) -> Callable[[Any, str], T]:
+    def read(value: Any, where: str) -> T:
+        if not isinstance(value, kind):
+            raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not {says}")
+        return value
+
+    return read
+
+
+as_text, as_list, as_label = _as_type(str, "text"), _as_type(list, "a list"), _as_type(bool, "true or false")
 
 
 def as_reference(value: Any, where: str) -> str | None:
@@ -139,13 +70,17 @@ def as_reference(value: Any, where: str) -> str | None:
         raise Refusal("wrong type", f"{where} is a {type(value).__name__}, neither text nor JSON") from None
 
 
-def as_list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not a list")
+def as_integer(value: Any, where: str, least: int = 0) -> int:
+    """Return an integer from `least` to MOST."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refusal("wrong type", f"{where} is a {type(value).__name__}, not an integer")
+    if not least <= value <= MOST:
+        raise Refusal("bad value", f"{where} is {str(value)[:20]}; expected {least} to {MOST}")
     return value
 
 
 def as_integers(value: Any, where: str) -> list[int]:
+    """Return a list of integers that int32 holds."""
     values = as_list(value, where)
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
         raise Refusal("wrong type", f"{where} is not a list of integers")
@@ -180,7 +115,54 @@ def as_messages(value: Any, where: str, chat: Chat = OPENAI) -> Messages:
     ]
 
 
-# === checks of rows ===
+def as_prompt(value: Any, where: str) -> Prompt:
+    """Return text as it is, and anything else as messages."""
+    return value if isinstance(value, str) else as_messages(value, where)
+
+
+# === rows ===
+
+
+def _field(read: Callable[[Any, str], T]) -> Callable[["Record", str], T]:
+    """Make a method that returns a field as `read` does; the field must be there."""
+    return lambda record, name: read(record.require(name), name)
+
+
+class Record:
+    """The JSON object of one row. Each method returns a field in the type asked for, or raises Refusal."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields, self.get = fields, fields.get
+
+    @classmethod
+    def of_row(cls, value: Any) -> "Record":
+        """Return the record of a raw row. Raises Refusal if it is none, or has a field that an import would lose."""
+        if isinstance(value, Refusal):
+            raise value
+        if not isinstance(value, dict):
+            raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
+        for name in EXTRAS:
+            if value.get(name):
+                raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
+        return cls(value)
+
+    def first(self, *names: str) -> Any:
+        """Return the first of these fields that is there, None if none is."""
+        return next((value for name in names if (value := self.get(name)) is not None), None)
+
+    def reference(self, name: str) -> str | None:
+        """Return a reference answer as a verifier reads it: text as it is, anything else as JSON."""
+        return as_reference(self.get(name), name)
+
+    def require(self, name: str) -> Any:
+        """Return a field as it is; it must be there."""
+        if (value := self.get(name)) is None:
+            raise Refusal("missing field", name)
+        return value
+
+    text, items, label = _field(as_text), _field(as_list), _field(as_label)
+    integer, size, integers = _field(as_integer), _field(partial(as_integer, least=1)), _field(as_integers)
+    prompt, messages, sharegpt = _field(as_prompt), _field(as_messages), _field(partial(as_messages, chat=SHAREGPT))
 
 
 def require_utf8(content: Any) -> None:

@@ -7,12 +7,9 @@ format is recognised by its columns (`PREFERENCE_FORMATS`; docs/data.md shows ea
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
-import pyarrow as pa
-
-from dtrpo_ray.data.formats.base import Format, RowFormat, attempt, find_format
-from dtrpo_ray.data.formats.columns import PROMPT
+from dtrpo_ray.data.formats.base import Format, Row, RowFormat, attempt, find_format, parse_record
 from dtrpo_ray.data.formats.files import Shard, share_shards
 from dtrpo_ray.data.formats.parsing import (
     OPENAI,
@@ -32,46 +29,31 @@ from dtrpo_ray.files import sha256_json
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the marks of an HH-RLHF dialogue
 
-Pair = tuple[Prompt, str, str]  # (prompt, chosen, rejected)
 Labelled = tuple[Prompt, str, bool]  # (prompt, answer, whether it is good)
 _Answers = list[tuple[str, str]]  # (origin, text)
 
 
 @dataclass(frozen=True, slots=True)
-class PreferenceRow:
-    """A pair as text. `origin` is "file:line" or "file:row", counted from 1; a pair that was made of two rows also has
-    a `rejected_origin`."""
+class PreferenceRow(Row):
+    """A pair as text; one that was made of two rows also has a `rejected_origin`."""
 
     prompt: Prompt
     chosen: str
     rejected: str
-    origin: str
     rejected_origin: str | None = None
 
-
-PAIRS = pa.schema([*PROMPT, *((name, pa.string()) for name in ("chosen", "rejected", "rejected_origin"))])
-
-
-@dataclass(frozen=True, slots=True)
-class PairFormat(RowFormat[PreferenceRow]):
-    """A layout whose rows are pairs."""
-
-    schema = PAIRS
-    parse: Callable[[Record], Pair]
-
-    def parse_row(self, origin: str, value: Any) -> Iterator[PreferenceRow | Rejected]:
-        yield attempt(origin, self.pair, value, origin)
-
-    def pair(self, value: Any, origin: str) -> PreferenceRow:
-        """Return the pair of a raw row. Raises Refusal."""
-        return require_pair(PreferenceRow(*self.parse(Record.of_row(value)), origin))
+    def require(self) -> Self:
+        """Return the pair. Raises Refusal for one without text, or whose sides are the same text."""
+        require_text(self.prompt, chosen=self.chosen, rejected=self.rejected)
+        if self.chosen.strip() == self.rejected.strip():
+            raise Refusal("identical sides", "chosen and rejected are the same text")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
 class UnpairedFormat(Format[PreferenceRow]):
     """A layout whose rows are single answers, good or bad; those to the same prompt are paired."""
 
-    schema = PAIRS
     rows_each = 2
     parse: Callable[[Record], Labelled]
 
@@ -87,7 +69,7 @@ class UnpairedFormat(Format[PreferenceRow]):
         share, shares = shard.share
         groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
         for origin, value in raw_rows(shard):
-            found = attempt(origin, self._judge, value)
+            found = attempt(origin, parse_record, self._judge, value)
             if isinstance(found, Rejected):
                 if share == 0:
                     yield found
@@ -100,15 +82,16 @@ class UnpairedFormat(Format[PreferenceRow]):
         for prompt, good, bad in groups.values():
             yield from _pair_answers(prompt, good, bad)
 
-    def _judge(self, value: Any) -> Labelled:
-        prompt, answer, is_good = self.parse(Record.of_row(value))
+    def _judge(self, row: Record) -> Labelled:
+        prompt, answer, is_good = self.parse(row)
         require_text(prompt, answer=answer)
         return prompt, answer, is_good
 
 
 def _pair_answers(prompt: Prompt, good: _Answers, bad: _Answers) -> Iterator[PreferenceRow | Rejected]:
     for (good_at, chosen), (bad_at, rejected) in zip(good, bad, strict=False):
-        row = attempt(good_at, require_pair, PreferenceRow(prompt, chosen, rejected, good_at, bad_at))
+        pair = PreferenceRow(prompt, chosen, rejected, bad_at, origin=good_at)
+        row = attempt(good_at, pair.require)
         yield row
         if isinstance(row, Rejected):
             yield replace(row, origin=bad_at)
@@ -118,32 +101,23 @@ def _pair_answers(prompt: Prompt, good: _Answers, bad: _Answers) -> Iterator[Pre
             yield Rejected(origin, "no partner", f"the file has no {kind} answer left to pair it with")
 
 
-def require_pair(row: PreferenceRow) -> PreferenceRow:
-    """Return a pair. Raises Refusal for one without text, or whose sides are the same text."""
-    require_text(row.prompt, chosen=row.chosen, rejected=row.rejected)
-    if row.chosen.strip() == row.rejected.strip():
-        raise Refusal("identical sides", "chosen and rejected are the same text")
-    return row
+# === one raw row -> its pair or labelled answer, a function for each format ===
 
 
-# === one raw row -> Pair or Labelled, a function for each format ===
-
-
-def _explicit(row: Record) -> Pair:
+def _explicit(row: Record) -> PreferenceRow:
     """TRL with a prompt (text or messages); UltraFeedback, whose sides repeat the prompt as their first turn."""
     prompt, chosen, rejected = (row.require(name) for name in ("prompt", "chosen", "rejected"))
     if not isinstance(prompt, str):
-        return as_messages(prompt, "prompt"), _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        return PreferenceRow(as_messages(prompt, "prompt"), _answer(chosen, "chosen"), _answer(rejected, "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
-    shared, better, worse = _split(row.messages("chosen"), row.messages("rejected"))
-    asked = {"role": "user", "content": prompt}
-    if shared and asked not in shared:
+        return PreferenceRow(prompt, chosen, rejected)
+    pair, asked = _split(row.messages("chosen"), row.messages("rejected")), {"role": "user", "content": prompt}
+    if pair.prompt and asked not in pair.prompt:
         raise Refusal("prompts differ", "the prompt is not a user turn of chosen and rejected")
-    return shared or [asked], better, worse
+    return replace(pair, prompt=pair.prompt or [asked])
 
 
-def _implicit(row: Record) -> Pair:
+def _implicit(row: Record) -> PreferenceRow:
     """TRL without a prompt: two lists of messages, two HH-RLHF dialogues or two texts, alike at their beginning."""
     chosen, rejected = row.require("chosen"), row.require("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -153,21 +127,15 @@ def _implicit(row: Record) -> Pair:
     return _split(row.messages("chosen"), row.messages("rejected"))
 
 
-def _sharegpt(row: Record) -> Pair:
+def _sharegpt(row: Record) -> PreferenceRow:
     """LLaMA-Factory ranking over `conversations` of {from, value}."""
-    prompt = _system(row) + row.messages("conversations", SHAREGPT)
-    chosen, rejected = (_answer(row.require(side), side, SHAREGPT) for side in ("chosen", "rejected"))
-    return prompt, chosen, rejected
+    prompt = _system(row) + row.sharegpt("conversations")
+    return PreferenceRow(prompt, *(_answer(row.require(side), side, SHAREGPT) for side in _SIDES))
 
 
-def _alpaca(row: Record) -> Pair:
-    """LLaMA-Factory ranking over instruction, input and history."""
-    return _alpaca_prompt(row), row.text("chosen"), row.text("rejected")
-
-
-def _alpaca_prompt(row: Record) -> Messages:
+def _alpaca(row: Record) -> Messages:
     """System, history and instruction, with input under it, as LLaMA-Factory has it."""
-    request = [row.text("instruction"), row.text_or_empty("input")]
+    request = [row.text("instruction"), as_text(row.get("input") or "", "input")]
     prompt = _system(row)
     history = row.get("history") or []
     for turn in history if isinstance(history, list) else [None]:
@@ -179,42 +147,42 @@ def _alpaca_prompt(row: Record) -> Messages:
     return prompt
 
 
-def _trl_labelled(row: Record) -> Labelled:
-    """TRL unpaired: a prompt (text or messages), a completion, and a label that says whether it is good."""
-    prompt, completion = row.prompt(), row.require("completion")
-    return prompt, _answer(completion, "completion"), row.label("label")
-
-
-def _messages_labelled(row: Record) -> Labelled:
-    """LLaMA-Factory KTO over `messages` of {role, content}, the last of which is judged."""
-    return *_last_answer(row.messages("messages"), "messages"), row.label("label")
-
-
 def _sharegpt_labelled(row: Record) -> Labelled:
     """LLaMA-Factory KTO over `conversations` of {from, value}, the last of which is judged."""
-    prompt, answer = _last_answer(row.messages("conversations", SHAREGPT), "conversations")
+    prompt, answer = _last_answer(row.sharegpt("conversations"), "conversations")
     return [*_system(row), *prompt], answer, row.label("kto_tag")
 
 
-def _alpaca_labelled(row: Record) -> Labelled:
-    """LLaMA-Factory KTO over instruction, input and output."""
-    return _alpaca_prompt(row), row.text("output"), row.label("kto_tag")
-
-
 _SIDES = ("chosen", "rejected")
-PREFERENCE_FORMATS: tuple[PairFormat | UnpairedFormat, ...] = (
-    PairFormat("LLaMA-Factory ranking, ShareGPT", ("conversations", *_SIDES), _sharegpt),
-    PairFormat("LLaMA-Factory ranking, Alpaca", ("instruction", *_SIDES), _alpaca),
-    PairFormat("TRL with a prompt, UltraFeedback", ("prompt", *_SIDES), _explicit),
-    PairFormat("TRL without a prompt, HH-RLHF", _SIDES, _implicit),
-    UnpairedFormat("TRL unpaired", ("prompt", "completion", "label"), _trl_labelled),
-    UnpairedFormat("LLaMA-Factory KTO, messages", ("messages", "label"), _messages_labelled),
+PREFERENCE_FORMATS: tuple[RowFormat[PreferenceRow] | UnpairedFormat, ...] = (
+    RowFormat("LLaMA-Factory ranking, ShareGPT", ("conversations", *_SIDES), _sharegpt),
+    RowFormat(
+        "LLaMA-Factory ranking, Alpaca",
+        ("instruction", *_SIDES),
+        lambda row: PreferenceRow(_alpaca(row), row.text("chosen"), row.text("rejected")),
+    ),
+    RowFormat("TRL with a prompt, UltraFeedback", ("prompt", *_SIDES), _explicit),
+    RowFormat("TRL without a prompt, HH-RLHF", _SIDES, _implicit),
+    UnpairedFormat(
+        "TRL unpaired",
+        ("prompt", "completion", "label"),
+        lambda row: (row.prompt("prompt"), _answer(row.require("completion"), "completion"), row.label("label")),
+    ),
+    UnpairedFormat(
+        "LLaMA-Factory KTO, messages",
+        ("messages", "label"),
+        lambda row: (*_last_answer(row.messages("messages"), "messages"), row.label("label")),
+    ),
     UnpairedFormat("LLaMA-Factory KTO, ShareGPT", ("conversations", "kto_tag"), _sharegpt_labelled),
-    UnpairedFormat("LLaMA-Factory KTO, Alpaca", ("instruction", "output", "kto_tag"), _alpaca_labelled),
+    UnpairedFormat(
+        "LLaMA-Factory KTO, Alpaca",
+        ("instruction", "output", "kto_tag"),
+        lambda row: (_alpaca(row), row.text("output"), row.label("kto_tag")),
+    ),
 )
 
 
-def preference_format(file: str) -> PairFormat | UnpairedFormat:
+def preference_format(file: str) -> RowFormat[PreferenceRow] | UnpairedFormat:
     """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
     return find_format(file, PREFERENCE_FORMATS, "preferences")
 
@@ -233,12 +201,12 @@ def _answer(value: Any, where: str, chat: Chat = OPENAI) -> str:
     return turns[0]["content"]
 
 
-def _split(chosen: Messages, rejected: Messages) -> Pair:
+def _split(chosen: Messages, rejected: Messages) -> PreferenceRow:
     """Split two whole conversations into the turns they share and their last turns."""
     (prompt, better), (other, worse) = _last_answer(chosen, "chosen"), _last_answer(rejected, "rejected")
     if prompt != other:
         raise Refusal("prompts differ", "chosen and rejected differ before their last turn")
-    return prompt, better, worse
+    return PreferenceRow(prompt, better, worse)
 
 
 def _last_answer(turns: Messages, where: str) -> tuple[Messages, str]:
@@ -248,13 +216,13 @@ def _last_answer(turns: Messages, where: str) -> tuple[Messages, str]:
     return turns[:-1], turns[-1]["content"]
 
 
-def _split_texts(chosen: str, rejected: str) -> Pair:
+def _split_texts(chosen: str, rejected: str) -> PreferenceRow:
     """Split two texts after the words they share; the space between belongs to the sides."""
     length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     cut = max(chosen.rfind(space, 0, length) for space in " \n\t")
     if cut < 1:
         raise Refusal("no shared prompt", "chosen and rejected are texts that begin with different words")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return PreferenceRow(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
 def _dialogue(text: str, where: str) -> Messages:

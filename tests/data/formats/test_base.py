@@ -69,8 +69,8 @@ Refused = list[tuple[int, str]]  # (line, reason)
 )
 def test_lines_at_the_edge_spoil_no_other(tmp_path: Path, name: str, lines: bytes, good: int, refused: Refused) -> None:
     (tmp_path / "rows.jsonl").write_bytes(lines)
-    [(table, bad)] = FORMS[name].tables(Shard(str(tmp_path / "rows.jsonl")))
-    assert len(table) == good
+    [(rows, bad)] = FORMS[name].batches(Shard(str(tmp_path / "rows.jsonl")))
+    assert len(rows) == good
     assert [(int(row.origin.rsplit(":", 1)[1]), row.reason) for row in bad] == refused
 
 
@@ -101,6 +101,6 @@ def test_odd_types_of_arrow_are_read_or_refused(
 ) -> None:
     with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
         out.write_table(table)
-    [(found, bad)] = FORMS["generations"].tables(Shard(str(tmp_path / "rows.arrow")))
-    assert found["answer"].to_pylist() == answers
+    [(found, bad)] = FORMS["generations"].batches(Shard(str(tmp_path / "rows.arrow")))
+    assert [row.answer for row in found] == answers
     assert [(int(row.origin.rsplit(":", 1)[1]), row.reason) for row in bad] == refused

@@ -75,7 +75,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 def test_every_format_in_every_kind_of_file_gives_the_same_pair(tmp_path: Path, layout: str, name: str) -> None:
     row, prompt = LAYOUTS[layout]
     path = write(tmp_path / name, [row, row])
-    expected = [PreferenceRow(prompt, "So.", "No.", f"{path}:{number}") for number in (1, 2)]
+    expected = [PreferenceRow(prompt, "So.", "No.", origin=f"{path}:{number}") for number in (1, 2)]
     assert read_preferences(path) == (expected, [])
 
 
@@ -306,8 +306,8 @@ def test_unpaired_answers_of_a_prompt_meet_in_order_and_the_rest_is_refused(tmp_
     path = write(tmp_path / "kto.jsonl", [answered(row, column, text, good) for text, good in labels])
     rows, rejected = read_preferences(path)
     assert rows == [
-        PreferenceRow(prompt, "a", "x", f"{path}:1", f"{path}:3"),
-        PreferenceRow(prompt, "b", "y", f"{path}:2", f"{path}:5"),
+        PreferenceRow(prompt, "a", "x", f"{path}:3", origin=f"{path}:1"),
+        PreferenceRow(prompt, "b", "y", f"{path}:5", origin=f"{path}:2"),
     ]
     assert [(r.origin, r.reason) for r in rejected] == [(f"{path}:4", "no partner")]
     assert sum(1 + (r.rejected_origin is not None) for r in rows) + len(rejected) == len(labels)

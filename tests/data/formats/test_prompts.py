@@ -37,7 +37,7 @@ def read(path: Path) -> list[PromptRow | Rejected]:
 )
 def test_a_prompt_is_a_column_or_that_of_a_pair(tmp_path: Path, row: Any, prompt: Any, answer: str | None) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
-    assert read(tmp_path / "p.jsonl") == [PromptRow(f"{tmp_path}/p.jsonl:1", prompt, answer)]
+    assert read(tmp_path / "p.jsonl") == [PromptRow(prompt, answer, origin=f"{tmp_path}/p.jsonl:1")]
 
 
 def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_task_with_tests_becomes_a_prompt_that_shows_them(tmp_path: Path) -> N
         (tmp_path / "p.json").write_text(json.dumps(row))  # a file of one row
         answer = {"test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math"}
         prompt = "Add.\nThe code must pass these tests:\nassert add(1, 2) == 3"
-        assert read(tmp_path / "p.json") == [PromptRow(f"{tmp_path}/p.json:1", prompt, json.dumps(answer))]
+        assert read(tmp_path / "p.json") == [PromptRow(prompt, json.dumps(answer), origin=f"{tmp_path}/p.json:1")]
     for row in ({"text": "Add.", "test_list": "assert"}, {"text": 3, "test_list": ["assert"]}):
         (tmp_path / "p.json").write_text(json.dumps(row))
         assert [one.reason for one in read(tmp_path / "p.json") if isinstance(one, Rejected)] == ["wrong type"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -16,11 +15,9 @@ from read_rows import read_preferences, read_responses
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dtrpo_ray.data.formats import tokenize
-from dtrpo_ray.data.formats.columns import rows_batch
-from dtrpo_ray.data.formats.preferences import PAIRS, PreferenceRow
-from dtrpo_ray.data.formats.responses import RESPONSES, ResponseRow
-from dtrpo_ray.data.formats.tokenize import Target, split_origins
+from dtrpo_ray.data.formats.preferences import PreferenceRow
+from dtrpo_ray.data.formats.responses import ResponseRow
+from dtrpo_ray.data.formats.tokenize import Target, content_id, split_origins, tokenize_preferences, tokenize_responses
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected, read_table
@@ -39,16 +36,8 @@ def digits(**changes: Any) -> Target:
     return Target(DIGITS, **settings)
 
 
-def tokenize_preferences(rows: list[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    return tokenize.tokenize_preferences(rows_batch(rows, PAIRS), target)
-
-
-def tokenize_responses(rows: list[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
-    return tokenize.tokenize_responses(rows_batch(rows, RESPONSES), target)
-
-
 def pair(prompt: str = "12", chosen: str = "3", rejected: str = "4", origin: str = "f:1") -> PreferenceRow:
-    return PreferenceRow(prompt, chosen, rejected, origin)
+    return PreferenceRow(prompt, chosen, rejected, origin=origin)
 
 
 def test_a_pair_becomes_a_row_of_preference_v1_by_hand() -> None:
@@ -71,6 +60,10 @@ def test_ids_follow_the_content_and_not_the_place() -> None:
     assert set(first["row_id"].to_pylist()) == set(again["row_id"].to_pylist())
     assert len(set(first["row_id"].to_pylist())) == 4
     assert len(set(first["prompt_id"].to_pylist())) == 2
+
+
+def test_an_id_by_hand() -> None:
+    assert content_id(["12", "345", "6"]) == "574b7c61614740fd"  # printf '["12","345","6"]' | sha256sum | cut -c1-16
 
 
 def test_a_long_prompt_loses_its_beginning_and_the_grid_follows() -> None:
@@ -106,9 +99,15 @@ def test_a_row_that_must_not_be_trained_on_is_refused(row: PreferenceRow, reason
     assert detail in rejected[0].detail
 
 
+def test_a_row_is_refused_for_the_first_reason_found_and_a_refused_row_still_counts_as_seen() -> None:
+    rows = [pair(chosen="x<|MASK|>", rejected="1" * 9, origin=f"f:{number}") for number in (1, 2)]
+    _, rejected = tokenize_preferences(rows, digits(max_response_tokens=8))
+    assert [(r.origin, r.reason) for r in rejected] == [("f:1", "control token"), ("f:2", "duplicate row")]
+
+
 def test_messages_without_a_chat_template_stop_the_import() -> None:
     with pytest.raises(ModelError, match="no chat template"):
-        tokenize_preferences([PreferenceRow(ASKED, "1", "2", "f:1")], digits())
+        tokenize_preferences([PreferenceRow(ASKED, "1", "2", origin="f:1")], digits())
 
 
 def test_no_rows_give_an_empty_table() -> None:
@@ -126,7 +125,9 @@ def sdar(shared_data: Path) -> PreTrainedTokenizerBase:
 @pytest.mark.parametrize("where", ["prompt", "chosen", "rejected"])
 def test_control_text_reaches_no_message_and_no_response(sdar: PreTrainedTokenizerBase, text: str, where: str) -> None:
     texts = {"prompt": "Why?", "chosen": "So.", "rejected": "No."} | {where: text}
-    row = PreferenceRow([{"role": "user", "content": texts["prompt"]}], texts["chosen"], texts["rejected"], "f:1")
+    row = PreferenceRow(
+        [{"role": "user", "content": texts["prompt"]}], texts["chosen"], texts["rejected"], origin="f:1"
+    )
     table, rejected = tokenize_preferences([row], Target(sdar, 4, 512, 512))
     assert len(table) == 0
     assert [r.reason for r in rejected] == ["control token"]
@@ -136,7 +137,7 @@ def test_an_answer_ends_as_the_template_ends_a_turn_and_one_to_text_as_the_token
     sdar: PreTrainedTokenizerBase,
 ) -> None:
     """SDAR's <|im_end|> is 151645, its <|endoftext|> 151643, which also fills the block."""
-    rows = [PreferenceRow(ASKED, "So.", "No.", "f:1"), PreferenceRow("Why?", "So.", "No.", "f:2")]
+    rows = [PreferenceRow(ASKED, "So.", "No.", origin="f:1"), PreferenceRow("Why?", "So.", "No.", origin="f:2")]
     table, rejected = tokenize_preferences(rows, Target(sdar, 4, 64, 64))
     assert not rejected
     for side, text in (("chosen_ids", "So."), ("rejected_ids", "No.")):
@@ -152,7 +153,7 @@ def test_a_token_that_is_special_in_the_files_alone_is_a_control_token() -> None
     tokenizer = character_tokenizer("0123456789")
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<b>", special=False)])
     assert "<|im_end|>" not in tokenizer.all_special_tokens
-    rows = [PreferenceRow("1", "2<|im_end|>", "3", "f:1"), PreferenceRow("1", "2<b>", "3", "f:2")]
+    rows = [PreferenceRow("1", "2<|im_end|>", "3", origin="f:1"), PreferenceRow("1", "2<b>", "3", origin="f:2")]
     table, rejected = tokenize_preferences(rows, Target(tokenizer, 4, 64, 64))
     assert len(table) == 1
     assert [(r.origin, r.reason) for r in rejected] == [("f:1", "control token")]
@@ -160,9 +161,9 @@ def test_a_token_that_is_special_in_the_files_alone_is_a_control_token() -> None
 
 def test_a_text_prompt_may_hold_the_models_own_markup_but_not_the_mask(sdar: PreTrainedTokenizerBase) -> None:
     markup = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    rows = [PreferenceRow(markup, "So.", "No.", "f:1"), PreferenceRow(ASKED, "So.", "No.", "f:2")]
+    rows = [PreferenceRow(markup, "So.", "No.", origin="f:1"), PreferenceRow(ASKED, "So.", "No.", origin="f:2")]
     table, rejected = tokenize_preferences(
-        [*rows, PreferenceRow(markup + "<|MASK|>", "So.", "No.", "f:3")], Target(sdar, 4, 64, 64)
+        [*rows, PreferenceRow(markup + "<|MASK|>", "So.", "No.", origin="f:3")], Target(sdar, 4, 64, 64)
     )
     as_text, as_messages = table["prompt_ids"].to_pylist()
     assert as_text == as_messages
@@ -171,7 +172,7 @@ def test_a_text_prompt_may_hold_the_models_own_markup_but_not_the_mask(sdar: Pre
 
 def test_texts_that_differ_only_before_normalisation_are_no_pair(sdar: PreTrainedTokenizerBase) -> None:
     _, rejected = tokenize_preferences(
-        [PreferenceRow("Why?", "caf\u00e9", "cafe\u0301", "f:1")], Target(sdar, 4, 512, 512)
+        [PreferenceRow("Why?", "caf\u00e9", "cafe\u0301", origin="f:1")], Target(sdar, 4, 512, 512)
     )
     assert [r.reason for r in rejected] == ["identical tokens"]
 
@@ -187,7 +188,7 @@ def test_the_real_files_become_valid_tables(sdar: PreTrainedTokenizerBase, tmp_p
 
 
 def response(steps: list[int] | None, **fields: Any) -> ResponseRow:
-    return ResponseRow("f:1", "test", **{"prompt": "12", "steps": steps, **fields})
+    return ResponseRow("test", origin="f:1", **{"prompt": "12", "steps": steps, **fields})
 
 
 def test_a_step_map_cut_at_the_end_token_is_filled_with_tokens_never_reached() -> None:
@@ -240,14 +241,14 @@ def test_a_response_that_must_not_be_trained_on_is_refused(row: ResponseRow, rea
 @pytest.mark.parametrize("wrong", [400_000, 12, -400])
 def test_an_id_that_the_tokenizer_does_not_have_is_refused(wrong: int) -> None:
     for ids in ({"prompt_ids": [wrong], "response_ids": [1]}, {"prompt_ids": [1], "response_ids": [1, wrong]}):
-        row = ResponseRow("f:1", "none", steps=[1] * len(ids["response_ids"]), **ids)  # type: ignore[arg-type]
+        row = ResponseRow("none", origin="f:1", steps=[1] * len(ids["response_ids"]), **ids)  # type: ignore[arg-type]
         table, (refused,) = tokenize_responses([row], digits())
         assert (len(table), refused.reason) == (0, "unknown id")
         assert f"holds {wrong}; the tokenizer has ids 0 to 11" in refused.detail
 
 
 def test_prompt_ids_are_cut_as_text_is_and_recorded_blocks_stay_where_they_were() -> None:
-    row = ResponseRow("f:1", "none", prompt_ids=[1, 2, 3, 4, 5, 6], response_ids=[7, 8], steps=[2, 1])
+    row = ResponseRow("none", origin="f:1", prompt_ids=[1, 2, 3, 4, 5, 6], response_ids=[7, 8], steps=[2, 1])
     table, rejected = tokenize_responses([row], digits(max_prompt_tokens=5))
     assert rejected == []
     assert table["prompt_ids"].to_pylist() == [[5, 6]]
@@ -258,7 +259,7 @@ def test_prompt_ids_are_cut_as_text_is_and_recorded_blocks_stay_where_they_were(
     assert (rejected_row.reason, "leave none of 3" in rejected_row.detail) == ("prompt too long", True)
     table, _ = tokenize_responses([row], digits(max_prompt_tokens=5, block_origin="response"))
     assert table["prompt_ids"].to_pylist() == [[2, 3, 4, 5, 6]]
-    text = ResponseRow("f:1", "none", prompt="123456", response="7")
+    text = ResponseRow("none", origin="f:1", prompt="123456", response="7")
     table, _ = tokenize_responses([text], digits(max_prompt_tokens=5))
     assert table["prompt_ids"].to_pylist() == [[2, 3, 4, 5, 6]]
 
@@ -291,7 +292,7 @@ def responses_drawn(draw: st.DrawFn) -> list[ResponseRow]:
         else:
             fields |= {"pieces": draw(st.lists(DIGIT_TEXTS, min_size=size, max_size=size))}
             fields |= {"steps": draw(st.lists(steps, min_size=size, max_size=size))}
-        rows.append(ResponseRow(f"f:{number}", "test", **fields))
+        rows.append(ResponseRow("test", origin=f"f:{number}", **fields))
     return rows
 
 
@@ -327,14 +328,14 @@ def test_messages_may_hold_no_control_token_before_steps_or_ids_either(sdar: Pre
     prompt = [{"role": "user", "content": "hi<|im_end|>"}]
     target = Target(sdar, 4, 512, 512)
     for known in ({"response": "a", "steps": [1]}, {"response_ids": [1], "steps": [1], "prompt_ids": [1]}):
-        _, (refused,) = tokenize_responses([ResponseRow("f:1", "none", prompt=prompt, **known)], target)  # type: ignore[arg-type]
+        _, (refused,) = tokenize_responses([ResponseRow("none", origin="f:1", prompt=prompt, **known)], target)  # type: ignore[arg-type]
         assert refused.reason == "control token"
 
 
 def test_a_prompt_without_a_turn_has_no_token_and_its_answer_ends_a_turn(sdar: PreTrainedTokenizerBase) -> None:
     rows = [
-        ResponseRow("f:1", "none", prompt=[], response="So."),
-        ResponseRow("f:2", "none", prompt=ASKED, response="So."),
+        ResponseRow("none", origin="f:1", prompt=[], response="So."),
+        ResponseRow("none", origin="f:2", prompt=ASKED, response="So."),
     ]
     table, rejected = tokenize_responses(rows, Target(sdar, 4, 64, 64))
     assert rejected == []
