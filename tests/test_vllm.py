@@ -174,7 +174,7 @@ def test_vllm_bench_serve_loads_the_endpoint(tmp_path: Path, shared_data: Path, 
     ids = {"vocab_size": len(tokens), "mask_token_id": tokens.mask_token_id, "eos_token_id": tokens.eos_token_id}
     save_model(build_model(tiny_config | ids, seed=0), tmp_path)
     tokens.save_pretrained(tmp_path)
-    app = create_app(Engine.load(tmp_path), ServeConfig(model_name="tiny", denoising_steps=2), frozenset())
+    app = create_app(Engine.load(tmp_path), ServeConfig(model_name="tiny", denoising_steps=2), ())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

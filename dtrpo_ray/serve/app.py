@@ -56,7 +56,7 @@ REFUSALS = {
 
 
 def create_app(
-    engine: Engine, config: ServeConfig, digests: frozenset[str], others: Mapping[str, Engine] | None = None
+    engine: Engine, config: ServeConfig, digests: tuple[str, ...], others: Mapping[str, Engine] | None = None
 ) -> FastAPI:
     """Return the app of one engine, and of `others` by name.
 

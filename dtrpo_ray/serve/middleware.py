@@ -21,9 +21,12 @@ _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "serv
 logger = logging.getLogger(__name__)
 
 
-def key_digests(keys: Iterable[str]) -> frozenset[str]:
-    """Return the SHA-256 of each API key, which is what travels to the replicas in place of the keys."""
-    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+def key_digests(keys: Iterable[str]) -> tuple[str, ...]:
+    """Return the SHA-256 of each API key, which is what travels to the replicas in place of the keys.
+
+    They are sorted: Serve compares the bytes of two deployments, and replaces replicas where they differ.
+    """
+    return tuple(sorted(hashlib.sha256(key.encode()).hexdigest() for key in keys))
 
 
 class Gate:
@@ -32,8 +35,8 @@ class Gate:
     `digests` are those of the keys (`key_digests`); without any, no key is asked for.
     """
 
-    def __init__(self, app: ASGIApp, digests: frozenset[str]) -> None:
-        self.app, self.digests = app, sorted(digests)
+    def __init__(self, app: ASGIApp, digests: tuple[str, ...]) -> None:
+        self.app, self.digests = app, digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -47,7 +47,7 @@ class Model:
     the environment variable may be missing, and the endpoint would be open.
     """
 
-    def __init__(self, config: ServeConfig, digests: frozenset[str]) -> None:
+    def __init__(self, config: ServeConfig, digests: tuple[str, ...]) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
         self.config, self.checkpoints = config, {config.model_name: config.checkpoint, **config.other_models}
@@ -99,7 +99,7 @@ def build(args: ServeConfig) -> serve.Application:
     return _application(args, digests)
 
 
-def _application(args: ServeConfig, digests: frozenset[str]) -> serve.Application:
+def _application(args: ServeConfig, digests: tuple[str, ...]) -> serve.Application:
     if not args.checkpoint:
         raise ServeError("serve.checkpoint is empty; name a model directory, as `dtrpo export` writes one")
     gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0

@@ -473,7 +473,7 @@ def test_a_failure_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
     """With the forward it hung up in done, nothing of the request is left: neither in the queue nor in the decoder."""
-    app = create_app(blocked, SERVE, frozenset())
+    app = create_app(blocked, SERVE, ())
     service = app.state.service
     body = {"prompt": "0123", "max_tokens": 64, "ignore_eos": True}
 
@@ -520,7 +520,7 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
 
 def test_models_are_told_apart_by_name_and_swapped_in_place(engine: Engine) -> None:
     other = make_engine(seed=4)
-    app = create_app(engine, SERVE, frozenset(), {"base": other})
+    app = create_app(engine, SERVE, (), {"base": other})
     asked = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
     with TestClient(app) as client:
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "base"]
@@ -535,7 +535,7 @@ def test_a_request_that_is_read_while_its_model_is_swapped_ends_with_the_old_one
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app_module, "DEADLINE_SECONDS", 20)
-    app = create_app(engine, SERVE, frozenset())
+    app = create_app(engine, SERVE, ())
     asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
     reading, go, encode = threading.Event(), threading.Event(), engine.encode
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:

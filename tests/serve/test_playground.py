@@ -79,7 +79,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    app = create_app(make_engine(), SERVE, frozenset(), {"base": make_engine(seed=4)})
+    app = create_app(make_engine(), SERVE, (), {"base": make_engine(seed=4)})
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -174,7 +174,7 @@ def deploy(config: ServeConfig, **options: Any) -> None:
     """Deploy over what runs, and wait until the application is healthy again."""
     built = server.build(config)
     if options:
-        built = built._bound_deployment.options(**options).bind(config)
+        built = built._bound_deployment.options(**options).bind(*built._bound_deployment.init_args)
     serve.run(built, name=server.APP_NAME, route_prefix="/")
 
 
@@ -360,7 +360,7 @@ def replica(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     context = SimpleNamespace(get_assigned_resources=dict)
     monkeypatch.setattr(server.ray, "get_runtime_context", lambda: context)
 
-    def make(digests: frozenset[str] = frozenset(), **others: str) -> server.Model:
+    def make(digests: tuple[str, ...] = (), **others: str) -> server.Model:
         elsewhere = {"api_key_file": Path("/not/on/this/node"), "other_models": others}
         return server.Model(config.model_copy(update=elsewhere), digests)
 
@@ -419,8 +419,8 @@ def test_the_keys_of_the_command_hold_in_a_replica_that_cannot_read_them(
     """Digests travel, and no key: on the replica's node neither the file nor the variable exists."""
     monkeypatch.delenv("DTRPO_API_KEY", raising=False)
     given, digests = server.build(config)._bound_deployment.init_args
-    assert "first-key" not in repr((given, sorted(digests)))
-    assert digests == {hashlib.sha256(key).hexdigest() for key in (b"first-key", b"second-key")}
+    assert "first-key" not in repr((given, digests))
+    assert digests == tuple(sorted(hashlib.sha256(key).hexdigest() for key in (b"first-key", b"second-key")))
     client = TestClient(replica(digests=digests).asgi)
     for header, status in ((None, 401), ("Bearer wrong", 401), ("Bearer second-key", 200)):
         assert client.get("/v1/models", headers={"Authorization": header} if header else {}).status_code == status
@@ -443,7 +443,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_deployment_is_bounded_and_drains() -> None:
-    deployment = server._application(ServeConfig(checkpoint="somewhere", num_replicas=3), frozenset())._bound_deployment
+    deployment = server._application(ServeConfig(checkpoint="somewhere", num_replicas=3), ())._bound_deployment
     assert deployment.num_replicas == 3
     assert MAX_ACTIVE_REQUESTS < deployment.max_ongoing_requests < 1000
     assert 0 < deployment.max_queued_requests < 1000
