@@ -34,7 +34,7 @@ COPIED_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion made: the family, the mask token's id, and the largest difference of logits to the source."""
+    """The result of a conversion: `difference` is the largest one of logits to the source (`causal_difference`)."""
 
     model_type: str
     mask_id: int
