@@ -66,10 +66,11 @@ def measure(job_file: Path, seed: int, storage: Path, arms: list[str], overrides
     for arm in arms:
         settings = [*settings_of(arm, job_file, overrides), f"seed={seed}", f"storage={storage}"]
         job = load_job(job_file, settings)
+        if not (job.eval and job.puzzle):
+            raise SystemExit(f"{job_file}: nothing to compare; the job needs [eval] and a task with a verifier")
         with ray_session(job.cluster):
             value = Pipeline(job, Store(storage)).evaluate()
-        assert value is not None
-        for row in value["table"]:
+        for row in value["table"] if value else ():
             if row["model"] == "aligned" or arm == arms[0]:
                 name = "base" if row["model"] == "base" else arm
                 made.append(Measured(name, seed, row["set"], row["budget"], row["solved"]))
@@ -107,8 +108,8 @@ def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject
         "",
         f"## {TITLES[subject]} minus each other arm",
         "",
-        "Percentage points with the 95 % interval of the difference and the p-value of McNemar's exact test, prompt by "
-        "prompt over all seeds (`dtrpo_ray/report/evaluation.py:paired_test`). **Bold**: p < 0.01.",
+        "Percentage points with the 95 % interval of the difference and the p-value of the exact sign test, prompt by "
+        "prompt, with its mean over the seeds (`dtrpo_ray/report/evaluation.py:paired_test`). **Bold**: p < 0.01.",
         "",
         "| minus | " + " | ".join(map(str, budgets)) + " |",
         "|---|" + "---|" * len(budgets),

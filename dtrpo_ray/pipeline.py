@@ -211,8 +211,11 @@ class Pipeline:
             done = run_parts(parts, partial(Pairer, job.pair), out / TABLE, job.cluster, f"pair-{number}")
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
             if not made:
-                margin = f"pair.min_margin = {job.pair.min_margin:g}"
-                raise DataError(f"{trajectories.path}: no rewards differ by {margin} or more; raise num_samples")
+                margin, rows = f"pair.min_margin = {job.pair.min_margin:g}", sum(part["rows"] for part in done)
+                raise DataError(
+                    f"{trajectories.path}: no two responses to one prompt have rewards that differ by {margin} or more "
+                    f"({unscored} of {rows} have no reward); lower it, or record more responses per prompt"
+                )
             tables.write_manifest(out / TABLE, PREFERENCE, rows=made)
             return {"pairs": made, **({"unscored": unscored} if unscored else {})}
 

@@ -44,7 +44,7 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("task.public_tests=['a/x.jsonl', 'b/x.jsonl']", ["two files are named x.jsonl"]),
         ("train.global_batch=7", ["train.global_batch = 7", "cluster.num_workers = 2"]),
         ("cluster.num_workers=[3, 2]", ["num_workers = [3, 2] must be [fewest, most]"]),
-        ("cluster.num_workers=[1, 99]", ["must be at least the most workers"]),
+        ("cluster.num_workers=[1, 99]", ["must be at least 99, the most workers"]),
         ("train.zero.stage=3", ["unknown field train.zero"]),
         ("cluster.trackers=['comet']", ["cluster.trackers"]),
         ("eval.budgets=[99]", ["99 denoising steps per block exceed block_size = 8"]),
@@ -52,6 +52,11 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("serve.host=0.0.0.0", ["serve.host", "serve.api_key_file"]),
         ("task.blanks=[9, 3]", ["blanks = [9, 3]"]),
         ("sft.objective.type=dtrpo", ["sft.objective.type"]),
+        ("train.objective={type='imitation', schedule='confidence'}", ["orders by a reference, which imitation lacks"]),
+        (
+            "train={keep_best='margin', objective={type='imitation'}}",
+            ["keep_best = 'margin'", "which imitation does not"],
+        ),
         ("name=A B", ["name"]),
         ("rounds", ["--set rounds: expected dotted.key=value"]),
         ("name.x=1", ["name is a value, not a section"]),
@@ -122,7 +127,7 @@ def test_serving_is_on_loopback_unless_asked() -> None:
 def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None:
     demo = ROOT / "jobs" / "demo.toml"
     for name in ("rollout", "eval"):
-        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8 must be at least 16"):
+        with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: an answer has 16 tokens"):
             load_job(demo, [f"{name}.max_new_tokens=8"])
     text = ROOT / "jobs" / "text.toml"
     (tmp_path / "pairs.jsonl").touch()

@@ -101,7 +101,8 @@ class Job(Section):
         elif self.rollout is None:
             raise ValueError(f"{kind} has no pairs of its own: add a [rollout] section")
         elif self.score or self.drafts:
-            raise ValueError(f"{kind} decodes its own prompts and scores the answers: remove [drafts] and [score]")
+            surplus = "[score]" if self.score else "[drafts]"
+            raise ValueError(f"{kind} decodes its own prompts and scores the answers: remove {surplus}")
         if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path:
@@ -111,11 +112,12 @@ class Job(Section):
             if stage and isinstance(workers, int) and batch % workers:
                 raise ValueError(f"{name}.global_batch = {batch} must be a multiple of cluster.num_workers = {workers}")
             if stage and batch < self.cluster.most_workers:
-                raise ValueError(f"{name}.global_batch = {batch} must be at least the most workers of {workers}")
+                most = f"{self.cluster.most_workers}, the most workers of cluster.num_workers"
+                raise ValueError(f"{name}.global_batch = {batch} must be at least {most}")
         needed = self.task.answer_tokens
         for name, section in (("rollout", self.rollout), ("eval", self.eval)):
             if section and section.max_new_tokens < needed:
-                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens} must be at least {needed}")
+                raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: an answer has {needed} tokens")
         if self.rollout and self.model.init:
             worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
             if worst > self.model.init.block_size:

@@ -155,6 +155,14 @@ class TrainConfig(Section):
             raise ValueError(f"reference = 'cache': objective.type = {self.objective.type!r} has no reference")
         if self.reference == "cache" and self.objective.schedule == "confidence":
             raise ValueError("schedule = 'confidence' runs the reference in each step: set reference = 'frozen'")
+        if self.objective.orders_by_reference and not self.objective.is_preference:
+            raise ValueError(
+                f"schedule = 'confidence' orders by a reference, which {self.objective.type} lacks: choose another"
+            )
+        if self.keep_best in ("margin", "reward_accuracy") and not self.objective.is_preference:
+            raise ValueError(
+                f"keep_best = {self.keep_best!r} is of pairs, which {self.objective.type} does not compare"
+            )
         if self.keep_best == "accuracy" and self.validation is None:
             raise ValueError("keep_best = 'accuracy' needs validation: add a section [train.validation]")
         if self.offload and self.zero_stage == 0:

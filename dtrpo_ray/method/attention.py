@@ -46,7 +46,7 @@ class PackedRow:
 
     def columns(self, side: int, stream: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Find the columns of tokens of a side's streams; each lies in its stream or the shared prompt."""
-        mine, span = np.flatnonzero(self.side == side), self.position.max() + 1
+        mine, span = np.flatnonzero(self.side == side), self.position.max(initial=0) + 1
         at = np.searchsorted(self.stream[mine] * span + self.position[mine], stream * span + position)
         found, shared = np.append(mine, -1)[at], position < self.first_position
         held = (self.stream[found] == stream) & (self.position[found] == position)

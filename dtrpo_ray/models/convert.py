@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from dtrpo_ray.errors import ModelError, first_line
@@ -58,16 +65,12 @@ def convert(source: str, out: Path, block_size: int, revision: str | None = None
         raise ModelError(f"block size {block_size}: a block of diffusion has at least 2 tokens")
     model, tokenizer = _load(source, revision, dtype)
     keys = model.config.to_dict()
-    if keys["model_type"] not in TARGETS:
-        raise ModelError(f"{source}: model_type = {keys['model_type']!r}; {', '.join(TARGETS)} can be converted")
-    if keys.get("mlp_bias") or (keys["model_type"] == "llama" and keys.get("attention_bias")):
-        raise ModelError(f"{source}: mlp_bias or attention_bias = true, which no family here has")
     mask_id = _add_mask(tokenizer, source)
     rows = max(model.config.vocab_size, mask_id + 1)
     config = _config(keys, model, tokenizer, {"mask_token_id": mask_id, "vocab_size": rows}, block_size)
     made = skeleton(config)
     made.lm.load_state_dict(_tensors(model, made, rows, mask_id), strict=True, assign=True)
-    made.finish("cpu")
+    made.eval().finish("cpu")
     difference = causal_difference(model, made)
     if not difference <= (TOLERANCE if model.dtype == torch.float32 else COARSE_TOLERANCE):
         raise ModelError(
@@ -91,15 +94,26 @@ def _load(source: str, revision: str | None, dtype: str) -> tuple[Any, PreTraine
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
+        _require_convertible(AutoConfig.from_pretrained(str(path), **options).to_dict(), source)
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
         weights = {} if file else {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options, **weights)
+    except ModelError:
+        raise
     except Exception as error:  # broken files raise anything from struct.error to the safetensors library's own
         raise ModelError(f"{source}: no autoregressive model that transformers loads ({first_line(error)})") from None
     finally:
         hf_logging.set_verbosity(verbosity)
         hf_logging.enable_progress_bar()
     return model.eval(), tokenizer
+
+
+def _require_convertible(keys: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError for an architecture without a family here, before its weights are fetched."""
+    if keys["model_type"] not in TARGETS:
+        raise ModelError(f"{source}: model_type = {keys['model_type']!r}; {', '.join(TARGETS)} can be converted")
+    if keys.get("mlp_bias") or (keys["model_type"] != "qwen2" and keys.get("attention_bias")):
+        raise ModelError(f"{source}: mlp_bias or attention_bias = true, which no family here has")
 
 
 def _add_mask(tokenizer: PreTrainedTokenizerBase, source: str) -> int:
@@ -136,6 +150,8 @@ def _config(
         **copied,
         **ids,
         facts.block_key: block,
+        # the family's sub-block where it divides the block, else the whole block
+        **({"small_block_size": block} if block % (facts.small_block_size or 1) else {}),
         "rope_theta": theta,
         # not as rope_scaling, on which transformers' tokenizer loader fails where it does not know the model_type
         **({} if rope.get("rope_type", "default") == "default" else {"rope_parameters": {**rope, "rope_theta": theta}}),

@@ -108,10 +108,11 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     from peft.utils.other import get_pattern_key
 
     try:
+        (path / peft.utils.CONFIG_NAME).stat()  # peft would look for an absent one on the hub
         config, tensors = peft.PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_FILE)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
-    plain = isinstance(config, peft.LoraConfig) and not (config.use_dora or config.use_rslora)
+    plain = config.peft_type == peft.PeftType.LORA and not (config.use_dora or config.use_rslora)
     if not plain or config.modules_to_save or config.bias != "none":
         raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
     parts = {name.removesuffix(".weight"): pieces for name, pieces in base.checkpoint_tensors().items()}

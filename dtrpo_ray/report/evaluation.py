@@ -139,15 +139,15 @@ def _examples(
 def paired_test(better: Sequence[str], base: Sequence[str]) -> tuple[float, float, float, float]:
     """Compare two models on the same prompts: (gain in accuracy, its 95 % interval low and high, p-value).
 
-    Each sequence has one string of "1" and "0" (see `Score.solved`) for each seed, of the same prompts. The p-value is
-    that of McNemar's exact test (Psychometrika 1947) over all seeds: of the prompts that one model alone solves, each
-    model has half. The interval is Agresti and Min's (Statistics in Medicine 2005), with a prompt's mean over the seeds
-    as its outcome, because the answers of several seeds to one prompt are not independent. Both are about these trained
-    models; few seeds say little about another seed.
+    Each sequence has one string of "1" and "0" (see `Score.solved`) for each seed, of the same prompts. A prompt's
+    outcome is its mean over the seeds, because the answers of several seeds to one prompt are not independent. The
+    p-value is that of the exact sign test: of the prompts with a difference, each model has half. For one seed that is
+    McNemar's exact test (Psychometrika 1947). The interval is Agresti and Min's (Statistics in Medicine 2005). Both are
+    about these trained models; few seeds say little about another seed.
     """
     one, other = (np.array([[int(c) for c in row] for row in rows], dtype=int) for rows in (better, base))
-    wins, losses = int((one > other).sum()), int((one < other).sum())
     change = (one - other).mean(0)
+    wins, losses = int((change > 0).sum()), int((change < 0).sum())
     total = len(change) + 2  # their two pseudo-prompts: half a win, half a loss, one tie
     centre = change.sum() / total
     half = Z95 * sqrt(((change**2).sum() + 1) / total - centre**2) / sqrt(total)

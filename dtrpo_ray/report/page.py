@@ -159,7 +159,7 @@ def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     for test_set, budget in dict.fromkeys((row["set"], row["budget"]) for row in table):
         base, aligned = (scores.get((test_set, budget, model)) for model in ("base", "aligned"))
         pairs.append(ScorePair(test_set, budget, base, aligned, changes.get((test_set, budget))))
-    return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.budget))
+    return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.set, pair.budget))
 
 
 def _natural(name: str) -> list[str | int]:
@@ -207,7 +207,9 @@ def _training_headline(curves: Mapping[str, Sequence[Metrics]], evaluation: Eval
 
 def _curves(job: dict[str, Any]) -> list[Curve]:
     objective = (job.get("train") or {}).get("objective") or {}
-    plain = objective.get("type") != "sft" and objective.get("loss_type", "sigmoid") == "sigmoid"
+    plain = (
+        objective.get("type", "dtrpo") in ("dtrpo", "elbo_dpo") and objective.get("loss_type", "sigmoid") == "sigmoid"
+    )
     start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("rpo_alpha") else None
     ratios = {"log_ratio_chosen": CHOSEN, "log_ratio_rejected": REJECTED}
     return [

@@ -278,6 +278,8 @@ class Service:
         except Exception:
             logger.exception("a stream failed")
             yield responses.sse(refusal(500, INTERNAL_ERROR).detail)
+        finally:
+            self._end(request)  # before the last bytes are sent, which a slow reader may hold up
         yield b"data: [DONE]\n\n"
 
     async def _events(self, request: ActiveRequest) -> AsyncGenerator[bytes, None]:

@@ -7,6 +7,7 @@ holds the history of a run.
 """
 
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -184,7 +185,7 @@ def _fit(trainer: TorchTrainer) -> None:
 
     Ray Train's handler of SIGINT waits until the run's controller is gone and raises SystemExit. The Ray session may
     only end after that: ended while a call still waits in it, the process dies of a segmentation fault. Ray Train
-    leaves its handler in place, so the earlier one is restored here.
+    leaves its handler in place, so the earlier one is restored here. Outside the main thread there is no handler.
     """
     earlier = signal.getsignal(signal.SIGINT)
     try:
@@ -192,4 +193,5 @@ def _fit(trainer: TorchTrainer) -> None:
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, earlier)

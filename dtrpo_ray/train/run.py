@@ -6,11 +6,12 @@ Needs neither torch nor ray, so `dtrpo status` reads a record anywhere.
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dtrpo_ray.config.cluster import ClusterConfig, NumWorkers
 from dtrpo_ray.config.train import TrainConfig
@@ -98,8 +99,14 @@ class RunRecord(BaseModel):
         (folder / RUN).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
     def changes(self, new: "RunRecord", section: str) -> list[str]:
-        """Return a line for each setting that a resumed run must keep and `new` changes; `section` is the job's."""
+        """Return a line for each setting that a resumed run must keep and `new` changes; `section` is the job's.
+
+        A field that came after this run counts as its default.
+        """
         fields = {"config", "seed", "identity"}
+        before = self.model_dump(include=fields)
+        with suppress(ValidationError):  # a field that is gone since: compare what was written
+            before["config"] = TrainConfig.model_validate(self.config).model_dump(mode="json")
         lines: list[str] = []
 
         def compare(name: str, was: Any, now: Any) -> None:
@@ -112,7 +119,7 @@ class RunRecord(BaseModel):
                 shown = name.replace("config.", f"{section}.").replace("identity.", "")
                 lines.append(f"  {shown}: {was!r} then, {now!r} now")
 
-        compare("", self.model_dump(include=fields), new.model_dump(include=fields))
+        compare("", before, new.model_dump(include=fields))
         return lines
 
 

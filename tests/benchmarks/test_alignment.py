@@ -27,7 +27,7 @@ def test_seeds_are_compared_each_with_its_own() -> None:
     rows += [Measured("base", seed, "held-out", 1, solved) for seed, solved in ((0, "1100"), (1, "1100"))]
     rows += [Measured(arm, 0, "other.jsonl", 1, "0000") for arm in ("dtrpo", "base")]
     gain, _, _, p_value = differences(rows, "dtrpo", "base")[1]
-    assert (gain, p_value) == (0.25, 0.5)  # two wins of two
+    assert (gain, p_value) == (0.25, 0.5)  # two prompts are better in one seed of two, none is worse
     page = markdown(rows, JOB, [])
     assert "| dTRPO | 0.750 (1.000, 0.500) |" in page
     assert "| base | +25.0 [" in page

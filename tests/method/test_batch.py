@@ -263,3 +263,12 @@ def test_of_a_shifted_model_the_control_estimates_what_dtrpo_does(given_tokens: 
 def test_a_noisy_first_token_is_for_shifted_block_models() -> None:
     with pytest.raises(ConfigError, match=r"first_token = \"noisy\" is for models that predict a token from"):
         build(ROWS, Objective(first_token="noisy"))
+
+
+def test_a_side_with_nothing_to_read_takes_no_column_of_its_row() -> None:
+    """A response within the prompt's block of which no step unmasked a token: nothing is scored, and nothing breaks."""
+    empty = row(9, 3, 1, 1) | {"chosen_steps": [-1], "rejected_steps": [-1]}
+    for objective in (OBJECTIVES["steps"], Objective(type="imitation")):
+        batch = build([empty, ROWS[0]], objective)
+        assert not (batch.scored_row == 0).any()
+        assert of_row(batch, 1) == of_row(build([ROWS[0], empty], objective), 0)

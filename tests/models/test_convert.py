@@ -135,6 +135,14 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
+def test_dropout_and_uneven_blocks_are_converted_too(tmp_path: Path) -> None:
+    """The check runs without dropout; blocks that sub-blocks of 8 do not divide are decoded whole."""
+    config = LlamaConfig(vocab_size=WORDS, attention_dropout=0.5, **SIZES)
+    made = convert(source(tmp_path / "ar", seeded(LlamaForCausalLM, config)), tmp_path / "dllm", block_size=12)
+    assert made.difference < 1e-5
+    assert load_model(tmp_path / "dllm").small_block_size == 12
+
+
 def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
     mistral = source(tmp_path / "m", seeded(MistralForCausalLM, MistralConfig(vocab_size=WORDS, head_dim=8, **SIZES)))
@@ -143,6 +151,9 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path: Pa
     biased = LlamaConfig(vocab_size=WORDS, attention_bias=True, **SIZES)
     with pytest.raises(ModelError, match="attention_bias = true"):
         convert(source(tmp_path / "b", seeded(LlamaForCausalLM, biased)), out, 4)
+    biased_qwen = Qwen3Config(vocab_size=WORDS, head_dim=16, attention_bias=True, **SIZES)
+    with pytest.raises(ModelError, match="attention_bias = true"):
+        convert(source(tmp_path / "q", seeded(Qwen3ForCausalLM, biased_qwen)), out, 4)
     masked = source(tmp_path / "d", MODELS["llama"](), mask_token="<MASK>")
     with pytest.raises(ModelError, match="has a mask token already"):
         convert(masked, out, 4)

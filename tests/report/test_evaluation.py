@@ -49,10 +49,10 @@ def test_equal_models_differ_in_nothing_and_the_interval_says_how_little_ten_pro
     assert -0.2 < low < 0 < high < 0.2
 
 
-def test_seeds_with_the_same_answers_narrow_no_interval() -> None:
+def test_seeds_with_the_same_answers_prove_no_more_than_one() -> None:
     """Prompts are the sample: a seed that repeats another tells nothing new of the gain."""
     one, base = "1101100111", "1001100011"
-    assert paired_test([one] * 3, [base] * 3)[:3] == pytest.approx(paired_test([one], [base])[:3])
+    assert paired_test([one] * 3, [base] * 3) == pytest.approx(paired_test([one], [base]))
 
 
 def test_the_test_rejects_true_equality_as_often_as_it_says() -> None:

@@ -257,6 +257,23 @@ def test_sets_come_held_out_first_then_by_number() -> None:
     assert names == ["held-out", "sudoku_4x4_6.jsonl", "sudoku_4x4_10.jsonl"]
 
 
+def test_sets_whose_names_sort_alike_keep_all_their_budgets() -> None:
+    names = ("test1.jsonl", "test01.jsonl")
+    table = [
+        score(model, 0.5, 0.4, 0.6, k, name, 10) for k in (1, 2, 4) for name in names for model in ("base", "aligned")
+    ]
+    found = report._by_set(pair_up({"table": table}))
+    assert {name: [pair.budget for pair in pairs] for name, pairs in found.items()} == {
+        name: [1, 2, 4] for name in names
+    }
+
+
+def test_only_a_preference_loss_starts_at_log_2() -> None:
+    for kind, level in (("dtrpo", True), ("elbo_dpo", True), ("imitation", False), ("sft", False)):
+        curves = report._curves({"train": {"objective": {"type": kind}}})
+        assert (curves[1].level is not None) == level
+
+
 # ---- curves
 
 

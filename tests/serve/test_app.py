@@ -471,6 +471,31 @@ def test_a_failure_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> N
         assert client.get("/ready").status_code == 200
 
 
+def test_a_stream_has_freed_its_place_when_it_sends_its_last_bytes(engine: Engine) -> None:
+    """A reader that stalls there holds no place, and one that asks again at once finds it free."""
+    app, active = create_app(engine, SERVE, ()), list[int]()
+    body = json.dumps({"prompt": "0123", "max_tokens": 8, "stream": True}).encode()
+
+    async def stream() -> None:
+        asked = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> Any:
+            for message in asked:
+                return message
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if b"[DONE]" in message.get("body", b""):
+                active.append(app.state.service.num_active)
+
+        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
+        await asyncio.wait_for(app(scope, receive, send), 30)
+
+    asyncio.run(stream())
+    assert active == [0]
+
+
 def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
     """With the forward it hung up in done, nothing of the request is left: neither in the queue nor in the decoder."""
     app = create_app(blocked, SERVE, ())

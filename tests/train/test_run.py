@@ -43,6 +43,16 @@ def test_a_record_is_read_as_it_was_written_and_old_errors_go(old: Path) -> None
     assert RunRecord.read(old / "nowhere") is None
 
 
+def test_a_run_from_before_a_field_came_counts_its_default(tmp_path: Path, old: Path) -> None:
+    record = json.loads((old / RUN).read_text())
+    del record["config"]["objective"]["nll_tokens"]
+    (old / RUN).write_text(json.dumps(record))
+    assert resume_root(stage(tmp_path, old), CONFIG) == str(old / "checkpoints")
+    other = CONFIG.model_copy(update={"objective": CONFIG.objective.model_copy(update={"nll_tokens": "unmasked"})})
+    with pytest.raises(CheckpointError, match=r"train\.objective\.nll_tokens: 'hidden' then, 'unmasked' now"):
+        resume_root(stage(tmp_path, old), other)
+
+
 def test_resuming_another_run_is_refused_field_by_field(tmp_path: Path, old: Path) -> None:
     assert resume_root(stage(tmp_path), CONFIG) is None
     changed = CONFIG.model_copy(update={"lr": 5e-3, "save_every": 7, "objective": Objective(beta=0.1)})

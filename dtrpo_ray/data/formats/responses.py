@@ -140,7 +140,8 @@ def _sglang(row: Record) -> ResponseRow:
         raise Refusal("unknown version", f"dllm_replay_contract_version is {version}; known is {REPLAY_CONTRACT}")
     ids, stop = meta.integers("dllm_replay_token_ids"), meta.integer("dllm_stop_length")
     steps = meta.integers("dllm_replay_step_maps")
-    if (said := row.first("token_ids", "output_ids")) is not None and as_list(said, "output_ids") != ids[:stop]:
+    said = row.first("token_ids", "output_ids")
+    if said is not None and (stop > len(ids) or as_list(said, "output_ids") != ids[:stop]):
         raise Refusal("tokens rewritten", "the replayed ids do not begin with the ids of the response")
     return replace(_answer(row), engine="SGLang", response_ids=ids, steps=steps)
 

@@ -20,7 +20,8 @@ ANSWER_OPTIONAL = True
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
-_Integer = Annotated[int, BeforeValidator(str)]  # 3, 3.0 or "3", and not true
+# 3, 3.0, 1e16 or "3", and not true
+_Integer = Annotated[int, BeforeValidator(lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v))]
 _REFERENCE = TypeAdapter(tuple[list[_Integer], _Integer])
 _LONGEST = 200  # characters of an expression
 _SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "÷": "/", "−": "-", r"\left": "", r"\right": ""}

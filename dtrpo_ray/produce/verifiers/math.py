@@ -1,24 +1,62 @@
 """Verify MATH: compare an expression with the reference's as mathematics, by the library math-verify.
 
-Some expressions never finish (9^{9^{9^9}}), and only killing the process stops them. So a pool of one process compares,
-and is replaced when a row takes too long; its own alarm ends it then if this process has ended before.
+Some expressions never finish (9^{9^{9^9}}), and only killing the process stops them. So a worker process compares, one
+row after the other; its own alarm ends it when a row takes too long, and a new worker takes its place.
 """
 
+import atexit
 import importlib.util
-import logging
-import multiprocessing
-import resource
-import signal
-from collections.abc import Callable
-from functools import cache, lru_cache
-from multiprocessing.pool import Pool
-from typing import Any
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from functools import cache
+from threading import Lock
 
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.produce.verifiers.extract import answer_error, marked_answers
 
 SECONDS = 10  # wall-clock time for a row
 MEMORY_BYTES = 4 << 30
+
+# an unhandled alarm ends the process whatever it is doing, also after this process has ended
+_WORKER = """
+import json, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from math_verify import parse, verify
+one, read, known = parse("$1$", parsing_timeout=None), None, []
+print("ready", flush=True)
+
+def tell(seconds, action):
+    signal.alarm(seconds)
+    try:
+        told = action()
+    except Exception as error:
+        told = repr(error)[:200]
+    signal.alarm(0)
+    print(json.dumps(told), flush=True)
+    return told
+
+for line in sys.stdin:
+    seconds, gold, found = json.loads(line)
+
+    # no timeouts of the library: they are alarms that its own code may catch
+    def reference():
+        global read, known
+        if read != gold:  # responses to one prompt follow each other
+            known = parse(gold, parsing_timeout=None)
+            verify(known, one, timeout_seconds=None)  # a reference that never finishes is not the response's fault
+            read = gold
+        return bool(known)
+
+    def equal():
+        other = parse(found, parsing_timeout=None)
+        return bool(other and verify(known, other, timeout_seconds=None))
+
+    if tell(seconds, reference) is True:
+        tell(seconds, equal)
+"""
 
 
 def score(prompt: str, response: str, answer: str) -> float:
@@ -27,78 +65,65 @@ def score(prompt: str, response: str, answer: str) -> float:
     Raises DataError for a reference that is no mathematics or takes longer than SECONDS, and ArithmeticError for a
     response that takes longer than SECONDS or makes the library fail.
     """
-    given, gold = next(marked_answers(response), None), rf"\boxed{{{answer}}}"
-    readable = _ask(_is_mathematics, gold)  # a reference that never finishes is not the response's fault
-    if readable is not True:
-        why = "it holds no mathematics" if readable is False else readable
-        raise answer_error("math", why or f"it takes longer than {SECONDS} s")
-    equal = _ask(_equal, gold, rf"\boxed{{{given}}}" if given is not None else response)
-    if not isinstance(equal, bool):
-        raise ArithmeticError(equal or f"not compared within {SECONDS} s")
-    return float(equal)
-
-
-def _ask(question: Callable[..., bool], *texts: str) -> bool | str | None:
-    """Return the pool's answer to a question, the error that it raised, or None if it takes too long."""
-    pool = _pool()
-    try:
-        return bool(pool.apply_async(_in_time, (question, 2 * SECONDS, *texts)).get(SECONDS))
-    except multiprocessing.TimeoutError:
-        pool.terminate()
-        _pool.cache_clear()
-        return None
-    except Exception as error:
-        return repr(error)[:200]
+    given = next(marked_answers(response), None)
+    found = rf"\boxed{{{given}}}" if given is not None else response
+    return float(_worker().compare(rf"\boxed{{{answer}}}", found))
 
 
 @cache
-def _pool() -> Pool:
-    """Start the process, which takes a second."""
+def _worker() -> "_Worker":
     if importlib.util.find_spec("math_verify") is None:
         raise ConfigError(
             "score.scorer = 'math' needs math-verify: pip install 'dtrpo-ray[verifiers]' (every node of the cluster)"
         )
-    pool = multiprocessing.get_context("spawn").Pool(1, _prepare)
-    try:
-        pool.apply(_is_mathematics, ("$1$",))
-    except Exception as error:
-        raise ConfigError(f"score.scorer = 'math': math_verify does not work ({error!r}); reinstall it") from None
-    return pool
+    worker = _Worker()
+    atexit.register(worker.end)
+    return worker
 
 
-# ---- in the process of the pool
+class _Worker:
+    """A process that compares; it is kept because starting it takes a second."""
 
+    def __init__(self) -> None:
+        self.lock, self.process = Lock(), self._start()
 
-def _prepare() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    logging.disable(logging.WARNING)  # the library's, that it has no timeouts
+    def compare(self, gold: str, found: str) -> bool:
+        """Return True if the two are equal. Raises the errors of `score`."""
+        with self.lock:
+            if self.process.poll() is not None:
+                self.process = self._start()
+            assert self.process.stdin
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps([SECONDS, gold, found]) + "\n")
+                self.process.stdin.flush()
+            reference = self._reply()
+            if reference is not True:
+                why = "it holds no mathematics" if reference is False else reference
+                raise answer_error("math", why or f"it takes longer than {SECONDS} s")
+            equal = self._reply()
+            if not isinstance(equal, bool):
+                raise ArithmeticError(equal or f"not compared within {SECONDS} s")
+            return equal
 
+    def end(self) -> None:
+        """End the process; the next question starts another."""
+        self.process.kill()
+        self.process.communicate()
 
-def _in_time(question: Callable[..., bool], seconds: int, *texts: str) -> bool:
-    signal.alarm(seconds)  # unhandled, it ends the process whatever that is doing
-    try:
-        return question(*texts)
-    finally:
-        signal.alarm(0)
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _WORKER, str(MEMORY_BYTES)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout
+        if process.stdout.readline() != "ready\n":
+            raise ConfigError(f"score.scorer = 'math': {sys.executable} cannot import math_verify; reinstall it")
+        return process
 
-
-def _is_mathematics(gold: str) -> bool:
-    return bool(_reference(gold))
-
-
-def _equal(gold: str, found: str) -> bool:
-    from math_verify import parse, verify
-
-    # no timeouts of the library: they are alarms that its own code may catch
-    other = parse(found, parsing_timeout=None)
-    return bool(other and verify(_reference(gold), other, timeout_seconds=None))
-
-
-@lru_cache(maxsize=1)  # responses to one prompt follow each other
-def _reference(gold: str) -> list[Any]:
-    from math_verify import parse, verify
-
-    known: list[Any] = parse(gold, parsing_timeout=None)
-    verify(known, parse("$1$", parsing_timeout=None), timeout_seconds=None)
-    return known
+    def _reply(self) -> bool | str | None:
+        """Return the worker's next reply; None if it has ended."""
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.end()
+        return None

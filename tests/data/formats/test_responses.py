@@ -137,6 +137,7 @@ REFUSED: list[tuple[Value, Any, str, str]] = [
     (SGLANG, meta(dllm_replay_contract_version=2), "unknown version", "is 2; known is 1"),
     (SGLANG, meta(dllm_replay_step_maps=[1]), "lengths differ", "1 steps for 4 tokens"),
     (SGLANG, SGLANG | {"output_ids": [3, 5, 9]}, "tokens rewritten", "do not begin with the ids of the response"),
+    (SGLANG, meta(dllm_stop_length=9) | {"output_ids": [3, 4, 9, 9]}, "tokens rewritten", "do not begin with the ids"),
     (SGLANG, SGLANG | {"input_ids": None}, "missing field", "prompt"),
     (SNAPSHOTS, SNAPSHOTS | {"snapshots": [[8, 4], [3, 5]]}, "tokens rewritten", "place 1 is 4, then 5"),
     (SNAPSHOTS, SNAPSHOTS | {"snapshots": [[8, 4], [3, 8]]}, "tokens rewritten", "place 1 is 4, then 8"),
