@@ -26,16 +26,16 @@ class Objective(Section):
     """Tokens of a state that the negative log-likelihood of imitation and of dtrpo's rpo_alpha reads: all hidden ones,
     or the newly unmasked ones alone (the likelihood of the trajectory itself)."""
     weighting: Literal["steps", "tokens", "unit"] = "steps"
-    """Weight of a sampled step, dtrpo only: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
+    """Weight of a sampled step, dtrpo and imitation: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    """Denoising steps sampled per block, in strata; "all" scores every step (exact, dtrpo only). elbo_dpo: draws."""
+    """Denoising steps sampled per block, in strata; "all" scores every step (exact, not for elbo_dpo)."""
     schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
-    """Source of the unmasking order, dtrpo only: the row's recorded steps, or a constructed order (docs/method.md)."""
+    """Source of the unmasking order of dtrpo and imitation: the recorded steps, or a constructed order (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
     """Tokens unmasked per denoising step of a constructed schedule."""
     given_tokens: Literal["exclude", "clean"] = "exclude"
     """Tokens that no denoising step chose (autoregressive first tokens of blocks): left unscored, or scored from the
-    clean stream; dtrpo and elbo_dpo only."""
+    clean stream; not for sft."""
     first_token: Literal["clean", "noisy"] = "clean"
     """State from which a shifted model predicts a block's first token: the clean block before it (as in decoding), or
     the noisy one (as in SFT)."""
