@@ -30,7 +30,7 @@ class Objective(Section):
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     """Denoising steps sampled per block, in strata; "all" scores every step (exact, not for elbo_dpo)."""
     schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
-    """Source of the unmasking order, not for sft and elbo_dpo: the recorded steps, or a constructed order (method.md)."""
+    """Source of the unmasking order, not for sft and elbo_dpo: recorded or constructed (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
     """Tokens unmasked per denoising step of a constructed schedule."""
     given_tokens: Literal["exclude", "clean"] = "exclude"
