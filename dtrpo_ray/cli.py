@@ -163,12 +163,14 @@ def check(
     source: Annotated[str, typer.Argument(metavar="JOB|DATA", help="A job file; or a file, folder or URI of data.")],
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row breaks a rule.")] = False,
-    quarantine: Annotated[Path | None, typer.Option(help="Write the rows that break a rule, with reasons.")] = None,
+    quarantine: Annotated[Path | None, typer.Option(help="A new file for place and reason of each bad row.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest row of a table: prompt and a side.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer directory of a table's token ids.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
+    if quarantine is not None and quarantine.exists():
+        raise ConfigError(f"--quarantine {quarantine} exists already; name a file that does not")
     parsed = load_job(Path(source), overrides or ()) if source.endswith(".toml") else None
     if parsed and parsed.puzzle:
         found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
@@ -408,6 +410,11 @@ def main() -> None:
         code = app(standalone_mode=False)
     except DtrpoError as error:
         say(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}; name another path, or mend this one")
         sys.exit(2)
     except typer._click.exceptions.ClickException as error:  # type: ignore[attr-defined]
         error.show()

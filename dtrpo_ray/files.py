@@ -33,6 +33,9 @@ def open_pyarrow(where: str) -> tuple[pafs.FileSystem, str]:
 
 def open_filesystem(where: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem of a path or URI and the path in it: pyarrow's own, else fsspec's. Raises DataError."""
+    if where.startswith("hf://"):
+        remedy = "fetch it with `hf download REPO --repo-type dataset --local-dir data/NAME`"
+        raise DataError(f"{where}: hf:// is not read; {remedy}, and name the local files")
     try:
         return open_pyarrow(where)
     except (ValueError, OSError) as refused:

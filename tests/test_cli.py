@@ -207,3 +207,24 @@ def test_a_conversion_that_fails_is_one_message(tmp_path: Path) -> None:
         dtrpo("convert", "a", "b", "--dtype", "int3").stderr
         == "error: dtype int3: auto (as stored), float32 or bfloat16\n"
     )
+
+
+def test_check_writes_over_no_file_and_names_a_place_where_it_cannot_write(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    text = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b", "rejected": "c"}\n'
+    data.write_text(text)
+    done = dtrpo("check", str(data), "--quarantine", str(data))
+    assert (done.returncode, data.read_text()) == (2, text)
+    assert done.stderr == f"error: --quarantine {data} exists already; name a file that does not\n"
+    nowhere = tmp_path / "no" / "folder.jsonl"
+    done = dtrpo("check", str(data), "--quarantine", str(nowhere))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {nowhere}: No such file or directory; name another path")
+    assert dtrpo("check", str(data), "--quarantine", str(tmp_path / "bad.jsonl")).returncode == 0
+    assert (tmp_path / "bad.jsonl").read_text().count("pairs.jsonl:2") == 1
+
+
+def test_hub_uris_are_refused_with_the_command_that_fetches() -> None:
+    done = dtrpo("check", "hf://datasets/openai/gsm8k")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: hf://datasets/openai/gsm8k: hf:// is not read; fetch it with `hf download")
