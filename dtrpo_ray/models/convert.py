@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 from dtrpo_ray.errors import ModelError, first_line
 from dtrpo_ray.files import whole_folder
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.config_json import ConfigJson
 from dtrpo_ray.models.registry import family, save_model, skeleton
 from dtrpo_ray.models.tokenizer import MASK, MASK_SPELLINGS
 
@@ -80,7 +81,8 @@ def convert(source: str, out: Path, block_size: int, revision: str | None = None
         save_model(made, partial)
         tokenizer.save_pretrained(partial)
         ends = model.generation_config.eos_token_id if model.generation_config else None
-        GenerationConfig(eos_token_id=sorted({*_ids(ends), made.eos_id})).save_pretrained(partial)
+        others = ConfigJson({"eos_token_id": ends}).integers("eos_token_id", made.eos_id)
+        GenerationConfig(eos_token_id=sorted({*others, made.eos_id})).save_pretrained(partial)
     count = sum(p.numel() for p in made.parameters())
     return Converted(made.facts.model_type, mask_id, block_size, count, difference)
 
@@ -128,10 +130,6 @@ def _add_mask(tokenizer: PreTrainedTokenizerBase, source: str) -> int:
     return tokenizer.mask_token_id
 
 
-def _ids(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def _config(
     keys: Mapping[str, Any],
     model: PreTrainedModel,
@@ -165,16 +163,14 @@ def _config(
 def _tensors(source: PreTrainedModel, made: DiffusionLM, rows: int, mask_id: int) -> dict[str, Tensor]:
     """Return the trunk's tensors: the source's, zeros for biases that it lacks, and rows for new tokens."""
     given = source.state_dict()
-    tensors: dict[str, Tensor] = {}
-    for name, wanted in made.lm.state_dict().items():
-        value = given.get(name)
-        if value is None:  # a bias of Qwen2 that Llama has not; the embedding's head where both are one
-            value = given["model.embed_tokens.weight"] if name == "lm_head.weight" else torch.zeros(wanted.shape)
-        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
-            value = _extend(value, rows, mask_id)
-        tensors[name] = value.to(source.dtype)
-    if made.lm.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    # a bias of Qwen2 that Llama has not is zero
+    tensors = {
+        n: given[n] if n in given else torch.zeros(t.shape, dtype=source.dtype) for n, t in made.lm.state_dict().items()
+    }
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    tensors[embedding] = _extend(tensors[embedding], rows, mask_id)
+    tied = made.lm.config.tie_word_embeddings
+    tensors[head] = tensors[embedding] if tied else _extend(tensors[head], rows, mask_id)
     return tensors
 
 

@@ -100,7 +100,8 @@ def summarise(
 
 
 def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperature: float) -> Score:
-    correct, total = sum(row["reward"] >= 1 for row in rows), len(rows)
+    solved = "".join(str(int(row["reward"] >= 1)) for row in rows)
+    correct, total = solved.count("1"), len(solved)
     low, high = wilson_interval(correct, total)
     return {
         "set": test_set,
@@ -112,7 +113,7 @@ def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperatu
         "low": low,
         "high": high,
         "tokens_per_forward": sum(len(r["steps"]) for r in rows) / sum(r["num_forwards"] for r in rows),
-        "solved": "".join(str(int(row["reward"] >= 1)) for row in rows),
+        "solved": solved,
     }
 
 

@@ -471,6 +471,12 @@ def test_a_failure_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> N
         assert client.get("/ready").status_code == 200
 
 
+SCOPE = {
+    "type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b"",
+    "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
+}  # fmt: skip
+
+
 def test_a_stream_has_freed_its_place_when_it_sends_its_last_bytes(engine: Engine) -> None:
     """A reader that stalls there holds no place, and one that asks again at once finds it free."""
     app, active = create_app(engine, SERVE, ()), list[int]()
@@ -488,9 +494,7 @@ def test_a_stream_has_freed_its_place_when_it_sends_its_last_bytes(engine: Engin
             if b"[DONE]" in message.get("body", b""):
                 active.append(app.state.service.num_active)
 
-        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b""}
-        scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
-        await asyncio.wait_for(app(scope, receive, send), 30)
+        await asyncio.wait_for(app({**SCOPE}, receive, send), 30)
 
     asyncio.run(stream())
     assert active == [0]
@@ -516,9 +520,7 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b""}
-        scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
-        call = asyncio.ensure_future(app(scope, receive, send))
+        call = asyncio.ensure_future(app({**SCOPE}, receive, send))
         for _ in range(1000):
             if service.served["tiny"].num_running:
                 break
