@@ -267,10 +267,10 @@ def export(
         )
     with open_pipeline(job, overrides, False) as pipeline:
         aligned = pipeline.aligned()
-        if base_name is None and parsed.model.path:
-            base_name = exports.base_name(parsed.model.path)
-        elif base_name is None and adapter:
+        if base_name is None and adapter and parsed.sft:
             base_name = str(pipeline.base().path.resolve())  # [sft] trained it: it has no other name
+        elif base_name is None and parsed.model.path:
+            base_name = exports.base_name(parsed.model.path)
         card = exports.job_card(pipeline.job, pipeline.lineage(), pipeline.curves(), base_name, adapter)
         if adapter:
             exports.export_adapter(aligned.path.parent / "adapter", out, card, base_name, dtype)

@@ -73,8 +73,9 @@ class Pipeline:
         """Return the given model directory, or a new one with random weights."""
         job, model = self.job, self.job.model
         if model.path:
-            if job.train.lora:  # refuse targets that the model lacks before any stage runs
-                target_modules(skeleton_of(model.path), job.train.lora)
+            for stage in filter(None, (job.sft, job.train)):
+                if stage.lora:  # refuse targets that the model lacks before any stage runs
+                    target_modules(skeleton_of(model.path), stage.lora)
             return ModelRef(model.path, sha256_json(_hashes(model.path)))
         tokenizer = _hashes(model.tokenizer) if model.tokenizer else job.task.type
         inputs: JsonObject = {"model": model.model_dump(mode="json"), "tokenizer": tokenizer, "seed": job.seed}
@@ -103,18 +104,19 @@ class Pipeline:
 
     def base(self) -> ModelRef:
         """Return the model to align: the initial one, trained on generated examples if the job has [sft]."""
-        job = self.job
+        job, initial = self.job, self.initial()
         if job.sft is None:
-            return self.initial()
-        task, init = job.task.model_dump(mode="json", exclude={"public_tests"}), job.model.init
-        size = init.block_size if init else None
-        inputs: JsonObject = {"task": task, "count": job.sft.num_examples, "seed": job.seed, "block_size": size}
+            return initial
+        task = job.task.model_dump(mode="json", exclude={"public_tests"})
+        inputs: JsonObject = {"task": task, "count": job.sft.num_examples, "seed": job.seed, "model": initial.digest}
         examples = self.store.stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
-        return self._train("base", job.sft, self.initial(), examples, job.seed)
+        return self._train("base", job.sft, initial, examples, job.seed)
 
     def _make_examples(self, out: Path) -> JsonObject:
         (out / TABLE).mkdir(exist_ok=True)
-        summary = prepare.write_examples(self.job, load_tokenizer(self.initial().path), out / TABLE)
+        path = self.initial().path
+        model, tokenizer = skeleton_of(path), load_tokenizer(path)
+        summary = prepare.write_examples(self.job, tokenizer, model.block_size, model.block_origin, out / TABLE)
         tables.read_table(out / TABLE, EXAMPLE)
         return summary
 

@@ -55,7 +55,7 @@ def test_help_names_every_verb() -> None:
         (["train", DEMO, "--set", "train.lrr=1"], "unknown field train.lrr"),
         (["plan", DEMO, "--set", "train.global_batch=7"], "must be a multiple of"),
         (["serve", "nowhere"], "no such job file"),
-        (["sft", DEMO, "--set", "sft={}", "--set", "model={path='.'}"], "[sft] trains model.init from scratch"),
+        (["sft", DEMO, "--set", "sft={}", "--set", "model={path='.'}"], "set sft.lr for model.path"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(words: list[str], message: str) -> None:

@@ -45,7 +45,7 @@ class ModelInit(Section):
 
 
 class ModelConfig(Section):
-    """The source of the base model: a directory, or a random initialisation that [sft] trains."""
+    """The source of the base model: a directory, or a random initialisation for [sft] to train."""
 
     path: Path | None = None
     """A model directory (config.json, model.safetensors, tokenizer)."""
@@ -75,7 +75,7 @@ class Job(Section):
     task: Task
     model: ModelConfig
     sft: SFTConfig | None = None
-    """Trains model.init; absent: the initialised or given model is the base as it is."""
+    """Trains model.init or model.path on examples; absent: the initialised or given model is the base as it is."""
     rollout: RolloutConfig | None = None
     """Decodes puzzles, or the prompts of a task of type "prompts"; absent for tasks that bring their own pairs."""
     drafts: DraftsConfig | None = None
@@ -105,8 +105,9 @@ class Job(Section):
             raise ValueError(f"{kind} decodes its own prompts and scores the answers: remove {surplus}")
         if self.sft and self.sft.objective.type != "sft":
             raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
-        if self.sft and self.model.path:
-            raise ValueError("[sft] trains model.init from scratch: remove [sft], or replace model.path by model.init")
+        if self.sft and self.model.path and "lr" not in self.sft.model_fields_set:
+            rate = f"sft.lr = {self.sft.lr:g}, the default, is for a new model"
+            raise ValueError(f"{rate}: set sft.lr for model.path; published models take about 1e-5")
         for name, stage in (("sft", self.sft), ("train", self.train)):
             batch, workers = stage.global_batch if stage else 0, self.cluster.num_workers
             if stage and isinstance(workers, int) and batch % workers:

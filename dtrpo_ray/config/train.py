@@ -184,9 +184,10 @@ class TrainConfig(Section):
 
 
 class SFTConfig(TrainConfig):
-    """Training of a new base model on generated examples."""
+    """Supervised fine-tuning on generated examples, before any rollout: the trained model is the base to align."""
 
     objective: Objective = Objective(type="sft")
     lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW; must be given with model.path."""
     num_examples: int = Field(100_000, ge=1)
     """Generated training examples."""

@@ -32,6 +32,7 @@ from dtrpo_ray.data.tables import Counts, Rejected, Report
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import read_json, whole_file, write_json
+from dtrpo_ray.method.trajectory import Origin
 from dtrpo_ray.models import tokenizer as tokenizers
 
 # type of a task -> how the format of its files is recognised
@@ -50,19 +51,23 @@ def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     return tokenizers.character_tokenizer(puzzle_module(job.puzzle).ALPHABET)
 
 
-def write_examples(job: Job, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, int]:
-    """Write generated SFT examples as Parquet (the table example/v1). Return how many there are."""
+def write_examples(
+    job: Job, tokenizer: PreTrainedTokenizerBase, block_size: int, block_origin: Origin, out: Path
+) -> dict[str, int]:
+    """Write generated SFT examples on a model's grid as Parquet (the table example/v1). Return how many there are.
+
+    Prompts are encoded as a rollout encodes them. Raises DataError for text that the tokenizer cannot encode.
+    """
     assert job.sft is not None
-    assert job.model.init is not None
     assert job.puzzle is not None
     rows = generate_puzzles(job.puzzle, job.sft.num_examples, "train", job.seed)
     end = None if puzzle_module(job.puzzle).FIXED_LENGTH else tokenizers.eos_token_id(tokenizer)
-    size = job.model.init.block_size
     # puzzles share their answers: a few hundred texts of a hundred thousand
     prompt_ids = cache(lambda text: tokenizers.encode_prompt(tokenizer, text))
-    answer_ids = cache(lambda text, prompt_len: tokenizers.encode_response(tokenizer, text, prompt_len, size, end))
+    answer_ids = cache(lambda text, start: tokenizers.encode_response(tokenizer, text, start, block_size, end))
     prompts = [prompt_ids(row["prompt"]) for row in rows]
-    answers = [answer_ids(row["answer"], len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    starts = [len(prompt) if block_origin == "global" else 0 for prompt in prompts]  # on the grid
+    answers = [answer_ids(row["answer"], start) for row, start in zip(rows, starts, strict=True)]
     versions, ids = [CONTRACT_VERSION] * len(rows), [f"example-{i:08d}" for i in range(len(rows))]
     columns = {"contract_version": versions, "row_id": ids, "prompt_ids": prompts, "chosen_ids": answers}
     tables.write_shards(pa.table(columns, schema=EXAMPLE), out)

@@ -13,15 +13,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from paths import ROOT
 from pyarrow import feather
 
+from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.task import PreferencesTask, TrajectoriesTask
 from dtrpo_ray.data import prepare, tables
 from dtrpo_ray.data.formats import files
-from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import check_folder, read_manifest, read_table
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.models.tokenizer import character_tokenizer
+from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, eos_token_id, load_tokenizer
 
 GRID: dict[str, Any] = {"block_size": 4, "block_origin": "global", "shift": 0}
 
@@ -178,6 +181,29 @@ def test_max_rows_counts_rows_of_any_kind_of_file(tokenizer: Path, tmp_path: Pat
     config = PreferencesTask.model_validate({"type": "preferences", "files": [str(path)] * 2, "max_rows": 13})
     counts = imported(config, tokenizer, tmp_path / "table", PREFERENCE)
     assert counts == {"rows": 13, "good": 9, "refused": {"duplicate row": 4}}
+
+
+@pytest.mark.parametrize("origin", ["global", "response"])
+@pytest.mark.parametrize("puzzle", ["sudoku", "countdown"])
+def test_generated_examples_are_on_the_grid_of_any_model_in_its_own_tokens(
+    puzzle: str, origin: Any, tmp_path: Path
+) -> None:
+    """Prompts as a rollout encodes them; the answer, and an end token where its length varies, in whole blocks."""
+    tokenizer = load_tokenizer(ROOT / "jobs" / "data" / "tokenizer")  # of words, not of the puzzle's characters
+    settings = [f"task={{type='{puzzle}'}}", "sft.num_examples=20", f"model={{path='{tmp_path}'}}"]
+    (tmp_path / "config.json").touch()
+    job = load_job(ROOT / "jobs" / "demo.toml", settings)
+    assert prepare.write_examples(job, tokenizer, 8, origin, tmp_path) == {"examples": 20}
+    assert job.puzzle is not None
+    rows = read_table(tmp_path, EXAMPLE).to_pylist()
+    for row, made in zip(generate_puzzles(job.puzzle, 20, "train", 0), rows, strict=True):
+        assert made["prompt_ids"] == encode_prompt(tokenizer, row["prompt"])
+        answer, end = encode_prompt(tokenizer, row["answer"]), eos_token_id(tokenizer)
+        filled = made["chosen_ids"][len(answer) :]
+        assert made["chosen_ids"][: len(answer)] == answer
+        assert set(filled) <= {end}
+        assert puzzle == "sudoku" or filled
+        assert (len(made["chosen_ids"]) + (len(made["prompt_ids"]) if origin == "global" else 0)) % 8 == 0
 
 
 @pytest.mark.ray

@@ -253,7 +253,8 @@ def test_the_command_exports_a_checkpoint_and_tells_of_a_base_on_this_machine(
 @pytest.mark.parametrize(
     ("given", "option", "name"),
     [
-        (None, [], "STAGE"),  # [sft] trained the base: its stage's folder, and never the random model it began as
+        (None, [], "STAGE"),  # [sft] trained the base: its stage's folder, and never the model it began as
+        ("tuned", [], "STAGE"),
         ("hub/SDAR-4B-Chat", [], "hub/SDAR-4B-Chat"),
         ("hub/SDAR-4B-Chat", ["--base-name", "JetLM/SDAR-4B-Chat"], "JetLM/SDAR-4B-Chat"),
         (None, ["--base-name", "me/base"], "me/base"),
@@ -266,15 +267,17 @@ def test_a_lora_jobs_adapter_names_its_base(
     folder = tmp_path / "stages" / "train-1-0123"
     (folder / "model").mkdir(parents=True)
     (folder / "adapter").mkdir()
-    Path("hub/SDAR-4B-Chat").mkdir(parents=True)
-    Path("hub/SDAR-4B-Chat/config.json").write_text("{}")
+    for path in filter(None, (given, "hub/SDAR-4B-Chat")):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        Path(path, "config.json").write_text("{}")
     PeftConfig(base_model_name_or_path=str(tmp_path / "elsewhere")).save_pretrained(str(folder / "adapter"))
     save_file({"a": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
     base = tmp_path / "stages" / "base-4567" / "model"
     words = [f"model.path={given}", "train.lora.rank=4"] if given else ["train.lora.rank=4"]
     file = tmp_path / "job.toml"
     sections = (ROOT / "jobs" / "demo.toml").read_text()
-    file.write_text(sections if given is None else _without(sections, "model.init", "sft"))
+    dropped = {None: [], "tuned": ["model.init"]}.get(given, ["model.init", "sft"])
+    file.write_text(_without(sections, *dropped))
     pipeline = SimpleNamespace(lineage=lambda: LINEAGE, curves=lambda: CURVES)
     pipeline.aligned = lambda: ModelRef(folder / "model", "d" * 64)
     pipeline.base = lambda: ModelRef(base, "b" * 64)
