@@ -1,4 +1,4 @@
-"""The checks before the endpoints (API keys, body size), and every refusal in OpenAI's shape."""
+"""What stands before the endpoints: `Front` in Serve's proxy, `Gate` in the replica; and every refusal's shape."""
 
 import hashlib
 import hmac
@@ -9,6 +9,7 @@ from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dtrpo_ray.serve import api
@@ -16,7 +17,22 @@ from dtrpo_ray.serve import api
 MAX_BODY_BYTES = 2**20
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})  # no key is asked for here
 INTERNAL_ERROR = "internal error; the server's log names the cause"
-_ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}
+_ERROR_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
+# by these a client would set its own deadline, outlive its hang-up, or choose its replica
+_STEERING = (
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"x-session-id",
+    b"serve-multiplexed-model-id",
+)
+_ROUTER = b"x-serve-router-"
+_KEPT = (b"retry-after", b"x-request-id")  # headers of an answer of Serve's own
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +43,76 @@ def key_digests(keys: Iterable[str]) -> tuple[str, ...]:
     They are sorted: Serve compares the bytes of two deployments, and replaces replicas where they differ.
     """
     return tuple(sorted(hashlib.sha256(key.encode()).hexdigest() for key in keys))
+
+
+def front() -> list[Middleware]:
+    """Return the middleware of Serve's proxy; `server.FRONT` tells Serve of this function."""
+    return [Middleware(Front)]
+
+
+class Front:
+    """In Serve's proxy, before its queue: drops the headers that steer Serve, and words Serve's own errors as ours.
+
+    Serve answers 404 while the application starts or drains, 408 at its timeout, 503 without a replica and 500 for a
+    replica that died, all in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun = replaced = False
+
+        async def send_as_ours(message: Message) -> None:
+            nonlocal begun, replaced
+            if not begun and (problem := _of_serve(message)):
+                replaced = True
+                await _respond(problem)(scope, receive, send)
+            begun = True
+            if not replaced:
+                await send(message)
+
+        passed = [(name, value) for name, value in scope["headers"] if _reaches_serve(name, value)]
+        try:
+            await self.app({**scope, "headers": passed}, receive, send_as_ours)
+        except Exception:
+            if begun:
+                raise
+            logger.exception("the proxy failed")
+        if not begun:  # Serve sends nothing where a replica died
+            await _respond(refusal(500, INTERNAL_ERROR))(scope, receive, send)
+
+
+def _reaches_serve(name: bytes, value: bytes) -> bool:
+    """Return False for a header that steers Serve, and for one whose bytes Serve's proxy cannot decode."""
+    plain = name.lower().replace(b"_", b"-")
+    return (
+        name.isascii()
+        and plain not in _STEERING
+        and not plain.startswith(b"x-serve-router-")
+        and (plain != b"x-request-id" or value.isascii())
+    )
+
+
+def _of_serve(start: Message) -> HTTPException | None:
+    """Return the refusal that stands for an error of Serve's own; None for any other answer."""
+    headers = dict(start["headers"])
+    if start["status"] < 400 or headers.get(b"content-type", b"").startswith(b"application/json"):
+        return None
+    kept = {name.decode(): headers[name].decode("latin-1") for name in _KEPT if name in headers}
+    match start["status"]:
+        case 404 | 503:
+            message = "no replica takes requests now: the server starts or stops; try again later"
+            return refusal(503, message, code="unavailable", headers={"retry-after": "1"} | kept)
+        case 408:
+            return refusal(504, "no answer within the server's deadline", code="deadline", headers=kept)
+        case 429:
+            message = "too many requests are running or queued; try again later"
+            return refusal(429, message, code="queue_full", headers={"retry-after": "1"} | kept)
+        case status:
+            return refusal(status, INTERNAL_ERROR, headers=kept)
 
 
 class Gate:

@@ -20,7 +20,7 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from dtrpo_ray import compat
@@ -37,6 +37,8 @@ PORT_SECONDS = 3.0  # for a taken port to become free
 READY_SECONDS = 60.0  # from a running replica to the first answer through the proxy
 SHUTDOWN_SECONDS = 30.0  # for Serve's controller to end
 GRACE_SECONDS = DEADLINE_SECONDS + 10  # for a stopping replica to finish its requests
+# environment of Serve's controller, which its proxies inherit
+FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "dtrpo_ray.serve.middleware:front"}
 UPSCALE_SECONDS, DOWNSCALE_SECONDS, LOOK_BACK_SECONDS = 5.0, 300.0, 10.0  # of load before replicas are added, removed
 
 
@@ -156,7 +158,8 @@ def start(config: ServeConfig) -> str:
     http = HTTPOptions(host=config.host, port=port, request_timeout_s=GRACE_SECONDS)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(ProxyLocation.HeadOnly, http, logging_config=quiet)
+        controller = ControllerOptions(runtime_env={"env_vars": FRONT})
+        serve.start(ProxyLocation.HeadOnly, http, logging_config=quiet, controller_options=controller)
         serve.run(application, name=APP_NAME, route_prefix="/", logging_config=quiet)
         url = _url(config.host, port)
         _wait_until_ready(url)
@@ -171,9 +174,13 @@ def start(config: ServeConfig) -> str:
 
 
 def stop() -> None:
-    """Let the replicas finish their requests, then shut Serve down. Does nothing if it does not run."""
-    if APP_NAME in serve.status().applications:
-        with suppress(TimeoutError):  # raised after a minute: requests that still decode are cut off
+    """Let the replicas finish their requests, then shut Serve down. Does nothing if it does not run.
+
+    A replica has GRACE_SECONDS for its requests; new ones get a 503 meanwhile.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS + SHUTDOWN_SECONDS
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline:
+        with suppress(TimeoutError):  # raised after a minute, while requests may still decode
             serve.delete(APP_NAME)  # `shutdown` alone would end the proxy before the responses are sent
     compat.end_serve_controller(SHUTDOWN_SECONDS)
     serve.shutdown()

@@ -135,6 +135,40 @@ def test_streams_pass_serve_block_by_block(url: str) -> None:
     assert "".join(parts) == post(url, **body).json()["choices"][0]["text"]
 
 
+def send_raw(url: str, head: bytes) -> bytes:
+    """Send a GET of the models with these header lines; return the whole answer."""
+    port = int(url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), 30) as wire:
+        wire.sendall(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n" + head + b"\r\n")
+        return b"".join(iter(lambda: wire.recv(2**16), b""))
+
+
+def test_no_header_breaks_the_proxy_or_steers_it(url: str) -> None:
+    """Serve reads these itself: bytes that are no UTF-8 ended in its own 500, and a client chose its own timeout."""
+    key = b"Authorization: Bearer first-key\r\n"
+    for name in (b"serve_multiplexed_model_id", b"x-session-id", b"x-request-id", b"x-request-timeout-seconds"):
+        for value in (b"\xff\xfe", b"0.000001"):
+            answer = send_raw(url, key + name + b": " + value + b"\r\n")
+            assert answer.startswith(b"HTTP/1.1 200"), (name, value, answer[:300])
+
+
+def test_a_drained_endpoint_asks_to_come_back(url: str, config: ServeConfig) -> None:
+    """What has begun is finished, and a new request meanwhile is a 503 of our shape, which clients try again."""
+    body = {"prompt": "0123", "max_tokens": 240, "ignore_eos": True, "steps": 4, "n": 16, "stream": True}
+    refused: list[httpx.Response] = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=KEY, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        serve.delete(server.APP_NAME, _blocking=False)
+        wait_for(lambda: refused.append(post(url, prompt="0")) or refused[-1].status_code != 200)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert (refused[-1].status_code, refused[-1].headers["Retry-After"]) == (503, "1")
+    assert refused[-1].json()["error"]["code"] == "unavailable"
+    wait_for(lambda: server.APP_NAME not in serve.status().applications)
+    deploy(config)
+    wait_for(lambda: post(url, prompt="0").status_code == 200)
+
+
 def load(url: str, seconds: float, workers: int = 4, retries: int = 3) -> Iterator[Callable[[], list[int]]]:
     """Requests in a loop while the block runs; what it yields stops them and returns their statuses, 0 for a failure.
 
@@ -261,6 +295,27 @@ def wait_for(met: Callable[[], bool], seconds: float = 90) -> None:
     while not met():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_a_server_that_stops_waits_as_long_as_its_replicas_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve.delete` gives up after a minute; a request may take two."""
+    left = [TimeoutError(), TimeoutError(), None]
+    applications = {server.APP_NAME: None}
+
+    def delete(name: str) -> None:
+        if error := left.pop(0):
+            raise error
+        del applications[name]
+
+    def end(_: float) -> None:
+        assert not applications
+
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr(serve, "delete", delete)
+    monkeypatch.setattr(serve, "shutdown", lambda: None)
+    monkeypatch.setattr(server.compat, "end_serve_controller", end)
+    server.stop()
+    assert not left
 
 
 # --- refusals to start, before anything runs ---------------------------------------------------------------------
@@ -468,5 +523,7 @@ def test_shipped_serve_configs_build(config: dict[str, Any], key_file: Path) -> 
     assert args.api_key_file is not None
     built = server.build(args.model_copy(update={"api_key_file": key_file}))  # this machine lacks theirs
     assert isinstance(built, serve.Application)
+    assert schema.controller_options is not None
+    assert schema.controller_options.runtime_env == {"env_vars": server.FRONT}
     assert schema.http_options.request_timeout_s is not None
     assert schema.http_options.request_timeout_s > DEADLINE_SECONDS
