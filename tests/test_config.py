@@ -52,6 +52,8 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("serve.host=0.0.0.0", ["serve.host", "serve.api_key_file"]),
         ("task.blanks=[9, 3]", ["blanks = [9, 3]"]),
         ("sft.objective.type=dtrpo", ["sft.objective.type"]),
+        ("train.objective.complementary_masks=true", ["belongs to type = 'sft', and not to 'dtrpo'"]),
+        ("sft.objective={complementary_masks=true, num_draws='all'}", ["'all' scores every denoising step"]),
         ("train.objective={type='imitation', schedule='confidence'}", ["orders by a reference, which imitation lacks"]),
         (
             "train={keep_best='margin', objective={type='imitation'}}",

@@ -103,8 +103,6 @@ class Job(Section):
         elif self.score or self.drafts:
             surplus = "[score]" if self.score else "[drafts]"
             raise ValueError(f"{kind} decodes its own prompts and scores the answers: remove {surplus}")
-        if self.sft and self.sft.objective.type != "sft":
-            raise ValueError(f"sft.objective.type = {self.sft.objective.type!r} must be 'sft'")
         if self.sft and self.model.path and "lr" not in self.sft.model_fields_set:
             rate = f"sft.lr = {self.sft.lr:g}, the default, is for a new model"
             raise ValueError(f"{rate}: set sft.lr for model.path; published models take about 1e-5")

@@ -28,7 +28,11 @@ class Objective(Section):
     weighting: Literal["steps", "tokens", "unit"] = "steps"
     """Weight of a sampled step, dtrpo and imitation: K_b or B_b/|I_t| (both unbiased), or 1 (the paper's figure)."""
     num_draws: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    """Denoising steps sampled per block, in strata; "all" scores every step (exact, not for elbo_dpo)."""
+    """Denoising steps sampled per block, in strata; "all" scores every step (exact, not for elbo_dpo). With
+    complementary_masks, the number of pairs of states."""
+    complementary_masks: bool = False
+    """For sft, as Fast-dLLM v2 trains: states come in pairs, and what one hides of a block the other shows, so that
+    each token is scored once, with equal weight. Absent: one state, and weights by which it estimates the ELBO."""
     schedule: Literal["recorded", "random", "confidence", "left_to_right"] = "recorded"
     """Source of the unmasking order, not for sft and elbo_dpo: recorded or constructed (docs/method.md)."""
     tokens_per_step: int = Field(1, ge=1)
@@ -57,6 +61,11 @@ class Objective(Section):
         return not self.follows_steps or (has_nll and self.nll_tokens == "hidden")
 
     @property
+    def num_states(self) -> int | Literal["all"]:
+        """States sampled of each response, each a noisy stream of its packed row."""
+        return 2 * self.num_draws if self.complementary_masks and self.num_draws != "all" else self.num_draws
+
+    @property
     def needs_recorded_steps(self) -> bool:
         """True if each row must contain the denoising steps of its responses."""
         return self.follows_steps and self.schedule == "recorded"
@@ -70,11 +79,19 @@ class Objective(Section):
     def _fits_together(self) -> "Objective":
         if self.loss_type == "ipo" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to loss_type = 'sigmoid' (cDPO); IPO has none")
+        if self.complementary_masks and self.type != "sft":
+            raise ValueError(f"complementary_masks belongs to type = 'sft', and not to {self.type!r}")
         if self.num_draws == "all" and not self.follows_steps:
             raise ValueError(
                 f"num_draws = 'all' scores every denoising step, and type = {self.type!r} has none: set a number"
             )
         return self
+
+
+class SFTObjective(Objective):
+    """The objective of `[sft]`, whose type need not be written."""
+
+    type: Literal["sft"] = "sft"
 
 
 class LoraConfig(Section):
@@ -119,7 +136,8 @@ class TrainConfig(Section):
     micro_tokens: int | None = Field(None, ge=1)
     """Largest number of tokens per forward of one worker, with padding; a longer row runs alone. Absent: no limit."""
     row_tokens: int | None = Field(None, ge=1)
-    """Pairs of a micro-batch share packed rows of up to this many tokens; absent: each pair has a padded row."""
+    """Pairs, or examples of sft, of a micro-batch share packed rows of up to this many tokens; absent: each has a
+    padded row."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping it: less memory, about a third more time."""
     reference: Literal["frozen", "cache"] = "frozen"
@@ -186,7 +204,7 @@ class TrainConfig(Section):
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning on generated examples, before any rollout: the trained model is the base to align."""
 
-    objective: Objective = Objective(type="sft")
+    objective: SFTObjective = SFTObjective()
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW; must be given with model.path."""
     num_examples: int = Field(100_000, ge=1)

@@ -22,6 +22,7 @@ from dtrpo_ray.method.trajectory import (
     block_slices,
     dense_steps,
     ordered_steps,
+    sample_complementary_states,
     sample_elbo_states,
     sample_step_states,
     sequential_steps,
@@ -33,7 +34,10 @@ SIDES = ("chosen", "rejected")
 PLANES = {"ids": 0, "position": 0, "block": 0, "side": PAD, "stream": 0, "pair": 0}  # name -> value of padding
 # a scored token of a response: its index there, the stream and position of the state to read; columns of `MicroBatch`
 SCORED = np.dtype(
-    [(name, np.int64) for name in ("index", "stream", "position", "scored_row", "scored_col", "target", "slot", "draw")]
+    [
+        (name, np.int64)
+        for name in ("index", "stream", "position", "scored_row", "scored_col", "target", "slot", "draw", "place")
+    ]
     + [("exact", np.bool_), ("weight", np.float32), ("nll_weight", np.float32)]
 )
 
@@ -81,6 +85,7 @@ class MicroBatch:
     scored_row, scored_col, target, slot: int64 [N]: where the hidden state of a scored token lies, its id, and
         pair * S + side. Tokens of a slot follow each other.
     draw: int64 [N], which of the m draws scores the token.
+    place: int64 [N], the token's place in its block of the grid, from 0.
     exact: bool [N], True for tokens that are scored whatever the draws are: those of a block whose every step is
         taken, and those that no denoising step chose.
     weight: float32 [N], the estimator's weight; 0 for a token that only the SFT term reads.
@@ -103,6 +108,7 @@ class MicroBatch:
     target: Tensor
     slot: Tensor
     draw: Tensor
+    place: Tensor
     exact: Tensor
     weight: Tensor
     nll_weight: Tensor
@@ -201,6 +207,7 @@ def _sample_side(
         parts.append(once)
     tokens = np.concatenate(parts)
     tokens["target"], tokens["position"] = response[tokens["index"]], prompt_len + tokens["index"] - layout.shift
+    tokens["place"] = place[tokens["index"]]
     if (tokens["position"] < 0).any():
         raise DataError(
             f"row {row['row_id']}: prompt_ids is empty, and this model predicts a token from the one before it "
@@ -227,7 +234,8 @@ def _states(
     given = layout.opens_block(prompt_len, length) & (layout.reads_back and objective.type != "sft")
     if not objective.follows_steps:
         assert objective.num_draws != "all"
-        return sample_elbo_states(state_blocks, rng, objective.num_draws, given), given
+        sample = sample_complementary_states if objective.complementary_masks else sample_elbo_states
+        return sample(state_blocks, rng, objective.num_draws, given), given
     if objective.schedule == "recorded":
         steps = dense_steps(_column(row, f"{side}_steps", "recorded"), state_blocks)
     else:
@@ -259,7 +267,7 @@ def packed_tokens(row: Row, objective: Objective, attention: str) -> int:
     """Bound the tokens that a pair takes of a packed row (see `attention.pack_row`)."""
     prompt, tokens = len(row["prompt_ids"]), 0
     for side in _sides_of(objective):
-        response, draws = len(row[f"{side}_ids"]), objective.num_draws
+        response, draws = len(row[f"{side}_ids"]), objective.num_states
         if draws == "all":  # one version for each step of the block with the most steps
             recorded = row.get(f"{side}_steps") if objective.schedule == "recorded" else None
             draws = response if recorded is None else 1 + max(recorded, default=0)

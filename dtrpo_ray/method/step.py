@@ -5,7 +5,7 @@ the caller weighs pairs over the GLOBAL batch, so that the number does not depen
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -57,10 +57,14 @@ def scored_logps(model: DiffusionLM, batch: MicroBatch, inputs: Inputs | None = 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """The loss with its gradient, and detached metrics [P] to be averaged like the loss."""
+    """The loss with its gradient, and detached metrics [P] to be averaged like the loss.
+
+    A metric of `ratios` is the sum of its first values [P] over the sum of its second ones.
+    """
 
     loss_P: Tensor
     metrics: dict[str, Tensor]
+    ratios: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def preference_loss(
@@ -116,7 +120,8 @@ def training_step(
     nll_PS = -by_side(batch.nll_weight * logp_N) / batch.tokens
     common = {"scored_tokens": batch.scored.sum(1), "scored_fraction": batch.scored.sum(1) / batch.tokens.sum(1)}
     if not objective.is_preference:
-        return LossOutput(nll_PS[:, 0], {"nll": nll_PS[:, 0].detach(), **common})
+        metrics = {"nll": nll_PS[:, 0].detach(), **common}
+        return LossOutput(nll_PS[:, 0], metrics, nll_by_place(logp_N.detach(), batch))
     ref_logp_N = batch.ref_logp
     if ref_logp_N is None:
         if reference is None:
@@ -135,6 +140,19 @@ def training_step(
     if objective.num_draws != "all" and objective.num_draws > 1:
         common["spread"] = _spread(ratio_N.detach(), batch, objective.num_draws)
     return LossOutput(out.loss_P + objective.rpo_alpha * nll_PS[:, 0], {**out.metrics, **common})
+
+
+def nll_by_place(logp_N: Tensor, batch: MicroBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return sum [P] and number [P] of -log mu in nats for each place of a block: nll_place_1 is the first.
+
+    Every hidden token of single examples counts once, whatever its weight in the loss. At first a model that was
+    autoregressive knows the token that follows shown text alone: the places after it show how far it has adapted.
+    """
+    size, (num_rows, _) = batch.layout.block_size, batch.tokens.shape
+    read = (batch.nll_weight > 0).to(logp_N.dtype)
+    where = batch.slot * size + batch.place
+    sums, counts = (sum_by_side(values, where, num_rows, size) for values in (-logp_N * read, read))
+    return {f"nll_place_{place + 1}": (sums[:, place], counts[:, place]) for place in range(size)}
 
 
 def checkpoint_layers(policy: DiffusionLM) -> None:

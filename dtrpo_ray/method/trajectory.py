@@ -175,3 +175,25 @@ def sample_elbo_states(blocks: list[slice], rng: BlockGenerators, num_draws: int
         weight = weight * hidden / num_draws
         states.append(State(hidden, hidden, weight, weight, np.zeros(len(given), dtype=bool)))
     return states
+
+
+def sample_complementary_states(
+    blocks: list[slice], rng: BlockGenerators, num_pairs: int, given: np.ndarray
+) -> list[State]:
+    """Sample pairs of states of which one hides what the other shows, as Fast-dLLM v2 trains (arXiv 2509.26328).
+
+    Per block the first of a pair hides l ~ U{0..B_b} random tokens and the second the other B_b - l, so each token is
+    hidden and scored in exactly one of the two, with weight 1 / `num_pairs`. The mean is sum_l 2 l / (B_b (B_b + 1))
+    of the mean loss of l hidden tokens: states that hide more weigh more than in the ELBO, whose l are equally likely.
+    `given` (bool [n]) marks tokens that are shown and not counted, as in `ordered_steps`.
+    """
+    states = []
+    for _ in range(num_pairs):
+        first = np.zeros(len(given), dtype=bool)
+        for number, free in enumerate(_free(blocks, given)):
+            own = rng(number)
+            first[free[own.permutation(len(free))[: own.integers(0, len(free) + 1)]]] = True
+        for hidden in (first, ~first & ~given):
+            weight = hidden / num_pairs
+            states.append(State(hidden, hidden, weight, weight, np.zeros(len(given), dtype=bool)))
+    return states

@@ -11,11 +11,12 @@ import torch
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch, packed_tokens, padded_tokens
-from dtrpo_ray.method.step import order_by_confidence, training_step
+from dtrpo_ray.method.step import LossOutput, order_by_confidence, training_step
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train.backend import Backend
 
+COUNT = "/count"  # ends the name of a sum by which another one is divided
 MAX_DROPPED = 10  # dropped steps in a row that end the run, even with on_nonfinite = "skip"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -168,12 +169,11 @@ def optimizer_step(
         shares = out.loss_P * share
         backend.backward(shares.sum(), last=number == len(parts))
         losses.append(shares.detach())
-        for name, values in {"loss": out.loss_P.detach(), **out.metrics}.items():
-            totals[name] = totals.get(name, 0.0) + (values * share).sum()
+        _add(totals, out, share)
         totals["trunk_tokens"] = totals.get("trunk_tokens", 0.0) + torch.tensor(float((batch.side != -2).sum()))
     names = sorted(totals)
     means = backend.reduce(torch.stack([totals[n].cpu().double() for n in names]))
-    metrics = dict(zip(names, means.tolist(), strict=True))
+    metrics = _divide(dict(zip(names, means.tolist(), strict=True)))
     drain_due, tokens = metrics.pop("due") > 0, metrics.pop("trunk_tokens")
     lossless = not means.isfinite().all()
     metrics["grad_norm"], metrics["lr"] = backend.step(skip=lossless)
@@ -186,6 +186,22 @@ def optimizer_step(
     bad = [row_id for row_id, good in zip(ids, finite, strict=True) if not (good and lossless)]
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return StepResult({**known, "skipped": 1.0}, drain_due, True, bad)
+
+
+def _add(totals: dict[str, torch.Tensor], out: LossOutput, share: torch.Tensor) -> None:
+    """Add a micro-batch to the sums of each metric, its rows weighted by `share` [P]; a ratio also has a count."""
+    ratios = {name: above for name, (above, _) in out.ratios.items()}
+    counts = {name + COUNT: below for name, (_, below) in out.ratios.items()}
+    for name, values in {"loss": out.loss_P.detach(), **out.metrics, **ratios, **counts}.items():
+        totals[name] = totals.get(name, 0.0) + (values * share).sum()
+
+
+def _divide(sums: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of reduced sums; a ratio of which nothing was counted is left out."""
+    counts = {name.removesuffix(COUNT): value for name, value in sums.items() if name.endswith(COUNT)}
+    empty = {name for name, count in counts.items() if not count}
+    shown = {name: value for name, value in sums.items() if name not in empty and not name.endswith(COUNT)}
+    return {name: value / counts.get(name, 1.0) for name, value in shown.items()}
 
 
 def _not_finite(step: int, bad_rows: list[str], dropped: int) -> str:

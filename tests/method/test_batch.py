@@ -272,3 +272,31 @@ def test_a_side_with_nothing_to_read_takes_no_column_of_its_row() -> None:
         batch = build([empty, ROWS[0]], objective)
         assert not (batch.scored_row == 0).any()
         assert of_row(batch, 1) == of_row(build([ROWS[0], empty], objective), 0)
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_complementary_masks_score_each_token_once_a_pair_with_its_half_of_the_block_shown(
+    attention: Any, shift: Any, num_draws: int
+) -> None:
+    """Of the two noisy streams one holds the mask at a token's place and scores it, the other holds the token."""
+    objective = Objective(type="sft", complementary_masks=True, num_draws=num_draws)
+    rows = [ROWS[0], ROWS[2], ROWS[3]]  # prompts that leave the first block whole, and part of it
+    batch = build_batch(rows, objective, ModelLayout(B, MASK, attention, shift=shift), SEED)
+    for b, row_ in enumerate(rows):
+        text, before = row_["chosen_ids"], len(row_["prompt_ids"])
+        mine = batch.slot == b
+        assert sorted(batch.target[mine].tolist()) == sorted(text * num_draws)
+        assert batch.weight[mine].tolist() == batch.nll_weight[mine].tolist() == [1 / num_draws] * len(text) * num_draws
+        assert batch.place[mine].tolist() == [(before + text.index(token)) % B for token in batch.target[mine].tolist()]
+        assert (batch.tokens[b].item(), batch.scored[b].item()) == (len(text), len(text))
+        for index, token in enumerate(text):
+            held = (batch.position[b] == before + index) & (batch.stream[b] > 0)
+            found = list(zip(batch.stream[b][held].tolist(), batch.ids[b][held].tolist(), strict=True))
+            scoring = {int(d) + 1 for d in batch.draw[mine][batch.target[mine] == token]}
+            for first in range(1, 2 * num_draws, 2):
+                assert len(scoring & {first, first + 1}) == 1
+                shown = {stream: held_id for stream, held_id in found if stream in (first, first + 1)}
+                assert all(held_id == (MASK if stream in scoring else token) for stream, held_id in shown.items())
+                assert shown.keys() >= scoring & {first, first + 1} or shift  # what scores a token need not hold it

@@ -482,6 +482,56 @@ def test_packing_pairs_into_rows_changes_no_loss_and_no_gradient(policy: SDAR, r
             assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
+SFT_OBJECTIVES = [SFT, Objective(type="sft", complementary_masks=True), Objective(type="sft", num_draws=2)]
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+@pytest.mark.parametrize("objective", SFT_OBJECTIVES, ids=["elbo", "complementary", "two draws"])
+def test_packing_examples_into_rows_changes_no_loss_and_no_gradient(
+    make_model: MakeModel, objective: Objective, attention: str
+) -> None:
+    model = like(make_model, attention=attention).requires_grad_(True)
+    examples = [{k: v for k, v in text.items() if "rejected" not in k} for text in TEXTS]
+    apart = training_step(model, None, build_for(model, examples, objective), objective)
+    gradients = torch.autograd.grad(apart.loss_P.sum(), list(model.parameters()))
+    for row_tokens in (60, 120, 1000):
+        batch = build_for(model, examples, objective, row_tokens=row_tokens)
+        assert len(batch.ids) < len(examples)
+        together = training_step(model, None, batch, objective)
+        assert torch.allclose(apart.loss_P, together.loss_P, rtol=0, atol=1e-12)
+        for name, values in apart.ratios.items():
+            assert torch.allclose(torch.stack(values), torch.stack(together.ratios[name]), rtol=0, atol=1e-10)
+        again = torch.autograd.grad(together.loss_P.sum(), list(model.parameters()))
+        for one, other in zip(gradients, again, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_complementary_masks_cost_each_token_its_nll_once(policy: SDAR) -> None:
+    """The loss of a row is the plain mean of -log mu over its response, each token in the state that hides it."""
+    objective = Objective(type="sft", complementary_masks=True)
+    batch = build(ROWS, objective)
+    logps = scored_logps(policy, batch)
+    out = training_step(policy, None, batch, objective)
+    for b, row_ in enumerate(ROWS):
+        mine = logps[batch.slot == b]
+        assert len(mine) == len(row_["chosen_ids"])
+        assert out.loss_P[b].item() == pytest.approx(-mine.mean().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("objective", SFT_OBJECTIVES, ids=["elbo", "complementary", "two draws"])
+def test_nll_by_place_sums_the_hidden_tokens_of_each_place(policy: SDAR, objective: Objective) -> None:
+    batch = build(ROWS, objective)
+    logps = scored_logps(policy, batch).tolist()
+    out = training_step(policy, None, batch, objective)
+    assert list(out.ratios) == [f"nll_place_{place}" for place in range(1, B + 1)]
+    sums = np.zeros((2, len(ROWS), B))
+    for b, col, logp in zip(batch.scored_row.tolist(), batch.scored_col.tolist(), logps, strict=True):
+        sums[:, b, int(batch.position[b, col]) % B] += (-logp, 1)
+    made = torch.stack([torch.stack(pair) for pair in out.ratios.values()]).numpy()
+    np.testing.assert_allclose(made.transpose(1, 2, 0), sums, rtol=0, atol=1e-10)
+    assert sums[1].sum() == len(logps)
+
+
 @pytest.mark.parametrize("origin", ["global", "response"])
 @torch.no_grad()
 def test_a_first_token_in_the_noisy_stream_is_read_in_the_block_before_it(make_model: MakeModel, origin: str) -> None:

@@ -28,6 +28,7 @@ from dtrpo_ray.method.trajectory import (
     dense_steps,
     ordered_steps,
     row_generator,
+    sample_complementary_states,
     sample_elbo_states,
     sample_step_states,
     sequential_steps,
@@ -656,6 +657,51 @@ def test_elbo_draws_are_independent_and_share_the_weight() -> None:
         spread[n] = sum(p * (x - center) ** 2 for p, x in draws)
     assert spread[2] == pytest.approx(spread[1] / 2)
     assert spread[3] == pytest.approx(spread[1] / 3)
+
+
+# --- complementary masks ---
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2])
+@pytest.mark.parametrize("prompt_len", [0, 2])
+def test_complementary_states_score_each_free_token_once_and_show_the_other_half(
+    num_pairs: int, prompt_len: int
+) -> None:
+    """In every outcome, with blocks of unequal size, whatever the two counts are; given tokens are always shown."""
+    blocks = block_slices(prompt_len, 3, 3)
+    given = np.array([False, False, True])
+    weighed = set()
+    for _, states in every_draw(
+        lambda rng: sample_complementary_states(blocks, rng, num_pairs, given)  # type: ignore[arg-type]
+    ):
+        assert len(states) == 2 * num_pairs
+        for one, other in zip(states[::2], states[1::2], strict=True):
+            assert (one.hidden ^ other.hidden).tolist() == [True, True, False]
+            weighed.add(tuple(one.hidden.tolist()))
+        assert sum(state.weight for state in states).tolist() == pytest.approx([1, 1, 0])
+        for state in states:
+            assert (state.scored == state.hidden).all()
+            assert (state.coverage == state.weight).all()
+            assert set(state.weight.tolist()) <= {0, 1 / num_pairs}
+    assert len(weighed) == 4  # every set of the two free tokens is hidden first by some draw
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_complementary_states_weigh_a_hidden_set_by_its_size(size: int) -> None:
+    """The mean is sum_l 2 l / (B (B + 1)) of the mean loss of l hidden tokens, times B tokens: not the ELBO."""
+    block, free, total = [slice(0, size)], np.zeros(size, dtype=bool), Counter[tuple[frozenset[int], int]]()
+    for probability, states in every_draw(
+        lambda rng: sample_complementary_states(block, rng, 1, free)  # type: ignore[arg-type]
+    ):
+        for state in states:
+            for key, weight in coefficients(state, block).items():
+                total[key] += probability * weight  # type: ignore[assignment]
+    expected: Formal = {}
+    for count in range(1, size + 1):
+        for key, weight in elbo(size, [count]).items():
+            expected[key] = weight * Fraction(2 * count, size * (size + 1))
+    assert total == expected
+    assert size == 1 or total != elbo(size, range(1, size + 1))
 
 
 # --- orders that are made up, tokens that no step chose, other grids ---

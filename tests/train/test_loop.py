@@ -12,6 +12,7 @@ from benchmarks.plain import PlainBackend
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.method.batch import ModelLayout, build_batch, packed_tokens, padded_tokens
+from dtrpo_ray.method.step import scored_logps
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train import loop
 from dtrpo_ray.train.backend import deepspeed_config
@@ -72,6 +73,27 @@ def test_one_by_eight_two_by_four_and_eight_by_one_are_one_number(make_model: An
     for other in (1, 2):
         torch.testing.assert_close(after[0], after[other], rtol=0, atol=1e-9)
         assert losses[0] == pytest.approx(losses[other], rel=1e-6)
+
+
+def test_nll_by_place_is_the_mean_over_the_hidden_tokens_of_the_global_batch(make_model: Any) -> None:
+    """However it is split, and without the rows of weight 0; a place that no token was hidden at has no number."""
+    objective = Objective(type="sft")
+    batch = [{**row, "batch_weight": 6} for row in rows(8)]
+    batch[3]["row_weight"] = batch[5]["row_weight"] = 0.0
+    logs = []
+    for micro in (8, 3, 1):
+        cfg = config(objective=objective).model_copy(update={"global_batch": 8, "micro_batch": micro})
+        logs.append(train(make_model(exact=True), cfg, [batch], None)[1][0])
+    model, real = make_model(exact=True), [row for row in batch if row["row_weight"]]
+    made = build_batch(real, objective, ModelLayout.of(model), seed=0)
+    logps = scored_logps(model, made)
+    for place in range(4):
+        expected = -logps[made.place == place].mean().item()
+        for log in logs:
+            assert log[f"nll_place_{place + 1}"] == pytest.approx(expected, rel=1e-6)
+    short = [{**rows(1)[0], "prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "batch_weight": 1}]
+    log = train(make_model(), config(objective=Objective(type="sft", num_draws=20)), [short], None)[1][0]
+    assert [name for name in log if "place" in name] == ["nll_place_1", "nll_place_2", "nll_place_3"]
 
 
 def test_rows_of_weight_zero_change_nothing(make_model: Any) -> None:
@@ -194,6 +216,8 @@ def test_the_last_micro_batch_alone_is_the_last(make_model: Any) -> None:
     [
         {},
         {"type": "sft"},
+        {"type": "sft", "complementary_masks": True},
+        {"type": "sft", "complementary_masks": True, "num_draws": 2},
         {"type": "imitation"},
         {"num_draws": 3},
         {"num_draws": "all"},
