@@ -16,6 +16,7 @@ import typer
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job, load_serve
+from dtrpo_ray.config.task import Files
 from dtrpo_ray.data.tasks.puzzles import read_public_tests
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
@@ -64,6 +65,8 @@ def open_pipeline(
 ) -> Iterator["Pipeline"]:
     """Validate the job, then start Ray and yield its pipeline. `needs` names the section that the verb is about."""
     job = load_job(path, overrides or ())
+    if needs == "task" and job.only_sft:
+        raise ConfigError(f"{path}: there is no [task] to align on: use sft, prepare, export, serve, report or status")
     if needs and getattr(job, needs) is None:
         raise ConfigError(f"{path}: this command needs a section [{needs}]")
     if needs == "eval" and not job.puzzle:
@@ -93,7 +96,7 @@ def _stage_verb(name: str, text: str, pick: Callable[["Pipeline"], Any]) -> None
     """Register a verb that runs the pipeline up to a stage."""
 
     def verb(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-        needs = name if name in ("sft", "rollout", "drafts", "score") else None
+        needs = name if name in ("sft", "rollout", "drafts", "score") else None if name == "prepare" else "task"
         with open_pipeline(job, overrides, fresh, needs) as pipeline:
             pick(pipeline)
         _print_last_stage(name, pipeline, as_json)
@@ -114,7 +117,7 @@ def bench(context: typer.Context) -> None:
     benchmarks(context.args, prog_name="dtrpo bench", standalone_mode=False)
 
 
-_stage_verb("sft", "Train the base model on generated examples (or find it trained).", lambda p: p.base())
+_stage_verb("sft", "Fine-tune the model on the examples of [sft] (or find it trained).", lambda p: p.base())
 _stage_verb("rollout", "Record and score trajectories of the last round.", lambda p: p.trajectories(p.job.rounds))
 _stage_verb("prepare", "Read, validate and tokenize the job's files into a table.", lambda p: p.prepared())
 _stage_verb("drafts", "Let an ordinary language model on vLLM answer the job's prompts.", lambda p: p.trajectories(1))
@@ -140,7 +143,7 @@ def train(
     trained = ("base-", *(f"train-{number + 1}-" for number in range(load_job(job, overrides or ()).rounds)))
     if resume and not resume.name.startswith(trained):
         raise ConfigError(f"--resume {resume}: not a training stage of this job; name a folder train-N-... in stages/")
-    with open_pipeline(job, overrides, fresh, resume=resume) as pipeline:
+    with open_pipeline(job, overrides, fresh, "task", resume) as pipeline:
         pipeline.aligned()
     _print_last_stage("train", pipeline, as_json)
 
@@ -172,7 +175,8 @@ def check(
     if quarantine is not None and quarantine.exists():
         raise ConfigError(f"--quarantine {quarantine} exists already; name a file that does not")
     parsed = load_job(Path(source), overrides or ()) if source.endswith(".toml") else None
-    if parsed and parsed.puzzle:
+    files = {kind.type: kind.files for kind in (parsed.task, parsed.sft) if isinstance(kind, Files)} if parsed else {}
+    if parsed and parsed.puzzle and not any(files.values()):
         found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
         tests = {path.name: found.get(path.name, "missing") for path in parsed.puzzle.public_tests}
         counts = {"job": parsed.name, "task": parsed.task.type, **({"public_tests": tests} if tests else {})}
@@ -182,8 +186,8 @@ def check(
     from dtrpo_ray.data.tables import quarantine_lines
 
     if parsed:
-        files = getattr(parsed.task, "files", ())
-        reports = [report for file in files for report in check_data(file, max_tokens, kind=parsed.task.type)]
+        named = [(file, kind) for kind, own in files.items() for file in own]
+        reports = [report for file, kind in named for report in check_data(file, max_tokens, kind=kind)]
     else:
         reports = check_data(source, max_tokens, tokenizer)
     refused = [row for report in reports for row in report.refused]
@@ -260,17 +264,18 @@ def export(
         _print_export(out, as_json, step=facts["step"])
         return
     parsed = load_job(job, overrides or ())
-    adapter = parsed.train.lora is not None and not merged
+    adapter = parsed.last_stage.lora is not None and not merged
     if adapter and parsed.rounds > 1:
         raise ConfigError(
             f"{parsed.name}: the adapter fits only the base of round {parsed.rounds}: export with --merged"
         )
     with open_pipeline(job, overrides, False) as pipeline:
         aligned = pipeline.aligned()
-        if base_name is None and adapter and parsed.sft:
-            base_name = str(pipeline.base().path.resolve())  # [sft] trained it: it has no other name
-        elif base_name is None and parsed.model.path:
+        trained = parsed.sft is not None and not parsed.only_sft  # the base itself, which then has no name but a path
+        if base_name is None and parsed.model.path and not (adapter and trained):
             base_name = exports.base_name(parsed.model.path)
+        elif base_name is None and adapter:
+            base_name = str((pipeline.base() if trained else pipeline.initial()).path.resolve())
         card = exports.job_card(pipeline.job, pipeline.lineage(), pipeline.curves(), base_name, adapter)
         if adapter:
             exports.export_adapter(aligned.path.parent / "adapter", out, card, base_name, dtype)
@@ -375,7 +380,7 @@ def run(
 
     free_port(given.host, given.port)  # taken ports and unreadable keys are told now, and not after ten minutes
     read_keys(given.api_key_file)
-    with open_pipeline(job, overrides, fresh) as pipeline:
+    with open_pipeline(job, overrides, fresh, "task") as pipeline:
         pipeline.aligned()
         if evaluation := pipeline.evaluate():
             say(evaluation_text(evaluation))

@@ -17,8 +17,8 @@ from dtrpo_ray.config.cluster import NumWorkers
 from dtrpo_ray.config.decode import RolloutConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.produce import DraftsConfig
-from dtrpo_ray.config.task import PuzzleTask
-from dtrpo_ray.config.train import TrainConfig
+from dtrpo_ray.config.task import Files
+from dtrpo_ray.config.train import SFTConfig, TrainConfig
 from dtrpo_ray.data import prepare, tables
 from dtrpo_ray.data.formats.files import data_files, sha256_data
 from dtrpo_ray.data.pairs import Pairer
@@ -65,7 +65,7 @@ class Pipeline:
     def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
         self.job, self.store, self.resume = job, store, resume
         self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
-        found_once = (self.initial, self.base, self.trajectories, self.scored, self.pairs, self.policy)
+        found_once = (self.initial, self.base, self.examples, self.trajectories, self.scored, self.pairs, self.policy)
         for method in (*found_once, self.reference_logps, self.evaluate, self._test_sets):
             setattr(self, method.__name__, cache(method))  # files are hashed and stages looked up once in a command
 
@@ -103,14 +103,20 @@ class Pipeline:
         return {"parameters": sum(p.numel() for p in model.parameters())}
 
     def base(self) -> ModelRef:
-        """Return the model to align: the initial one, trained on generated examples if the job has [sft]."""
+        """Return the model to align: the initial one, trained on examples if the job has [sft]."""
+        if self.job.sft is None:
+            return self.initial()
+        return self._train("base", self.job.sft, self.initial(), self.examples(), self.job.seed)
+
+    def examples(self) -> Stage:
+        """Return the examples of [sft]: those of its files, or generated puzzles."""
         job, initial = self.job, self.initial()
-        if job.sft is None:
-            return initial
+        assert job.sft is not None
+        if job.sft.files:
+            return self._import("examples", "examples", source=job.sft)
         task = job.task.model_dump(mode="json", exclude={"public_tests"})
         inputs: JsonObject = {"task": task, "count": job.sft.num_examples, "seed": job.seed, "model": initial.digest}
-        examples = self.store.stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
-        return self._train("base", job.sft, initial, examples, job.seed)
+        return self.store.stage("examples", inputs, [f"{TABLE}/*.parquet"], self._make_examples)
 
     def _make_examples(self, out: Path) -> JsonObject:
         (out / TABLE).mkdir(exist_ok=True)
@@ -225,6 +231,8 @@ class Pipeline:
 
     def prepared(self) -> Stage:
         """Return the table made of the job's files: pairs or trajectories."""
+        if self.job.only_sft:
+            return self.examples()
         if self.job.puzzle:
             raise ConfigError(f"task.type = {self.job.task.type!r} has no files to prepare; its stages make their own")
         return self.pairs(1) if self.job.task.brings_pairs else self.trajectories(1)
@@ -246,25 +254,29 @@ class Pipeline:
         more: JsonObject | None = None,
         answering: Callable[[], MakeImporter] | None = None,
         part_rows: int | None = None,
+        source: SFTConfig | None = None,
     ) -> Stage:
-        """Return the table made of the job's files; `answering` makes the importer of a model that answers prompts.
+        """Return the table made of the files of the task or of `source`.
 
-        It is called before any actor starts, and may raise ConfigError.
+        `answering` makes the importer of a model that answers prompts. It is called before any actor starts, and may
+        raise ConfigError.
         """
-        job, task = self.job, self.job.task
-        assert not isinstance(task, PuzzleTask)
+        job, task = self.job, source or self.job.task
+        assert isinstance(task, prepare.Reader)
+        model = self.initial() if source else self.base()
         hashes = {file: sha256_data(file) for where in task.files for file in data_files(where)}
-        inputs: JsonObject = {"task": task.model_dump(mode="json"), "files": hashes, "model": self.base().digest}
+        fields = {"type": task.type, **task.model_dump(mode="json", include=set(Files.model_fields))}
+        inputs: JsonObject = {"task": fields, "files": hashes, "model": model.digest}
 
         def make(out: Path) -> JsonObject:
             make_importer = answering() if answering else prepare.Importer
-            model = skeleton_of(self.base().path)
-            grid = {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
-            source = prepare.ImportJob(task, self.base().path.resolve(), grid, hashes)
+            lm = skeleton_of(model.path)
+            grid = {"block_size": lm.block_size, "block_origin": lm.block_origin, "shift": lm.shift}
+            read = prepare.ImportJob(task, model.path.resolve(), grid, hashes)
             parts = prepare.import_parts(task, part_rows)
-            worker, label = partial(make_importer, source), name if answering else "prepare"
+            worker, label = partial(make_importer, read), name if answering else "prepare"
             done = run_parts(parts, worker, out / TABLE, job.cluster, label, gpu=answering is not None)
-            counts = prepare.finish_import(done, PREFERENCE if task.brings_pairs else TRAJECTORY, out / TABLE)
+            counts = prepare.finish_import(done, prepare.KINDS[task.type].schema, out / TABLE)
             console.print("\n".join(tables.count_lines(counts)), highlight=False, soft_wrap=True)
             if not counts["good"]:
                 reasons = out / TABLE / tables.QUARANTINE
@@ -301,14 +313,14 @@ class Pipeline:
         return self.store.stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
     def aligned(self) -> ModelRef:
-        """Return the policy after the last round."""
-        return self.policy(self.job.rounds)
+        """Return the policy after the last round; without a task, what [sft] trained."""
+        return self.base() if self.job.only_sft else self.policy(self.job.rounds)
 
     def _train(
         self, name: str, config: TrainConfig, base: ModelRef, table: Stage, seed: int, cache: Stage | None = None
     ) -> ModelRef:
         workers = self.workers[name] = self._workers(name)
-        fields = config.model_dump(mode="json", exclude=set(NO_WEIGHTS))
+        fields = config.model_dump(mode="json", include=set(TrainConfig.model_fields) - NO_WEIGHTS)
         fixed: JsonObject = {"base": base.digest, "seed": seed, "table": table.digest, "num_workers": workers}
 
         def make(out: Path) -> JsonObject:

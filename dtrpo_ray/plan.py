@@ -13,8 +13,8 @@ from typing import Any
 from safetensors import safe_open
 
 from dtrpo_ray.config.job import Job, ModelInit
-from dtrpo_ray.config.task import FilesTask
-from dtrpo_ray.config.train import LoraConfig, TrainConfig
+from dtrpo_ray.config.task import Files, FilesTask
+from dtrpo_ray.config.train import LoraConfig, Objective, SFTConfig, TrainConfig
 from dtrpo_ray.data.tasks.puzzles import puzzle_module
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.metrics import EVENTS, METRICS, RUN, read_events, read_metrics
@@ -79,12 +79,14 @@ def plan(job: Job) -> dict[str, Any]:
     stages: dict[str, Any] = {}
 
     def add_training(name: str, folder: str, config: TrainConfig, rows: int | None, **facts: int) -> None:
-        bounds = (shape, *row_bounds(job, config.objective.is_preference))
+        bounds = (shape, *row_bounds(job, config))
         made = training(config, job.cluster.fewest_workers, count, rows, bounds)  # each holds the most then
         stages[name] = made | facts | previous_steps(job.storage, folder, config, made["optimizer_steps"])
 
     if job.sft:
-        add_training("base", "base", job.sft, job.sft.num_examples)
+        add_training("base", "base", job.sft, job.sft.max_rows if job.sft.files else job.sft.num_examples)
+    if job.only_sft:
+        return {"job": job.name, "seed": job.seed, "parameters": count, "vocab_size": shape.vocab, "stages": stages}
     prompts = job.task.max_rows if isinstance(job.task, FilesTask) else job.rollout and job.rollout.num_prompts
     rows = None
     if job.rollout:
@@ -196,14 +198,24 @@ def checkpoint_bytes(config: TrainConfig, count: int, trained: int, bf16: bool) 
     return whole["weights"] - (whole["gradients"] if config.zero_stage == 3 else 0) + whole["optimizer"]
 
 
-def row_bounds(job: Job, pair: bool) -> tuple[int, int]:
-    """(packed tokens, scored tokens) that a row has at most: its prompt, and each response clean and noisy."""
-    if isinstance(job.task, FilesTask):
-        prompt, response = job.task.max_prompt_tokens, job.task.max_response_tokens
+def row_bounds(job: Job, config: TrainConfig) -> tuple[int, int]:
+    """(packed tokens, scored tokens) that a row has at most: its prompt, and each response clean and in its states.
+
+    Where every step is scored, their number is not known, and one is counted.
+    """
+    source = config if isinstance(config, SFTConfig) and config.files else job.task
+    if isinstance(source, Files):
+        prompt, response = source.max_prompt_tokens, source.max_response_tokens
     else:
         prompt = response = job.rollout.max_new_tokens if job.rollout else 16
-    sides = 2 if pair else 1
-    return prompt + 2 * sides * response, sides * response
+    sides, states, draws = (2 if config.objective.is_preference else 1), *_states(config.objective)
+    return prompt + (1 + states) * sides * response, draws * sides * response
+
+
+def _states(objective: Objective) -> tuple[int, int]:
+    """Return how many states a response is seen in, and how often at most a token of it is scored."""
+    states, draws = objective.num_states, objective.num_draws
+    return (1, 1) if states == "all" or draws == "all" else (states, draws)
 
 
 def packed_rows(pairs: int, tokens: int, row_tokens: int | None) -> tuple[int, int]:

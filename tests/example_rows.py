@@ -71,7 +71,9 @@ def preference(row_id: str = "a") -> Row:
 
 
 def example(row_id: str = "a") -> Row:
-    return {"contract_version": 1, "row_id": row_id, "prompt_ids": [1, 2], "chosen_ids": [3, 8]}
+    row = {"contract_version": 1, "row_id": row_id, "origin": None, "prompt_ids": [1, 2], "chosen_ids": [3, 8]}
+    row |= {"block_size": BLOCK, "block_origin": "global", "mask_id": MASK}
+    return row | {"tokenizer_hash": "1" * 64, "data_hash": "2" * 64}
 
 
 KINDS: dict[str, tuple[pa.Schema, Callable[..., Row]]] = {

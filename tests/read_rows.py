@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.data.formats.base import Format, split_rejected
+from dtrpo_ray.data.formats.examples import example_format
 from dtrpo_ray.data.formats.files import data_files
 from dtrpo_ray.data.formats.preferences import preference_format
 from dtrpo_ray.data.formats.prompts import prompt_format
@@ -20,4 +21,5 @@ def read_rows(format_of: Callable[[str], Format[Any]], where: str | Path) -> tup
 
 read_preferences = partial(read_rows, preference_format)
 read_responses = partial(read_rows, response_format)
+read_examples = partial(read_rows, example_format)
 read_prompts = partial(read_rows, prompt_format)

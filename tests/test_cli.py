@@ -82,6 +82,14 @@ def test_a_verb_that_has_nothing_to_do_says_so_before_anything_starts(verb: str,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("verb", ["train", "rollout", "pair", "ref-logps", "eval", "run"])
+def test_a_job_that_only_fine_tunes_is_refused_by_the_verbs_that_align(verb: str, tmp_path: Path) -> None:
+    done = dtrpo(verb, "jobs/sft.toml", "--set", f"storage={tmp_path}/runs")
+    assert done.returncode == 2
+    assert "[task]" in done.stderr or "needs a section [rollout]" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_version_is_the_package_s() -> None:
     assert dtrpo("--version").stdout.strip() == version("dtrpo-ray")
 

@@ -152,7 +152,7 @@ def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_
             "task.type = 'trajectories' reads responses from files: remove [rollout] and [drafts]",
         ),
         ("rollout.num_samples=2", "needs exactly one of [rollout] and [drafts]"),
-        ("rounds=2", "generates no examples and no prompts: remove [sft] and rounds"),
+        ("rounds=2", "generates no prompts: remove rounds"),
         ("train.objective.schedule=recorded", "task.type = 'prompts' has no recorded steps"),
         ("score.scorer=gsm8k", "add the section [score.judge] if scorer = 'judge', and only then"),
         ("score.judge.template='{prompt} {first}'", "template lacks {second}, which the judge needs: add it"),
@@ -228,3 +228,35 @@ def test_settings_of_serve_are_toml() -> None:
     config = load_serve(Path("model"), ["port=0", "other_models.base=/a/b", "max_replicas=2"])
     assert (config.checkpoint, config.port, config.other_models) == ("model", 0, {"base": "/a/b"})
     assert config.max_replicas == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr=1e-5", "without a section [task] nothing is aligned: add it, or remove train"),
+        ("rounds=2", "nothing is aligned: add it, or remove rounds"),
+        ("sft.num_examples=5", "num_examples is for generated examples: limit a file by sft.max_rows"),
+        ("sft.files=[]", "sft: max_prompt_tokens needs sft.files"),
+        ("sft={}", "task.type = 'none' generates no examples: set sft.files, or remove [sft]"),
+        ("sft.files=['gone.jsonl']", "sft.files: gone.jsonl does not exist"),
+        ("sft.objective.type=dtrpo", "sft.objective.type"),
+        ("sft.keep_best=accuracy", "keep_best = 'accuracy'"),
+    ],
+)
+def test_mistakes_about_fine_tuning_on_files(override: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as caught:
+        load_job(DEMO.with_name("sft.toml"), [override])
+    assert words in str(caught.value), str(caught.value)
+
+
+def test_a_task_of_files_takes_a_base_that_was_tuned_on_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    job = load_job(DEMO.with_name("text.toml"), ["sft.files=['jobs/data/chats.jsonl']"])
+    assert job.sft
+    assert job.sft.objective.type == "sft"
+    assert (job.only_sft, job.last_stage) == (False, job.train)
+    alone = load_job(DEMO.with_name("sft.toml"))
+    assert (alone.only_sft, alone.last_stage) == (True, alone.sft)
+    with pytest.raises(ConfigError, match=r"task\.type = 'preferences' generates no examples: set sft\.files"):
+        load_job(DEMO.with_name("text.toml"), ["sft.lr=1e-3"])

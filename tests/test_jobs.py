@@ -31,6 +31,7 @@ SHRUNK: dict[str, tuple[str, list[str]]] = {
     "countdown": ("rollout", PUZZLE),
     "instructions": ("train", ["task.max_rows=24", "train.max_steps=2"]),
     "prompts": ("train", ["rounds=1", "train.max_steps=2"]),
+    "sft": ("sft", ["sft.max_steps=2"]),
     "score": ("train", ["train.max_steps=2"]),
     "text": ("train", ["train.max_steps=2"]),
 }
@@ -77,10 +78,17 @@ def test_a_fresh_clone_runs_it(job: str, clone: Path, tmp_path: Path) -> None:
     done = dtrpo(verb, f"jobs/{job}.toml", "--json", *settings, cwd=clone)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = Path(json.loads(done.stdout.splitlines()[-1])["directory"])
-    if verb == "train":
+    if verb in ("train", "sft"):
         steps = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(steps) == 2
         assert (folder / "model" / "model.safetensors").exists()
+        if verb == "sft":  # the result of a job without a task
+            assert "nll_place_4" in json.loads(steps[-1])
+            done = dtrpo("export", f"jobs/{job}.toml", str(tmp_path / "model"), *settings, cwd=clone)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert "on the files of `[sft]`" in (tmp_path / "model" / "README.md").read_text()
+            weights = "model.safetensors"
+            assert (tmp_path / "model" / weights).read_bytes() == (folder / "model" / weights).read_bytes()
     else:
         assert any((folder / "table").glob("*.parquet"))
 

@@ -9,7 +9,7 @@ from dtrpo_ray.config.decode import EvalConfig, RolloutConfig
 from dtrpo_ray.config.produce import DraftsConfig, PairConfig, ScoreConfig
 from dtrpo_ray.config.section import Section
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.config.task import PromptsTask, PuzzleTask, Task
+from dtrpo_ray.config.task import NoTask, PromptsTask, PuzzleTask, Task
 from dtrpo_ray.config.train import SFTConfig, TrainConfig
 
 
@@ -72,7 +72,7 @@ class Job(Section):
     """Folder of finished stages and reports."""
     rounds: int = Field(1, ge=1)
     """Times that rollout, pair and train run; each round starts from the newest policy, which is its reference."""
-    task: Task
+    task: Task = NoTask()
     model: ModelConfig
     sft: SFTConfig | None = None
     """Trains model.init or model.path on examples; absent: the initialised or given model is the base as it is."""
@@ -93,10 +93,28 @@ class Job(Section):
         """The task if it generates prompts and verifies answers; None if it brings files."""
         return self.task if isinstance(self.task, PuzzleTask) else None
 
+    @property
+    def only_sft(self) -> bool:
+        """True if there is no task: the job fine-tunes on its own files and aligns nothing."""
+        return isinstance(self.task, NoTask)
+
+    @property
+    def last_stage(self) -> TrainConfig:
+        """The training stage whose model is the job's result."""
+        return self.sft if self.sft and self.only_sft else self.train
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Job":
         kind = f"task.type = {self.task.type!r}"
-        if not self.puzzle:
+        if not self.puzzle and self.model.init and self.model.tokenizer is None:
+            raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
+        if self.sft and not self.sft.files and not self.puzzle:
+            raise ValueError(f"{kind} generates no examples: set sft.files, or remove [sft]")
+        if self.sft and self.sft.keep_best == "accuracy" and not self.puzzle:
+            raise ValueError(f"sft.keep_best = 'accuracy': {kind} has no verifier")
+        if self.only_sft:
+            self._fits_sft()
+        elif not self.puzzle:
             self._fits_files(kind)
         elif self.rollout is None:
             raise ValueError(f"{kind} has no pairs of its own: add a [rollout] section")
@@ -123,17 +141,22 @@ class Job(Section):
                 raise ValueError(f"{worst} denoising steps per block exceed block_size = {self.model.init.block_size}")
         return self
 
+    def _fits_sft(self) -> None:
+        if self.sft is None:
+            raise ValueError("there is no section [task]: add it, or set sft.files to train on your own files")
+        parts = ("rounds", "rollout", "drafts", "score", "pair", "train", "eval")
+        if surplus := [name for name in parts if name in self.model_fields_set]:
+            raise ValueError(f"without a section [task] nothing is aligned: add it, or remove {', '.join(surplus)}")
+
     def _fits_files(self, kind: str) -> None:
         if isinstance(self.task, PromptsTask):
             self._fits_prompts(self.task.max_response_tokens)
         elif self.rollout or self.drafts:
             raise ValueError(f"{kind} reads responses from files: remove [rollout] and [drafts]")
-        if self.sft or (self.rounds > 1 and not self.rollout):
-            raise ValueError(f"{kind} generates no examples and no prompts: remove [sft] and rounds")
+        if self.rounds > 1 and not self.rollout:
+            raise ValueError(f"{kind} generates no prompts: remove rounds")
         if self.train.keep_best == "accuracy":
             raise ValueError(f"train.keep_best = 'accuracy': {kind} has no verifier")
-        if self.model.init and self.model.tokenizer is None:
-            raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
         if self.task.brings_responses or self.rollout:
             return
         if self.score and self.task.brings_pairs:

@@ -107,6 +107,7 @@ def _require_files(path: Path, job: Job) -> None:
         ("drafts.model", job.drafts.model if job.drafts else None),
     ]
     wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
+    wanted += [("sft.files", file) for file in (job.sft.files if job.sft else ()) if "://" not in file]
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")

@@ -54,7 +54,15 @@ class CountdownTask(PuzzleTask):
     """How many numbers a puzzle gives."""
 
 
-class FilesTaskBase(TaskBase):
+class NoTask(TaskBase):
+    """Nothing to align on: the job only trains [sft] on its own files. The same as no section [task]."""
+
+    type: Literal["none"] = "none"
+
+
+class Files(Section):
+    """Files that a section reads, and what is taken of them."""
+
     files: tuple[str, ...] = Field(min_length=1)
     """Paths or URIs (s3://, gs://) of files or folders; the format is recognised by the columns (docs/data.md)."""
     max_prompt_tokens: int = Field(512, ge=1)
@@ -65,6 +73,10 @@ class FilesTaskBase(TaskBase):
     """Read no more rows than this."""
     strict: bool = False
     """Stop at the first row that would go to the quarantine file."""
+
+
+class FilesTaskBase(TaskBase, Files):
+    """A task that brings its data."""
 
 
 class PreferencesTask(FilesTaskBase):
@@ -88,4 +100,4 @@ class PromptsTask(FilesTaskBase):
 
 
 FilesTask = PreferencesTask | TrajectoriesTask | PromptsTask
-Task = Annotated[SudokuTask | CountdownTask | FilesTask, Field(discriminator="type")]
+Task = Annotated[SudokuTask | CountdownTask | FilesTask | NoTask, Field(discriminator="type")]

@@ -1,10 +1,11 @@
 """`[sft]` and `[train]`: objective, optimizer, checkpoints, validation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from dtrpo_ray.config.section import Section
+from dtrpo_ray.config.task import Files
 
 
 class Objective(Section):
@@ -201,11 +202,24 @@ class TrainConfig(Section):
         return -(-self.rows_per_rank(num_workers) // self.micro_batch)
 
 
-class SFTConfig(TrainConfig):
-    """Supervised fine-tuning on generated examples, before any rollout: the trained model is the base to align."""
+class SFTConfig(TrainConfig, Files):
+    """Supervised fine-tuning on files or on generated puzzles, before any rollout: the trained model is the base."""
+
+    type: ClassVar[str] = "sft"
 
     objective: SFTObjective = SFTObjective()
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW; must be given with model.path."""
+    files: tuple[str, ...] = ()
+    """Paths or URIs of files or folders of chat messages, prompts with completions, or Alpaca rows (docs/data.md);
+    absent: a puzzle task generates the examples."""
     num_examples: int = Field(100_000, ge=1)
-    """Generated training examples."""
+    """Generated training examples; without files."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SFTConfig":
+        surplus = self.model_fields_set & ({"num_examples"} if self.files else Files.model_fields.keys())
+        if surplus := surplus - {"files"}:
+            remedy = "is for generated examples: limit a file by sft.max_rows" if self.files else "needs sft.files"
+            raise ValueError(f"{min(surplus)} {remedy}")
+        return self

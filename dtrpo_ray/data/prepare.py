@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +17,25 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.task import FilesTask
+from dtrpo_ray.config.train import SFTConfig
 from dtrpo_ray.data import tables
 from dtrpo_ray.data.formats.base import Format
-from dtrpo_ray.data.formats.files import Shard, data_files, plan_shards
+from dtrpo_ray.data.formats.examples import example_format
+from dtrpo_ray.data.formats.files import Shard, data_files
 from dtrpo_ray.data.formats.preferences import preference_format
 from dtrpo_ray.data.formats.prompts import prompt_format
 from dtrpo_ray.data.formats.reading import first_rows
 from dtrpo_ray.data.formats.responses import response_format
-from dtrpo_ray.data.formats.tokenize import Target, split_origins, tokenize_preferences, tokenize_responses
+from dtrpo_ray.data.formats.tokenize import (
+    Target,
+    split_origins,
+    tokenize_examples,
+    tokenize_preferences,
+    tokenize_responses,
+)
 from dtrpo_ray.data.ragged import list_lengths
 from dtrpo_ray.data.rules import Expected, row_tokens
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE, ID_COLUMNS
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE, ID_COLUMNS, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Counts, Rejected, Report
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
@@ -35,11 +43,23 @@ from dtrpo_ray.files import read_json, whole_file, write_json
 from dtrpo_ray.method.trajectory import Origin
 from dtrpo_ray.models import tokenizer as tokenizers
 
-# type of a task -> how the format of its files is recognised
-FORMAT_OF: dict[str, Callable[[str], Format[Any]]] = {
-    "preferences": preference_format,
-    "trajectories": response_format,
-    "prompts": prompt_format,
+Reader = FilesTask | SFTConfig  # a section that reads files
+
+
+class Kind(NamedTuple):
+    """How files are read: the format by their columns, rows to cells, and the table they become."""
+
+    form: Callable[[str], Format[Any]]
+    tokenize: Callable[[Any, Target], tuple[pa.Table, list[Rejected]]]
+    schema: pa.Schema
+
+
+# by the type of the section that reads them; in this order `dtrpo check` tries them
+KINDS = {
+    "preferences": Kind(preference_format, tokenize_preferences, PREFERENCE),
+    "trajectories": Kind(response_format, tokenize_responses, TRAJECTORY),
+    "sft": Kind(example_format, tokenize_examples, EXAMPLE),
+    "prompts": Kind(prompt_format, tokenize_responses, TRAJECTORY),
 }
 
 
@@ -68,8 +88,13 @@ def write_examples(
     prompts = [prompt_ids(row["prompt"]) for row in rows]
     starts = [len(prompt) if block_origin == "global" else 0 for prompt in prompts]  # on the grid
     answers = [answer_ids(row["answer"], start) for row, start in zip(rows, starts, strict=True)]
-    versions, ids = [CONTRACT_VERSION] * len(rows), [f"example-{i:08d}" for i in range(len(rows))]
-    columns = {"contract_version": versions, "row_id": ids, "prompt_ids": prompts, "chosen_ids": answers}
+    same: dict[str, Any] = {
+        **{"contract_version": CONTRACT_VERSION, "origin": None, "data_hash": None},
+        **{"block_size": block_size, "block_origin": block_origin, "mask_id": tokenizers.mask_token_id(tokenizer)},
+        "tokenizer_hash": tokenizers.tokenizer_hash(tokenizer),
+    }
+    columns: dict[str, Any] = {name: [value] * len(rows) for name, value in same.items()}
+    columns |= {"row_id": [f"example-{i:08d}" for i in range(len(rows))], "prompt_ids": prompts, "chosen_ids": answers}
     tables.write_shards(pa.table(columns, schema=EXAMPLE), out)
     return {"examples": len(rows)}
 
@@ -87,12 +112,12 @@ class _RowsToDrop(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class ImportJob:
-    """The inputs of every importer of a task; picklable, the same on every machine.
+    """The inputs of every importer of a section; picklable, the same on every machine.
 
     `grid` are the model's block_size, block_origin and shift, `data_hashes` the hash of each file.
     """
 
-    task: FilesTask
+    task: Reader
     tokenizer: Path
     grid: Mapping[str, Any]
     data_hashes: Mapping[str, str]
@@ -109,7 +134,7 @@ class Importer:
         self.task, self.hashes = source.task, source.data_hashes
         limits = self.task.model_dump(include={"max_prompt_tokens", "max_response_tokens"})
         self.target = Target(tokenizers.load_tokenizer(source.tokenizer), **limits, **source.grid)
-        self.form: Callable[[str], Format[Any]] = cache(FORMAT_OF[self.task.type])
+        self.form: Callable[[str], Format[Any]] = cache(KINDS[self.task.type].form)
 
     def __call__(self, part: Shard, out: Path) -> PartSummary:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
@@ -131,16 +156,15 @@ class Importer:
         yield from self.form(part.file).batches(part)
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
-        tokenize = tokenize_preferences if self.task.brings_pairs else tokenize_responses
-        return tokenize(rows, self.target)
+        return KINDS[self.task.type].tokenize(rows, self.target)
 
 
-def import_parts(task: FilesTask, rows: int | None = None) -> list[Shard]:
+def import_parts(task: Reader, rows: int | None = None) -> list[Shard]:
     """Return the named parts of a task's files in their order, up to `max_rows` rows; one has `rows` or PART_ROWS."""
     parts: list[Shard] = []
     left = task.max_rows
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
-        shards = preference_format(file).shards(file, rows) if task.brings_pairs else plan_shards(file, rows)
+        shards = KINDS[task.type].form(file).shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken
@@ -230,13 +254,13 @@ def check_data(
     if schema is not None:
         digest = None if tokenizer is None else tokenizers.tokenizer_hash(tokenizers.load_tokenizer(tokenizer))
         return [tables.check_folder(Path(source), schema, Expected(digest, max_tokens))]
-    return [_check_file(file, (kind,) if kind else tuple(FORMAT_OF)) for file in data_files(source)]
+    return [_check_file(file, (kind,) if kind else tuple(KINDS)) for file in data_files(source)]
 
 
 def _check_file(file: str, kinds: tuple[str, ...]) -> Report:
     kind, *others = kinds
     try:
-        form = FORMAT_OF[kind](file)
+        form = KINDS[kind].form(file)
     except DataError as unknown:
         for other in others:
             with suppress(DataError):

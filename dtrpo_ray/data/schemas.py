@@ -104,7 +104,10 @@ PREFERENCE = pa.schema(
     metadata={_NAME: f"preference/v{CONTRACT_VERSION}"},
 )
 EXAMPLE = pa.schema(
-    [PREFERENCE.field(name) for name in ("contract_version", "row_id", "prompt_ids", "chosen_ids")],
+    [
+        *map(PREFERENCE.field, ("contract_version", "row_id", "origin", "prompt_ids", "chosen_ids")),
+        *map(PREFERENCE.field, ("block_size", "block_origin", "mask_id", "tokenizer_hash", "data_hash")),
+    ],
     metadata={_NAME: f"example/v{CONTRACT_VERSION}"},
 )
 ID_COLUMNS = ("prompt_ids", "response_ids", "chosen_ids", "rejected_ids")

@@ -1,7 +1,8 @@
 """Write the generated files of jobs/data: `python jobs/data/make.py`. The same seed gives the same files.
 
-preferences.jsonl is written by hand and only read here. The word problems, instructions and trajectories are made from
-templates, the tokenizer is trained on all of these texts, and the language model has random weights.
+preferences.jsonl is written by hand and only read here; the chats repeat its better answers. The word problems,
+instructions and trajectories are made from templates, the tokenizer is trained on all of these texts, and the language
+model has random weights.
 """
 
 import json
@@ -155,6 +156,15 @@ def step_map(rng: random.Random, length: int) -> list[int]:
     return steps
 
 
+def chats(pairs: Sequence[Row]) -> Iterator[Row]:
+    """Yield conversations of two questions and their better answers, every second one after a system turn."""
+    for number, (one, two) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        system = [{"role": "system", "content": "Answer in one or two sentences."}] if number % 2 else []
+        yield {
+            "messages": [*system, *(turn for row in (one, two) for side in ("prompt", "chosen") for turn in row[side])]
+        }
+
+
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE with digits apart, a chat template, and the end and mask tokens of a diffusion model."""
     tokenizer = Tokenizer(models.BPE())
@@ -219,6 +229,7 @@ def main() -> None:
     write("word_problems.jsonl", problems)
     write("instructions.jsonl", asked)
     write("trajectories.jsonl", answered)
+    write("chats.jsonl", list(chats(pairs)))
     tokenizer.save_pretrained(HERE / "tokenizer")
     language_model(tokenizer).save_pretrained(HERE / "language_model")
     (HERE / "language_model" / "model.safetensors").chmod(0o644)

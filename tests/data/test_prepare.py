@@ -18,13 +18,14 @@ from pyarrow import feather
 
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.task import PreferencesTask, TrajectoriesTask
+from dtrpo_ray.config.train import SFTConfig
 from dtrpo_ray.data import prepare, tables
 from dtrpo_ray.data.formats import files
 from dtrpo_ray.data.schemas import EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import check_folder, read_manifest, read_table
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, eos_token_id, load_tokenizer
+from dtrpo_ray.models.tokenizer import character_tokenizer, encode_prompt, eos_token_id, load_tokenizer, turn_end_id
 
 GRID: dict[str, Any] = {"block_size": 4, "block_origin": "global", "shift": 0}
 
@@ -204,6 +205,43 @@ def test_generated_examples_are_on_the_grid_of_any_model_in_its_own_tokens(
         assert set(filled) <= {end}
         assert puzzle == "sudoku" or filled
         assert (len(made["chosen_ids"]) + (len(made["prompt_ids"]) if origin == "global" else 0)) % 8 == 0
+
+
+@pytest.mark.parametrize("origin", ["global", "response"])
+def test_chats_become_examples_that_end_as_the_chosen_side_of_a_pair(origin: Any, tmp_path: Path) -> None:
+    """The same chat as an example and as a pair has the same ids; counts, duplicates and the quarantine are shared."""
+    folder, turns = ROOT / "jobs" / "data" / "tokenizer", [{"role": "user", "content": "Hi"}]
+    answer = [{"role": "assistant", "content": "Hello."}]
+    long = [{"role": "user", "content": "word " * 30}, {"role": "assistant", "content": "word " * 300}]
+    rows: list[Any] = [{"messages": turns + answer + long}, {"messages": turns + answer}, {"messages": turns}]
+    chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": [*turns, *answer] * 2}]))
+    pairs.write_text(json.dumps({"prompt": turns, "chosen": answer, "rejected": long[1:]}) + "\n")
+    limits = {"max_prompt_tokens": 20, "max_response_tokens": 100}
+    made = {}
+    for config, schema in (
+        (SFTConfig.model_validate({"files": [str(chats)], **limits}), EXAMPLE),
+        (task(pairs, max_prompt_tokens=20), PREFERENCE),
+    ):
+        importer = prepare.Importer(
+            prepare.ImportJob(config, folder, GRID | {"block_origin": origin}, dict.fromkeys(config.files, "hash"))
+        )
+        out = tmp_path / config.type
+        out.mkdir()
+        done = [importer(part, out) for part in prepare.import_parts(config)]
+        made[config.type] = prepare.finish_import(done, schema, out), read_table(out, schema).to_pylist()
+    counts, examples = made["sft"]
+    assert counts == {
+        "rows": 6, "good": 2, "refused": {"duplicate row": 2, "response too long": 1, "no answer": 1}
+    }  # fmt: skip
+    (pair,) = made["preferences"][1]
+    short = next(row for row in examples if row["origin"].endswith(":1#1"))
+    assert (short["prompt_ids"], short["chosen_ids"]) == (pair["prompt_ids"], pair["chosen_ids"])
+    tokenizer = load_tokenizer(folder)
+    assert turn_end_id(tokenizer) in short["chosen_ids"]
+    whole = encode_prompt(tokenizer, [*turns, *answer, *turns])
+    last = next(row for row in examples if row["origin"].endswith(":4#2"))
+    assert last["prompt_ids"] == whole[-20:]
 
 
 @pytest.mark.ray

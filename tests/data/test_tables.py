@@ -56,7 +56,7 @@ def test_read_errors_name_the_file_and_the_fault(tmp_path: Path) -> None:
     file.write_bytes(b"PAR1 not so PAR1")
     refuse(file, EXAMPLE, "not a readable Parquet file")
     pq.write_table(table_of("example/v1", {}), file)
-    refuse(file, PREFERENCE, "column block_origin is missing; expected the table preference/v1")
+    refuse(file, PREFERENCE, "column prompt_id is missing; expected the table preference/v1")
     pq.write_table(pa.Table.from_pylist([example() | {"prompt_ids": ["one"]}]), file)
     refuse(file, EXAMPLE, "not the types of example/v1")
     pq.write_table(pa.Table.from_pylist([example() | {"prompt_ids": [2**40]}]), file)

@@ -108,7 +108,9 @@ def _explicit(row: Record) -> PreferenceRow:
     """TRL with a prompt (text or messages); UltraFeedback, whose sides repeat the prompt as their first turn."""
     prompt, chosen, rejected = (row.require(name) for name in ("prompt", "chosen", "rejected"))
     if not isinstance(prompt, str):
-        return PreferenceRow(as_messages(prompt, "prompt"), _answer(chosen, "chosen"), _answer(rejected, "rejected"))
+        return PreferenceRow(
+            as_messages(prompt, "prompt"), one_answer(chosen, "chosen"), one_answer(rejected, "rejected")
+        )
     if isinstance(chosen, str) and isinstance(rejected, str):
         return PreferenceRow(prompt, chosen, rejected)
     pair, asked = _split(row.messages("chosen"), row.messages("rejected")), {"role": "user", "content": prompt}
@@ -129,14 +131,14 @@ def _implicit(row: Record) -> PreferenceRow:
 
 def _sharegpt(row: Record) -> PreferenceRow:
     """LLaMA-Factory ranking over `conversations` of {from, value}."""
-    prompt = _system(row) + row.sharegpt("conversations")
-    return PreferenceRow(prompt, *(_answer(row.require(side), side, SHAREGPT) for side in _SIDES))
+    prompt = system_turn(row) + row.sharegpt("conversations")
+    return PreferenceRow(prompt, *(one_answer(row.require(side), side, SHAREGPT) for side in _SIDES))
 
 
-def _alpaca(row: Record) -> Messages:
+def alpaca_prompt(row: Record) -> Messages:
     """System, history and instruction, with input under it, as LLaMA-Factory has it."""
     request = [row.text("instruction"), as_text(row.get("input") or "", "input")]
-    prompt = _system(row)
+    prompt = system_turn(row)
     history = row.get("history") or []
     for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list) or len(turn) != 2:
@@ -150,7 +152,7 @@ def _alpaca(row: Record) -> Messages:
 def _sharegpt_labelled(row: Record) -> Labelled:
     """LLaMA-Factory KTO over `conversations` of {from, value}, the last of which is judged."""
     prompt, answer = _last_answer(row.sharegpt("conversations"), "conversations")
-    return [*_system(row), *prompt], answer, row.label("kto_tag")
+    return [*system_turn(row), *prompt], answer, row.label("kto_tag")
 
 
 _SIDES = ("chosen", "rejected")
@@ -159,14 +161,14 @@ PREFERENCE_FORMATS: tuple[RowFormat[PreferenceRow] | UnpairedFormat, ...] = (
     RowFormat(
         "LLaMA-Factory ranking, Alpaca",
         ("instruction", *_SIDES),
-        lambda row: PreferenceRow(_alpaca(row), row.text("chosen"), row.text("rejected")),
+        lambda row: PreferenceRow(alpaca_prompt(row), row.text("chosen"), row.text("rejected")),
     ),
     RowFormat("TRL with a prompt, UltraFeedback", ("prompt", *_SIDES), _explicit),
     RowFormat("TRL without a prompt, HH-RLHF", _SIDES, _implicit),
     UnpairedFormat(
         "TRL unpaired",
         ("prompt", "completion", "label"),
-        lambda row: (row.prompt("prompt"), _answer(row.require("completion"), "completion"), row.label("label")),
+        lambda row: (row.prompt("prompt"), one_answer(row.require("completion"), "completion"), row.label("label")),
     ),
     UnpairedFormat(
         "LLaMA-Factory KTO, messages",
@@ -177,7 +179,7 @@ PREFERENCE_FORMATS: tuple[RowFormat[PreferenceRow] | UnpairedFormat, ...] = (
     UnpairedFormat(
         "LLaMA-Factory KTO, Alpaca",
         ("instruction", "output", "kto_tag"),
-        lambda row: (_alpaca(row), row.text("output"), row.label("kto_tag")),
+        lambda row: (alpaca_prompt(row), row.text("output"), row.label("kto_tag")),
     ),
 )
 
@@ -187,11 +189,12 @@ def preference_format(file: str) -> RowFormat[PreferenceRow] | UnpairedFormat:
     return find_format(file, PREFERENCE_FORMATS, "preferences")
 
 
-def _system(row: Record) -> Messages:
+def system_turn(row: Record) -> Messages:
+    """Return the column `system` as a turn, or no turn without one."""
     return [{"role": "system", "content": row.text("system")}] if row.get("system") else []
 
 
-def _answer(value: Any, where: str, chat: Chat = OPENAI) -> str:
+def one_answer(value: Any, where: str, chat: Chat = OPENAI) -> str:
     """Return the text of one assistant turn: bare, a message, or a list of one message."""
     if isinstance(value, str):
         return value

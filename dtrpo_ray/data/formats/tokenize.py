@@ -1,4 +1,4 @@
-"""Imported texts and ids -> rows of preference/v1 and trajectory/v1 on a model's grid of blocks, a batch at a time."""
+"""Imported texts and ids -> rows of preference, trajectory and example/v1 on a model's grid, a batch at a time."""
 
 import hashlib
 import json
@@ -14,13 +14,14 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.data.formats.base import attempt, split_rejected
+from dtrpo_ray.data.formats.examples import ExampleRow
 from dtrpo_ray.data.formats.parsing import Prompt, Refusal
 from dtrpo_ray.data.formats.preferences import PreferenceRow
 from dtrpo_ray.data.formats.prompts import PromptRow
 from dtrpo_ray.data.formats.responses import ResponseRow
 from dtrpo_ray.data.ragged import Ragged
 from dtrpo_ray.data.rules import GOOD, block_ranks, rules_of, verdicts
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, DIFFUSION, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import CONTRACT_VERSION, DIFFUSION, EXAMPLE, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import NEVER, Origin
@@ -158,6 +159,13 @@ def tokenize_responses(rows: Sequence[ResponseRow], target: Target) -> tuple[pa.
     return apply_rules(pa.Table.from_pylist(found, schema=TRAJECTORY), refused)
 
 
+def tokenize_examples(rows: Sequence[ExampleRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+    """Return rows of example/v1 and the refused ones."""
+    batch = Batch(target, chain.from_iterable((row.prompt, row.response) for row in rows))
+    found, refused = split_rejected(attempt(row.origin, batch.example, row) for row in rows)
+    return apply_rules(pa.Table.from_pylist(found, schema=EXAMPLE), refused)
+
+
 def _pieces(row: ResponseRow) -> list[str]:
     """Return the texts of a response that are tokenized: none, if it came as ids."""
     if row.response_ids is not None:
@@ -226,6 +234,17 @@ class Batch:
             "prompt_ids": prompt,
             **{f"{side}_ids": answer for side, answer in sides.items()},
         }
+
+    def example(self, row: ExampleRow) -> Cells:
+        """Return a row of example/v1; the answer is closed and filled as those of preferences are."""
+        target, row_id = self.target, content_id([row.prompt, row.response])
+        self._require_new(row_id, row.origin)
+        target.require_plain(row.prompt, response=row.response)
+        prompt = target.shorten(self.encode(row.prompt))
+        ids = target.fill(prompt, target.close(row.prompt, self.encode(row.response)))
+        target.require_unmasked("prompt", prompt)
+        target.require_fit("response", ids)
+        return {**target.columns, "row_id": row_id, "origin": row.origin, "prompt_ids": prompt, "chosen_ids": ids}
 
     def trajectory(self, row: ResponseRow) -> Cells:
         """Return a row of trajectory/v1.
