@@ -341,7 +341,11 @@ class Pipeline:
             )
             plain = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
             last = driver.train(stage, plain, self.job.cluster)
-            return {key: last[key] for key in ("step", "loss", "margin", "reward_accuracy", "seconds") if key in last}
+            return {
+                key: last[key]
+                for key in ("step", "loss", "margin", "reward_accuracy", "held_out_loss", "seconds")
+                if key in last
+            }
 
         outputs = [f"{MODEL}/*", METRICS, *([f"{ADAPTER}/*"] if config.lora else [])]
         return _model_of(self.store.stage(name, {"config": fields, **fixed}, outputs, make))

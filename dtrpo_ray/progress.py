@@ -12,7 +12,7 @@ from dtrpo_ray.metrics import read_events, read_metrics
 
 console = Console(stderr=True)
 PLAIN_LINES = 10  # lines a stage prints where there is no terminal
-_SHOWN = ("loss", "margin", "reward_accuracy", "nll", "nll_chosen")
+_SHOWN = ("loss", "margin", "reward_accuracy", "nll", "nll_chosen", "held_out_loss")
 
 
 def bar() -> Progress:

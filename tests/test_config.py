@@ -59,6 +59,8 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
             "train={keep_best='margin', objective={type='imitation'}}",
             ["keep_best = 'margin'", "which imitation does not"],
         ),
+        ("sft.keep_best=held_out_loss", ["needs rows that are held out: set held_out"]),
+        ("train={held_out=0.1, reference='cache'}", ["'cache' has no log-probs of rows held out"]),
         ("name=A B", ["name"]),
         ("rounds", ["--set rounds: expected dotted.key=value"]),
         ("name.x=1", ["name is a value, not a section"]),

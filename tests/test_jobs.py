@@ -83,7 +83,7 @@ def test_a_fresh_clone_runs_it(job: str, clone: Path, tmp_path: Path) -> None:
         assert len(steps) == 2
         assert (folder / "model" / "model.safetensors").exists()
         if verb == "sft":  # the result of a job without a task
-            assert "nll_place_4" in json.loads(steps[-1])
+            assert {"nll_place_4", "held_out_nll", "held_out_nll_place_4"} <= json.loads(steps[-1]).keys()
             done = dtrpo("export", f"jobs/{job}.toml", str(tmp_path / "model"), *settings, cwd=clone)
             assert done.returncode == 0, done.stderr[-3000:]
             assert "on the files of `[sft]`" in (tmp_path / "model" / "README.md").read_text()

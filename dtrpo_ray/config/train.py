@@ -163,7 +163,12 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest complete checkpoints to keep."""
-    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy", "accuracy"] | None = None
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of the rows, by hash of their ids, that is not trained on: its metrics, at the same draws each time, are
+    logged as held_out_... with each checkpoint."""
+    keep_best: Literal["loss", "nll", "nll_chosen", "margin", "reward_accuracy", "accuracy", "held_out_loss"] | None = (
+        None
+    )
     """Also keep the checkpoint with the best value of this metric; accuracy comes from [train.validation]."""
     validation: ValidationConfig | None = None
     """Present: each checkpoint answers prompts, and is scored where the task has a verifier."""
@@ -184,6 +189,10 @@ class TrainConfig(Section):
             )
         if self.keep_best == "accuracy" and self.validation is None:
             raise ValueError("keep_best = 'accuracy' needs validation: add a section [train.validation]")
+        if self.keep_best == "held_out_loss" and not self.held_out:
+            raise ValueError("keep_best = 'held_out_loss' needs rows that are held out: set held_out, such as 0.02")
+        if self.reference == "cache" and self.held_out:
+            raise ValueError("reference = 'cache' has no log-probs of rows held out: set reference = 'frozen'")
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload = true needs zero_stage 1, 2 or 3")
         return self
@@ -192,6 +201,11 @@ class TrainConfig(Section):
     def runs_reference(self) -> bool:
         """True if each optimizer step runs a frozen reference beside the policy."""
         return self.objective.is_preference and self.reference == "frozen"
+
+    @property
+    def held_out_objective(self) -> Objective:
+        """The objective on the rows held out: for sft the ELBO, however its masks are drawn in training."""
+        return self.objective.model_copy(update={"complementary_masks": False})
 
     def rows_per_rank(self, num_workers: int) -> int:
         """Rows of one optimizer step on one rank; where it does not divide, the last ranks are filled with weight 0."""

@@ -104,8 +104,8 @@ def write_report(
     `job` is the job as JSON. Every file appears whole or not at all. A plot that this run lacks is removed, so `out`
     never mixes two runs.
     """
-    first, *others = _curves(job)
-    training = [_curve_plot(out, first, [curves.get("base", [])])]
+    base, others = curves.get("base", []), _curves(job)
+    training = [_curve_plot(out, curve, [base]) for curve in _base_curves(base)]
     training += [_curve_plot(out, curve, _rounds(curves)) for curve in others]
     pairs = pair_up(evaluation)
     held_out, public = [p for p in pairs if p.set == HELD_OUT], [p for p in pairs if p.set != HELD_OUT]
@@ -195,7 +195,7 @@ def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evalu
 
 def _training_headline(curves: Mapping[str, Sequence[Metrics]], evaluation: Evaluation | None) -> str:
     why = "No held-out set was evaluated for both models" if evaluation else "No evaluation was run"
-    segments = _segments(_rounds(curves), "loss")
+    segments = _segments(_rounds(curves) or [curves.get("base", [])], "loss")
     if not segments:
         return f"{why}, and no training loss was logged."
     (start, first), (end, last) = segments[0][0], segments[-1][-1]
@@ -203,6 +203,20 @@ def _training_headline(curves: Mapping[str, Sequence[Metrics]], evaluation: Eval
 
 
 # ---- training curves
+
+
+def _base_curves(rows: Sequence[Metrics]) -> list[Curve]:
+    """Return the plots of the base's training, of the rows held out and of places in a block where they were logged."""
+    logged = {name for row in rows for name in row}
+    held_out, places = "held_out_nll", sorted((name for name in logged if name.startswith("nll_place_")), key=_natural)
+    found = [Curve("base_loss", "Base model: training loss", "loss", {"loss": BASE})]
+    if held_out in logged:
+        found.append(Curve("base_held_out", "Base model: NLL on rows held out", "nats per token", {held_out: ALIGNED}))
+    if places:
+        shown = {places[at * (len(places) - 1) // 3] for at in range(4)}  # the first, the last and two between
+        colors = {name: f"C{number}" for number, name in enumerate(sorted(shown, key=_natural))}
+        found.append(Curve("base_places", "Base model: NLL by place in the block", "nats per hidden token", colors))
+    return found
 
 
 def _curves(job: dict[str, Any]) -> list[Curve]:
@@ -213,7 +227,6 @@ def _curves(job: dict[str, Any]) -> list[Curve]:
     start = (math.log(2), "log 2: policy = reference") if plain and not objective.get("rpo_alpha") else None
     ratios = {"log_ratio_chosen": CHOSEN, "log_ratio_rejected": REJECTED}
     return [
-        Curve("base_loss", "Base model: training loss", "loss", {"loss": BASE}),
         Curve("train_loss", "Alignment: training loss", "loss", {"loss": ALIGNED}, start),
         Curve("margin", "Margin: β × (chosen − rejected log-ratio)", "margin", {"margin": ALIGNED}, (0, "")),
         Curve("reward_accuracy", "Reward accuracy: pairs with a positive margin", "share of pairs",

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import DataIterator
 
 from dtrpo_ray.config.train import TrainConfig
-from dtrpo_ray.errors import TrainError
+from dtrpo_ray.data.tables import table_files
+from dtrpo_ray.errors import DataError, TrainError
 from dtrpo_ray.method.trajectory import row_generator
 
 _BLOCK_BYTES = 32 << 20  # of the files on disk, for each block at first
@@ -41,9 +43,16 @@ class Plan:
 
 
 def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
-    """Order every epoch by hash, and cut or fill the run to whole optimizer steps."""
-    order = [_epoch_order(row_ids, seed, epoch) for epoch in range(config.num_epochs)]
-    rows, epochs = np.concatenate(order), np.repeat(np.arange(config.num_epochs), len(row_ids))
+    """Order every epoch of the rows not held out by hash, and cut or fill the run to whole optimizer steps.
+
+    Raises DataError if no row is left, or if none is held out though a share should be.
+    """
+    held_out = np.array([is_held_out(row_id, config.held_out) for row_id in row_ids], dtype=bool)
+    if config.held_out and held_out.all() | ~held_out.any():
+        raise DataError(f"held_out = {config.held_out} holds {held_out.sum()} of {len(row_ids)} rows out; give another")
+    orders = [_epoch_order(row_ids, seed, epoch) for epoch in range(config.num_epochs)]
+    order = [rows[~held_out[rows]] for rows in orders]
+    rows, epochs = np.concatenate(order), np.repeat(np.arange(config.num_epochs), len(order[0]))
     num_steps = -(-len(rows) // config.global_batch)
     num_steps = min(num_steps, config.max_steps or num_steps)
     total = num_steps * config.global_batch
@@ -53,6 +62,26 @@ def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
     text = "\n".join([f"{config.global_batch} {num_steps}", *(row_ids[row] for row in rows[:real])])
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Plan(np.resize(epochs[:real], total), fill, weight, num_steps, digest)
+
+
+def is_held_out(row_id: str, share: float) -> bool:
+    """Return True for a share of all ids, by their SHA-256 alone; a larger share holds out the same rows and more."""
+    return int(hashlib.sha256(row_id.encode()).hexdigest()[:8], 16) < share * 16**8
+
+
+def held_out_rows(table_dir: Path, share: float, rank: int, num_workers: int) -> list[dict[str, Any]]:
+    """Return this rank's part of the rows held out, as many for each rank: the last are filled with rows of weight 0.
+
+    Their epoch is 0, so that every look at a row takes the same draws.
+    """
+    files = table_files(table_dir)
+    ids = pq.read_table(files, columns=["row_id"])["row_id"].to_pylist()
+    held = sorted((row_id, place) for place, row_id in enumerate(ids) if is_held_out(row_id, share))
+    own = [held[at % len(held)][1] for at in range(rank, -(-len(held) // num_workers) * num_workers, num_workers)]
+    rows = pads.dataset(files).take(pa.array(own)).to_pylist()
+    last = len(rows) if rank + (len(rows) - 1) * num_workers < len(held) else len(rows) - 1
+    facts = {"epoch": 0, "batch_weight": float(len(held))}
+    return [{**row, **facts, "row_weight": float(at < last)} for at, row in enumerate(rows)]
 
 
 def _epoch_order(row_ids: list[str], seed: int, epoch: int) -> np.ndarray:

@@ -52,7 +52,8 @@ def train(stage: TrainStage, config: TrainConfig, cluster: ClusterConfig) -> dic
         raise TrainError(f'{stage.label}: train.reference = "cache" finds no log-probs; run dtrpo ref-logps')
     require_trackers(cluster.trackers)
     cache = stage.cache and stage.cache.resolve()
-    stage = replace(stage, base=stage.base.resolve(), out=stage.out.resolve(), cache=cache)  # workers run elsewhere
+    folders = {name: getattr(stage, name).resolve() for name in ("base", "table", "out")}  # workers run elsewhere
+    stage = replace(stage, **folders, cache=cache)
     gpu, elastic = uses_gpu(cluster), not isinstance(cluster.num_workers, int)
     folder, name = _place(stage.out, cluster)
     root, other = join_path(folder, name), resume_root(stage, config)

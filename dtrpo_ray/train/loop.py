@@ -54,13 +54,15 @@ class Hooks:
 
     `begin(step)` comes before each optimizer step. `skipped(step, row_ids)` names a dropped step and this rank's rows
     in it. If `due()` is true on any rank, all ranks call `leaving()` together after the step: it answers whether a node
-    is about to go, so that a checkpoint must be written at once.
+    is about to go, so that a checkpoint must be written at once. `held_out()` measures the rows held out before a
+    checkpoint is saved, on all ranks together, and returns metrics to log with the step; {} if there are none.
     """
 
     begin: Callable[[int], None] = lambda step: None
     skipped: Callable[[int, list[str]], None] = lambda step, row_ids: None
     due: Callable[[], bool] = lambda: False
     leaving: Callable[[], bool] = lambda: False
+    held_out: Callable[[], dict[str, float]] = dict
 
 
 NO_HOOKS = Hooks()
@@ -100,11 +102,13 @@ def run(
             if config.on_nonfinite == "stop" or dropped == MAX_DROPPED:
                 raise TrainError(_not_finite(step, done.bad_rows, dropped))
             hooks.skipped(step, done.bad_rows)
-        if step % config.log_every == 0 or step == num_steps:
-            now = time.perf_counter()
+        now = time.perf_counter()
+        saving = step % config.save_every == 0 or step == num_steps
+        held_out = hooks.held_out() if saving else {}
+        if step % config.log_every == 0 or step == num_steps or held_out:
             times = {"data_seconds": waited, "step_seconds": now - ended, "seconds": now - started}
-            log({"step": step, **done.metrics, **times})
-        if step % config.save_every == 0 or step == num_steps or (done.due and hooks.leaving()):
+            log({"step": step, **done.metrics, **held_out, **times})
+        if saving or (done.due and hooks.leaving()):
             save(step)
         ended = time.perf_counter()
     if step < num_steps:
@@ -186,6 +190,27 @@ def optimizer_step(
     bad = [row_id for row_id, good in zip(ids, finite, strict=True) if not (good and lossless)]
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return StepResult({**known, "skipped": 1.0}, drain_due, True, bad)
+
+
+@torch.no_grad()
+def held_out_metrics(
+    config: TrainConfig, backend: Backend, reference: DiffusionLM | None, rows: Rows, to_batch: Collate
+) -> dict[str, float]:
+    """Return the mean of each metric over the rows held out, named held_out_...; every rank calls it with its part.
+
+    `to_batch` samples the states of `config.held_out_objective`.
+    """
+    config = config.model_copy(update={"objective": config.held_out_objective})
+    backend.policy.eval()
+    totals: dict[str, torch.Tensor] = {}
+    for part in micro_batches(rows, config, backend.policy.attention, backend.most):
+        batch = to_batch(part).to(backend.device)
+        out = training_step(backend.policy, reference, batch, config.objective)
+        _add(totals, out, batch.row_weight / rows[0]["batch_weight"])
+    backend.policy.train()
+    names = sorted(totals)
+    means = backend.reduce(torch.stack([totals[name].cpu().double() for name in names])).tolist()
+    return {f"held_out_{name}": value for name, value in _divide(dict(zip(names, means, strict=True))).items()}
 
 
 def _add(totals: dict[str, torch.Tensor], out: LossOutput, share: torch.Tensor) -> None:

@@ -57,7 +57,11 @@ class RunStatus:
         total = f" of {self.num_steps}" if self.num_steps else ""
         head = f"{self.label}: {self.state}, step {self.step}{total}, {self.attempts} attempt(s)"
         head += f", last sign of life {self.quiet_seconds:.0f} s ago" if self.state != "finished" else ""
-        shown = [f"{name} {number:.4g}" for name, number in self.metrics.items() if name not in ("step", "seconds")]
+        shown = [
+            f"{name} {number:.4g}"
+            for name, number in self.metrics.items()
+            if name not in ("step", "seconds") and "_place_" not in name
+        ]
         lines = [head, "  " + "  ".join(shown), *(f"  {item.text()}" for item in self.checkpoints)]
         for event in self.events:
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))

@@ -18,6 +18,7 @@ from dtrpo_ray.errors import DtrpoError
 from dtrpo_ray.files import whole_folder
 from dtrpo_ray.method.step import checkpoint_layers
 from dtrpo_ray.metrics import ERRORS, EVENTS, append_event
+from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import BaseReference, add_adapters, merge_adapters, save_adapter
 from dtrpo_ray.models.registry import copy_companions, load_model, save_model
 from dtrpo_ray.session import cpu_threads
@@ -82,10 +83,24 @@ def _attempt(spec: RunSpec, rank: int, alive: Callable[[], None]) -> None:
     rows = ray.train.get_dataset_shard("all" if elastic else f"rank-{rank}")
     batches = dataset.rank_batches(rows, config, world, start, share=(rank, world) if elastic else None)
     to_batch = loop.collate(config, policy, stage.seed, reference, fill=fill, device=device)
-    with _loop(spec, saver, start, flops_per_token, alive) as run:
+    held_out = _held_out(spec, backend, reference, policy, rank=rank, world=world)
+    with _loop(spec, saver, start, flops_per_token, alive, held_out) as run:
         run(config, backend, reference, batches, to_batch, start_step=start, num_steps=spec.num_steps)
     saver.uploaded.wait()
     _write_model(backend, config, stage.base, stage.out, rank)
+
+
+def _held_out(
+    spec: RunSpec, backend: DeepSpeedBackend, reference: Any, policy: DiffusionLM, *, rank: int, world: int
+) -> Callable[[], dict[str, float]]:
+    """Return the hook that measures this rank's part of the rows held out."""
+    config, seed = spec.config, spec.stage.seed
+    if not config.held_out:
+        return dict
+    rows = dataset.held_out_rows(spec.stage.table, config.held_out, rank, world)
+    measured = config.model_copy(update={"objective": config.held_out_objective})
+    to_batch = loop.collate(measured, policy, seed, reference, device=backend.device)
+    return partial(loop.held_out_metrics, config, backend, reference, rows, to_batch)
 
 
 def _prepare_device() -> torch.device:
@@ -100,7 +115,12 @@ def _prepare_device() -> torch.device:
 
 @contextmanager
 def _loop(
-    spec: RunSpec, saver: recovery.Saver, start: int, flops_per_token: float, alive: Callable[[], None]
+    spec: RunSpec,
+    saver: recovery.Saver,
+    start: int,
+    flops_per_token: float,
+    alive: Callable[[], None],
+    held_out: Callable[[], dict[str, float]],
 ) -> Iterator[Callable[..., None]]:
     """Yield `loop.run` with its calls back to this rank: a metrics row, a checkpoint, and the hooks."""
     out, rank = spec.stage.out, saver.rank
@@ -134,7 +154,8 @@ def _loop(
             if sink:
                 sink(row)
 
-        yield partial(loop.run, log=log, save=save, hooks=loop.Hooks(begin, log_drop, drain.due, drain.ask))
+        hooks = loop.Hooks(begin, log_drop, drain.due, drain.ask, held_out)
+        yield partial(loop.run, log=log, save=save, hooks=hooks)
 
 
 def _log_start(spec: RunSpec, start: int, world: int, found: recovery.Found | None) -> None:

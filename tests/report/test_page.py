@@ -271,7 +271,7 @@ def test_sets_whose_names_sort_alike_keep_all_their_budgets() -> None:
 def test_only_a_preference_loss_starts_at_log_2() -> None:
     for kind, level in (("dtrpo", True), ("elbo_dpo", True), ("imitation", False), ("sft", False)):
         curves = report._curves({"train": {"objective": {"type": kind}}})
-        assert (curves[1].level is not None) == level
+        assert (curves[0].level is not None) == level
 
 
 # ---- curves
@@ -389,3 +389,14 @@ def test_job_is_printed_whole(full: Path) -> None:
     shown = re.search(r"defaults included</summary><pre>(.*?)</pre>", full.read_text(), re.S)
     assert shown is not None
     assert json.loads(shown[1].replace("&#34;", '"')) == JOB
+
+
+def test_the_bases_held_out_nll_and_four_places_of_a_block_are_drawn_where_they_were_logged(tmp_path: Path) -> None:
+    assert [curve.name for curve in report._base_curves(train_rows(3))] == ["base_loss"]
+    places = {f"nll_place_{place}": 1.0 for place in range(1, 33)}
+    rows = [{**row, **places} for row in train_rows(2)] + [{**train_rows(3)[2], **places, "held_out_nll": 0.5}]
+    found = {curve.name: list(curve.colors) for curve in report._base_curves(rows)}
+    assert found["base_held_out"] == ["held_out_nll"]
+    assert found["base_places"] == [f"nll_place_{place}" for place in (1, 11, 21, 32)]
+    poor(tmp_path, curves={"base": rows})
+    assert {"base_held_out.png", "base_places.png"} <= {file.name for file in tmp_path.rglob("*.png")}

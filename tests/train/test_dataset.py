@@ -10,8 +10,8 @@ import pytest
 
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.train import TrainConfig
-from dtrpo_ray.errors import TrainError
-from dtrpo_ray.train.dataset import make_plan
+from dtrpo_ray.errors import DataError, TrainError
+from dtrpo_ray.train.dataset import held_out_rows, is_held_out, make_plan
 
 IDS = [f"row-{i:03d}" for i in range(37)]
 
@@ -105,3 +105,34 @@ def test_any_number_of_workers_shares_a_batch_exactly_once(num_workers: int) -> 
 
 def test_the_default_cluster_is_this_machine() -> None:
     assert ClusterConfig().address == "local"
+
+
+def test_the_rows_held_out_belong_to_the_ids_alone_and_are_never_trained_on() -> None:
+    """A larger share holds out the same rows and more, about as many as it says; no order and no seed matters."""
+    ids = [f"row-{i}" for i in range(4000)]
+    held = {share: {name for name in ids if is_held_out(name, share)} for share in (0.0, 0.1, 0.3)}
+    assert not held[0.0]
+    assert held[0.1] < held[0.3]
+    assert [len(held[share]) / 4000 for share in (0.1, 0.3)] == pytest.approx([0.1, 0.3], abs=0.02)
+    config = TrainConfig(held_out=0.3, num_epochs=2, global_batch=7)
+    plan = make_plan(ids, config, seed=5)
+    read = [ids[row] for row in plan.row[plan.weight > 0]]
+    assert sorted(read) == sorted([*(set(ids) - held[0.3])] * 2)
+    for few, count in ((["row-0"], 0), ([next(iter(held[0.1]))], 1)):
+        with pytest.raises(DataError, match=f"held_out = 0.1 holds {count} of 1 rows out; give another"):
+            make_plan(few, TrainConfig(held_out=0.1), seed=0)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 50])
+def test_ranks_share_the_rows_held_out_and_each_has_as_many(num_workers: int, tmp_path: Path) -> None:
+    ids = [f"row-{i}" for i in range(100)]
+    for part in (0, 1):  # in any files
+        rows = {"row_id": ids[part::2], "prompt_ids": [[int(name[4:])] for name in ids[part::2]]}
+        pq.write_table(pa.table(rows), tmp_path / f"part-{part}.parquet")
+    shares = [held_out_rows(tmp_path, 0.3, rank, num_workers) for rank in range(num_workers)]
+    held = sorted(name for name in ids if is_held_out(name, 0.3))
+    assert len({len(share) for share in shares}) == 1
+    real = [row for share in shares for row in share if row["row_weight"]]
+    assert sorted(row["row_id"] for row in real) == held
+    assert all(row["prompt_ids"] == [int(row["row_id"][4:])] for share in shares for row in share)
+    assert {(row["epoch"], row["batch_weight"]) for share in shares for row in share} == {(0, len(held))}

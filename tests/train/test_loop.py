@@ -12,7 +12,7 @@ from benchmarks.plain import PlainBackend
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.method.batch import ModelLayout, build_batch, packed_tokens, padded_tokens
-from dtrpo_ray.method.step import scored_logps
+from dtrpo_ray.method.step import scored_logps, training_step
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train import loop
 from dtrpo_ray.train.backend import deepspeed_config
@@ -94,6 +94,43 @@ def test_nll_by_place_is_the_mean_over_the_hidden_tokens_of_the_global_batch(mak
     short = [{**rows(1)[0], "prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "batch_weight": 1}]
     log = train(make_model(), config(objective=Objective(type="sft", num_draws=20)), [short], None)[1][0]
     assert [name for name in log if "place" in name] == ["nll_place_1", "nll_place_2", "nll_place_3"]
+
+
+def test_the_rows_held_out_are_measured_in_the_elbo_however_they_are_split_and_change_no_weight(
+    make_model: Any,
+) -> None:
+    """At the same draws each time, in evaluation mode; rows that fill a rank have weight 0."""
+    objective, held = Objective(type="sft", complementary_masks=True), rows(5, start=90)
+    held = [{**row, "batch_weight": 4.0, "row_weight": float(at < 4)} for at, row in enumerate(held)]
+    model, cfg = make_model(exact=True), config(objective=objective, held_out=0.5)
+    elbo = cfg.model_copy(update={"objective": cfg.held_out_objective})
+    batch = build_batch(held[:4], Objective(type="sft"), ModelLayout.of(model), seed=0)
+    expected = training_step(model, None, batch, Objective(type="sft")).loss_P.mean().item()
+    for micro in (5, 2, 1):
+        split = cfg.model_copy(update={"micro_batch": micro})
+        backend, modes = PlainBackend(model, split, 1, CPU), []
+        hook = model.register_forward_pre_hook(lambda module, _, modes=modes: modes.append(module.training))
+        before, to_batch = weights(model), loop.collate(elbo, model, seed=0)
+        found = [loop.held_out_metrics(split, backend, None, held, to_batch) for _ in range(2)]
+        hook.remove()
+        assert found[0] == found[1]
+        assert found[0]["held_out_loss"] == found[0]["held_out_nll"] == pytest.approx(expected, rel=1e-9)
+        assert "held_out_nll_place_1" in found[0]
+        assert not any(modes)
+        assert model.training
+        assert torch.equal(weights(model), before)
+
+
+def test_the_rows_held_out_are_logged_with_each_checkpoint_and_before_it(make_model: Any) -> None:
+    model, cfg, told = make_model(), config(log_every=2, save_every=3), list[Any]()
+    backend, log = PlainBackend(model, cfg, 7, CPU), list[dict[str, Any]]()
+    hooks = loop.Hooks(held_out=lambda: told.append("held") or {"held_out_loss": 1.0})  # type: ignore[func-returns-value]
+    to_batch = loop.collate(cfg, model, 0)
+    loop.run(cfg, backend, make_model(), [rows(4)] * 7, to_batch, 0, 7, log.append, told.append, hooks)
+    assert told == ["held", 3, "held", 6, "held", 7]
+    assert [(row["step"], "held_out_loss" in row) for row in log] == [
+        (2, False), (3, True), (4, False), (6, True), (7, True)
+    ]  # fmt: skip
 
 
 def test_rows_of_weight_zero_change_nothing(make_model: Any) -> None:
