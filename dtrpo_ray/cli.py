@@ -16,7 +16,6 @@ import typer
 from dtrpo_ray.config.cluster import ClusterConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job, load_serve
-from dtrpo_ray.config.task import Files
 from dtrpo_ray.data.tasks.puzzles import read_public_tests
 from dtrpo_ray.errors import ConfigError, DataError, DtrpoError
 
@@ -168,32 +167,35 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row breaks a rule.")] = False,
     quarantine: Annotated[Path | None, typer.Option(help="A new file for place and reason of each bad row.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest row of a table: prompt and a side.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer directory of a table's token ids.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer directory of a table's ids, or to try a file with.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Validate a job file and the files it names, or data: each row against each rule. Runs nothing."""
     if quarantine is not None and quarantine.exists():
         raise ConfigError(f"--quarantine {quarantine} exists already; name a file that does not")
     parsed = load_job(Path(source), overrides or ()) if source.endswith(".toml") else None
-    files = {kind.type: kind.files for kind in (parsed.task, parsed.sft) if isinstance(kind, Files)} if parsed else {}
-    if parsed and parsed.puzzle and not any(files.values()):
+    if parsed and parsed.puzzle and not (parsed.sft and parsed.sft.files):
         found = {name: len(rows) for name, rows in read_public_tests(parsed.puzzle).items()}
         tests = {path.name: found.get(path.name, "missing") for path in parsed.puzzle.public_tests}
         counts = {"job": parsed.name, "task": parsed.task.type, **({"public_tests": tests} if tests else {})}
         result(counts, as_json, f"{source}: valid. " + json.dumps(counts))
         return
-    from dtrpo_ray.data.prepare import check_data
+    from dtrpo_ray.data.prepare import check_data, check_job
     from dtrpo_ray.data.tables import quarantine_lines
 
-    if parsed:
-        named = [(file, kind) for kind, own in files.items() for file in own]
-        reports = [report for file, kind in named for report in check_data(file, max_tokens, kind=kind)]
-    else:
-        reports = check_data(source, max_tokens, tokenizer)
+    reports = check_job(parsed) if parsed else check_data(source, max_tokens, tokenizer)
     refused = [row for report in reports for row in report.refused]
     if quarantine is not None:
         quarantine.write_text(quarantine_lines(refused))
-    value = {"source": source, "files": {r.source: {"table": r.table, **r.totals} for r in reports}}
+    value = {
+        "source": source,
+        "files": {
+            r.source: {"table": r.table, **r.totals, "examples": list(r.examples), "warnings": list(r.warnings)}
+            for r in reports
+        },
+    }
     result(value, as_json, "\n".join(line for report in reports for line in report.lines()))
     if refused and strict:
         first = refused[0]

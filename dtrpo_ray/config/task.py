@@ -66,11 +66,15 @@ class Files(Section):
     files: tuple[str, ...] = Field(min_length=1)
     """Paths or URIs (s3://, gs://) of files or folders; the format is recognised by the columns (docs/data.md)."""
     max_prompt_tokens: int = Field(512, ge=1)
-    """Longer prompts are truncated at their beginning."""
+    """Longer prompts lose their oldest turns, or as text their beginning; they are counted."""
     max_response_tokens: int = Field(512, ge=1)
     """Rows with a longer response go to the quarantine file."""
     max_rows: int | None = Field(None, ge=1)
     """Read no more rows than this."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of columns: our name to the file's, as `{prompt = "question"}`."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are not part of a row's text, beside those that docs/data.md lists."""
     strict: bool = False
     """Stop at the first row that would go to the quarantine file."""
 

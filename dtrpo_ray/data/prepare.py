@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +18,11 @@ from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.task import FilesTask
 from dtrpo_ray.config.train import SFTConfig
 from dtrpo_ray.data import tables
-from dtrpo_ray.data.formats.base import Format
+from dtrpo_ray.data.formats.base import Format, Row
 from dtrpo_ray.data.formats.examples import example_format
 from dtrpo_ray.data.formats.files import Shard, data_files
-from dtrpo_ray.data.formats.preferences import preference_format
+from dtrpo_ray.data.formats.parsing import Columns
+from dtrpo_ray.data.formats.preferences import PreferenceRow, common_length, preference_format
 from dtrpo_ray.data.formats.prompts import prompt_format
 from dtrpo_ray.data.formats.reading import first_rows
 from dtrpo_ray.data.formats.responses import response_format
@@ -31,6 +31,7 @@ from dtrpo_ray.data.formats.tokenize import (
     split_origins,
     tokenize_examples,
     tokenize_preferences,
+    tokenize_prompts,
     tokenize_responses,
 )
 from dtrpo_ray.data.ragged import list_lengths
@@ -42,6 +43,9 @@ from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import read_json, whole_file, write_json
 from dtrpo_ray.method.trajectory import Origin
 from dtrpo_ray.models import tokenizer as tokenizers
+from dtrpo_ray.models.registry import skeleton_of
+
+EXAMPLES = 3  # rows that `dtrpo check` and the manifest show as they are trained on
 
 Reader = FilesTask | SFTConfig  # a section that reads files
 
@@ -49,7 +53,7 @@ Reader = FilesTask | SFTConfig  # a section that reads files
 class Kind(NamedTuple):
     """How files are read: the format by their columns, rows to cells, and the table they become."""
 
-    form: Callable[[str], Format[Any]]
+    form: Callable[[str, Columns | None], Format[Any]]
     tokenize: Callable[[Any, Target], tuple[pa.Table, list[Rejected]]]
     schema: pa.Schema
 
@@ -59,8 +63,14 @@ KINDS = {
     "preferences": Kind(preference_format, tokenize_preferences, PREFERENCE),
     "trajectories": Kind(response_format, tokenize_responses, TRAJECTORY),
     "sft": Kind(example_format, tokenize_examples, EXAMPLE),
-    "prompts": Kind(prompt_format, tokenize_responses, TRAJECTORY),
+    "prompts": Kind(prompt_format, tokenize_prompts, TRAJECTORY),
 }
+
+
+def format_of(task: Reader) -> Callable[[str], Format[Any]]:
+    """Return the function that recognises the format of a file of a task; it raises DataError for an unknown one."""
+    columns = Columns(task.columns, frozenset(task.ignore_columns))
+    return cache(lambda file: KINDS[task.type].form(file, columns))
 
 
 def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
@@ -103,6 +113,41 @@ class PartSummary(Counts):
     """The counts of one part of a file; `made` are rows of the table, `good` the rows of the file in them."""
 
     made: int
+    examples: list[dict[str, str]]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted while rows become tables; `good` counts rows of the file, as `ignored` and `truncated` do."""
+
+    made: int = 0
+    good: int = 0
+    refused: list[Rejected] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, rows: Sequence[Row], each: int, table: pa.Table, target: Target) -> None:
+        """Count the rows of a batch and the table that they became, and keep its first rows as examples.
+
+        `each` rows of the file make one row.
+        """
+        self.made += len(table)
+        self.good += len(table) * each
+        for row in rows:
+            self.ignored.update(dict.fromkeys(row.ignored, each))
+        # answers to a prompt of a file have its origin and their number: "file:line#2"
+        origins = ({origin, origin.rpartition("#")[0]} for origin in table["origin"].to_pylist())
+        self.truncated += each * sum(not target.truncated.isdisjoint(names) for names in origins)
+        target.truncated.clear()
+        names = [name for name in ID_COLUMNS if name in table.schema.names]
+        for row in table.select(names).slice(0, EXAMPLES - len(self.examples)).to_pylist():
+            self.examples.append({n.removesuffix("_ids"): str(target.tokenizer.decode(row[n])) for n in names})
+
+    def counts(self) -> Counts:
+        """Return the counts; what was neither ignored nor truncated is left out."""
+        refused = dict(Counter(row.reason for row in self.refused).most_common())
+        return tables.counts_of(self.good, refused, self.ignored, self.truncated)
 
 
 class _RowsToDrop(TypedDict):
@@ -132,24 +177,22 @@ class Importer:
 
     def __init__(self, source: ImportJob) -> None:
         self.task, self.hashes = source.task, source.data_hashes
-        limits = self.task.model_dump(include={"max_prompt_tokens", "max_response_tokens"})
-        self.target = Target(tokenizers.load_tokenizer(source.tokenizer), **limits, **source.grid)
-        self.form: Callable[[str], Format[Any]] = cache(KINDS[self.task.type].form)
+        self.target = Target(tokenizers.load_tokenizer(source.tokenizer), **_limits(self.task), **source.grid)
+        self.form = format_of(self.task)
 
     def __call__(self, part: Shard, out: Path) -> PartSummary:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
-        made, refused = 0, list[Rejected]()
+        tally, each = Tally(), self.form(part.file).rows_each
         for batch, (rows, bad) in enumerate(self._batches(part)):
             table, unfit = self._tokenize(rows)
             table = tables.with_columns(table, {"data_hash": [self.hashes[part.file]] * len(table)})
-            refused += (bad := bad + unfit)
+            tally.refused += (bad := bad + unfit)
             if bad and self.task.strict:
                 raise DataError(f"{bad[0].origin}: {bad[0].reason}: {bad[0].detail} (strict)")
-            made += len(table)
+            tally.add(rows, each, table, self.target)
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
-        (out / f"refused-{part.name}.jsonl").write_text(tables.quarantine_lines(refused))
-        good, reasons = made * self.form(part.file).rows_each, Counter(row.reason for row in refused)
-        return {"rows": good + len(refused), "good": good, "made": made, "refused": reasons}
+        (out / f"refused-{part.name}.jsonl").write_text(tables.quarantine_lines(tally.refused))
+        return {**tally.counts(), "made": tally.made, "examples": tally.examples}
 
     def _batches(self, part: Shard) -> Iterator[tuple[Any, list[Rejected]]]:
         """Yield rows to tokenize together, and the rows refused before that."""
@@ -159,12 +202,16 @@ class Importer:
         return KINDS[self.task.type].tokenize(rows, self.target)
 
 
+def _limits(task: Reader) -> dict[str, Any]:
+    return {"max_prompt_tokens": task.max_prompt_tokens, "max_response_tokens": task.max_response_tokens}
+
+
 def import_parts(task: Reader, rows: int | None = None) -> list[Shard]:
     """Return the named parts of a task's files in their order, up to `max_rows` rows; one has `rows` or PART_ROWS."""
     parts: list[Shard] = []
-    left = task.max_rows
+    left, form = task.max_rows, format_of(task)
     for number, file in enumerate(file for where in task.files for file in data_files(where)):
-        shards = KINDS[task.type].form(file).shards(file, rows)
+        shards = form(file).shards(file, rows)
         if left is not None:
             shards, taken = first_rows(shards, left)
             left -= taken
@@ -190,12 +237,14 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
                 quarantine.write(tables.quarantine_lines(rows))
                 refused["duplicate row"] += len(rows)
                 made -= 1
-    good = sum(summary["good"] for summary in summaries) - refused["duplicate row"]
+    good, ignored = sum(summary["good"] for summary in summaries) - refused["duplicate row"], Counter[str]()
     for summary in summaries:
         refused.update(summary["refused"])
-    by_reason = {reason: count for reason, count in refused.most_common() if count}
-    counts: Counts = {"rows": sum(summary["rows"] for summary in summaries), "good": good, "refused": by_reason}
-    tables.write_manifest(out, schema, counts, made)
+        ignored.update(summary.get("ignored", {}))
+    truncated = sum(summary.get("truncated", 0) for summary in summaries)
+    counts = tables.counts_of(good, dict(refused.most_common()), ignored, truncated)
+    examples = [example for summary in summaries for example in summary["examples"]][:EXAMPLES]
+    tables.write_manifest(out, schema, counts, made, examples)
     return counts
 
 
@@ -242,35 +291,72 @@ def write_buckets(table: pa.Table, out: Path, name: str) -> None:
 # === dtrpo check ===
 
 
-def check_data(
-    source: str, max_tokens: int | None = None, tokenizer: Path | None = None, kind: str | None = None
-) -> list[Report]:
+def check_job(job: Job) -> list[Report]:
+    """Return a report of each file of a job's sections, whose rows are read and tokenized as the job does.
+
+    Raises DataError for what cannot be read or recognised, and ModelError for a model that cannot be used.
+    """
+    init, reports = job.model.init, list[Report]()
+    grid: dict[str, Any] = {"block_size": init.block_size} if init else {}
+    if job.model.path:
+        model = skeleton_of(job.model.path)
+        grid = {"block_size": model.block_size, "block_origin": model.block_origin}
+    tokenizer = job_tokenizer(job)
+    for section in (job.task, job.sft):
+        if isinstance(section, Reader) and section.files:
+            target, form = Target(tokenizer, **_limits(section), **grid), format_of(section)
+            files = groupby(import_parts(section), key=lambda part: part.file)
+            reports += [_check_file(file, form(file), list(parts), section.type, target) for file, parts in files]
+    return reports
+
+
+def check_data(source: str, max_tokens: int | None = None, tokenizer: Path | None = None) -> list[Report]:
     """Return a report of a table, or one for each file. Raises DataError for what cannot be read or recognised.
 
     A table's rows must have at most `max_tokens`, and ids of the tokenizer in the directory `tokenizer`, where these
-    are given. Files are read as a task of type `kind` reads them, or else as the first type that knows their columns.
+    are given. Files are read as the first type of task that knows their columns, and with a tokenizer also tokenized.
     """
     schema = None if "://" in source else tables.schema_of(Path(source))
+    given = None if tokenizer is None else tokenizers.load_tokenizer(tokenizer)
     if schema is not None:
-        digest = None if tokenizer is None else tokenizers.tokenizer_hash(tokenizers.load_tokenizer(tokenizer))
+        digest = None if given is None else tokenizers.tokenizer_hash(given)
         return [tables.check_folder(Path(source), schema, Expected(digest, max_tokens))]
-    return [_check_file(file, (kind,) if kind else tuple(KINDS)) for file in data_files(source)]
+    longest = 1 << 30
+    target = None if given is None else Target(given, 1, max_prompt_tokens=longest, max_response_tokens=longest)
+    found = [(file, *_recognise(file)) for file in data_files(source)]
+    return [_check_file(file, form, form.shards(file), kind, target) for file, kind, form in found]
 
 
-def _check_file(file: str, kinds: tuple[str, ...]) -> Report:
-    kind, *others = kinds
-    try:
-        form = KINDS[kind].form(file)
-    except DataError as unknown:
-        for other in others:
-            with suppress(DataError):
-                return _check_file(file, (other,))
-        raise unknown
-    good, rejected = 0, list[Rejected]()
-    for row in (row for shard in form.shards(file) for row in form.read(shard)):
-        if isinstance(row, Rejected):
-            rejected.append(row)
+def _recognise(file: str) -> tuple[str, Format[Any]]:
+    """Return the first type of task that knows a file's columns, and its format. Raises DataError if none does."""
+    unknown: list[DataError] = []
+    for kind, how in KINDS.items():
+        try:
+            return kind, how.form(file, None)
+        except DataError as error:
+            unknown.append(error)
+    raise unknown[0]
+
+
+def _check_file(file: str, form: Format[Any], parts: list[Shard], kind: str, target: Target | None) -> Report:
+    tally, odd = Tally(), 0
+    for rows, bad in (batch for part in parts for batch in form.batches(part)):
+        table, unfit = KINDS[kind].tokenize(rows, target) if target else (None, [])
+        tally.refused += bad + unfit
+        odd += sum(map(_outgrown, rows))
+        if target:
+            tally.add(rows, form.rows_each, table, target)
         else:
-            good += form.rows_each
+            tally.good += len(rows) * form.rows_each
+            tally.ignored.update(name for row in rows for name in row.ignored)
     name = f"prompts, {form.name}" if kind == "prompts" else form.name
-    return Report(file, name, good + len(rejected), tuple(rejected))
+    says = f"in {odd} rows the two answers begin alike for longer than the prompt; is it the whole question?"
+    warnings = (says,) if odd * 2 > tally.good > 0 else ()
+    return Report(file, name, tally.counts(), tuple(tally.refused), tuple(tally.examples), warnings)
+
+
+def _outgrown(row: Row) -> bool:
+    """Return whether a pair's prompt is a text much shorter than the common beginning of its answers."""
+    if not isinstance(row, PreferenceRow) or not isinstance(row.prompt, str):
+        return False
+    return common_length(row.chosen, row.rejected) > 20 + 3 * len(row.prompt)

@@ -34,11 +34,28 @@ class Rejected:
 
 
 class Counts(TypedDict):
-    """Rows that were read: the good ones, and the refused by reason, most frequent first; they add up to `rows`."""
+    """Rows that were read: the good ones, and the refused by reason, most frequent first; they add up to `rows`.
+
+    `ignored` counts the good rows that have something in a column that is no part of them, by column. `truncated` are
+    good rows whose prompt was cut.
+    """
 
     rows: int
     good: int
     refused: dict[str, int]
+    ignored: NotRequired[dict[str, int]]
+    truncated: NotRequired[int]
+
+
+def counts_of(good: int, refused: Mapping[str, int], ignored: Mapping[str, int], truncated: int) -> Counts:
+    """Return counts; those of nothing are left out."""
+    some = {reason: count for reason, count in refused.items() if count}
+    counts: Counts = {"rows": good + sum(some.values()), "good": good, "refused": some}
+    if ignored:
+        counts["ignored"] = dict(sorted(ignored.items()))
+    if truncated:
+        counts["truncated"] = truncated
+    return counts
 
 
 class ManifestFile(TypedDict):
@@ -49,39 +66,44 @@ class ManifestFile(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The contents of `manifest.json`; `counts` are those of an import."""
+    """The contents of `manifest.json`; `counts` are those of an import, whose first rows are decoded as `examples`."""
 
     table: str
     contract_version: int
     rows: int
     files: dict[str, ManifestFile]
     counts: NotRequired[Counts]
+    examples: NotRequired[list[dict[str, str]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The result of checking a file or folder. `good` rows and the refused ones add up to `rows`."""
+    """The result of checking a file or folder; `examples` are rows as decoded from their ids, by column."""
 
     source: str
     table: str
-    rows: int
+    totals: Counts
     refused: tuple[Rejected, ...]
-
-    @property
-    def totals(self) -> Counts:
-        """Return the counts, the refused by the rule they broke."""
-        refused = dict(Counter(row.reason for row in self.refused).most_common())
-        return {"rows": self.rows, "good": self.rows - len(self.refused), "refused": refused}
+    examples: tuple[dict[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Return the report as a table of text."""
-        return [f"{self.source}: {self.table}", *count_lines(self.totals)]
+        """Return the report as text: counts, the first row of each reason, and examples."""
+        first = {row.reason: f"  {row.reason}: {row.detail} ({row.origin})" for row in reversed(self.refused)}
+        shown = [
+            f"  {name:<9} {text!r}" for number, row in enumerate(self.examples, 1)
+            for name, text in {"example": number, **row}.items()
+        ]  # fmt: skip
+        told = [f"  warning: {text}" for text in self.warnings]
+        return [f"{self.source}: {self.table}", *count_lines(self.totals), *first.values(), *told, *shown]
 
 
 def count_lines(totals: Counts) -> list[str]:
-    """Return counts as the lines of a table of text that adds up."""
+    """Return counts as the lines of a table of text that adds up, and below it what is no part of the sum."""
     rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
-    return [f"  {name:<22}{count:>10,}" for name, count in rows]
+    below = [("prompt truncated", totals["truncated"])] if "truncated" in totals else []
+    below += [(f"ignored: {column}", count) for column, count in totals.get("ignored", {}).items()]
+    return [f"  {name:<22}{count:>10,}" for name, count in rows + below]
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
@@ -243,7 +265,9 @@ def check_folder(path: Path, schema: pa.Schema, expected: Expected | None = None
         for (file, number), (first, at) in zip(*repeats, strict=True):
             repeated = Rejected(f"{file}:{number + 1}", DUPLICATE, f"the row_id of {first}:{at + 1}")
             refused.setdefault((file, number), repeated)
-    return Report(str(path), table_name(schema), rows, tuple(refused[place] for place in sorted(refused)))
+    bad = tuple(refused[place] for place in sorted(refused))
+    counts = counts_of(rows - len(bad), dict(Counter(row.reason for row in bad).most_common()), {}, 0)
+    return Report(str(path), table_name(schema), counts, bad)
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
@@ -259,8 +283,14 @@ def write_shards(table: pa.Table, out: Path) -> None:
     write_manifest(out, table.schema)
 
 
-def write_manifest(folder: Path, schema: pa.Schema, counts: Counts | None = None, rows: int | None = None) -> None:
-    """Write `manifest.json`: the table, its files with rows and SHA-256, and the `counts` of an import.
+def write_manifest(
+    folder: Path,
+    schema: pa.Schema,
+    counts: Counts | None = None,
+    rows: int | None = None,
+    examples: list[dict[str, str]] | None = None,
+) -> None:
+    """Write `manifest.json`: the table, its files with rows and SHA-256, and the `counts` and `examples` of an import.
 
     Raises DataError if the files do not hold `rows` rows, where that is known.
     """
@@ -279,6 +309,8 @@ def write_manifest(folder: Path, schema: pa.Schema, counts: Counts | None = None
     }
     if counts is not None:
         record["counts"] = counts
+    if examples:
+        record["examples"] = examples
     write_json(folder / TABLE_MANIFEST, record)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -79,7 +78,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
         _, found, after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(PROBE)
-    except TemplateError:
+    except Exception:  # a template is a program, which raises anything
         return None
     added = tokenizer.get_added_vocab()
     end = re.search(_any_of(added), after) if found and added else None
@@ -158,14 +157,26 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
-    """Return a prompt's text: its own, or its messages in the chat template with the assistant's opening."""
+    """Return a prompt's text: its own, or its messages in the chat template with the assistant's opening.
+
+    Messages that end in an assistant's turn have that turn left open, to be continued. Raises DataError for messages
+    that the template refuses, and ModelError if there is no template.
+    """
     if isinstance(prompt, str):
         return prompt
     if tokenizer.chat_template is None:
         raise ModelError("the tokenizer has no chat template; give the prompt as text")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise ModelError(f"the tokenizer has the chat templates {names} and none called default; name one so")
+    goes_on = bool(prompt) and prompt[-1]["role"] == "assistant"
     try:
-        return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
+        return str(
+            tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False
+            )
+        )
+    except Exception as error:  # a template is a program, which raises anything
         raise DataError(f"the chat template refuses the messages ({error})") from None
 
 

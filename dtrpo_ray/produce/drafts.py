@@ -59,7 +59,7 @@ class Drafter(Importer):
             elif not reply.text.strip():
                 yield Rejected(origin, "empty side", "the draft has no text")
             else:
-                yield ResponseRow(ENGINE_NAME, row.prompt, reply.text, row.answer, origin=origin)
+                yield ResponseRow(ENGINE_NAME, row.prompt, reply.text, row.answer, origin=origin, ignored=row.ignored)
 
     def _encode(self, row: PromptRow, first_seen: dict[str, str]) -> list[int]:
         first = first_seen.setdefault(content_id(row.prompt), row.origin)

@@ -76,6 +76,36 @@ def test_every_row_ends_in_one_place_and_the_counts_add_up(source: Path, tokeniz
     assert check_folder(out, PREFERENCE).totals == {"rows": 18, "good": 18, "refused": {}}
 
 
+def test_what_is_ignored_or_truncated_is_counted_and_rows_are_shown(tokenizer: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "table"
+    rows: list[dict[str, Any]] = [{"prompt": f"{i}" * (i + 1), "chosen": "1", "rejected": "2"} for i in range(5)]
+    rows[0] |= {"source": "a"}
+    rows[4] |= {"notes": "b"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = imported(task(path, max_prompt_tokens=2), tokenizer, out, PREFERENCE)
+    refused = {"unknown column": 1}
+    assert counts == {"rows": 5, "good": 4, "refused": refused, "ignored": {"source": 1}, "truncated": 2}
+    manifest = read_manifest(out) or {}
+    assert manifest["counts"] == counts
+    assert manifest["examples"][1] == {"prompt": "11", "chosen": "1<|endoftext|>", "rejected": "2<|endoftext|>"}
+    assert len(manifest["examples"]) == 3
+    job = tmp_path / "job.toml"
+    job.write_text(f"""
+        name = "check"
+        task = {{type = "preferences", files = ["{path}"], max_prompt_tokens = 2}}
+        model = {{tokenizer = "{tokenizer}", init = {{hidden_size = 16, num_layers = 1, num_heads = 1}}}}
+        train = {{objective = {{schedule = "random"}}}}
+    """)
+    (report,) = prepare.check_job(load_job(job, ()))
+    assert (report.totals, list(report.examples)) == (counts, manifest["examples"])
+
+
+def test_a_prompt_shorter_than_what_its_answers_share_is_a_warning(tmp_path: Path) -> None:
+    path, shared = tmp_path / "pairs.jsonl", "The capital of France, which you ask for, is "
+    path.write_text(json.dumps({"prompt": "Of", "chosen": shared + "Paris", "rejected": shared + "Lyon"}) + "\n")
+    assert "begin alike" in prepare.check_data(str(path))[0].warnings[0]
+
+
 def test_rows_of_like_length_share_a_file(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     imported(task(source), tokenizer, tmp_path / "table", PREFERENCE)
     for file in (tmp_path / "table").glob("part-*.parquet"):
@@ -231,17 +261,15 @@ def test_chats_become_examples_that_end_as_the_chosen_side_of_a_pair(origin: Any
         done = [importer(part, out) for part in prepare.import_parts(config)]
         made[config.type] = prepare.finish_import(done, schema, out), read_table(out, schema).to_pylist()
     counts, examples = made["sft"]
-    assert counts == {
-        "rows": 6, "good": 2, "refused": {"duplicate row": 2, "response too long": 1, "no answer": 1}
-    }  # fmt: skip
+    refused = {"duplicate row": 2, "prompt too long": 1, "no answer": 1}
+    assert counts == {"rows": 6, "good": 2, "refused": refused, "truncated": 1}
     (pair,) = made["preferences"][1]
     short = next(row for row in examples if row["origin"].endswith(":1#1"))
     assert (short["prompt_ids"], short["chosen_ids"]) == (pair["prompt_ids"], pair["chosen_ids"])
     tokenizer = load_tokenizer(folder)
     assert turn_end_id(tokenizer) in short["chosen_ids"]
-    whole = encode_prompt(tokenizer, [*turns, *answer, *turns])
     last = next(row for row in examples if row["origin"].endswith(":4#2"))
-    assert last["prompt_ids"] == whole[-20:]
+    assert last["prompt_ids"] == encode_prompt(tokenizer, turns)  # the older turns were dropped
 
 
 @pytest.mark.ray

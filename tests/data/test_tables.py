@@ -99,7 +99,7 @@ def test_a_check_counts_every_row_once_and_says_where_it_stands(tmp_path: Path) 
         "good": 4,
         "refused": {"duplicate id": 2, "mask token": 1, "lengths differ": 1},
     }
-    assert sum(report.totals["refused"].values()) + report.totals["good"] == report.rows
+    assert sum(report.totals["refused"].values()) + report.totals["good"] == report.totals["rows"]
     one, two = tmp_path / "part-0.parquet", tmp_path / "part-1.parquet"
     assert [row.origin for row in report.refused] == [f"{one}:4", f"{one}:5", f"{two}:1", f"{two}:2"]
     assert report.refused[3] == Rejected(f"{two}:2", "duplicate id", f"the row_id of {one}:2")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
-from dtrpo_ray.data.formats.parsing import Messages, Prompt, Refusal, require_text
-from dtrpo_ray.data.formats.preferences import alpaca_prompt, one_answer, system_turn
+from dtrpo_ray.data.formats.parsing import Columns, Messages, Prompt, Refusal, require_text
+from dtrpo_ray.data.formats.preferences import one_answer, prompt_of, with_system
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +35,21 @@ def _conversation(turns: Messages) -> list[ExampleRow]:
 
 
 EXAMPLE_FORMATS: tuple[RowFormat[ExampleRow], ...] = (
-    RowFormat("messages", ("messages",), lambda row: _conversation(system_turn(row) + row.messages("messages"))),
+    RowFormat("messages", ("messages",), lambda row: _conversation(with_system(row, row.messages("messages")))),
     RowFormat(
         "ShareGPT",
         ("conversations",),
-        lambda row: _conversation(system_turn(row) + row.sharegpt("conversations")),
+        lambda row: _conversation(with_system(row, row.messages("conversations"))),
     ),
     RowFormat(
         "prompt and completion",
         ("prompt", "completion"),
-        lambda row: ExampleRow(row.prompt("prompt"), one_answer(row.require("completion"), "completion")),
+        lambda row: ExampleRow(prompt_of(row), one_answer(row.require("completion"), "completion")),
     ),
-    RowFormat("Alpaca", ("instruction", "output"), lambda row: ExampleRow(alpaca_prompt(row), row.text("output"))),
+    RowFormat("Alpaca", ("instruction", "output"), lambda row: ExampleRow(prompt_of(row), row.text("output"))),
 )
 
 
-def example_format(file: str) -> RowFormat[ExampleRow]:
+def example_format(file: str, task: Columns | None = None) -> RowFormat[ExampleRow]:
     """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
-    return find_format(file, EXAMPLE_FORMATS, "examples")
+    return find_format(file, EXAMPLE_FORMATS, "examples", task)

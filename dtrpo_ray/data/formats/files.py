@@ -1,10 +1,12 @@
 """The files behind a path or URI, and the parts in which they are read."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,9 @@ from dtrpo_ray.files import join_path, open_filesystem, sha256_stream
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
 PART_ROWS = 5_000  # rows of a file that one task reads
 SHARE_BYTES = 1 << 27  # a larger file of unpaired rows is read several times, each time for a share of its prompts
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "manifest.json")  # of `datasets`, the Hub and our own tables
 _CHUNK_BYTES = 1 << 23
+_SPLIT = re.compile(r"(?:^|[^a-z])(train|test|valid|val|dev|eval)(?:ing|ation|uation)?(?:[^a-z]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,12 @@ class Shard:
 def data_files(where: str) -> list[str]:
     """Return the files behind a path or URI: itself, or those of a folder (also one of `datasets`), by name.
 
-    Raises DataError for a path that is not there, a folder without data, and a `datasets` folder of several splits.
+    A `*` in the last name stands for any text. A folder of the Hub has its files in `data`. Raises DataError for a path
+    that is not there, a folder without data, and a folder that holds several splits.
     """
+    folder, name = _split_name(where)
+    pattern = name if "*" in name else "*"
+    where = folder if "*" in name else where
     filesystem, path = open_filesystem(where)
     with readable(where):
         info = filesystem.get_file_info(path)
@@ -58,10 +66,30 @@ def data_files(where: str) -> list[str]:
         if name in names:
             with filesystem.open_input_stream(f"{path}/{name}") as stream:
                 return read(where, stream.read())
-    files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in ("dataset_info.json", "manifest.json"))
+    files = sorted(n for n in names if n.endswith(ENDINGS[:-1]) and n not in NO_DATA and fnmatchcase(n, pattern))
+    if not files and "data" in names:
+        return data_files(join_path(where, "data"))
     if not files:
         raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
+    if len(splits := sorted({split_of(name) for name in files})) > 1:
+        first = next((split for split in splits if split.startswith("train")), splits[-1])
+        held = ", ".join(split or "files of none" for split in splits)
+        raise DataError(f"{where}: holds the splits {held}; name one, for example {join_path(where, first + '*')}")
     return [join_path(where, name) for name in files]
+
+
+def _split_name(where: str) -> tuple[str, str]:
+    """Return the folder of a path or URI, with the URI's options, and its last name."""
+    path, mark, options = where.partition("?") if "://" in where else (where, "", "")
+    folder, slash, name = path.rpartition("/")
+    return (folder or slash or ".") + mark + options, name
+
+
+def split_of(name: str) -> str:
+    """Return the split that a file's name tells, as on the Hub: what stands before "-00000-of-00001", or the word."""
+    word = _SPLIT.search(name)
+    shard = re.match(r"(.+)-\d{5}-of-\d{5}\.", name)
+    return "" if word is None else shard[1] if shard else word[1].lower()
 
 
 def _refuse_splits(where: str, dataset_dict: bytes) -> list[str]:

@@ -4,14 +4,25 @@ A row that cannot be used raises `Refusal`; it is then refused in its own place 
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, TypeVar
 
 from dtrpo_ray.errors import DtrpoError
 
 EXTRAS = ("tools", "images", "videos", "audios")  # they belong to a prompt, and would be lost
+# columns that say something about a row and are no part of its text; docs/data.md lists them
+ABOUT = (
+    r"id|ids|idx|index|uuid|hash|key|.*_(id|ids|idx|uuid|hash|key)|__index_level_0__|source|data_?source|dataset(_name)?"
+    r"|origin|generator|annotator|author|category|domain|topic|subset|split|task|language|lang|licen[sc]e|url|date|created"
+    r"|timestamp|.*_(at|date|time|timestamp)|metadata|meta|tags|type|status|version|difficulty|quality|length|turn|shard"
+    r"|models?|.*_models?|models?_.*|scores?|.*_scores?|score_.*|ratings?|.*_ratings?|rating_.*|rank|margin|rewards?"
+    r"|rationales?|order|labelling_.*|raw_.*|original_.*|generation_(model|prompt)|generations|new_generations|in_.*_train"
+    r"|num_.*|.*_(tokens|length|count)|is_.*|has_.*"
+)
 MOST = 2**31 - 1  # the largest integer that our tables hold
 
 Messages = list[dict[str, str]]
@@ -34,16 +45,26 @@ def one_row() -> Iterator[None]:
         raise Refusal("wrong type", f"{type(error).__name__}: {error}"[:200]) from None
 
 
-class Chat(NamedTuple):
-    """The keys of a message in a file, and our name for each of its roles."""
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt"), "assistant"),
+}
+_KEYS = {"role": "role", "from": "role", "content": "content", "value": "content"}  # OpenAI's and ShareGPT's
 
-    role: str
-    content: str
-    roles: dict[str, str]
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a task says of its files' columns: `names` maps our name to the file's, `ignored` are not to be read."""
 
-OPENAI = Chat("role", "content", {"system": "system", "user": "user", "assistant": "assistant"})
-SHAREGPT = Chat("from", "value", {"system": "system", "human": "user", "gpt": "assistant"})
+    names: Mapping[str, str] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+
+    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row under our names; a column that another one replaces is gone."""
+        moved = {*self.names, *self.names.values()}
+        kept = {name: value for name, value in row.items() if name not in moved}
+        return kept | {ours: row[theirs] for ours, theirs in self.names.items() if theirs in row}
 
 
 # === values: each function returns `value` in a type, or raises Refusal that names `where` it stands ===
@@ -99,20 +120,38 @@ def as_float(value: Any, where: str) -> float:
         raise Refusal("bad value", f"{where} a number beyond float64") from None
 
 
-def as_messages(value: Any, where: str, chat: Chat = OPENAI) -> Messages:
-    """Return messages in our spelling, whatever the file calls the keys and the roles."""
+def as_messages(value: Any, where: str) -> Messages:
+    """Return messages in our spelling, whatever the file calls the keys and the roles; empty system turns are none."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Refusal("wrong type", f"{where} is not a list of messages")
-    for message in value:
-        if message.get("tool_calls"):
-            raise Refusal("unsupported field", f"tool_calls in {where}")
-        if chat.roles.get(str(message.get(chat.role))) is None:
-            known = ", ".join(chat.roles)
-            raise Refusal("unknown role", f"{str(message.get(chat.role))[:40]!r} in {where}; known are {known}")
-    return [
-        {"role": chat.roles[m[chat.role]], "content": as_text(m.get(chat.content), f"{where}.{chat.content}")}
-        for m in value
-    ]
+    turns = [_as_message(message, where) for message in value]
+    return [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
+
+
+def _as_message(message: dict[str, Any], where: str) -> dict[str, str]:
+    found = {key: value for key, value in message.items() if not is_empty(value)}
+    if unread := sorted(found.keys() - _KEYS.keys()):
+        raise Refusal("unsupported field", f"{', '.join(unread)} in {where}: only the role and the text can be read")
+    ours = {_KEYS[key]: value for key, value in found.items()}
+    if (role := ROLES.get(str(ours.get("role")).lower())) is None or len(ours) < len(found):
+        raise Refusal("unknown role", f"{str(ours.get('role'))[:40]!r} in {where}; known are {', '.join(ROLES)}")
+    text = ours.get("content", message.get("content", message.get("value")))
+    return {"role": role, "content": as_content(text, f"{where}.content")}
+
+
+def as_content(value: Any, where: str) -> str:
+    """Return text, which may come in parts {"type": "text", "text": ...}; an empty list is not text."""
+    if not isinstance(value, list) or not value:
+        return as_text(value, where)
+    for part in value:
+        if not isinstance(part, dict) or {k for k, v in part.items() if not is_empty(v)} - {"type", "text"}:
+            raise Refusal("unsupported field", f"{where} has a part that is not text")
+    return "".join(as_text(part.get("text"), f"{where}.text") for part in value)
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a field holds nothing: null, no text, no item."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def as_prompt(value: Any, where: str) -> Prompt:
@@ -129,22 +168,42 @@ def _field(read: Callable[[Any, str], T]) -> Callable[["Record", str], T]:
 
 
 class Record:
-    """The JSON object of one row. Each method returns a field in the type asked for, or raises Refusal."""
+    """The JSON object of one row. Each method returns a field in the type asked for, or raises Refusal.
+
+    It notes which fields were asked for, so that `ignored` can tell which ones an import would lose.
+    """
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields, self.get = fields, fields.get
+        self.fields, self.read = fields, set[str]()
 
     @classmethod
-    def of_row(cls, value: Any) -> "Record":
+    def of_row(cls, value: Any, columns: Columns | None = None) -> "Record":
         """Return the record of a raw row. Raises Refusal if it is none, or has a field that an import would lose."""
         if isinstance(value, Refusal):
             raise value
         if not isinstance(value, dict):
             raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
         for name in EXTRAS:
-            if value.get(name):
+            if value.get(name) and name not in (columns or Columns()).ignored:
                 raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
-        return cls(value)
+        return cls(columns.rename(value) if columns else value)
+
+    def ignored(self, known: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """Return the columns with a value that nothing read. Raises Refusal for one that may hold a part of the text.
+
+        Those may be left out whose name is `known` or says that they are ABOUT the row, and copies of a field read.
+        """
+        left = {name: value for name, value in self.fields.items() if name not in self.read and not is_empty(value)}
+        used = [self.fields.get(name) for name in self.read]
+        if unknown := [n for n, value in left.items() if n not in known and not is_about(n) and value not in used]:
+            remedy = "name what it is in task.columns, or list it in task.ignore_columns"
+            raise Refusal("unknown column", f"{', '.join(sorted(unknown))} would be lost; {remedy}")
+        return tuple(left)
+
+    def get(self, name: str) -> Any:
+        """Return a field as it is, None if it is not there."""
+        self.read.add(name)
+        return self.fields.get(name)
 
     def first(self, *names: str) -> Any:
         """Return the first of these fields that is there, None if none is."""
@@ -162,7 +221,13 @@ class Record:
 
     text, items, label = _field(as_text), _field(as_list), _field(as_label)
     integer, size, integers = _field(as_integer), _field(partial(as_integer, least=1)), _field(as_integers)
-    prompt, messages, sharegpt = _field(as_prompt), _field(as_messages), _field(partial(as_messages, chat=SHAREGPT))
+    prompt, messages = _field(as_prompt), _field(as_messages)
+
+
+@cache
+def is_about(name: str) -> bool:
+    """Return whether a column's name says that it is ABOUT a row."""
+    return re.fullmatch(ABOUT, name.lower()) is not None
 
 
 def require_utf8(content: Any) -> None:

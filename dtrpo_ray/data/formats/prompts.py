@@ -2,16 +2,30 @@
 of preference pairs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
-from dtrpo_ray.data.formats.parsing import Prompt, Record, Refusal, as_reference, as_text, require_text, require_utf8
-from dtrpo_ray.data.formats.preferences import PreferenceRow, preference_format
+from dtrpo_ray.data.formats.parsing import (
+    Columns,
+    Prompt,
+    Record,
+    Refusal,
+    as_reference,
+    as_text,
+    require_text,
+    require_utf8,
+)
+from dtrpo_ray.data.formats.preferences import PROMPTS, PreferenceRow, preference_format, prompt_of
 from dtrpo_ray.errors import DataError
 
 ANSWERS = ("answer", "ground_truth", "ground_truth_answer")  # columns that a verifier compares a response with
+# columns that hold answers or what belongs to them, which no prompt needs
+BESIDE = frozenset({
+    *("completion", "response", "responses", "output", "label", "kto_tag", "canonical_solution", "code", "solution"),
+    *("challenge_test_list", "test_setup_code", "reference", "ability", "extra_info", "level"),
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +42,15 @@ class PromptRow(Row):
         return self
 
 
-def prompt_format(file: str) -> RowFormat[PromptRow]:
+def prompt_format(file: str, task: Columns | None = None) -> RowFormat[PromptRow]:
     """Return how a file holds its prompts, by the columns of its first rows. Raises DataError if it holds none."""
     try:
-        pairs = preference_format(file)
+        pairs = preference_format(file, task)
     except DataError:
         pairs = None
     if isinstance(pairs, RowFormat):
-        return RowFormat(pairs.name, pairs.columns, partial(_prompt_of_pair, pairs))
-    return find_format(file, PROMPT_FORMATS, "prompts, or of pairs")
+        return RowFormat(pairs.name, pairs.columns, partial(_prompt_of_pair, pairs), task=pairs.task)
+    return replace(find_format(file, PROMPT_FORMATS, "prompts, or of pairs", task), beside=BESIDE)
 
 
 def _prompt_of_pair(pairs: RowFormat[PreferenceRow], row: Record) -> PromptRow:
@@ -77,12 +91,13 @@ def _mt_bench(row: Record) -> PromptRow:
     return PromptRow(as_text(turns[0], "turns"))
 
 
-def _column(name: str, row: Record) -> PromptRow:
-    """A column of prompts, as text or messages, beside which there may be one of ANSWERS."""
-    row.require(name)
+def _column(row: Record) -> PromptRow:
+    """A column of prompts, as text or messages, beside which there may be one of ANSWERS or verl's ground truth."""
     found = next((column for column in ANSWERS if row.get(column) is not None), None)
     answer = None if found is None else row.reference(found)
-    return PromptRow(row.prompt(name), answer)
+    if answer is None and isinstance(verl := row.get("reward_model"), dict):
+        answer = as_reference(verl.get("ground_truth"), "reward_model.ground_truth")
+    return PromptRow(prompt_of(row), answer)
 
 
 PROMPT_FORMATS = (
@@ -90,7 +105,6 @@ PROMPT_FORMATS = (
     RowFormat("IFEval", ("prompt", "instruction_id_list", "kwargs"), _ifeval),
     RowFormat("MBPP", ("text", "test_list"), _mbpp),
     RowFormat("MBPP, sanitized", ("prompt", "test_list"), _mbpp),
-    RowFormat("prompt", ("prompt",), partial(_column, "prompt")),
-    RowFormat("question", ("question",), partial(_column, "question")),
+    RowFormat("prompt", ("|".join(PROMPTS),), _column),
     RowFormat("MT-bench", ("turns",), _mt_bench),
 )

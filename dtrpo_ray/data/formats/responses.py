@@ -13,6 +13,7 @@ from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
 from dtrpo_ray.data.formats.files import file_name
 from dtrpo_ray.data.formats.parsing import (
     MOST,
+    Columns,
     Prompt,
     Record,
     Refusal,
@@ -203,10 +204,11 @@ def _steps_of(states: Sequence[Sequence[int] | Sequence[str]], mask: int | str) 
     return steps
 
 
+_ASKED = frozenset(["question", "extracted_output", "correctness"])  # what the prompt renders, and how it was scored
 RESPONSE_FORMATS = (
     RowFormat("d1 generations", ("question", "generations", "ground_truth", "gen_length", "steps"), _d1_generation),
-    RowFormat("dLLM-RL and DiRL rollouts", ("full_output", "step_map"), _rollout),
-    RowFormat("dLLM-RL training rows", ("prompt", "response", "step_map"), _dllm_rl_row),
+    RowFormat("dLLM-RL and DiRL rollouts", ("full_output", "step_map"), _rollout, beside=_ASKED),
+    RowFormat("dLLM-RL training rows", ("prompt", "response", "step_map"), _dllm_rl_row, beside=_ASKED),
     RowFormat("JetEngine", ("token_ids", "first_unmask_times"), _jetengine),
     RowFormat("SGLang, DARE", ("meta_info",), _sglang),
     RowFormat("step map over texts", ("tokens", "step_map"), _step_map),
@@ -216,11 +218,11 @@ RESPONSE_FORMATS = (
 TEXT_FORMAT = RowFormat("LLaDA snapshots", (), _text_snapshots)
 
 
-def response_format(file: str) -> RowFormat[ResponseRow]:
+def response_format(file: str, task: Columns | None = None) -> RowFormat[ResponseRow]:
     """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
     if file_name(file).endswith(".txt"):
         return TEXT_FORMAT
-    return find_format(file, RESPONSE_FORMATS, "responses")
+    return find_format(file, RESPONSE_FORMATS, "responses", task)
 
 
 def _reward(row: Record, name: str) -> float | None:

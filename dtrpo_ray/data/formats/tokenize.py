@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -56,6 +56,8 @@ class Target:
     max_response_tokens: int
     block_origin: Origin = "global"
     shift: int | None = None
+    truncated: set[str] = field(default_factory=set, compare=False)
+    """The origins of the rows whose prompts were cut."""
 
     @cached_property
     def mask_id(self) -> int:
@@ -94,9 +96,29 @@ class Target:
             "tokenizer_hash": tokenizer_hash(self.tokenizer),
         }
 
+    @cached_property
+    def turn_end_text(self) -> str | None:
+        """Return the spelling of `turn_end`, None if turns end as plain text does."""
+        return None if self.turn_end == self.end else str(self.tokenizer.convert_ids_to_tokens(self.turn_end))
+
+    def is_chat(self, prompt: Prompt | None) -> bool:
+        """Return whether a prompt is messages, or text that already has turns of the model's chat template."""
+        if isinstance(prompt, str):
+            return self.turn_end_text is not None and self.turn_end_text in prompt
+        return prompt is not None
+
+    def open(self, prompt: Prompt | None, answer: str) -> str:
+        """Return an answer to text with chat markup without the end of its turn, if the file has written it."""
+        if isinstance(prompt, str) and self.turn_end_text and self.is_chat(prompt):
+            if prompt.rstrip().endswith(self.turn_end_text):
+                raise Refusal("not a dialogue", "the prompt ends with a turn, and does not open the assistant's")
+            if (shorter := answer.rstrip()).endswith(self.turn_end_text):
+                return shorter.removesuffix(self.turn_end_text)
+        return answer
+
     def close(self, prompt: Prompt | None, ids: list[int]) -> list[int]:
         """Return an answer with the token that closes it."""
-        return [*ids, self.end if prompt is None or isinstance(prompt, str) else self.turn_end]
+        return [*ids, self.turn_end if self.is_chat(prompt) else self.end]
 
     def fill(self, prompt: list[int], response: list[int]) -> list[int]:
         """Return a response with end tokens up to the end of its terminal block."""
@@ -106,7 +128,7 @@ class Target:
         """Return the place of a response's first token on its grid."""
         return len(prompt) if self.block_origin == "global" else 0
 
-    def shorten(self, prompt: list[int], has_steps: bool = False) -> list[int]:
+    def shorten(self, prompt: list[int], origin: str, has_steps: bool = False) -> list[int]:
         """Return the last `max_prompt_tokens`; before recorded steps whole blocks are cut, which keeps their grid."""
         cut = max(0, len(prompt) - self.max_prompt_tokens)
         if has_steps and self.block_origin == "global":
@@ -114,6 +136,8 @@ class Target:
         if 0 < len(prompt) <= cut:
             whole = f"whole blocks of {self.block_size} off its {len(prompt)} tokens"
             raise Refusal("prompt too long", f"{whole} leave none of {self.max_prompt_tokens}")
+        if cut:
+            self.truncated.add(origin)
         return prompt[cut:]
 
     def require_plain(self, prompt: Prompt | None, **sides: str) -> None:
@@ -145,11 +169,28 @@ class Target:
 
 def tokenize_preferences(rows: Sequence[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
     """Return rows of preference/v1 (no recorded steps, no rewards) and the refused ones, of a pair both its origins."""
-    batch = Batch(target, chain.from_iterable((row.prompt, row.chosen, row.rejected) for row in rows))
-    pairs, refused = split_rejected(attempt(row.origin, batch.pair, row) for row in rows)
+    opened, refused = split_rejected(attempt(row.origin, _open_pair, row, target) for row in rows)
+    batch = Batch(target, chain.from_iterable((row.prompt, row.chosen, row.rejected) for row in opened))
+    pairs, unfit = split_rejected(attempt(row.origin, batch.pair, row) for row in opened)
+    refused += unfit
     partners = {row.origin: row.rejected_origin for row in rows}
     both = [replace(row, origin=origin) for row in refused for origin in (row.origin, partners[row.origin]) if origin]
     return apply_rules(pa.Table.from_pylist(pairs, schema=PREFERENCE), both)
+
+
+def _open_pair(row: PreferenceRow, target: Target) -> PreferenceRow:
+    if not isinstance(row.prompt, str) or not target.is_chat(row.prompt):
+        return row
+    opened = (target.open(row.prompt, side) for side in (row.chosen, row.rejected))
+    return replace(row, chosen=next(opened), rejected=next(opened)).require()
+
+
+def tokenize_prompts(rows: Sequence[PromptRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
+    """Return the origin and ids of prompts without answers, and the refused ones."""
+    batch = Batch(target, [row.prompt for row in rows])
+    found, refused = split_rejected(attempt(row.origin, batch.prompt, row) for row in rows)
+    kept = sorted({row.origin for row in rows} - {row.origin for row in refused})
+    return pa.table({"origin": kept, "prompt_ids": [ids for _, ids in found]}), refused
 
 
 def tokenize_responses(rows: Sequence[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
@@ -203,12 +244,24 @@ class Batch:
         except DataError as error:
             raise Refusal("cannot be tokenized", str(error)) from None
 
+    def _fit(self, prompt: Prompt | None, ids: list[int], origin: str, has_steps: bool = False) -> list[int]:
+        """Return the ids of a prompt that fit: of messages all but the oldest turns after the system prompt."""
+        most = self.target.max_prompt_tokens
+        if len(ids) <= most or not isinstance(prompt, list):
+            return self.target.shorten(ids, origin, has_steps)
+        system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+        for first in range(len(system) + 1, 0 if has_steps else len(prompt)):
+            if prompt[first]["role"] == "user" and len(ids := self.encode(system + prompt[first:])) <= most:
+                self.target.truncated.add(origin)
+                return ids
+        raise Refusal("prompt too long", f"without its older turns {len(ids)} tokens of at most {most}")
+
     def prompt(self, row: PromptRow) -> tuple[str, list[int]]:
         """Return the prompt_id and ids of a prompt without an answer, which no row before it may have."""
         prompt_id = content_id(row.prompt)
         self._require_new(prompt_id, row.origin, "the prompt of")
         self.target.require_plain(row.prompt)
-        ids = self.target.shorten(self.encode(row.prompt))
+        ids = self._fit(row.prompt, self.encode(row.prompt), row.origin)
         self.target.require_unmasked("prompt", ids)
         return prompt_id, ids
 
@@ -218,7 +271,8 @@ class Batch:
         row_id = content_id([row.prompt, row.chosen, row.rejected])
         self._require_new(row_id, row.origin)
         target.require_plain(row.prompt, **texts)
-        prompt = target.shorten(self.encode(row.prompt))
+        origin = JOIN.join(origin for origin in (row.origin, row.rejected_origin) if origin)
+        prompt = self._fit(row.prompt, self.encode(row.prompt), origin)
         ids = {side: target.close(row.prompt, self.encode(text)) for side, text in texts.items()}
         sides = {side: target.fill(prompt, answer) for side, answer in ids.items()}
         target.require_unmasked("prompt", prompt)
@@ -230,7 +284,7 @@ class Batch:
             **target.columns,
             "row_id": row_id,
             "prompt_id": content_id(row.prompt),
-            "origin": JOIN.join(origin for origin in (row.origin, row.rejected_origin) if origin),
+            "origin": origin,
             "prompt_ids": prompt,
             **{f"{side}_ids": answer for side, answer in sides.items()},
         }
@@ -240,7 +294,7 @@ class Batch:
         target, row_id = self.target, content_id([row.prompt, row.response])
         self._require_new(row_id, row.origin)
         target.require_plain(row.prompt, response=row.response)
-        prompt = target.shorten(self.encode(row.prompt))
+        prompt = self._fit(row.prompt, self.encode(row.prompt), row.origin)
         ids = target.fill(prompt, target.close(row.prompt, self.encode(row.response)))
         target.require_unmasked("prompt", prompt)
         target.require_fit("response", ids)
@@ -261,7 +315,7 @@ class Batch:
         target.require_known("prompt_ids", row.prompt_ids)
         target.require_known("response_ids", row.response_ids)
         prompt = self.encode(row.prompt) if row.prompt_ids is None else row.prompt_ids
-        prompt = target.shorten(prompt, row.steps is not None)
+        prompt = self._fit(row.prompt, prompt, row.origin, row.steps is not None)
         written, steps = self._tokens(row)
         ids = target.fill(prompt, written)
         filled = len(ids) - len(written)

@@ -29,27 +29,27 @@ Refused = list[tuple[int, str]]  # (line, reason)
 @pytest.mark.parametrize(
     ("name", "lines", "good", "refused"),
     [
-        ("TRL with a prompt, UltraFeedback", PAIR + PAIR + b"\n\n" + PAIR + b"\n", 1, [(1, "bad JSON")]),
+        ("pairs with a prompt", PAIR + PAIR + b"\n\n" + PAIR + b"\n", 1, [(1, "bad JSON")]),
         (
-            "TRL with a prompt, UltraFeedback",
+            "pairs with a prompt",
             PAIR[:-1] + b"\n}\n" + PAIR + PAIR + b"\n",
             0,
             [(1, "bad JSON"), (2, "bad JSON"), (3, "bad JSON")],
         ),
         (
-            "TRL with a prompt, UltraFeedback",
+            "pairs with a prompt",
             PAIR + b"\n" + PAIR.replace(b"b", b"\xff") + b"\n" + PAIR,
             2,
             [(2, "bad UTF-8")],
         ),
-        ("TRL with a prompt, UltraFeedback", PAIR.replace(b'"b"', b'"b", "chosen": "d"') + b"\n" + PAIR, 2, []),
+        ("pairs with a prompt", PAIR.replace(b'"b"', b'"b", "chosen": "d"') + b"\n" + PAIR, 2, []),
         (
-            "TRL with a prompt, UltraFeedback",
+            "pairs with a prompt",
             b"\xef\xbb\xbf" + PAIR + b"\r\n" + PAIR.replace(b'"b"', b'"\\u001cc"'),
             1,
             [(2, "identical sides")],
         ),
-        ("TRL with a prompt, UltraFeedback", PAIR + b"\n" + PAIR.replace(b'"a"', b"null"), 1, [(2, "missing field")]),
+        ("pairs with a prompt", PAIR + b"\n" + PAIR.replace(b'"a"', b"null"), 1, [(2, "missing field")]),
         ("JetEngine", STEPPED % (b"3", b"[-1, 0]") + STEPPED % (b"3", b"[-1, 0, -2]"), 1, [(2, "lengths differ")]),
         ("JetEngine", STEPPED % (b"3", b"[-1, 0]") + STEPPED % (b"3", b"[-1, null]"), 1, [(2, "wrong type")]),
         ("JetEngine", STEPPED % (b"3", b"[-1, 0]") + STEPPED % (b"2147483648", b"null"), 1, [(2, "bad value")]),
@@ -57,10 +57,10 @@ Refused = list[tuple[int, str]]  # (line, reason)
         *(
             ("generations", SAID + SAID.replace(b"{", b'{"%s": %s, ' % (field, value)), good, refused)
             for good, refused, odd in (
-                (2, [], [(b"notes", value) for value in (b"NaN", b"Infinity", b"-0")]),
+                (2, [], [(b"metadata", value) for value in (b"NaN", b"Infinity", b"-0")]),
                 (2, [], [(b"reward", value) for value in (b"NaN", b"-Infinity", b"-0", b"-0.0")]),
-                (1, [(2, "bad JSON")], [(b"notes", v) for v in (b"Inf", b"-Inf", b"-NaN", b"1" * 5_000)]),
-                (1, [(2, "bad JSON")], [(b"notes", b"[" * 99_999 + b"]" * 99_999), (b"reward", b"Inf")]),
+                (1, [(2, "bad JSON")], [(b"metadata", v) for v in (b"Inf", b"-Inf", b"-NaN", b"1" * 5_000)]),
+                (1, [(2, "bad JSON")], [(b"metadata", b"[" * 99_999 + b"]" * 99_999), (b"reward", b"Inf")]),
                 (1, [(2, "bad value")], [(b"reward", b"1" * 400)]),
             )
             for field, value in odd
@@ -89,8 +89,8 @@ def two_rows(name: str, *columns: Any) -> pa.Table:
         (two_rows("tools", [None, None], ["x", ""]), [None], [(1, "unsupported field")]),
         (two_rows("tools", ["", ""]), [None, None], []),
         (two_rows("images", [[], [1]]), [None], [(2, "unsupported field")]),
-        (two_rows("notes", pa.array(["a", "b"], pa.string_view())), [None, None], []),
-        (two_rows("notes", pa.array([b"\xff", b"b"]).view(pa.string())), [None], [(1, "bad UTF-8")]),
+        (two_rows("metadata", pa.array(["a", "b"], pa.string_view())), [None, None], []),
+        (two_rows("metadata", pa.array([b"\xff", b"b"]).view(pa.string())), [None], [(1, "bad UTF-8")]),
         (two_rows("answer", pa.array(["a", "b"]).dictionary_encode()), ["a", "b"], []),
         (two_rows("reward", pa.array([1, 2], pa.int8())).slice(1), [None], []),
         (two_rows("answer", pa.array([["a"], None], pa.large_list(pa.large_string()))), ['["a"]', None], []),

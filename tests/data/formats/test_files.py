@@ -119,3 +119,38 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         data_files(str(tmp_path / "gone.jsonl"))
     with pytest.raises(DataError, match=r"a folder without data; expected files ending in \.json, \.jsonl"):
         data_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "held", "pattern", "taken"),
+    [
+        (["train.jsonl", "test.jsonl"], "test, train", "train*", ["train.jsonl"]),
+        (
+            ["train_prefs-00000-of-00001.parquet", "test_prefs-00000-of-00001.parquet"],
+            "test_prefs, train_prefs",
+            "train_prefs*",
+            ["train_prefs-00000-of-00001.parquet"],
+        ),
+        (["pairs.jsonl", "validation.jsonl"], "files of none, valid", "pairs*", ["pairs.jsonl"]),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dataset_infos.json"], None, "*", []),
+        (["contest.jsonl", "evaluate.jsonl", "trainer.jsonl"], None, "*", []),
+    ],
+)
+def test_a_folder_of_several_splits_is_no_answer(
+    tmp_path: Path, names: list[str], held: str | None, pattern: str, taken: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    if held is None:
+        assert data_files(str(tmp_path)) == [str(tmp_path / n) for n in sorted(names) if n != "dataset_infos.json"]
+        return
+    with pytest.raises(DataError, match=f"holds the splits {held}; name one, for example"):
+        data_files(str(tmp_path))
+    assert data_files(f"{tmp_path}/{pattern}") == [str(tmp_path / name) for name in taken]
+
+
+def test_a_clone_of_the_hub_has_its_files_in_data(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    write(tmp_path / "data" / "train.jsonl", ROWS)
+    assert data_files(str(tmp_path)) == [str(tmp_path / "data" / "train.jsonl")]

@@ -14,10 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import SHARED
 from read_rows import read_preferences
 
 from dtrpo_ray.data.formats import files
-from dtrpo_ray.data.formats.preferences import PREFERENCE_FORMATS, PreferenceRow, preference_format
+from dtrpo_ray.data.formats.files import Shard
+from dtrpo_ray.data.formats.parsing import Columns, is_about
+from dtrpo_ray.data.formats.preferences import PREFERENCE_FORMATS, PROMPTS, PreferenceRow, preference_format
+from dtrpo_ray.data.prepare import check_data
 from dtrpo_ray.data.tables import quarantine_lines
 from dtrpo_ray.errors import DataError
 
@@ -123,7 +127,7 @@ REFUSED: list[tuple[Value, Any, str, str]] = [
     (MESSAGES, MESSAGES | {"prompt": ["x"]}, "wrong type", "prompt is not a list of messages"),
     (MESSAGES, MESSAGES | {"prompt": [turn([], "user")]}, "wrong type", "prompt.content is a list, not text"),  # type: ignore[arg-type]
     (MESSAGES, MESSAGES | {"chosen": [turn("So."), turn("!")]}, "no answer", "chosen must be one assistant turn"),
-    (MESSAGES, MESSAGES | {"chosen": [turn("So.", "user")]}, "no answer", "chosen must be one assistant turn"),
+    (MESSAGES, MESSAGES | {"chosen": [turn("So.", "user")]}, "no answer", "chosen does not end in an assistant"),
     (MESSAGES, MESSAGES | {"chosen": [turn("x") | {"tool_calls": [1]}]}, "unsupported field", "tool_calls in chosen"),
     (IMPLICIT, IMPLICIT | {"chosen": [turn("Who?", "user"), turn("So.")]}, "prompts differ", "before their last turn"),
     (IMPLICIT, IMPLICIT | {"chosen": [ASK]}, "no answer", "chosen does not end in an assistant turn"),
@@ -134,10 +138,11 @@ REFUSED: list[tuple[Value, Any, str, str]] = [
     (HH, HH | {"chosen": hh("Why?", "")}, "empty side", "chosen has no text"),
     (HH, HH | {"rejected": hh("Why?")}, "no answer", "rejected does not end in an assistant turn"),
     (HH, HH | {"chosen": "So."}, "not a dialogue", "chosen is text without a prompt"),
-    (ULTRA, ULTRA | {"prompt": "Who?"}, "prompts differ", "the prompt is not a user turn"),
-    (GPT, GPT | {"chosen": said("So.", "robot")}, "unknown role", "'robot' in chosen; known are system, human, gpt"),
-    (GPT, GPT | {"chosen": turn("So.")}, "unknown role", "'None' in chosen"),
-    (GPT, GPT | {"conversations": "Why?"}, "wrong type", "conversations is not a list of messages"),
+    (ULTRA, ULTRA | {"prompt": "Who?"}, "prompts differ", "the prompt is not the beginning"),
+    (GPT, GPT | {"chosen": said("So.", "robot")}, "unknown role", "'robot' in chosen; known are system, developer"),
+    (GPT, GPT | {"chosen": {"value": "So."}}, "unknown role", "'None' in chosen"),
+    (GPT, GPT | {"chosen": said("So.") | {"role": "user"}}, "unknown role", "in chosen"),
+    (GPT, GPT | {"conversations": 5}, "wrong type", "conversations is not a list of messages"),
     (ALPACA, ALPACA | {"history": ["a"]}, "wrong type", "history is not a list of [question, answer]"),
     (ALPACA, ALPACA | {"history": 5}, "wrong type", "history is not a list of [question, answer]"),
     (ALPACA, ALPACA | {"instruction": "", "input": ""}, "empty prompt", "the prompt has no text"),
@@ -217,7 +222,7 @@ def test_whatever_the_rows_imported_and_rejected_add_up(
         (
             "kto.json",
             b'[{"messages": []}]',
-            "no format of preferences has these columns: messages; known formats: LLaMA",
+            "no format of preferences has these columns: messages; known formats: pairs",
         ),
         ("empty.jsonl", b"\n\n", r"no format of preferences has these columns: none \(no row is a JSON object\)"),
         (
@@ -351,3 +356,134 @@ def test_texts_without_a_prompt_share_their_first_words() -> None:
 def _read(rows: list[Any]) -> Any:
     with TemporaryDirectory() as folder:
         return read_preferences(write(Path(folder) / "pairs.jsonl", rows))
+
+
+SYSTEM = turn("Rules.", "system")
+# the columns of public sets -> the pair, and what is left out
+PUBLIC: dict[str, tuple[Value, Any, list[str]]] = {
+    "orca_dpo_pairs": (
+        {"system": "Rules.", "question": "Why?", "chosen": "So.", "rejected": "No."},
+        [SYSTEM, ASK],
+        [],
+    ),
+    "orca, no system prompt": ({"system": "", "question": "Why?", "chosen": "So.", "rejected": "No."}, ASKED, []),
+    "distilabel orca": (
+        {"system": "", "input": "Why?", "chosen": "So.", "rejected": "No.", "rating": [9.0, 1.0], "status": "x"}
+        | {"generations": ["So.", "No."], "labelling_model": "m", "original_chosen": "So."},
+        ASKED,
+        ["generations", "labelling_model", "original_chosen", "rating", "status"],
+    ),
+    "truthy-dpo": (
+        {"id": "1", "source": "t", "system": "Rules.", "prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        [SYSTEM, ASK],
+        ["id", "source"],
+    ),
+    "TRL#2385": (MESSAGES | {"system": [SYSTEM]}, [SYSTEM, ASK], []),
+    "a system prompt beside sides": (IMPLICIT | {"system_prompt": "Rules."}, [SYSTEM, ASK], []),
+    "orpo-dpo-mix": (IMPLICIT | {"prompt": None, "question": "Why?", "source": "m"}, ASKED, ["source"]),
+    "a prompt with white space": (ULTRA | {"prompt": " Why?\n"}, ASKED, ["messages", "prompt_id"]),
+    "Skywork": (IMPLICIT | {"source": "m"}, ASKED, ["source"]),
+    "Tulu 3": (IMPLICIT | {"prompt": "Why?", "id": "1", "chosen_model": "m"}, ASKED, ["chosen_model", "id"]),
+    "roles with capitals": (
+        {"chosen": [turn("Why?", "Human"), turn("So.", "Assistant")], "rejected": IMPLICIT["rejected"]},
+        ASKED,
+        [],
+    ),
+    "user and assistant in `from`": (
+        {"conversations": [said("Why?", "user")], "chosen": said("So.", "assistant"), "rejected": said("No.")},
+        ASKED,
+        [],
+    ),
+    "developer": (MESSAGES | {"prompt": [turn("Rules.", "developer"), ASK]}, [SYSTEM, ASK], []),
+    "parts of text": (
+        MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?", "image": None}]}]},
+        ASKED,
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_set_comes_in_whole(tmp_path: Path, name: str) -> None:
+    row, prompt, ignored = PUBLIC[name]
+    (pair,), rejected = read_preferences(write(tmp_path / "pairs.jsonl", [row]))
+    assert (pair.prompt, pair.chosen, pair.rejected, rejected) == (prompt, "So.", "No.", [])
+    assert set(pair.ignored) - {"score_chosen", "score_rejected"} == set(ignored)
+
+
+@pytest.mark.parametrize("good", [TRL, MESSAGES, IMPLICIT, ULTRA, GPT, ALPACA, HH, *(row for row, *_ in KTO.values())])
+@given(name=st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12) | st.sampled_from(PROMPTS))
+def test_no_column_disappears(tmp_path_factory: pytest.TempPathFactory, good: Value, name: str) -> None:
+    """A column that no format reads refuses its row, unless its name is on the written list or the task's."""
+    path = write(tmp_path_factory.mktemp("any") / "pairs.jsonl", [{name: "SECRET"} | good] * 2)
+    rows, rejected = read_preferences(path)
+    for row in rows:
+        assert "SECRET" not in good.values()
+        assert "SECRET" in str(row) or name in good or (name in row.ignored and is_about(name))
+    assert rows or rejected
+    columns = Columns(ignored=frozenset([name]))
+    if name not in good:
+        assert {r.reason for r in rejected} <= {"unknown column", "no partner", "prompts differ", "wrong type"}
+        form = preference_format(str(path), columns)
+        assert all(not isinstance(row, PreferenceRow) or name in row.ignored for row in form.read(Shard(str(path))))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "function_call", "name", "weight"])
+def test_no_field_of_a_message_disappears(key: str) -> None:
+    for field in ("prompt", "chosen", "rejected"):
+        row = MESSAGES | {field: [message | {key: "SECRET"} for message in MESSAGES[field]]}
+        rows, (refused,) = _read([row])
+        assert (rows, refused.reason) == ([], "unsupported field")
+        assert key in refused.detail
+        assert not _read([MESSAGES | {field: [message | {key: None} for message in MESSAGES[field]]}])[1]
+
+
+def test_a_task_names_its_columns(tmp_path: Path) -> None:
+    row = {"asked": "Why?", "notes": "x", "chosen": "It is so.", "rejected": "It is not."}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    assert [r.reason for r in read_preferences(path)[1]] == ["unknown column"]
+    columns = Columns({"prompt": "asked"}, frozenset(["notes"]))
+    (pair,) = preference_format(str(path), columns).read(Shard(str(path)))
+    assert pair == PreferenceRow("Why?", "It is so.", "It is not.", origin=f"{path}:1")
+    assert pair.ignored == ("notes",)
+    with pytest.raises(DataError, match=r"has no column 'asekd', which task\.columns names"):
+        preference_format(str(path), Columns({"prompt": "asekd"}))
+
+
+def test_a_misspelt_pair_is_no_prompt() -> None:
+    with TemporaryDirectory() as folder:
+        file = write(Path(folder) / "pairs.jsonl", [{"prompt": "Why?", "choosen": "So.", "rejected": "No."}])
+        (report,) = check_data(str(file))
+    assert report.totals == {"rows": 1, "good": 0, "refused": {"unknown column": 1}}
+    assert "choosen" in report.refused[0].detail
+
+
+CASES = SHARED.parent / "cases" / "data"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases of the field are not beside this clone")
+@pytest.mark.parametrize(
+    ("file", "good", "reasons", "prompt"),
+    [
+        ("01-orca/orca.jsonl", 4, {}, [turn("How much does a cup of coffee cost in Paris?", "user")]),
+        ("01-orca/distilabel.jsonl", 2, {}, None),
+        ("03-system-column/truthy.jsonl", 2, {}, None),
+        ("03-system-column/trl2385.jsonl", 1, {}, [turn("Talk like a pirate.", "system"), turn("Hi", "user")]),
+        ("03-system-column/system_prompt.jsonl", 1, {}, [turn("Talk like a pirate.", "system"), turn("Hi", "user")]),
+        ("03-system-column/implicit.jsonl", 1, {}, [turn("Talk like a pirate.", "system"), turn("Hi", "user")]),
+        ("05-roles/caps.jsonl", 1, {}, None),
+        ("05-roles/chatgpt.jsonl", 1, {}, None),
+        ("05-roles/developer.jsonl", 1, {}, [turn("Be brief.", "system"), turn("Hi", "user")]),
+        ("06-null-prompt/orpo.jsonl", 3, {}, None),
+        ("10-reasoning-field/reasoning.jsonl", 0, {"unsupported field": 3}, None),
+        ("10-reasoning-field/reasoning.parquet", 0, {"unsupported field": 3}, None),
+        ("12-sharegpt-system/sg.jsonl", 1, {"prompts differ": 1}, None),
+        ("14-prefill/empty_assistant.jsonl", 2, {}, None),
+        ("15-content-parts/parts.jsonl", 1, {}, [turn("Hi", "user")]),
+        ("18-chatml-text/with_end.jsonl", 1, {}, None),
+    ],
+)
+def test_the_cases_of_the_field(file: str, good: int, reasons: dict[str, int], prompt: Any) -> None:
+    rows, rejected = read_preferences(CASES / file)
+    assert (len(rows), Counter(r.reason for r in rejected)) == (good, reasons)
+    assert prompt is None or rows[0].prompt == prompt

@@ -29,7 +29,7 @@ def read(path: Path) -> list[PromptRow | Rejected]:
         ({"question": "1+1?", "answer": "#### 2"}, "1+1?", "#### 2"),
         ({"question": "Reach 3.", "ground_truth": [[1, 2], 3]}, "Reach 3.", "[[1, 2], 3]"),
         ({"prompt": "Why?", "response": "So."}, "Why?", None),
-        ({"prompt": "Why?", "turns": 2, "answer": "So."}, "Why?", "So."),
+        ({"prompt": "Why?", "turn": 2, "answer": "So."}, "Why?", "So."),
         ({"prompt": "Why?", "completion": "So.", "label": True}, "Why?", None),
         ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?", None),
         ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, ASK, None),
@@ -55,8 +55,8 @@ def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "name", "count", "answered"),
     [
-        ("gsm8k/test.jsonl", "question", 1319, 1319),
-        ("llamafactory_dpo_demo/dpo_en_demo.json", "LLaMA-Factory ranking, ShareGPT", 300, 0),
+        ("gsm8k/test.jsonl", "prompt", 1319, 1319),
+        ("llamafactory_dpo_demo/dpo_en_demo.json", "pairs with a prompt", 300, 0),
         ("humaneval/HumanEval.jsonl.gz", "HumanEval", 164, 164),
         ("mbpp/mbpp.jsonl", "MBPP", 974, 974),
         ("ifeval/input_data.jsonl", "IFEval", 541, 541),
@@ -104,12 +104,8 @@ def test_check_counts_prompts_as_a_job_reads_them(tmp_path: Path) -> None:
     (report,) = check_data(str(file))
     assert (report.table, report.totals) == (
         "prompts, prompt",
-        {"rows": 3, "good": 1, "refused": {"missing field": 2}},
+        {"rows": 3, "good": 2, "refused": {"wrong type": 1}},
     )
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Why?", "chosen": "So.", "rejected": "No."}) + "\n")
-    names = [check_data(str(pairs), kind=kind)[0].table for kind in (None, "preferences", "prompts")]
-    assert names[0] == names[1]
-    assert names[2] == f"prompts, {names[1]}"
-    with pytest.raises(DataError, match=r"prompts\.jsonl: .*columns"):
-        check_data(str(file), kind="preferences")
+    assert check_data(str(pairs))[0].table == "pairs with a prompt"

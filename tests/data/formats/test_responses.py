@@ -222,14 +222,14 @@ def test_an_answer_of_parquet_that_json_does_not_know_spoils_its_row_alone(tmp_p
 
 def test_what_no_check_foresaw_refuses_its_row_alone(tmp_path: Path) -> None:
     def parse(row: Record) -> list[ResponseRow]:
-        return [ResponseRow(prompt="What?", response=str(1 // row.fields["n"]))]
+        return [ResponseRow(prompt="What?", response=str(1 // row.require("n")))]
 
     path = write(tmp_path / "rows.jsonl", [{"n": 0}, {"n": 1}, {"m": 1}])
     rows, rejected = split_rejected(RowFormat("made up", (), parse).read(Shard(str(path))))
     assert [row.response for row in rows] == ["1"]
     assert [row.detail for row in rejected] == [
         "ZeroDivisionError: integer division or modulo by zero",
-        "KeyError: 'n'",
+        "n",
     ]
 
 

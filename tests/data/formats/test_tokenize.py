@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 from read_rows import read_preferences, read_responses
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -180,11 +181,56 @@ def test_texts_that_differ_only_before_normalisation_are_no_pair(sdar: PreTraine
 def test_the_real_files_become_valid_tables(sdar: PreTrainedTokenizerBase, tmp_path: Path, shared_data: Path) -> None:
     rows, _ = read_preferences(shared_data / "llamafactory_dpo_demo" / "dpo_en_demo.json")
     table, rejected = tokenize_preferences(rows, Target(sdar, 8, 512, 512))
-    assert (len(table), Counter(r.reason for r in rejected)) == (220, {"response too long": 75, "duplicate row": 5})
+    refused = {"response too long": 75, "prompt too long": 9, "duplicate row": 5}
+    assert (len(table), Counter(r.reason for r in rejected)) == (211, refused)
     pq.write_table(check_table(table, "imported"), tmp_path / "part-0.parquet")
     assert read_table(tmp_path, PREFERENCE).equals(table)
-    assert max(map(len, table["prompt_ids"].to_pylist())) == 512
+    assert max(map(len, table["prompt_ids"].to_pylist())) == 510  # whole turns were dropped
     assert max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in table[side].to_pylist()) <= 512
+
+
+CHATML = load_tokenizer(ROOT / "jobs" / "data" / "tokenizer")
+OPENED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n"])
+def test_text_in_chatml_ends_its_answers_as_a_turn_ends_once(end: str) -> None:
+    row = PreferenceRow(OPENED, f"So.{end}", f"No.{end}", origin="f:1")
+    as_turns = PreferenceRow([{"role": "user", "content": "Hi"}], "So.", "No.", origin="f:1")
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    tables = [tokenize_preferences([one], Target(CHATML, 4, 512, 512))[0].select(columns) for one in (row, as_turns)]
+    assert len(tables[0]) == 1
+    assert tables[0].equals(tables[1])
+
+
+def test_text_in_chatml_that_does_not_open_the_answer_is_refused() -> None:
+    row = PreferenceRow("<|im_start|>user\nHi<|im_end|>\n", "So.", "No.", origin="f:1")
+    assert [r.reason for r in tokenize_preferences([row], Target(CHATML, 4, 512, 512))[1]] == ["not a dialogue"]
+
+
+def test_messages_that_end_in_an_assistant_turn_are_continued() -> None:
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
+    table, rejected = tokenize_preferences(
+        [PreferenceRow(asked, "So.", "No.", origin="f:1")], Target(CHATML, 4, 99, 99)
+    )
+    assert rejected == []
+    assert CHATML.decode(table["prompt_ids"][0].as_py()) == OPENED + "Well"
+
+
+def test_long_messages_lose_their_oldest_turns_and_keep_the_system_prompt() -> None:
+    system, old, last = (
+        {"role": role, "content": text} for role, text in (("system", "Rules."), ("user", "old " * 99), ("user", "new"))
+    )
+    answered = {"role": "assistant", "content": "yes"}
+    rows = [PreferenceRow([system, *turns], "So.", "No.", origin=o) for o, turns in (
+        ("f:1", [old, answered, last]), ("f:2", [last]), ("f:3", [last, answered, old])
+    )]  # fmt: skip
+    target = Target(CHATML, 4, 64, 64)
+    table, rejected = tokenize_preferences(rows[:1], target)
+    short, _ = tokenize_preferences(rows[1:2], Target(CHATML, 4, 64, 64))
+    assert table["prompt_ids"].equals(short["prompt_ids"])
+    assert (rejected, target.truncated) == ([], {"f:1"})
+    assert [r.reason for r in tokenize_preferences(rows[2:], target)[1]] == ["prompt too long"]
 
 
 def response(steps: list[int] | None, **fields: Any) -> ResponseRow:
