@@ -17,6 +17,7 @@ from torch import Tensor
 from dtrpo_ray.config.train import LoraConfig
 from dtrpo_ray.errors import ConfigError, ModelError
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.config_json import read_model_json
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's name of an only adapter
@@ -97,6 +98,31 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file()
 
 
+# keys of adapter_config.json that leave W + alpha / r * B A as it is, or that are read here
+PLAIN_KEYS = frozenset({
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "lora_dropout"),
+    *("layers_to_transform", "layers_pattern", "megatron_core", "megatron_config", "qalora_group_size"),
+    *("inference_mode", "runtime_config"),
+})  # fmt: skip
+PLAIN_STARTS = (True, False, None, "gaussian")  # init_lora_weights; PiSSA, OLoRA and others also change the base
+
+
+def _require_plain(path: Path) -> None:
+    """Raise ModelError for an adapter whose configuration says more than plain LoRA does."""
+    config = dict(read_model_json(path / ADAPTER_CONFIG))
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: only plain LoRA is supported, not {config.get('peft_type')!r}")
+    start = config.pop("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        remedy = "save it with peft's path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        raise ModelError(f"{path}: init_lora_weights = {start!r} changed the base that it was trained on; {remedy}")
+    told = {key: value for key, value in config.items() if key not in PLAIN_KEYS and value and value != "none"}
+    if told:
+        key, value = min(told.items())
+        raise ModelError(f"{path}: only plain LoRA is supported, without {key} = {value!r}")
+
+
 def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     """Make `copy`, a skeleton of the base, the base with the PEFT adapter of `path` on it.
 
@@ -112,9 +138,9 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
         config, tensors = peft.PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_FILE)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no readable PEFT adapter ({error})") from None
-    plain = config.peft_type == peft.PeftType.LORA and not (config.use_dora or config.use_rslora)
-    if not plain or config.modules_to_save or config.bias != "none":
-        raise ModelError(f"{path}: only plain LoRA is supported: no DoRA, no rsLoRA, no biases, no saved modules")
+    _require_plain(path)
+    if not tensors:
+        raise ModelError(f"{path}: {ADAPTER_FILE} holds no tensors")
     parts = {name.removesuffix(".weight"): pieces for name, pieces in base.checkpoint_tensors().items()}
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):

@@ -1,12 +1,13 @@
 """lora: off is the base to the bit, on is what the adapters say, merged is on, and the PEFT files say the same."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paths import ROOT
+from paths import ROOT, SHARED
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import (
     ADAPTER_CONFIG,
     BaseReference,
+    _require_plain,
     add_adapters,
     merge_adapters,
     save_adapter,
@@ -300,6 +302,8 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None
     assert "x_proj is no module of this sdar model" in refusal()
     save_file({n: t for n, t in tensors.items() if n != name}, file)
     assert "are not a pair" in refusal()
+    save_file({}, file)
+    assert "holds no tensors" in refusal()
     save_file(tensors, file)
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**record, "use_dora": True}))
     assert "only plain LoRA" in refusal()
@@ -320,3 +324,39 @@ def test_an_adapter_is_a_causal_models_where_the_release_is(
     add_adapters(model, LORA, seed=0)
     save_adapter(model, LORA, "a/base", tmp_path)
     assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["task_type"] == task
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changed the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora' changed the base"),
+        ({"use_rslora": True}, "without use_rslora = True"),
+        ({"use_bdlora": {"nblocks": 2}}, "without use_bdlora"),
+        ({"alora_invocation_tokens": [1]}, "without alora_invocation_tokens"),
+        ({"a_key_of_tomorrow": 1}, "without a_key_of_tomorrow = 1"),
+        ({"bias": "all"}, "without bias = 'all'"),
+        ({"peft_type": "LOHA"}, "not 'LOHA'"),
+    ],
+)
+def test_a_configuration_that_says_more_than_plain_lora_is_refused(
+    tmp_path: Path, told: dict[str, Any], message: str
+) -> None:
+    plain = {"peft_type": "LORA", "r": 4, "bias": "none", "use_dora": False, "init_lora_weights": "gaussian"}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(plain))
+    _require_plain(tmp_path)
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(plain | told))
+    with pytest.raises(ModelError, match=re.escape(message)):
+        _require_plain(tmp_path)
+
+
+FIELD = SHARED.parent / "cases" / "adapters"
+
+
+@pytest.mark.skipif(not FIELD.is_dir(), reason="the cases of the field are not beside this clone")
+@pytest.mark.parametrize("name", ["adapter-pissa", "adapter-olora", "probe"])
+def test_adapters_of_the_field_that_are_not_plain_are_refused(name: str) -> None:
+    for plain in ("adapter-True", "adapter-gaussian"):
+        _require_plain(FIELD / plain)
+    with pytest.raises(ModelError, match=r"init_lora_weights|use_bdlora"):
+        _require_plain(FIELD / name)
