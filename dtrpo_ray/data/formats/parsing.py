@@ -79,7 +79,15 @@ def _as_type(kind: type[T], says: str) -> Callable[[Any, str], T]:
     return read
 
 
-as_text, as_list, as_label = _as_type(str, "text"), _as_type(list, "a list"), _as_type(bool, "true or false")
+as_text, as_list = _as_type(str, "text"), _as_type(list, "a list")
+
+
+def as_label(value: Any, where: str) -> bool:
+    """Return true or false, which may be written as 1 or 0, or as text."""
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if found is None or not isinstance(value, bool | int | str):
+        raise Refusal("wrong type", f"{where} is {str(value)[:20]!r}, neither true (1) nor false (0)")
+    return found
 
 
 def as_reference(value: Any, where: str) -> str | None:

@@ -132,7 +132,7 @@ def _read_list(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator
 
 
 class _JsonText:
-    """The text of a JSON file that holds a list of rows, or one row; kept only as far as the next row goes."""
+    """The text of a JSON file of a list of rows, or of rows one after another; kept as far as the next row goes."""
 
     def __init__(self, stream: Any) -> None:
         # stray bytes become lone surrogates, so that they spoil their own row and not the whole file
@@ -142,10 +142,13 @@ class _JsonText:
     def rows(self) -> Iterator[tuple[Any, int]]:
         """Yield each row and its characters. Raises ValueError if the text is no JSON, no list and no object."""
         if self._next() != "[":
-            row, size = self._value()
-            if not isinstance(row, dict):
-                raise ValueError(f"found {type(row).__name__}")
-            yield row, size
+            mark = "{"
+            while mark == "{":  # one row, or JSON lines, which the Hub's .json files often are
+                row, size = self._value()
+                if not isinstance(row, dict):
+                    raise ValueError(f"found {type(row).__name__}")
+                yield row, size
+                mark = self._next()
         else:
             mark = "["
             while mark != "]":

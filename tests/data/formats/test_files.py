@@ -154,3 +154,8 @@ def test_a_clone_of_the_hub_has_its_files_in_data(tmp_path: Path) -> None:
     (tmp_path / "dataset_infos.json").write_text("{}")
     write(tmp_path / "data" / "train.jsonl", ROWS)
     assert data_files(str(tmp_path)) == [str(tmp_path / "data" / "train.jsonl")]
+
+
+def test_json_lines_in_a_json_file_are_rows(tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "rows.jsonl", ROWS)).rename(tmp_path / "rows.json")
+    assert [row for _, row in raw_rows(Shard(str(file)))] == ROWS

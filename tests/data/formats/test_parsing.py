@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dtrpo_ray.data.formats.parsing import Record, Refusal, as_reference, as_text, one_row
+from dtrpo_ray.data.formats.parsing import Record, Refusal, as_label, as_reference, as_text, one_row
 from dtrpo_ray.errors import DataError
 
 
@@ -40,3 +40,11 @@ def test_fields_are_there_and_are_text() -> None:
         assert caught.value.args[0] == reason
     with pytest.raises(Refusal, match="neither text nor JSON"):
         as_reference({1, 2}, "answer")
+
+
+@pytest.mark.parametrize(("good", "bad"), [(True, False), (1, 0), ("true", "false"), ("True", " False"), ("1", "0")])
+def test_a_label_is_true_or_false_in_any_spelling(good: Any, bad: Any) -> None:
+    assert (as_label(good, "label"), as_label(bad, "label")) == (True, False)
+    for value in (2, -1, "yes", 1.0, None, [1]):
+        with pytest.raises(Refusal, match="neither true"):
+            as_label(value, "label")

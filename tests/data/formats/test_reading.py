@@ -57,7 +57,7 @@ def test_a_json_list_is_read_row_by_row_whatever_the_chunks(
         ("[1, 2", 2, "expected ',' or ']' after a row"),
         ("[1,]", 1, "Expecting value"),
         ("[1] [2]", 1, "more text after its end"),
-        ('{"a": 1}\n{"a": 2}', 1, "more text after its end"),
+        ('{"a": 1}\n{"a": 2}\n[]', 2, "more text after its end"),
         ('[{"a": 1}, {"a": "x}]', 1, "Unterminated string starting at"),
         ('[{"a": tru}]', 0, "Expecting value"),
         ('[{"a": 1}e, {"a": 2}]', 1, "expected ',' or ']' after a row"),
