@@ -6,6 +6,7 @@ import pytest
 from paths import ROOT
 
 from dtrpo_ray.config.decode import RolloutConfig
+from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job, load_serve
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.config.train import TrainConfig
@@ -235,7 +236,7 @@ def test_settings_of_serve_are_toml() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.lr=1e-5", "without a section [task] nothing is aligned: add it, or remove train"),
+        ("train.lr=3e-5", "without a section [task] nothing is aligned: add it, or remove train"),
         ("rounds=2", "nothing is aligned: add it, or remove rounds"),
         ("sft.num_examples=5", "num_examples is for generated examples: limit a file by sft.max_rows"),
         ("sft.files=[]", "sft: max_prompt_tokens needs sft.files"),
@@ -260,5 +261,7 @@ def test_a_task_of_files_takes_a_base_that_was_tuned_on_files(monkeypatch: pytes
     assert (job.only_sft, job.last_stage) == (False, job.train)
     alone = load_job(DEMO.with_name("sft.toml"))
     assert (alone.only_sft, alone.last_stage) == (True, alone.sft)
+    for made in (job, alone):  # as a model card and a report have it
+        assert Job.model_validate_json(made.model_dump_json()) == made
     with pytest.raises(ConfigError, match=r"task\.type = 'preferences' generates no examples: set sft\.files"):
         load_job(DEMO.with_name("text.toml"), ["sft.lr=1e-3"])

@@ -145,7 +145,7 @@ class Job(Section):
         if self.sft is None:
             raise ValueError("there is no section [task]: add it, or set sft.files to train on your own files")
         parts = ("rounds", "rollout", "drafts", "score", "pair", "train", "eval")
-        if surplus := [name for name in parts if name in self.model_fields_set]:
+        if surplus := [name for name in parts if name in self.changed_fields()]:
             raise ValueError(f"without a section [task] nothing is aligned: add it, or remove {', '.join(surplus)}")
 
     def _fits_files(self, kind: str) -> None:

@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    def changed_fields(self) -> set[str]:
+        """Return the fields that were given another value than their default."""
+        fields = type(self).model_fields
+        given = {name: (getattr(self, name), fields[name].get_default(call_default_factory=True)) for name in fields}
+        return {name for name, (value, default) in given.items() if value != default}
+
     @model_validator(mode="before")
     @classmethod
     def _as_written(cls, values: Any) -> Any:

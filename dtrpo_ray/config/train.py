@@ -232,8 +232,8 @@ class SFTConfig(TrainConfig, Files):
 
     @model_validator(mode="after")
     def _one_source(self) -> "SFTConfig":
-        surplus = self.model_fields_set & ({"num_examples"} if self.files else Files.model_fields.keys())
-        if surplus := surplus - {"files"}:
+        names = {"num_examples"} if self.files else Files.model_fields.keys() - {"files"}
+        if surplus := names & self.changed_fields():
             remedy = "is for generated examples: limit a file by sft.max_rows" if self.files else "needs sft.files"
             raise ValueError(f"{min(surplus)} {remedy}")
         return self
