@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dtrpo_ray.config.decode import Setting
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
@@ -25,20 +26,21 @@ from dtrpo_ray.stages import Store
 PUZZLES_SEED = 2**40  # differs from the seeds of all stages
 
 
-def solved(model: Path, job: Job, count: int) -> dict[int, int]:
-    """Count, for each number of denoising steps per block, the puzzles that the model solves by greedy decoding."""
+def solved(model: Path, job: Job, count: int) -> dict[str, int]:
+    """Count, for each setting of [eval], the puzzles that the model solves by greedy decoding."""
     assert job.eval is not None
     assert job.puzzle is not None
     puzzles = generate_puzzles(job.puzzle, count, "train", PUZZLES_SEED + job.seed)
     score = puzzle_module(job.puzzle).score
     engine, made = Engine.load(model), {}
-    for steps in job.eval.budgets:
-        params, correct = SamplingParams(max_new_tokens=job.eval.max_new_tokens, denoising_steps=steps), 0
+    for field, value in job.eval.settings:
+        most = {"max_new_tokens": job.eval.max_new_tokens, "denoising_steps": 1}
+        params, correct = SamplingParams.model_validate({**most, field: value}), 0
         for first in range(0, count, job.eval.batch_size):
             texts = [row["prompt"] for row in puzzles[first : first + job.eval.batch_size]]
             done = engine.generate([engine.encode(text) for text in texts], params, [0] * len(texts))
             correct += sum(score(t, engine.decode(d.text_ids)) >= 1 for t, d in zip(texts, done, strict=True))
-        made[steps] = correct
+        made[str(Setting(field, value))] = correct
     return made
 
 
@@ -62,32 +64,32 @@ def main() -> None:
             models |= {"base": pipeline.base().path} if not rows else {}
         for name, path in sorted(models.items(), key=lambda item: item[0] != "base"):
             rows += [
-                {"setting": name, "budget": budget, "correct": correct, "num_prompts": given.count}
-                for budget, correct in solved(path, job, given.count).items()
+                {"setting": name, "decoding": decoding, "correct": correct, "num_prompts": given.count}
+                for decoding, correct in solved(path, job, given.count).items()
             ]
         given.out.with_suffix(".json").write_text(json.dumps({"seed": given.seed, "rows": rows}, indent=2) + "\n")
         given.out.with_suffix(".md").write_text(page(rows, given))
 
 
 def page(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
-    """Return the page: a table with one line per setting and one column per budget."""
-    budgets = sorted({row["budget"] for row in rows})
+    """Return the page: a table with one line per setting of the job and one column per setting of [eval]."""
+    columns = sorted(Setting.parse(text) for text in {row["decoding"] for row in rows})
     lines = [
         f"# Settings of `{given.job}`",
         "",
         f"The table shows accuracy on {given.count} fresh puzzles of the training split, with greedy decoding and 95 % "
         f"Wilson intervals. No other result uses seed {given.seed}.",
         "",
-        "| setting | " + " | ".join(f"{budget} step{'s' * (budget > 1)} per block" for budget in budgets) + " | mean |",
-        "|---|" + "---|" * (len(budgets) + 1),
+        "| setting | " + " | ".join(column.label for column in columns) + " | mean |",
+        "|---|" + "---|" * (len(columns) + 1),
     ]
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        mine = {row["budget"]: row for row in rows if row["setting"] == setting}
+        mine = {Setting.parse(row["decoding"]): row for row in rows if row["setting"] == setting}
         cells = []
-        for budget in budgets:
-            low, high = wilson_interval(mine[budget]["correct"], given.count)
-            cells.append(f"{mine[budget]['correct'] / given.count:.3f} [{low:.3f}, {high:.3f}]")
-        mean = sum(row["correct"] for row in mine.values()) / given.count / len(budgets)
+        for column in columns:
+            low, high = wilson_interval(mine[column]["correct"], given.count)
+            cells.append(f"{mine[column]['correct'] / given.count:.3f} [{low:.3f}, {high:.3f}]")
+        mean = sum(row["correct"] for row in mine.values()) / given.count / len(columns)
         lines.append(f"| {setting} | " + " | ".join(cells) + f" | {mean:.3f} |")
     return "\n".join(lines) + "\n"
 

@@ -154,7 +154,7 @@ class Pipeline:
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
         if not job.puzzle:
-            rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
+            rows = config.batch_size * max(1, len(set(config.step_counts))) // config.num_samples
             return self._import(name, "trajectories", inputs, recorder, max(1, rows))
         task = job.task.model_dump(mode="json", exclude={"public_tests"})
         return self.store.stage(name, {**inputs, "task": task}, [f"{TABLE}/*.parquet"], make)
@@ -220,8 +220,11 @@ class Pipeline:
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
             if not made:
                 margin, rows = f"pair.min_margin = {job.pair.min_margin:g}", sum(part["rows"] for part in done)
+                who, what = "responses", "rewards that differ"
+                if job.pair.strategy == "faster":
+                    who, what = "correct responses", "denoising forwards (num_forwards) that differ"
                 raise DataError(
-                    f"{trajectories.path}: no two responses to one prompt have rewards that differ by {margin} or more "
+                    f"{trajectories.path}: no two {who} to one prompt have {what} by {margin} or more "
                     f"({unscored} of {rows} have no reward); lower it, or record more responses per prompt"
                 )
             tables.write_manifest(out / TABLE, PREFERENCE, rows=made)
@@ -396,10 +399,10 @@ class Pipeline:
         def make(out: Path) -> JsonObject:
             rows = [(title, f"{i:06d}", row) for title, rows in sets.items() for i, row in enumerate(rows)]
             prompts = [
-                TrajectoryRow(
-                    row_id=f"{title}/{k}/{i}", prompt_id=f"{title}/{i}", prompt=row["prompt"], denoising_steps=k
+                rollout.at_setting(
+                    {"row_id": f"{title}/{setting}/{i}", "prompt_id": f"{title}/{i}", "prompt": row["prompt"]}, setting
                 )
-                for k in config.budgets
+                for setting in config.settings
                 for title, i, row in rows
             ]
             params = SamplingParams(denoising_steps=1, **config.model_dump(include={"max_new_tokens", "temperature"}))
@@ -408,7 +411,7 @@ class Pipeline:
             answers = {f"{title}/{i}": row["answer"] for title, i, row in rows}
             record = summarise(done, answers, config, load_tokenizer(model.path))
             (out / "eval.json").write_text(json.dumps(record))
-            return {f"{r['set']}@{r['budget']}": r["accuracy"] for r in record["table"]}
+            return {f"{r['set']}@{r['setting']}": r["accuracy"] for r in record["table"]}
 
         return self.store.stage(f"eval-{name}", inputs, ["eval.json"], make)
 
