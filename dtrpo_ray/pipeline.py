@@ -64,6 +64,7 @@ class Pipeline:
 
     def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
         self.job, self.store, self.resume = job, store, resume
+        self.scorer = scoring.find_source(job.score) if job.score else None  # a hub's model is fetched before any stage
         self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
         found_once = (self.initial, self.base, self.trajectories, self.scored, self.pairs, self.policy)
         for method in (*found_once, self.reference_logps, self.evaluate, self._test_sets):
@@ -180,16 +181,16 @@ class Pipeline:
         job, config, trajectories = self.job, self.job.score, self.trajectories(number)
         if config is None:
             return trajectories
-        model = config.judge.model if config.judge else config.reward_model
-        fields, hashes = config.model_dump(mode="json"), _hashes(model) if model else None
-        inputs: JsonObject = {"score": fields, "trajectories": trajectories.digest, "model": hashes}
+        model, fields = self.scorer, config.model_dump(mode="json")
+        source = (model.commit or _hashes(model.path)) if model else None
+        inputs: JsonObject = {"score": fields, "trajectories": trajectories.digest, "model": source}
 
         def make(out: Path) -> JsonObject:
             if config.judge:
                 llm.require_vllm("score.judge")
             files = tables.table_files((trajectories.path / TABLE).resolve())
             parts = tables.prompt_parts(files, config.judge.batch_size) if config.judge else tables.file_parts(files)
-            scorer = partial(scoring.Scorer, config)
+            scorer = partial(scoring.Scorer, config, model)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
             rows = sum(part["rows"] for part in done)
             tables.write_manifest(out / TABLE, TRAJECTORY, rows=rows)

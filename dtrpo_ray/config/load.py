@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.produce import HUB_ID
 from dtrpo_ray.config.section import Section, kinds
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.errors import ConfigError
@@ -102,10 +103,11 @@ def _require_files(path: Path, job: Job) -> None:
         ("model.path", job.model.path),
         ("model.tokenizer", job.model.tokenizer),
         ("serve.api_key_file", job.serve.api_key_file),
-        ("score.reward_model", score.reward_model if score else None),
         ("score.judge.model", score.judge.model if score and score.judge else None),
         ("drafts.model", job.drafts.model if job.drafts else None),
     ]
+    hub = [("score.reward_model", score.reward_model)] if score else []
+    wanted += [(field, name) for field, name in hub if name and not HUB_ID.fullmatch(name)]
     wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
     for field, file in wanted:
         if file is not None and not os.path.exists(file):

@@ -1,7 +1,8 @@
 """The sections `[drafts]`, `[score]` and `[pair]`: answers, their rewards, and the pairs made of them."""
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +61,9 @@ class JudgeConfig(_LanguageModel):
 
 # each name is a module of dtrpo_ray/produce/verifiers; a new verifier is one file there and one name here
 VerifierName = Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")  # of the Hugging Face Hub: org/name, org/name@revision
+# each goes with the section's field that names what it scores by
+SCORED_BY = {"reward_model": "reward_model", "judge": "judge"}
 
 
 class ScoreConfig(Section):
@@ -70,17 +74,22 @@ class ScoreConfig(Section):
     judge."""
     judge: JudgeConfig | None = None
     """For scorer = "judge"."""
-    reward_model: Path | None = None
-    """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
+    reward_model: str | None = Field(None, min_length=1)
+    """A sequence-classification model with safetensors, for scorer = "reward_model": a directory, or a Hugging Face id,
+    "org/name" or "org/name@revision"."""
+    reward_label: Annotated[int, Field(ge=0, strict=True)] | str | None = None
+    """The label of a reward_model of several, by name or number: the reward is its log-probability."""
     batch_size: int = Field(16, ge=1)
     """Rows per forward of the reward model."""
 
     @model_validator(mode="after")
-    def _model_of_the_scorer(self) -> "ScoreConfig":
-        if (self.scorer == "reward_model") != (self.reward_model is not None):
-            raise ValueError("set reward_model (a model directory) if scorer = 'reward_model', and only then")
-        if (self.scorer == "judge") != (self.judge is not None):
-            raise ValueError("add the section [score.judge] if scorer = 'judge', and only then")
+    def _fields_of_the_scorer(self) -> "ScoreConfig":
+        for scorer, field in SCORED_BY.items():
+            if (self.scorer == scorer) != (getattr(self, field) is not None):
+                what = "the section [score.judge]" if field == "judge" else f"the field {field}"
+                raise ValueError(f"add {what} if scorer = {scorer!r}, and only then")
+        if self.reward_label is not None and self.reward_model is None:
+            raise ValueError("reward_label names a label of reward_model: remove it, or set scorer = 'reward_model'")
         return self
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrpo_ray.config.produce import ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, with_columns, write_whole
 from dtrpo_ray.errors import ConfigError, DataError, ModelError
+from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.tokenizer import load_tokenizer, prompt_messages
 from dtrpo_ray.produce.judge import Judge
 
@@ -35,18 +38,32 @@ class ScoreSummary(TypedDict):
     caution: NotRequired[str]
 
 
-class Scorer:
-    """Score the parts of a trajectory table, each into a file of the part's name."""
+def find_source(config: ScoreConfig) -> ModelSource | None:
+    """Find the model that scores, and fetch it if it is named by a hub id; None for a verifier. Raises ModelError."""
+    where = config.judge.model if config.judge else config.reward_model
+    return ModelSource.find(str(where)) if where else None
 
-    def __init__(self, config: ScoreConfig) -> None:
+
+class Scorer:
+    """Score the parts of a trajectory table, each into a file of the part's name.
+
+    `source` is what `find_source` found. A worker that does not see it raises ModelError.
+    """
+
+    def __init__(self, config: ScoreConfig, source: ModelSource | None = None) -> None:
         self.score: RewardModel | Judge | Verifier
-        if config.reward_model is not None:
-            self.score, model = RewardModel(config.reward_model, config.batch_size), f" {config.reward_model.name}"
-        elif config.judge is not None:
-            self.score, model = Judge(config.judge), f" {config.judge.model.name}"
+        if source and not source.path.is_dir():
+            raise ModelError(
+                f"{source.name}: this node has no {source.path}; put the model, or the hub's cache (HF_HOME), on a disk "
+                "that all nodes share"
+            )
+        if config.judge is not None:
+            self.score = Judge(config.judge)
+        elif source is not None:
+            self.score = RewardModel(source, config.batch_size, config.reward_label)
         else:
-            self.score, model = Verifier(config.scorer), ""
-        self.source = config.scorer + model
+            self.score = Verifier(config.scorer)
+        self.source = f"{config.scorer} {source.name}" if source else config.scorer
 
     def __call__(self, part: TablePart, out: Path) -> ScoreSummary:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
@@ -102,17 +119,22 @@ class Verifier:
 
 
 class RewardModel:
-    """Reward a conversation by the logit of a sequence-classification model of one label."""
+    """Reward a conversation by a sequence-classification model.
 
-    def __init__(self, path: Path, batch_size: int) -> None:
+    The reward is the logit of its only label, or the log-probability of one of several (log-softmax; log-sigmoid where
+    the model's `problem_type` lets several labels hold at once). Logits of several labels have no common zero.
+    """
+
+    def __init__(self, source: ModelSource, batch_size: int, label: int | str | None = None) -> None:
         self.batch_size, self.device = batch_size, "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            model: Any = AutoModelForSequenceClassification.from_pretrained(str(path), local_files_only=True)
+            model: Any = AutoModelForSequenceClassification.from_pretrained(
+                str(source.path), local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: not a sequence-classification model ({error})") from None
-        if model.config.num_labels != 1:
-            raise ModelError(f"{path}: has {model.config.num_labels} labels; a reward model has one")
-        self.model, self.tokenizer = model.eval().to(self.device), load_tokenizer(path)
+            raise ModelError(f"{source.name}: not a sequence-classification model ({error})") from None
+        self.label = label_index(model.config, label, source.name)
+        self.model, self.tokenizer = model.eval().to(self.device), load_tokenizer(source.path)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -131,8 +153,31 @@ class RewardModel:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(self.device)
-            rewards[rows] = self.model(**batch).logits[:, 0].double().cpu()
+            rewards[rows] = self._rewards(self.model(**batch).logits.double()).cpu()
         return [float(reward) for reward in rewards]
+
+    def _rewards(self, logits_BL: Tensor) -> Tensor:
+        if logits_BL.shape[1] == 1:
+            return logits_BL[:, 0]
+        several = self.model.config.problem_type == "multi_label_classification"
+        logps_BL = F.logsigmoid(logits_BL) if several else logits_BL.log_softmax(1)
+        return logps_BL[:, self.label]
+
+
+def label_index(config: PretrainedConfig, label: int | str | None, name: str) -> int:
+    """Return the index of the label that a classifier is to reward, by name or number; 0 if it has only one.
+
+    Raises ModelError for a label that it has not, and if `label` is missing or needless.
+    """
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if len(names) == 1 and label is None:
+        return 0
+    if len(names) == 1:
+        raise ModelError(f"{name}: has one label, whose logit is the reward; remove score.reward_label = {label!r}")
+    if label not in (names if isinstance(label, str) else range(len(names))):
+        named = f"score.reward_label = {label!r} is none of them" if label is not None else "set score.reward_label"
+        raise ModelError(f"{name}: has {len(names)} labels, {', '.join(names)} (0 to {len(names) - 1}); {named}")
+    return names.index(label) if isinstance(label, str) else int(label or 0)
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:

@@ -1,6 +1,7 @@
 """Rewards: a verifier and a reward model over a file of trajectories, and the rows they cannot score."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from example_rows import trajectory
+from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from dtrpo_ray.config.produce import JudgeConfig, ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, file_parts, prompt_parts, read_table
 from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.tokenizer import character_tokenizer, prompt_messages
-from dtrpo_ray.produce.scoring import RewardModel, Scorer, Unscorable, Verifier, conversation
+from dtrpo_ray.produce.scoring import RewardModel, Scorer, Unscorable, Verifier, conversation, find_source, label_index
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -109,35 +112,81 @@ def test_what_a_response_does_to_a_verifier_is_its_loss_and_a_full_disk_is_not(m
         Verifier("gsm8k")(["p"], ["r"], ["1"])
 
 
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward-model")
+def classifier(folder: Path, **settings: Any) -> ModelSource:
     character_tokenizer("0123456789\n").save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, num_labels=1, pad_token_id=11,
+        num_key_value_heads=1, max_position_embeddings=32, pad_token_id=11, initializer_range=0.5, **settings,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Qwen2ForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return ModelSource(folder, folder.name)
 
 
-def test_a_reward_does_not_depend_on_the_batch_it_is_in(reward_model: Path) -> None:
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return classifier(tmp_path_factory.mktemp("reward-model"), num_labels=1)
+
+
+def test_a_reward_does_not_depend_on_the_batch_it_is_in(reward_model: ModelSource) -> None:
     prompts, responses = ["1", "22", "3333"], ["9", "12345678", "7"]
     apart = [RewardModel(reward_model, 1)([p], [r], [None])[0] for p, r in zip(prompts, responses, strict=True)]
     assert RewardModel(reward_model, 2)(prompts, responses, [None] * 3) == pytest.approx(apart, abs=1e-5)
     assert len(set(apart)) == 3
 
 
-def test_a_conversation_longer_than_the_reward_model_reads_is_named(reward_model: Path, tmp_path: Path) -> None:
-    config = ScoreConfig(scorer="reward_model", reward_model=reward_model)
+def test_a_conversation_longer_than_the_reward_model_reads_is_named(reward_model: ModelSource, tmp_path: Path) -> None:
+    config = ScoreConfig(scorer="reward_model", reward_model=str(reward_model.path))
     source = write(tmp_path / "part-0.parquet", [{"response": "1"}, {"response": "1" * 40}])
     # "12", a newline that this tokenizer drops once transformers takes it for Qwen2's, and 40 digits
     with pytest.raises(DataError, match=r"row 1: 42 tokens; the reward model reads 32"):
-        Scorer(config)(*file_parts([source]), tmp_path)
+        Scorer(config, find_source(config))(*file_parts([source]), tmp_path)
     with pytest.raises(ModelError, match="not a sequence-classification model"):
-        RewardModel(tmp_path, 1)
+        RewardModel(ModelSource(tmp_path, "empty"), 1)
+    with pytest.raises(ModelError, match=r"gone: this node has no .*; put the model, or the hub's cache"):
+        Scorer(config, ModelSource(tmp_path / "gone", "gone"))
+
+
+def test_pickled_weights_are_not_read(reward_model: ModelSource, tmp_path: Path) -> None:
+    copy = shutil.copytree(reward_model.path, tmp_path / "pickled")
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="not a sequence-classification model"):
+        RewardModel(ModelSource(copy, "pickled"), 1)
+
+
+LABELS = {0: "negative", 1: "neutral", 2: "positive"}
+
+
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
+def test_the_reward_of_a_label_is_its_log_probability(kind: str, tmp_path: Path) -> None:
+    """Probabilities of exclusive labels add up to 1; of independent ones each is the sigmoid of its logit."""
+    source = classifier(tmp_path, id2label=LABELS, problem_type=kind)
+    texts: Any = (["1", "22"], ["34", "567"], [None] * 2)
+    rewards = torch.tensor([RewardModel(source, 2, name)(*texts) for name in LABELS.values()], dtype=torch.float64)
+    model = RewardModel(source, 1, "neutral")
+    ids = [model.tokenizer(p + "\n" + r, return_tensors="pt")["input_ids"] for p, r in zip(*texts[:2], strict=True)]
+    with torch.no_grad():
+        logits = torch.cat([model.model(i).logits for i in ids]).double().T
+    odds = logits.exp()
+    wanted = odds / odds.sum(0) if kind.startswith("single") else odds / (1 + odds)
+    torch.testing.assert_close(rewards.exp(), wanted, rtol=0, atol=1e-6)
+    assert [RewardModel(source, 2, number)(*texts) for number in LABELS] == rewards.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "label", "message"),
+    [
+        (LABELS, None, r"has 3 labels, negative, neutral, positive .0 to 2.; set score\.reward_label"),
+        (LABELS, "good", "'good' is none of them"),
+        (LABELS, 3, "3 is none of them"),
+        ({0: "score"}, "score", "has one label, whose logit is the reward; remove score"),
+    ],
+)
+def test_a_label_that_the_model_has_not_is_refused(labels: Any, label: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        label_index(Qwen2Config(id2label=labels), label, "model")
 
 
 def test_prompts_are_text_or_messages_as_json() -> None:
@@ -184,7 +233,9 @@ def test_a_judge_scores_a_prompt_across_files_and_leaves_a_lone_response_alone(
     files = [write(tmp_path / "a.parquet", [{"response": "x"}, {"response": "lone", "prompt_id": "q"}])]
     files += [write(tmp_path / "b.parquet", [{"response": "xx", "row_id": "2"}])]
     (tmp_path / "out").mkdir()
-    scorer = Scorer(ScoreConfig(scorer="judge", judge=JudgeConfig(model=Path("judge"))))
+    (tmp_path / "judge").mkdir()
+    judge = JudgeConfig(model=Path("judge"))
+    scorer = Scorer(ScoreConfig(scorer="judge", judge=judge), ModelSource(tmp_path / "judge", "judge"))
     (part,) = prompt_parts(files, 10)
     assert scorer(part, tmp_path / "out") == {"rows": 3, "scored": 2, "sum": 1.0, "comparisons": {"decided": 1}}
     table = read_table(tmp_path / "out", TRAJECTORY)
