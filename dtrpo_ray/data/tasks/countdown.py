@@ -32,7 +32,7 @@ def is_test_prompt(prompt: str) -> bool:
 
 
 def score(prompt: str, response: str, answer: str | None = None) -> float:
-    """1.0 if the equations hold, use every number once and end in the target, else 0.0. Any derivation counts, not `answer`'s alone."""
+    """1.0 if the equations hold, use every number once and end in the target, else 0.0. Any derivation counts."""
     puzzle = prompt.removesuffix(END)
     if len(response) > _LONGEST or not _PROMPT.fullmatch(puzzle):
         return 0.0

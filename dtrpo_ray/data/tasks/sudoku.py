@@ -39,7 +39,7 @@ def all_grids() -> tuple[str, ...]:
 
 
 def score(prompt: str, response: str, answer: str | None = None) -> float:
-    """1.0 if the response is a valid grid that keeps every given, else 0.0. Any valid completion counts, not `answer` alone."""
+    """1.0 if the response is a valid grid that keeps every given, else 0.0. Any valid completion counts."""
     keeps_givens = all(given in ("0", digit) for given, digit in zip(prompt, response, strict=False))
     return float(keeps_givens and is_grid(response))
 

@@ -1,14 +1,13 @@
 """Word problems of one and two steps, written from templates, with answers in GSM8K's format.
 
-An answer is a sentence with an equation for each step and then `#### N` (Cobbe et al. 2021, arXiv:2110.14168, without its
-calculator annotations). Every number and result is an integer from 2 up to `largest`. The splits share no name, no set of
-numbers and no pair of templates.
+An answer is a sentence with an equation for each step and then `#### N` (Cobbe et al. 2021, arXiv:2110.14168, without
+its calculator annotations). Every number and result is an integer from 2 up to `largest`. The splits share no name, no
+set of numbers and no pair of templates.
 """
 
 import hashlib
 import random
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 SCORER = "dtrpo_ray.produce.verifiers.gsm8k:score"
@@ -16,8 +15,8 @@ FIXED_LENGTH = False  # an end token closes the response
 
 NAMES = (
     "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Karen", "Liam", "Mia", "Noah",
-    "Olivia", "Peter", "Quinn", "Rosa", "Sam", "Tina", "Uma", "Victor", "Wendy", "Xavier", "Yara", "Zoe", "Alice", "Bob",
-    "Carol", "Daniel", "Ella", "Frank", "Gina", "Hugo", "Irene", "James", "Kate", "Leo", "Maria", "Nick",
+    "Olivia", "Peter", "Quinn", "Rosa", "Sam", "Tina", "Uma", "Victor", "Wendy", "Xavier", "Yara", "Zoe", "Alice",
+    "Bob", "Carol", "Daniel", "Ella", "Frank", "Gina", "Hugo", "Irene", "James", "Kate", "Leo", "Maria", "Nick",
 )  # fmt: skip
 THINGS = (
     "apples", "balls", "beads", "books", "buttons", "cards", "coins", "cookies", "cups", "eggs", "flags", "flowers",
@@ -58,13 +57,14 @@ STARTS = (
     Start("/", "{name} packs {a} {things} equally into {b} bags and keeps one bag."),
 )
 NOW = End("", "", "How many {things} does {name} have now?", "{name} has {sum} {things}.")  # of a problem of one step
+FRIEND = End("", "", "How many {things} does {friend} have?", "{friend} has {sum} {things}.")
 ENDS = (
     NOW._replace(sign="+", story="Then {name} finds {c} more."),
     NOW._replace(sign="-", story="Then {name} loses {c} of them."),
-    End("+", "{friend} has {c} more than {name}.", "How many {things} does {friend} have?", "{friend} has {sum} {things}."),
-    End("-", "{friend} has {c} fewer than {name}.", "How many {things} does {friend} have?", "{friend} has {sum} {things}."),
+    FRIEND._replace(sign="+", story="{friend} has {c} more than {name}."),
+    FRIEND._replace(sign="-", story="{friend} has {c} fewer than {name}."),
+    FRIEND._replace(sign="*", story="{friend} has {c} times as many."),
     End("-", "{name} gives {c} of them to {friend}.", "How many {things} are left?", "{sum} {things} are left."),
-    End("*", "{friend} has {c} times as many.", "How many {things} does {friend} have?", "{friend} has {sum} {things}."),
     End("*", "Each of them costs {c} dollars.", "How many dollars do they cost?", "They cost {sum} dollars."),
     End("/", "{name} lays them in {c} equal rows.", "How many {things} are in a row?", "A row has {sum} {things}."),
     End("/", "{name} shares them equally among {c} children.", "How many {things} does a child get?",
@@ -90,28 +90,33 @@ def is_test_prompt(prompt: str) -> bool:
 def generate(count: int, split: str, steps: tuple[int, int], largest: int, seed: int) -> list[dict[str, str]]:
     """`count` rows {prompt, answer} of `split` ("train" or "test") with from steps[0] to steps[1] steps."""
     rng = random.Random(f"{seed}/{split}")  # a text seeds the same everywhere
-    test, rows = split == "test", list[dict[str, str]]()
-    while len(rows) < count:
-        rows += _problem(rng, test, rng.randint(*steps), largest)
+    rows = []
+    for _ in range(count):
+        wanted = rng.randint(*steps)
+        while (row := _problem(rng, split == "test", wanted, largest)) is None:
+            pass
+        rows.append(row)
     return rows
 
 
-def _problem(rng: random.Random, test: bool, steps: int, largest: int) -> Iterator[dict[str, str]]:
-    """Yield a problem drawn at random, or none where a draw has no whole result or is of the other split."""
-    name, friend = rng.sample([name for name in NAMES if held_out(name) == test], 2)
+def _problem(rng: random.Random, test: bool, steps: int, largest: int) -> dict[str, str] | None:
+    """Draw a problem at random; None where there is no whole result, or where it is of the other split."""
     start, end, a = rng.choice(STARTS), rng.choice(ENDS) if steps == 2 else NOW, rng.randint(2, largest)
+    if steps == 2 and held_out(start.story + end.story) != test:
+        return None
     first = _step(rng, a, start.sign, largest)
     second = _step(rng, first[1], end.sign, largest) if first and steps == 2 else first
-    if first is None or second is None or (steps == 2 and held_out(start.story + end.story) != test):
-        return
+    if first is None or second is None:
+        return None
+    name, friend = rng.sample([name for name in NAMES if held_out(name) == test], 2)
     words = {"name": name, "friend": friend, "things": rng.choice(THINGS), "a": a, "b": first[0], "c": second[0]}
     prompt = " ".join(part.format(**words) for part in (start.story, end.story, end.question) if part)
     if is_test_prompt(prompt) != test:
-        return
+        return None
     lines = [NOW.sentence.format(**words, sum=f"{a} {start.sign} {first[0]} = {first[1]}")]
     if steps == 2:
         lines.append(end.sentence.format(**words, sum=f"{first[1]} {end.sign} {second[0]} = {second[1]}"))
-    yield {"prompt": prompt, "answer": "\n".join([*lines, f"#### {second[1]}"])}
+    return {"prompt": prompt, "answer": "\n".join([*lines, f"#### {second[1]}"])}
 
 
 def _step(rng: random.Random, value: int, sign: str, largest: int) -> tuple[int, int] | None:
