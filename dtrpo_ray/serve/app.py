@@ -29,13 +29,20 @@ from dtrpo_ray.decode.types import SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.serve import api, middleware, responses
 from dtrpo_ray.serve.batcher import Batcher, Delivery
-from dtrpo_ray.serve.middleware import INTERNAL_ERROR, OPEN_PATHS, refusal, shorten
+from dtrpo_ray.serve.middleware import (
+    DEADLINE_SECONDS,
+    INTERNAL_ERROR,
+    OPEN_PATHS,
+    deadline_passed,
+    refusal,
+    shorten,
+    sse,
+)
 from dtrpo_ray.serve.monitor import Monitor
 from dtrpo_ray.serve.responses import ActiveRequest, Choice
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_SECONDS = 120.0  # of a request, queueing included; clients cannot raise it
 MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
@@ -272,12 +279,12 @@ class Service:
                 async for event in self._events(request):
                     yield event
             if request.body.stream_options.include_usage:
-                yield responses.sse(responses.answer(request, [], usage=request.usage()))
+                yield sse(responses.answer(request, [], usage=request.usage()))
         except HTTPException as problem:
-            yield responses.sse(problem.detail)
+            yield sse(problem.detail)
         except Exception:
             logger.exception("a stream failed")
-            yield responses.sse(refusal(500, INTERNAL_ERROR).detail)
+            yield sse(refusal(500, INTERNAL_ERROR).detail)
         finally:
             self._end(request)  # before the last bytes are sent, which a slow reader may hold up
         yield b"data: [DONE]\n\n"
@@ -311,8 +318,7 @@ async def _deadline(request: ActiveRequest) -> AsyncIterator[None]:
         async with asyncio.timeout(DEADLINE_SECONDS - (time.monotonic() - request.begun)):
             yield
     except TimeoutError:
-        message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
-        raise refusal(504, message, code="deadline") from None
+        raise deadline_passed(DEADLINE_SECONDS) from None
 
 
 class EventStream(StreamingResponse):

@@ -5,7 +5,6 @@ text. All of this runs on the tokenizing thread, since tokenizers are not safe t
 """
 
 import asyncio
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import Committed, DecoderEvent, Generation, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
 from dtrpo_ray.serve.batcher import Delivery, Ticket
+from dtrpo_ray.serve.middleware import sse
 
 HALF_CHARACTER = "\ufffd"
 
@@ -219,8 +219,3 @@ def _denoising(choice: Choice, index: int, event: Unmasked) -> api.Denoising:
         block_start=(event.places[0] + head) // size * size - head,
         block_size=size,
     )
-
-
-def sse(body: object) -> bytes:
-    """Return a server-sent event with a JSON body."""
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"

@@ -29,8 +29,8 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.lora import is_adapter
 from dtrpo_ray.models.registry import read_config
-from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS, create_app
-from dtrpo_ray.serve.middleware import key_digests
+from dtrpo_ray.serve.app import MAX_ACTIVE_REQUESTS, create_app
+from dtrpo_ray.serve.middleware import DEADLINE_SECONDS, FRONT_VARIABLE, key_digests
 
 APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free
@@ -156,7 +156,8 @@ def start(config: ServeConfig) -> str:
     http = HTTPOptions(host=config.host, port=port, request_timeout_s=GRACE_SECONDS)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(ProxyLocation.HeadOnly, http, logging_config=quiet)
+        proxies = {"runtime_env": {"env_vars": FRONT_VARIABLE}}  # they inherit it from their controller
+        serve.start(ProxyLocation.HeadOnly, http, logging_config=quiet, controller_options=proxies)
         serve.run(application, name=APP_NAME, route_prefix="/", logging_config=quiet)
         url = _url(config.host, port)
         _wait_until_ready(url)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,8 @@ from dtrpo_ray.models.lora import add_adapters, save_adapter
 from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import server
-from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS
+from dtrpo_ray.serve.app import MAX_ACTIVE_REQUESTS
+from dtrpo_ray.serve.middleware import DEADLINE_SECONDS, FRONT_VARIABLE
 from tests.serve.test_app import CONFIG
 
 torch.set_num_threads(1)
@@ -116,6 +117,20 @@ def test_keys_of_the_file_open_the_deployment(url: str) -> None:
 def test_refusals_pass_serve_unchanged(url: str) -> None:
     assert post(url, prompt="0", echo=True).json()["error"]["param"] == "echo"
     assert post(url, prompt="0" * 2**21).status_code == 413
+
+
+def test_bodies_that_never_arrive_stop_nobody(url: str) -> None:
+    """More of them than Serve takes requests; and a client's own time limit is not obeyed."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer first-key\r\n"
+    with ExitStack() as stack:
+        for _ in range(300):
+            slow = stack.enter_context(socket.create_connection((host, int(port))))
+            slow.sendall(f"{head}Content-Length: 99\r\n\r\n{{".encode())
+        for _ in range(3):
+            assert post(url, prompt="0123", max_tokens=8).status_code == 200
+        limited = KEY | {"x-request-timeout-seconds": "0.000001"}
+        assert httpx.get(f"{url}/v1/models", headers=limited).status_code == 200
 
 
 def test_a_second_server_in_the_cluster_is_refused(url: str, checkpoint: Path) -> None:
@@ -470,3 +485,5 @@ def test_shipped_serve_configs_build(config: dict[str, Any], key_file: Path) -> 
     assert isinstance(built, serve.Application)
     assert schema.http_options.request_timeout_s is not None
     assert schema.http_options.request_timeout_s > DEADLINE_SECONDS
+    assert schema.controller_options is not None
+    assert schema.controller_options.runtime_env == {"env_vars": FRONT_VARIABLE}
