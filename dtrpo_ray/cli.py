@@ -64,8 +64,8 @@ def open_pipeline(
 ) -> Iterator["Pipeline"]:
     """Validate the job, then start Ray and yield its pipeline. `needs` names the section that the verb is about."""
     job = load_job(path, overrides or ())
-    if needs in ("task", "eval") and job.only_sft:
-        raise ConfigError(f"{path}: there is no [task] to align on: use sft, prepare, export, serve, report or status")
+    if job.only_sft and needs not in (None, "sft"):
+        raise ConfigError(f"{path}: there is no [task] to align on: use sft, prepare, export, serve or report")
     if needs and getattr(job, needs) is None:
         raise ConfigError(f"{path}: this command needs a section [{needs}]")
     if needs == "eval" and not job.puzzle:

@@ -55,7 +55,7 @@ def test_it_fits_its_gpus(recipe: Path, shared_data: Path, tmp_path: Path) -> No
     config = json.loads((shared_data / "upstream_layouts" / "fast_dllm_v2_7b" / "config.json").read_text())
     job = load(recipe, tmp_path, {**config, **(SIZE_1_5B if "1_5b" in recipe.stem else {})})
     fewest = job.cluster.num_workers if isinstance(job.cluster.num_workers, int) else job.cluster.num_workers[0]
-    bounds = (Shape.of(job), *row_bounds(job, pair=True))
+    bounds = (Shape.of(job), *row_bounds(job, job.train))
     made = training(job.train, fewest, PARAMETERS[recipe.stem], 60_000, bounds)
     assert made["precision"] == "bf16"
     assert made["memory_per_worker_bytes"] < GPU_BYTES / 2  # half is left for what the plan does not count
