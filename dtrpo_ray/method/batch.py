@@ -177,8 +177,8 @@ def chosen_alone(batch: MicroBatch) -> MicroBatch:
     columns["scored_col"] = kept.cumsum(1)[columns["scored_row"], columns["scored_col"]] - 1
     columns["slot"] = columns["slot"] // batch.tokens.shape[1]
     ref_logp = None if batch.ref_logp is None else batch.ref_logp[mine]
-    first = {"tokens": batch.tokens[:, :1], "scored": batch.scored[:, :1]}
-    return replace(batch, **grids, **columns, **first, ref_logp=ref_logp)
+    changed: Any = grids | columns | {"tokens": batch.tokens[:, :1], "scored": batch.scored[:, :1]}
+    return replace(batch, **changed, ref_logp=ref_logp)
 
 
 def _require_fit(objective: Objective, layout: ModelLayout) -> None:
