@@ -270,9 +270,7 @@ class Pipeline:
 
         def make(out: Path) -> JsonObject:
             make_importer = answering() if answering else prepare.Importer
-            lm = skeleton_of(model.path)
-            grid = {"block_size": lm.block_size, "block_origin": lm.block_origin, "shift": lm.shift}
-            read = prepare.ImportJob(task, model.path.resolve(), grid, hashes)
+            read = prepare.ImportJob(task, model.path.resolve(), prepare.grid_of(model.path), hashes)
             parts = prepare.import_parts(task, part_rows)
             worker, label = partial(make_importer, read), name if answering else "prepare"
             done = run_parts(parts, worker, out / TABLE, job.cluster, label, gpu=answering is not None)

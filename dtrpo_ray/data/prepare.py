@@ -21,7 +21,7 @@ from dtrpo_ray.data import tables
 from dtrpo_ray.data.formats.base import Format, Row
 from dtrpo_ray.data.formats.examples import example_format
 from dtrpo_ray.data.formats.files import Shard, data_files
-from dtrpo_ray.data.formats.parsing import Columns
+from dtrpo_ray.data.formats.parsing import AS_NAMED, Columns
 from dtrpo_ray.data.formats.preferences import PreferenceRow, common_length, preference_format
 from dtrpo_ray.data.formats.prompts import prompt_format
 from dtrpo_ray.data.formats.reading import first_rows
@@ -36,7 +36,7 @@ from dtrpo_ray.data.formats.tokenize import (
 )
 from dtrpo_ray.data.ragged import list_lengths
 from dtrpo_ray.data.rules import Expected, row_tokens
-from dtrpo_ray.data.schemas import CONTRACT_VERSION, EXAMPLE, ID_COLUMNS, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import EXAMPLE, ID_COLUMNS, PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Counts, Rejected, Report
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
@@ -53,7 +53,7 @@ Reader = FilesTask | SFTConfig  # a section that reads files
 class Kind(NamedTuple):
     """How files are read: the format by their columns, rows to cells, and the table they become."""
 
-    form: Callable[[str, Columns | None], Format[Any]]
+    form: Callable[[str, Columns], Format[Any]]
     tokenize: Callable[[Any, Target], tuple[pa.Table, list[Rejected]]]
     schema: pa.Schema
 
@@ -96,13 +96,9 @@ def write_examples(
     prompt_ids = cache(lambda text: tokenizers.encode_prompt(tokenizer, text))
     answer_ids = cache(lambda text, start: tokenizers.encode_response(tokenizer, text, start, block_size, end))
     prompts = [prompt_ids(row["prompt"]) for row in rows]
-    starts = [len(prompt) if block_origin == "global" else 0 for prompt in prompts]  # on the grid
-    answers = [answer_ids(row["answer"], start) for row, start in zip(rows, starts, strict=True)]
-    same: dict[str, Any] = {
-        **{"contract_version": CONTRACT_VERSION, "origin": None, "data_hash": None},
-        **{"block_size": block_size, "block_origin": block_origin, "mask_id": tokenizers.mask_token_id(tokenizer)},
-        "tokenizer_hash": tokenizers.tokenizer_hash(tokenizer),
-    }
+    target = Target(tokenizer, block_size, **_limits(job.sft), block_origin=block_origin)
+    answers = [answer_ids(row["answer"], target.start(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    same = {**target.columns, "origin": None, "data_hash": None}
     columns: dict[str, Any] = {name: [value] * len(rows) for name, value in same.items()}
     columns |= {"row_id": [f"example-{i:08d}" for i in range(len(rows))], "prompt_ids": prompts, "chosen_ids": answers}
     tables.write_shards(pa.table(columns, schema=EXAMPLE), out)
@@ -206,6 +202,12 @@ def _limits(task: Reader) -> dict[str, Any]:
     return {"max_prompt_tokens": task.max_prompt_tokens, "max_response_tokens": task.max_response_tokens}
 
 
+def grid_of(path: Path) -> dict[str, Any]:
+    """Return the block_size, block_origin and shift of the model in a directory."""
+    model = skeleton_of(path)
+    return {"block_size": model.block_size, "block_origin": model.block_origin, "shift": model.shift}
+
+
 def import_parts(task: Reader, rows: int | None = None) -> list[Shard]:
     """Return the named parts of a task's files in their order, up to `max_rows` rows; one has `rows` or PART_ROWS."""
     parts: list[Shard] = []
@@ -299,8 +301,7 @@ def check_job(job: Job) -> list[Report]:
     init, reports = job.model.init, list[Report]()
     grid: dict[str, Any] = {"block_size": init.block_size} if init else {}
     if job.model.path:
-        model = skeleton_of(job.model.path)
-        grid = {"block_size": model.block_size, "block_origin": model.block_origin}
+        grid = grid_of(job.model.path)
     tokenizer = job_tokenizer(job)
     for section in (job.task, job.sft):
         if isinstance(section, Reader) and section.files:
@@ -332,7 +333,7 @@ def _recognise(file: str) -> tuple[str, Format[Any]]:
     unknown: list[DataError] = []
     for kind, how in KINDS.items():
         try:
-            return kind, how.form(file, None)
+            return kind, how.form(file, AS_NAMED)
         except DataError as error:
             unknown.append(error)
     raise unknown[0]

@@ -91,7 +91,7 @@ def _reaches_serve(name: bytes, value: bytes) -> bool:
     return (
         name.isascii()
         and plain not in _STEERING
-        and not plain.startswith(b"x-serve-router-")
+        and not plain.startswith(_ROUTER)
         and (plain != b"x-request-id" or value.isascii())
     )
 

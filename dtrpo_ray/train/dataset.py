@@ -66,7 +66,7 @@ def make_plan(row_ids: list[str], config: TrainConfig, seed: int) -> Plan:
 
 def is_held_out(row_id: str, share: float) -> bool:
     """Return True for a share of all ids, by their SHA-256 alone; a larger share holds out the same rows and more."""
-    return int(hashlib.sha256(row_id.encode()).hexdigest()[:8], 16) < share * 16**8
+    return share > 0 and int(hashlib.sha256(row_id.encode()).hexdigest()[:8], 16) < share * 16**8
 
 
 def held_out_rows(table_dir: Path, share: float, rank: int, num_workers: int) -> list[dict[str, Any]]:

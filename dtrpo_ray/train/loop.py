@@ -198,9 +198,8 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Return the mean of each metric over the rows held out, named held_out_...; every rank calls it with its part.
 
-    `to_batch` samples the states of `config.held_out_objective`.
+    `to_batch` samples the states of `TrainConfig.held_out_objective`.
     """
-    config = config.model_copy(update={"objective": config.held_out_objective})
     backend.policy.eval()
     totals: dict[str, torch.Tensor] = {}
     for part in micro_batches(rows, config, backend.policy.attention, backend.most):

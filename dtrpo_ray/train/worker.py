@@ -100,7 +100,7 @@ def _held_out(
     rows = dataset.held_out_rows(spec.stage.table, config.held_out, rank, world)
     measured = config.model_copy(update={"objective": config.held_out_objective})
     to_batch = loop.collate(measured, policy, seed, reference, device=backend.device)
-    return partial(loop.held_out_metrics, config, backend, reference, rows, to_batch)
+    return partial(loop.held_out_metrics, measured, backend, reference, rows, to_batch)
 
 
 def _prepare_device() -> torch.device:

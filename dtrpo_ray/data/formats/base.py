@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
 from dtrpo_ray.data.formats.files import Shard, plan_shards
-from dtrpo_ray.data.formats.parsing import Columns, Record, Refusal, one_row
+from dtrpo_ray.data.formats.parsing import AS_NAMED, Columns, Record, Refusal, one_row
 from dtrpo_ray.data.formats.reading import BATCH_ROWS, raw_batches, raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
@@ -47,7 +47,7 @@ class Format(ABC, Generic[R]):
     name: str
     columns: tuple[str, ...]
     beside: frozenset[str] = field(default=frozenset(), kw_only=True)
-    task: Columns = field(default=Columns(), kw_only=True)
+    task: Columns = field(default=AS_NAMED, kw_only=True)
     rows_each: ClassVar[int] = 1
 
     def fits(self, columns: set[str]) -> bool:
@@ -112,9 +112,8 @@ def attempt(origin: str, make: Callable[P, T], *args: P.args, **options: P.kwarg
 F = TypeVar("F", bound=Format[Any])
 
 
-def find_format(file: str, formats: Sequence[F], kind: str, task: Columns | None = None) -> F:
+def find_format(file: str, formats: Sequence[F], kind: str, task: Columns = AS_NAMED) -> F:
     """Return the first of `formats` whose columns the first rows of a file have. Raises DataError if none fits."""
-    task = task or Columns()
     rows = [value for _, value in itertools.islice(raw_rows(Shard(file)), HEAD_ROWS) if isinstance(value, dict)]
     # columns of many rows, not of one: a row that lacks its prompt is a bad row, not another format
     columns = {name for row in rows for name, value in task.rename(row).items() if value is not None} - task.ignored

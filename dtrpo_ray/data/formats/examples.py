@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
-from dtrpo_ray.data.formats.parsing import Columns, Messages, Prompt, Refusal, require_text
+from dtrpo_ray.data.formats.parsing import AS_NAMED, Columns, Messages, Prompt, Refusal, require_text
 from dtrpo_ray.data.formats.preferences import one_answer, prompt_of, with_system
 
 
@@ -50,6 +50,6 @@ EXAMPLE_FORMATS: tuple[RowFormat[ExampleRow], ...] = (
 )
 
 
-def example_format(file: str, task: Columns | None = None) -> RowFormat[ExampleRow]:
+def example_format(file: str, task: Columns = AS_NAMED) -> RowFormat[ExampleRow]:
     """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
     return find_format(file, EXAMPLE_FORMATS, "examples", task)

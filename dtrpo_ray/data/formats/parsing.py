@@ -60,11 +60,16 @@ class Columns:
     names: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
 
-    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def rename(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row under our names; a column that another one replaces is gone."""
+        if not self.names:
+            return row
         moved = {*self.names, *self.names.values()}
         kept = {name: value for name, value in row.items() if name not in moved}
         return kept | {ours: row[theirs] for ours, theirs in self.names.items() if theirs in row}
+
+
+AS_NAMED = Columns()  # nothing is renamed or left out
 
 
 # === values: each function returns `value` in a type, or raises Refusal that names `where` it stands ===
@@ -185,16 +190,16 @@ class Record:
         self.fields, self.read = fields, set[str]()
 
     @classmethod
-    def of_row(cls, value: Any, columns: Columns | None = None) -> "Record":
+    def of_row(cls, value: Any, columns: Columns = AS_NAMED) -> "Record":
         """Return the record of a raw row. Raises Refusal if it is none, or has a field that an import would lose."""
         if isinstance(value, Refusal):
             raise value
         if not isinstance(value, dict):
             raise Refusal("not an object", f"the row is a JSON {type(value).__name__}")
         for name in EXTRAS:
-            if value.get(name) and name not in (columns or Columns()).ignored:
+            if value.get(name) and name not in columns.ignored:
                 raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
-        return cls(columns.rename(value) if columns else value)
+        return cls(columns.rename(value))
 
     def ignored(self, known: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Return the columns with a value that nothing read. Raises Refusal for one that may hold a part of the text.

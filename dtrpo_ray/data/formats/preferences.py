@@ -13,6 +13,7 @@ from typing import Any, Self
 from dtrpo_ray.data.formats.base import Format, Row, RowFormat, attempt, find_format
 from dtrpo_ray.data.formats.files import Shard, share_shards
 from dtrpo_ray.data.formats.parsing import (
+    AS_NAMED,
     Columns,
     Messages,
     Prompt,
@@ -219,7 +220,7 @@ PREFERENCE_FORMATS: tuple[RowFormat[PreferenceRow] | UnpairedFormat, ...] = (
 )
 
 
-def preference_format(file: str, task: Columns | None = None) -> RowFormat[PreferenceRow] | UnpairedFormat:
+def preference_format(file: str, task: Columns = AS_NAMED) -> RowFormat[PreferenceRow] | UnpairedFormat:
     """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
     return find_format(file, PREFERENCE_FORMATS, "preferences", task)
 

@@ -8,6 +8,7 @@ from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
 from dtrpo_ray.data.formats.parsing import (
+    AS_NAMED,
     Columns,
     Prompt,
     Record,
@@ -42,7 +43,7 @@ class PromptRow(Row):
         return self
 
 
-def prompt_format(file: str, task: Columns | None = None) -> RowFormat[PromptRow]:
+def prompt_format(file: str, task: Columns = AS_NAMED) -> RowFormat[PromptRow]:
     """Return how a file holds its prompts, by the columns of its first rows. Raises DataError if it holds none."""
     try:
         pairs = preference_format(file, task)

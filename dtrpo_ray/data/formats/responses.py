@@ -12,6 +12,7 @@ from typing import Self
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
 from dtrpo_ray.data.formats.files import file_name
 from dtrpo_ray.data.formats.parsing import (
+    AS_NAMED,
     MOST,
     Columns,
     Prompt,
@@ -218,7 +219,7 @@ RESPONSE_FORMATS = (
 TEXT_FORMAT = RowFormat("LLaDA snapshots", (), _text_snapshots)
 
 
-def response_format(file: str, task: Columns | None = None) -> RowFormat[ResponseRow]:
+def response_format(file: str, task: Columns = AS_NAMED) -> RowFormat[ResponseRow]:
     """Return the format of a file by the columns of its first rows. Raises DataError if it has none."""
     if file_name(file).endswith(".txt"):
         return TEXT_FORMAT

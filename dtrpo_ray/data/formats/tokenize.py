@@ -107,14 +107,14 @@ class Target:
             return self.turn_end_text is not None and self.turn_end_text in prompt
         return prompt is not None
 
-    def open(self, prompt: Prompt | None, answer: str) -> str:
+    def open(self, prompt: str, answer: str) -> str:
         """Return an answer to text with chat markup without the end of its turn, if the file has written it."""
-        if isinstance(prompt, str) and self.turn_end_text and self.is_chat(prompt):
-            if prompt.rstrip().endswith(self.turn_end_text):
-                raise Refusal("not a dialogue", "the prompt ends with a turn, and does not open the assistant's")
-            if (shorter := answer.rstrip()).endswith(self.turn_end_text):
-                return shorter.removesuffix(self.turn_end_text)
-        return answer
+        end = self.turn_end_text
+        assert end is not None
+        if prompt.rstrip().endswith(end):
+            raise Refusal("not a dialogue", "the prompt ends with a turn, and does not open the assistant's")
+        shorter = answer.rstrip()
+        return shorter.removesuffix(end) if shorter.endswith(end) else answer
 
     def close(self, prompt: Prompt | None, ids: list[int]) -> list[int]:
         """Return an answer with the token that closes it."""
@@ -181,16 +181,20 @@ def tokenize_preferences(rows: Sequence[PreferenceRow], target: Target) -> tuple
 def _open_pair(row: PreferenceRow, target: Target) -> PreferenceRow:
     if not isinstance(row.prompt, str) or not target.is_chat(row.prompt):
         return row
-    opened = (target.open(row.prompt, side) for side in (row.chosen, row.rejected))
-    return replace(row, chosen=next(opened), rejected=next(opened)).require()
+    chosen, rejected = target.open(row.prompt, row.chosen), target.open(row.prompt, row.rejected)
+    return replace(row, chosen=chosen, rejected=rejected).require()
 
 
 def tokenize_prompts(rows: Sequence[PromptRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
     """Return the origin and ids of prompts without answers, and the refused ones."""
     batch = Batch(target, [row.prompt for row in rows])
-    found, refused = split_rejected(attempt(row.origin, batch.prompt, row) for row in rows)
-    kept = sorted({row.origin for row in rows} - {row.origin for row in refused})
-    return pa.table({"origin": kept, "prompt_ids": [ids for _, ids in found]}), refused
+
+    def cells(row: PromptRow) -> Cells:
+        return {"origin": row.origin, "prompt_ids": batch.prompt(row)[1]}
+
+    found, refused = split_rejected(attempt(row.origin, cells, row) for row in rows)
+    schema = pa.schema([TRAJECTORY.field("origin"), TRAJECTORY.field("prompt_ids")])
+    return pa.Table.from_pylist(found, schema=schema), refused
 
 
 def tokenize_responses(rows: Sequence[ResponseRow], target: Target) -> tuple[pa.Table, list[Rejected]]:

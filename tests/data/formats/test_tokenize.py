@@ -17,8 +17,16 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.data.formats.preferences import PreferenceRow
+from dtrpo_ray.data.formats.prompts import PromptRow
 from dtrpo_ray.data.formats.responses import ResponseRow
-from dtrpo_ray.data.formats.tokenize import Target, content_id, split_origins, tokenize_preferences, tokenize_responses
+from dtrpo_ray.data.formats.tokenize import (
+    Target,
+    content_id,
+    split_origins,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_responses,
+)
 from dtrpo_ray.data.rules import check_table
 from dtrpo_ray.data.schemas import PREFERENCE, TRAJECTORY
 from dtrpo_ray.data.tables import Rejected, read_table
@@ -109,6 +117,13 @@ def test_a_row_is_refused_for_the_first_reason_found_and_a_refused_row_still_cou
 def test_messages_without_a_chat_template_stop_the_import() -> None:
     with pytest.raises(ModelError, match="no chat template"):
         tokenize_preferences([PreferenceRow(ASKED, "1", "2", origin="f:1")], digits())
+
+
+def test_each_prompt_keeps_its_own_origin() -> None:
+    rows = [PromptRow(str(at), origin=f"f:{at}") for at in (2, 10, 9)]
+    table, rejected = tokenize_prompts([*rows, replace(rows[0], origin="f:11")], digits())
+    assert table.to_pylist() == [{"origin": f"f:{at}", "prompt_ids": [int(c) for c in str(at)]} for at in (2, 10, 9)]
+    assert [(row.origin, row.reason) for row in rejected] == [("f:11", "duplicate row")]
 
 
 def test_no_rows_give_an_empty_table() -> None:
