@@ -35,6 +35,9 @@ class PlainBackend:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, lr
 
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
     def reduce(self, values: Tensor) -> Tensor:
         return values
 

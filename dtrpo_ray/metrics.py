@@ -14,6 +14,9 @@ from dtrpo_ray.files import whole_file
 # in the folder of a stage
 METRICS, EVENTS, RUN, ERRORS, VALIDATION = "metrics.jsonl", "events.jsonl", "run.json", "errors", "validation.jsonl"
 
+TERM_METRICS = ("grad_norm_preference", "grad_norm_nll", "grad_cosine")
+"""Of the loss's two terms, on some lines only (`train.log_terms_every`)."""
+
 
 class Event(TypedDict):
     """One line of events.jsonl; a kind of event may add facts, of which a status shows these."""

@@ -246,6 +246,8 @@ def training(
         trained = adapter_parameters(bounds[0], config.lora)
         count += trained
     memory = state_bytes(config, num_workers, count, trained, bf16)
+    if config.has_terms:  # a float32 copy of the gradient, and what a backward pass adds to it
+        memory["term_gradients"] = trained * (BYTES_FP32 + (BYTES_BF16 if bf16 else BYTES_FP32))
     in_cpu = memory.pop("optimizer") if config.offload else 0
     if bounds:
         shape, tokens, scored = bounds

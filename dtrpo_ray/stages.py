@@ -19,7 +19,7 @@ from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.files import partial_folder, sha256_file, sha256_json, write_json
 
 MANIFEST = "stage.json"
-CODE_CONTRACT = 14  # raise it when a stage's output for the same inputs changes
+CODE_CONTRACT = 15  # raise it when a stage's output for the same inputs changes
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 JsonObject: TypeAlias = Mapping[str, Json]

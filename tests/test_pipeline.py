@@ -44,7 +44,14 @@ def weight_fields(config: TrainConfig) -> object:
 
 @pytest.mark.parametrize(
     "change",
-    [{"save_every": 7}, {"log_every": 3}, {"keep_checkpoints": 9}, {"keep_best": "loss"}, {"on_nonfinite": "skip"}],
+    [
+        {"save_every": 7},
+        {"log_every": 3},
+        {"log_terms_every": 3},
+        {"keep_checkpoints": 9},
+        {"keep_best": "loss"},
+        {"on_nonfinite": "skip"},
+    ],
 )
 def test_knobs_that_change_no_weight_do_not_rename_a_stage(change: dict[str, object]) -> None:
     assert weight_fields(TrainConfig.model_validate(change)) == weight_fields(TrainConfig())

@@ -56,6 +56,17 @@ def test_steps_forwards_and_memory() -> None:
     assert (offloaded["memory_per_worker_bytes"], offloaded["cpu_memory_per_worker_bytes"]) == (10_000, 6000)
 
 
+def test_measuring_the_loss_terms_takes_a_float32_gradient_and_that_of_one_pass() -> None:
+    mixed = TrainConfig(objective=Objective(rpo_alpha=1.0), precision="bf16")
+    assert training(mixed, 8, 1000, 100)["memory_bytes"]["term_gradients"] == 6000
+    for off in (
+        TrainConfig(),
+        mixed.model_copy(update={"log_terms_every": 0}),
+        mixed.model_copy(update={"zero_stage": 3}),
+    ):
+        assert "term_gradients" not in training(off, 8, 1000, 100)["memory_bytes"]
+
+
 def test_an_order_by_confidence_is_a_forward_of_the_reference() -> None:
     for schedule, forwards in (("recorded", 2), ("confidence", 3)):
         config = TrainConfig(objective=Objective(schedule=schedule), global_batch=8, micro_batch=8)

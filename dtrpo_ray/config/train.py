@@ -159,6 +159,9 @@ class TrainConfig(Section):
     """If loss or gradient is not finite: stop the run, or skip the step (ten in a row stop it). Its rows are logged."""
     log_every: int = Field(1, ge=1)
     """Optimizer steps between metric lines."""
+    log_terms_every: int = Field(10, ge=0)
+    """Metric lines between those that hold the gradient norms of the preference and the NLL term apart, and their
+    cosine; 0: none (docs/method.md). For rpo_alpha > 0 and ZeRO stages 0 to 2; costs a float32 copy of the gradient."""
     save_every: int = Field(100, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -206,6 +209,17 @@ class TrainConfig(Section):
     def held_out_objective(self) -> Objective:
         """The objective on the rows held out: for sft the ELBO, however its masks are drawn in training."""
         return self.objective.model_copy(update={"complementary_masks": False})
+
+    @property
+    def has_terms(self) -> bool:
+        """True if some steps measure the gradients of the loss's two terms."""
+        two = self.objective.is_preference and self.objective.rpo_alpha > 0
+        return two and self.zero_stage < 3 and self.log_terms_every > 0
+
+    def measures_terms(self, step: int) -> bool:
+        """True if this optimizer step does so: the first that is logged, and each `log_terms_every`-th after it."""
+        line, between = divmod(step, self.log_every)
+        return self.has_terms and between == 0 and (line - 1) % self.log_terms_every == 0
 
     def rows_per_rank(self, num_workers: int) -> int:
         """Rows of one optimizer step on one rank; where it does not divide, the last ranks are filled with weight 0."""

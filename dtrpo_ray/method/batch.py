@@ -13,7 +13,17 @@ from torch import Tensor
 
 from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, DataError
-from dtrpo_ray.method.attention import CLEAN, LEFT_OUT, ONE_BLOCK, PAD, PackedRow, Planes, grid_offset, pack_row
+from dtrpo_ray.method.attention import (
+    CLEAN,
+    LEFT_OUT,
+    ONE_BLOCK,
+    PAD,
+    PROMPT,
+    PackedRow,
+    Planes,
+    grid_offset,
+    pack_row,
+)
 from dtrpo_ray.method.trajectory import (
     GIVEN,
     Origin,
@@ -154,6 +164,21 @@ def build_batch(
             tokens["slot"] = b * len(sides) + s
             tokens["scored_col"] = packed[-1].columns(s, tokens["stream"], tokens["position"])
     return _collate(rows, packed, scored, layout, row_tokens)
+
+
+def chosen_alone(batch: MicroBatch) -> MicroBatch:
+    """Leave out the rejected sides: the chosen ones keep their states, in shorter rows. Row weights stay."""
+    kept = (batch.side == PROMPT) | (batch.side == 0)
+    order = (~kept).int().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+    filled = kept.gather(1, order)
+    grids = {name: getattr(batch, name).gather(1, order).where(filled, fill) for name, fill in PLANES.items()}
+    mine = batch.slot % batch.tokens.shape[1] == 0
+    columns = {name: getattr(batch, name)[mine] for name in (SCORED.names or ())[3:]}
+    columns["scored_col"] = kept.cumsum(1)[columns["scored_row"], columns["scored_col"]] - 1
+    columns["slot"] = columns["slot"] // batch.tokens.shape[1]
+    ref_logp = None if batch.ref_logp is None else batch.ref_logp[mine]
+    changed: Any = grids | columns | {"tokens": batch.tokens[:, :1], "scored": batch.scored[:, :1]}
+    return replace(batch, **changed, ref_logp=ref_logp)
 
 
 def _require_fit(objective: Objective, layout: ModelLayout) -> None:

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dtrpo_ray.files import whole_file
+from dtrpo_ray.metrics import TERM_METRICS
 from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, Evaluation, Example, Score, compare, p_text
 from dtrpo_ray.stages import Stage
 
@@ -104,7 +105,7 @@ def write_report(
     `job` is the job as JSON. Every file appears whole or not at all. A plot that this run lacks is removed, so `out`
     never mixes two runs.
     """
-    base, others = curves.get("base", []), _curves(job)
+    base, others = curves.get("base", []), [*_curves(job), *_term_curves(_rounds(curves))]
     training = [_curve_plot(out, curve, [base]) for curve in _base_curves(base)]
     training += [_curve_plot(out, curve, _rounds(curves)) for curve in others]
     pairs = pair_up(evaluation)
@@ -234,6 +235,17 @@ def _curves(job: dict[str, Any]) -> list[Curve]:
         Curve("log_ratios", "Log-ratio of policy to reference", "nats per response", ratios, (0, "")),
         Curve("grad_norm", "Alignment: gradient norm", "norm", {"grad_norm": ALIGNED}),
     ]  # fmt: skip
+
+
+def _term_curves(rounds: Sequence[Sequence[Metrics]]) -> list[Curve]:
+    """Return the plots of the loss's two terms where their gradients were logged."""
+    preference, nll, cosine = TERM_METRICS
+    if not any(cosine in row for rows in rounds for row in rows):
+        return []
+    return [
+        Curve("grad_terms", "Gradient norms of the two terms", "norm", {preference: CHOSEN, nll: BASE}),
+        Curve("grad_cosine", "Cosine of the two terms' gradients", "cosine", {cosine: ALIGNED}, (0, "")),
+    ]
 
 
 def _rounds(curves: Mapping[str, Sequence[Metrics]]) -> list[Sequence[Metrics]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from filelock import FileLock
@@ -59,8 +59,14 @@ class Backend(Protocol):
         schedule goes on either way.
         """
 
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Return a trained parameter's whole gradient, summed over ranks, between the last `backward` and `step`.
+
+        Every rank must call it. Not under ZeRO 3, which never holds whole gradients.
+        """
+
     def reduce(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
+        """Sum over ranks, in place."""
 
     def most(self, count: int) -> int:
         """Return the largest count of all ranks."""
@@ -178,6 +184,7 @@ class DeepSpeedBackend:
         bf16 = uses_bf16(config.precision, device)
         self.optimizer = make_optimizer(model, config)
         self.optimizer.check = config.zero_stage == 0
+        self.tells_no_norm = config.zero_stage == 0 and not bf16  # DeepSpeed then clips by it and keeps it to itself
         # the schedule is ours alone: DeepSpeed would stop it at a step that it drops
         self.schedule = make_schedule(self.optimizer, config, num_steps)
         self.engine, *_ = deepspeed.initialize(
@@ -196,13 +203,23 @@ class DeepSpeedBackend:
     def step(self, skip: bool = False) -> tuple[float, float]:
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.skip, self.optimizer.refused = skip, False
+        norm = self._float32_norm() if self.tells_no_norm else None
         self.engine.step()
         with warnings.catch_warnings():  # a step that DeepSpeed drops never calls the optimizer
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.schedule.step()
         if self.optimizer.refused or not self.engine.was_step_applied():
             return math.nan, lr
-        return float(self.engine.get_global_grad_norm() or 0.0), lr
+        return float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm, lr
+
+    def _float32_norm(self) -> float:
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return float(nn.utils.get_total_norm(grads))
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        return cast(Tensor, safe_get_full_grad(parameter))
 
     def reduce(self, values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from dtrpo_ray.config.train import TrainConfig
+from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
-from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch, packed_tokens, padded_tokens
+from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch, chosen_alone, packed_tokens, padded_tokens
 from dtrpo_ray.method.step import LossOutput, order_by_confidence, training_step
 from dtrpo_ray.method.trajectory import row_generator
+from dtrpo_ray.metrics import TERM_METRICS
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.train.backend import Backend
 
@@ -96,7 +97,7 @@ def run(
     for step, rows in zip(range(start_step + 1, num_steps + 1), batches, strict=False):
         hooks.begin(step)
         waited = time.perf_counter() - ended
-        done = optimizer_step(config, backend, reference, rows, to_batch, due=hooks.due())
+        done = optimizer_step(config, backend, reference, rows, to_batch, hooks.due(), config.measures_terms(step))
         dropped = dropped + 1 if done.dropped else 0
         if done.dropped:
             if config.on_nonfinite == "stop" or dropped == MAX_DROPPED:
@@ -152,6 +153,43 @@ def micro_batches(rows: Rows, config: TrainConfig, attention: str, most: Callabl
     return [*parts, *([filler] * (most(len(parts)) - len(parts)))]
 
 
+class TermGradients:
+    """The gradients of an optimizer step's two terms apart: preference, and `rpo_alpha` times the NLL.
+
+    The NLL's comes from a forward and backward pass of its own over the chosen sides; the preference term's is the
+    whole gradient without it, so it is known to the rounding of the larger of the two. No graph outlives its pass, and
+    nothing of the training's is touched. Holds one float32 copy of the trained parameters.
+    """
+
+    def __init__(self, backend: Backend, objective: Objective) -> None:
+        self.backend, self.model = backend, backend.full_model()
+        self.weight, self.likelihood = objective.rpo_alpha, objective.model_copy(update={"type": "imitation"})
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.nll = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+
+    def add(self, batch: MicroBatch, global_weight: float) -> None:
+        """Add the NLL's gradient of a micro-batch."""
+        chosen = chosen_alone(batch).to(self.backend.device)
+        with torch.random.fork_rng([chosen.ids.device] if chosen.ids.is_cuda else []):  # dropout draws from it
+            loss_P = training_step(self.model, None, chosen, self.likelihood).loss_P
+        loss = self.weight * (loss_P * chosen.row_weight / global_weight).sum()
+        for total, grad in zip(self.nll, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                total += grad
+
+    def metrics(self) -> dict[str, float]:
+        """Return both norms and the cosine of the global batch, after the last `backward` and before `step`."""
+        products = torch.zeros(3, dtype=torch.float64)
+        for parameter, mine in zip(self.parameters, self.nll, strict=True):
+            nll = self.backend.reduce(mine)
+            rest = self.backend.gradient(parameter).float() - nll
+            found = [(a * b).sum(dtype=torch.float64) for a, b in ((rest, rest), (nll, nll), (rest, nll))]
+            products += torch.stack(found).cpu()
+        (preference, nll_norm), product = products[:2].sqrt().tolist(), float(products[2])
+        cosine = product / (preference * nll_norm) if preference * nll_norm else 0.0
+        return dict(zip(TERM_METRICS, (preference, nll_norm, cosine), strict=True))
+
+
 def optimizer_step(
     config: TrainConfig,
     backend: Backend,
@@ -159,15 +197,20 @@ def optimizer_step(
     rows: Rows,
     to_batch: Collate,
     due: bool = False,
+    measure_terms: bool = False,
 ) -> StepResult:
-    """Run the micro-batches forward and backward, then update once."""
+    """Run the micro-batches forward and backward, then update once; `measure_terms` changes no bit of the update."""
     began = time.perf_counter()
+    terms = TermGradients(backend, config.objective) if measure_terms else None
     global_weight = rows[0]["batch_weight"]
     totals: dict[str, torch.Tensor] = {"due": torch.tensor(float(due))}
     losses: list[torch.Tensor] = []
     parts = micro_batches(rows, config, backend.policy.attention, backend.most)
     for number, part in enumerate(parts, start=1):
-        batch = to_batch(part).to(backend.device)
+        made = to_batch(part)
+        if terms:
+            terms.add(made, global_weight)
+        batch = made.to(backend.device)
         out = training_step(backend.policy, reference, batch, config.objective)
         share = batch.row_weight / global_weight
         shares = out.loss_P * share
@@ -180,6 +223,8 @@ def optimizer_step(
     metrics = _divide(dict(zip(names, means.tolist(), strict=True)))
     drain_due, tokens = metrics.pop("due") > 0, metrics.pop("trunk_tokens")
     lossless = not means.isfinite().all()
+    if terms:
+        metrics |= terms.metrics()
     metrics["grad_norm"], metrics["lr"] = backend.step(skip=lossless)
     metrics["clipped"] = float(metrics["grad_norm"] > config.max_grad_norm)
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)

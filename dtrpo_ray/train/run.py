@@ -19,7 +19,9 @@ from dtrpo_ray.errors import CheckpointError
 from dtrpo_ray.metrics import ERRORS, RUN
 from dtrpo_ray.train import checkpoint
 
-NO_WEIGHTS = frozenset({"log_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"})
+NO_WEIGHTS = frozenset(
+    {"log_every", "log_terms_every", "save_every", "keep_checkpoints", "keep_best", "on_nonfinite", "validation"}
+)
 """Fields of a training section that change no weight."""
 MAY_CHANGE = NO_WEIGHTS | {"micro_batch", "micro_tokens"}
 """Fields that a resumed run may set to other values; the two more only change the order of sums."""

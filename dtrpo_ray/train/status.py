@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dtrpo_ray.errors import CheckpointError, DataError
-from dtrpo_ray.metrics import EVENTS, METRICS, RUN, Event, read_events, read_metrics
+from dtrpo_ray.metrics import EVENTS, METRICS, RUN, TERM_METRICS, Event, read_events, read_metrics
 from dtrpo_ray.stages import MANIFEST
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.run import RunRecord
@@ -37,7 +37,10 @@ class CheckpointStatus:
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """A training run as its files show it. `counts` are of events by kind, `metrics` the last row."""
+    """A training run as its files show it. `counts` are of events by kind.
+
+    `metrics` are the last row, and those of the loss's two terms from the last row that has them.
+    """
 
     run: str
     label: str
@@ -91,10 +94,14 @@ def read_status(run: Path, check: bool = False) -> RunStatus:
         num_workers=starts[-1].get("num_workers") if starts else None,
         attempts=len(starts),
         counts={kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        metrics=rows[-1] if rows else {},
+        metrics={**_newest_terms(rows), **rows[-1]} if rows else {},
         checkpoints=_checkpoints(checkpoint.root_of(run, record.checkpoints), check),
         events=events[-SHOWN_EVENTS:],
     )
+
+
+def _newest_terms(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: row[name] for row in rows for name in TERM_METRICS if name in row}
 
 
 def _quiet_limit(rows: list[dict[str, float]]) -> float:

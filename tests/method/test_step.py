@@ -18,7 +18,7 @@ from dtrpo_ray.config.train import Objective
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.method import step
 from dtrpo_ray.method.attention import dense_mask, sparse_mask
-from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch
+from dtrpo_ray.method.batch import MicroBatch, ModelLayout, build_batch, chosen_alone
 from dtrpo_ray.method.step import (
     checkpoint_layers,
     order_by_confidence,
@@ -464,7 +464,13 @@ def test_every_scored_token_is_read_in_its_own_state(
     model = like(make_model, **facts)
     batch = build_for(model, TEXTS, objective, row_tokens=row_tokens)
     assert (len(batch.ids) < len(TEXTS)) == (row_tokens is not None)
-    assert torch.allclose(scored_logps(model, batch), alone(model, TEXTS, batch), rtol=0, atol=1e-10)
+    logps = scored_logps(model, batch)
+    assert torch.allclose(logps, alone(model, TEXTS, batch), rtol=0, atol=1e-10)
+    chosen, mine = chosen_alone(batch), batch.slot % 2 == 0
+    assert torch.allclose(scored_logps(model, chosen), logps[mine], rtol=0, atol=1e-10)
+    assert torch.equal(chosen.slot, batch.slot[mine] // 2)
+    assert torch.equal(chosen.nll_weight, batch.nll_weight[mine])
+    assert chosen.ids.shape[1] < batch.ids.shape[1]
 
 
 def test_packing_pairs_into_rows_changes_no_loss_and_no_gradient(policy: SDAR, reference: SDAR) -> None:

@@ -391,6 +391,16 @@ def test_job_is_printed_whole(full: Path) -> None:
     assert json.loads(shown[1].replace("&#34;", '"')) == JOB
 
 
+def test_the_gradients_of_the_two_terms_are_drawn_where_they_were_logged(tmp_path: Path) -> None:
+    rows = train_rows(4)
+    assert report._term_curves([rows]) == []
+    for row in (rows[0], rows[3]):
+        row |= {"grad_norm_preference": 0.1, "grad_norm_nll": 2.0, "grad_cosine": -0.5}
+    text = poor(tmp_path, curves={"train-1": rows})
+    assert "2 of 4 rows without a usable grad_norm_nll left out" in text
+    assert {"grad_terms.png", "grad_cosine.png"} <= {file.name for file in tmp_path.iterdir()}
+
+
 def test_the_bases_held_out_nll_and_four_places_of_a_block_are_drawn_where_they_were_logged(tmp_path: Path) -> None:
     assert [curve.name for curve in report._base_curves(train_rows(3))] == ["base_loss"]
     places = {f"nll_place_{place}": 1.0 for place in range(1, 33)}

@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor
 
 from dtrpo_ray import compat
 from dtrpo_ray.config.train import Objective, TrainConfig
+from dtrpo_ray.metrics import TERM_METRICS
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import add_adapters
 from dtrpo_ray.models.sdar import SDAR
@@ -28,6 +29,7 @@ from dtrpo_ray.plan import checkpoint_bytes, state_bytes
 from dtrpo_ray.train import loop
 from dtrpo_ray.train.backend import DeepSpeedBackend, _deepspeed, checkpoint_weights, to_universal
 from dtrpo_ray.train.dataset import make_plan
+from tests.train.test_loop import two_passes
 
 CPU = torch.device("cpu")
 ROWS, EPOCHS, STEPS = 12, 2, 6  # three steps an epoch
@@ -300,6 +302,38 @@ def fillers(settings: dict[str, Any], folder: Path, rank: int, world: int) -> di
     return seen
 
 
+TERMS: dict[str, dict[str, Any]] = {
+    **{f"zero-{stage}": {"zero_stage": stage} for stage in (0, 1, 2)},
+    **{f"bf16, zero-{stage}": {"zero_stage": stage, "precision": "bf16"} for stage in (0, 1, 2)},
+    **{f"lora, zero-{stage}": {"zero_stage": stage, "lora": {"rank": 4}} for stage in (0, 2)},
+    "offload, zero-2": {"zero_stage": 2, "offload": True},
+    "checkpointing, zero-2": {"zero_stage": 2, "gradient_checkpointing": True},
+    "token budget, zero-2": {"zero_stage": 2, "micro_batch": 2, "micro_tokens": 50},
+}
+
+
+def terms(settings: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Three steps with the terms' gradients and without, and what two passes over the global batch say of the first."""
+    seen: dict[str, Any] = {}
+    for name, changes in TERMS.items():
+        if "offload" in changes and not COMPILER:
+            continue
+        runs = [
+            Run(settings, config(log_terms_every=every, **changes), rank, world, dropout=0.0).go(0, end=3)
+            for every in (0, 1)
+        ]
+        cfg, start = runs[0].cfg, Run(settings, config(lora=changes.get("lora")), rank, world, dropout=0.0)
+        dtype = next(runs[0].policy.parameters()).dtype
+        rows = [row for other in range(world) for row in batches(cfg, 0, other, world)[0]]
+        seen[name] = {
+            "differs": same(*(run.state() for run in runs)),
+            "log": [row["grad_norm"] for row in runs[1].log],
+            "terms": [[row[metric] for metric in TERM_METRICS] for row in runs[1].log],
+            "wanted": list(two_passes(start.policy.to(dtype), start.reference, cfg, rows).values()),
+        }
+    return seen
+
+
 WORLD_CUT = 3
 WORLDS: dict[str, dict[str, Any]] = {
     **{f"zero-{stage}": {"zero_stage": stage} for stage in (1, 2, 3)},
@@ -415,6 +449,26 @@ def test_ranks_of_unequal_micro_batches_make_the_same_step(filled: list[dict[str
     for rank in (0, 1):
         assert filled[rank][str(stage)]["far"] < 1e-5
         assert filled[rank][str(stage)]["moved"] > 1e-3
+
+
+@pytest.fixture(scope="module")
+def with_terms(folder: Path, tiny_config: dict[str, Any]) -> list[dict[str, Any]]:
+    return spawn("terms", 2, folder, tiny_config)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_terms_of_all_ranks_are_those_of_the_global_batch_and_change_no_bit(
+    with_terms: list[dict[str, Any]], name: str
+) -> None:
+    if "offload" in name and not COMPILER:
+        pytest.skip("DeepSpeed compiles its CPU Adam with g++, which is not here")
+    for rank in (0, 1):
+        mine = with_terms[rank][name]
+        assert mine["differs"] == []
+        assert mine["terms"][0] == pytest.approx(mine["wanted"], rel=0.02 if "bf16" in name else 1e-5)
+        for norm, (preference, nll, cosine) in zip(mine["log"], mine["terms"], strict=True):
+            whole = preference**2 + nll**2 + 2 * preference * nll * cosine
+            assert norm**2 == pytest.approx(whole, rel=0.02 if "bf16" in name else 1e-5)
 
 
 @pytest.fixture(scope="module")

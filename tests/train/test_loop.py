@@ -12,8 +12,10 @@ from benchmarks.plain import PlainBackend
 from dtrpo_ray.config.train import Objective, TrainConfig
 from dtrpo_ray.errors import TrainError
 from dtrpo_ray.method.batch import ModelLayout, build_batch, packed_tokens, padded_tokens
-from dtrpo_ray.method.step import scored_logps, training_step
+from dtrpo_ray.method.step import checkpoint_layers, scored_logps, sum_by_side, training_step
+from dtrpo_ray.metrics import TERM_METRICS
 from dtrpo_ray.models.base import DiffusionLM
+from dtrpo_ray.models.lora import add_adapters
 from dtrpo_ray.train import loop
 from dtrpo_ray.train.backend import deepspeed_config
 
@@ -156,6 +158,105 @@ def test_the_share_of_clipped_steps_is_logged(make_model: Any) -> None:
         make_model(), cfg.model_copy(update={"max_grad_norm": middle, "lr": 1e-12}), [rows(4)] * 6, make_model()
     )
     assert [row["clipped"] for row in log] == [float(row["grad_norm"] > middle) for row in log]
+
+
+def two_passes(
+    policy: DiffusionLM, reference: DiffusionLM, cfg: TrainConfig, batch: list[dict[str, Any]]
+) -> dict[str, float]:
+    """The norms and the cosine of the two terms, each from a backward pass of its own over the global batch."""
+    made = loop.collate(cfg, policy, 0, reference)(batch)
+    alone = cfg.objective.model_copy(update={"rpo_alpha": 0.0})
+    weighed = sum_by_side(made.nll_weight * scored_logps(policy, made), made.slot, len(batch), 2)
+    losses = (
+        training_step(policy, reference, made, alone).loss_P,
+        -cfg.objective.rpo_alpha * weighed[:, 0] / made.tokens[:, 0],
+    )
+    share = made.row_weight / batch[0]["batch_weight"]
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    preference, nll = (
+        torch.cat([g.flatten().double() for g in torch.autograd.grad((loss * share).sum(), parameters)])
+        for loss in losses
+    )
+    cosine = torch.cosine_similarity(preference, nll, dim=0)
+    values = (float(preference.norm()), float(nll.norm()), float(cosine))
+    return dict(zip(TERM_METRICS, values, strict=True))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"rpo_alpha": 8.0, "beta": 0.05},
+        {"num_draws": 2, "nll_tokens": "unmasked"},
+        {"loss_type": "ipo", "num_draws": "all"},
+        {"schedule": "confidence", "tokens_per_step": 2},
+        {"type": "elbo_dpo", "num_draws": 2},
+    ],
+    ids=str,
+)
+def test_the_gradients_of_the_terms_are_those_of_two_backward_passes_however_the_batch_is_cut(
+    make_model: Any, objective: dict[str, Any]
+) -> None:
+    batch = [{**row, "batch_weight": 6.25} for row in uneven(8)]
+    batch[3]["row_weight"], batch[5]["row_weight"] = 0.0, 0.25
+    reference = make_model(seed=9, exact=True)
+    cuts = [{"micro_batch": 8}, {"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 8, "micro_tokens": 80}]
+    for cut in [*cuts, {"micro_batch": 8, "row_tokens": 200}]:
+        model = make_model(exact=True)
+        cfg = TrainConfig.model_validate({"objective": {"beta": 0.5, "rpo_alpha": 0.5} | objective, "lr": 1e-3} | cut)
+        wanted = two_passes(model, reference, cfg, batch)
+        log: list[dict[str, Any]] = []
+        backend, made = PlainBackend(model, cfg, 1, CPU), loop.collate(cfg, model, 0, reference)
+        loop.run(cfg, backend, reference, [batch], made, 0, 1, log.append, lambda step: None)
+        assert {name: log[0][name] for name in TERM_METRICS} == pytest.approx(wanted, rel=1e-5), cut
+        preference, nll, cosine = (log[0][name] for name in TERM_METRICS)
+        whole = preference**2 + nll**2 + 2 * preference * nll * cosine
+        assert log[0]["grad_norm"] ** 2 == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}], ids=str)
+def test_measuring_the_terms_changes_no_bit_of_the_training(make_model: Any, changes: dict[str, Any]) -> None:
+    """With dropout, which draws random numbers in each forward."""
+    ends, logs = [], []
+    for every in (0, 1):
+        cfg = TrainConfig.model_validate(
+            {"objective": {"beta": 0.5, "rpo_alpha": 0.1}, "micro_batch": 2, "log_terms_every": every, **changes}
+        )
+        model = make_model(attention_dropout=0.2)
+        if cfg.lora:
+            add_adapters(model, cfg.lora, 0)
+        if cfg.gradient_checkpointing:
+            checkpoint_layers(model)
+        torch.manual_seed(0)
+        logs.append(train(model, cfg, [rows(4, start=10 * i) for i in range(3)], make_model(seed=9).eval())[1])
+        ends.append(weights(model))
+    assert torch.equal(*ends)
+    assert all(row["grad_norm_nll"] > 0 for row in logs[1])
+    varying = {"seconds", "step_seconds", "data_seconds", "tokens_per_second", *TERM_METRICS}
+    assert [{k: v for k, v in row.items() if k not in varying} for row in logs[1]] == [
+        {k: v for k, v in row.items() if k not in varying} for row in logs[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({"log_terms_every": 3}, [1, 4, 7]),
+        ({"log_every": 2, "log_terms_every": 2}, [2, 6]),
+        ({"log_terms_every": 0}, []),
+        ({"objective": Objective(beta=0.5)}, []),
+        ({"objective": Objective(type="imitation", rpo_alpha=1.0)}, []),
+        ({"zero_stage": 3}, []),
+        ({}, [1]),
+    ],
+    ids=str,
+)
+def test_the_terms_are_measured_at_the_first_line_and_at_some_after_it(
+    make_model: Any, changes: dict[str, Any], measured: list[int]
+) -> None:
+    _, log = train(make_model(), config(**changes), [rows(2)] * 8, make_model(seed=9))
+    assert [row["step"] for row in log if TERM_METRICS[0] in row] == measured
+    assert all(row.keys().isdisjoint(TERM_METRICS) or row.keys() >= set(TERM_METRICS) for row in log)
 
 
 def test_training_lowers_the_loss(make_model: Any) -> None:

@@ -62,7 +62,7 @@ def test_resuming_another_run_is_refused_field_by_field(tmp_path: Path, old: Pat
     assert "train.lr: 0.01 then, 0.005 now" in text
     assert "train.objective.beta: 0.5 then, 0.1 now" in text
     assert "save_every:" not in text
-    assert "These may differ: train.keep_best, train.keep_checkpoints, train.log_every, train.micro_batch" in text
+    assert "These may differ: train.keep_best, train.keep_checkpoints, train.log_every, train.log_terms_every" in text
     may = CONFIG.model_copy(
         update={"save_every": 7, "validation": ValidationConfig(num_prompts=3), "precision": "fp32"}
     )

@@ -9,7 +9,7 @@ import pytest
 
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import DataError
-from dtrpo_ray.metrics import EVENTS, METRICS, append_event
+from dtrpo_ray.metrics import EVENTS, METRICS, TERM_METRICS, append_event
 from dtrpo_ray.stages import MANIFEST
 from dtrpo_ray.train import checkpoint
 from dtrpo_ray.train.run import RunRecord, TrainStage
@@ -42,6 +42,15 @@ def test_a_live_run(run: Path) -> None:
     assert "train-1: running, step 5 of 8, 2 attempt(s)" in text
     assert "step-00000006: " in text
     assert "worker 1 failed: boom" in text
+
+
+def test_the_terms_shown_are_the_newest_whichever_line_they_are_on(run: Path) -> None:
+    rows = [
+        {"step": step, "loss": 0.5} | {name: float(step) for name in TERM_METRICS if step < 3} for step in (1, 2, 3)
+    ]
+    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_status(run).metrics == {"step": 3, "loss": 0.5} | dict.fromkeys(TERM_METRICS, 2.0)
+    assert "grad_cosine 2" in read_status(run).text()
 
 
 def test_a_run_that_went_quiet_was_cut_off(run: Path) -> None:
