@@ -412,7 +412,7 @@ def test_a_public_set_comes_in_whole(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("good", [TRL, MESSAGES, IMPLICIT, ULTRA, GPT, ALPACA, HH, *(row for row, *_ in KTO.values())])
-@given(name=st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12) | st.sampled_from(PROMPTS))
+@given(name=st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12) | st.sampled_from([*PROMPTS, "tools"]))
 def test_no_column_disappears(tmp_path_factory: pytest.TempPathFactory, good: Value, name: str) -> None:
     """A column that no format reads refuses its row, unless its name is on the written list or the task's."""
     path = write(tmp_path_factory.mktemp("any") / "pairs.jsonl", [{name: "SECRET"} | good] * 2)
@@ -423,7 +423,8 @@ def test_no_column_disappears(tmp_path_factory: pytest.TempPathFactory, good: Va
     assert rows or rejected
     columns = Columns(ignored=frozenset([name]))
     if name not in good:
-        assert {r.reason for r in rejected} <= {"unknown column", "no partner", "prompts differ", "wrong type"}
+        named = {"unknown column", "unsupported field"}
+        assert {r.reason for r in rejected} <= named | {"no partner", "prompts differ", "wrong type"}
         form = preference_format(str(path), columns)
         assert all(not isinstance(row, PreferenceRow) or name in row.ignored for row in form.read(Shard(str(path))))
 
