@@ -2,7 +2,6 @@
 
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,10 @@ from pyarrow import fs as pafs
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import join_path, open_filesystem, sha256_stream
 
-ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".txt")
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # the endings of compressed text, and pyarrow's names
+TEXTS = (".json", ".jsonl", ".csv")
+ENDINGS = (*TEXTS, *(text + packed for text in TEXTS for packed in PACKED), ".parquet", ".arrow", ".txt")
+KNOWN = f"{', '.join(TEXTS)} (also {', '.join(PACKED)}), .parquet, .arrow"
 PART_ROWS = 5_000  # rows of a file that one task reads
 SHARE_BYTES = 1 << 27  # a larger file of unpaired rows is read several times, each time for a share of its prompts
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "manifest.json")  # of `datasets`, the Hub and our own tables
@@ -70,7 +72,7 @@ def data_files(where: str) -> list[str]:
     if not files and "data" in names:
         return data_files(join_path(where, "data"))
     if not files:
-        raise DataError(f"{where}: a folder without data; expected files ending in {', '.join(ENDINGS[:-1])}")
+        raise DataError(f"{where}: a folder without data; expected files ending in {KNOWN}")
     if len(splits := sorted({split_of(name) for name in files})) > 1:
         first = next((split for split in splits if split.startswith("train")), splits[-1])
         held = ", ".join(split or "files of none" for split in splits)
@@ -122,6 +124,13 @@ def file_name(file: str) -> str:
     return path if "://" in file and path.endswith(ENDINGS) else file
 
 
+def split_packed(file: str) -> tuple[str, str | None]:
+    """Return a name whose ending shows the kind of its contents, and pyarrow's name of its compression."""
+    name = file_name(file)
+    found = next((ending for ending in PACKED if name.endswith(ending)), "")
+    return name.removesuffix(found), PACKED.get(found)
+
+
 def sha256_data(file: str) -> str:
     """Return the SHA-256 of a file's bytes, wherever it is. Raises DataError for one that cannot be read."""
     filesystem, path = open_filesystem(file)
@@ -130,7 +139,7 @@ def sha256_data(file: str) -> str:
 
 
 def plan_shards(file: str, rows: int | None = None) -> list[Shard]:
-    """Split a file into parts of `rows` rows, or PART_ROWS; gzip and JSON cannot be entered midway and stay whole."""
+    """Split a file into parts of `rows` rows, or PART_ROWS; only JSON lines and Parquet can be entered midway."""
     rows = rows or PART_ROWS
     name = file_name(file)
     filesystem, path = open_filesystem(file)
@@ -159,7 +168,7 @@ def share_shards(file: str) -> list[Shard]:
     filesystem, path = open_filesystem(file)
     with readable(file):
         size = filesystem.get_file_info(path).size or 0
-    packed = not file_name(file).endswith((".jsonl", ".json", ".arrow"))
+    packed = not file_name(file).endswith((*TEXTS, ".arrow"))
     shares = max(1, -(-size * (4 if packed else 1) // SHARE_BYTES))
     return [Shard(file, share=(number, shares)) for number in range(shares)]
 
@@ -171,5 +180,5 @@ def readable(file: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read ({error}); check the path, or fetch the file again") from None

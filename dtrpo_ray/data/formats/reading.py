@@ -4,7 +4,7 @@ A row that cannot be decoded becomes a `Refusal` in its own place, so that it sp
 """
 
 import codecs
-import gzip
+import csv
 import io
 import itertools
 import json
@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
-from dtrpo_ray.data.formats.files import ENDINGS, Shard, file_name, readable
-from dtrpo_ray.data.formats.parsing import Refusal
+from dtrpo_ray.data.formats.files import KNOWN, Shard, readable, split_packed
+from dtrpo_ray.data.formats.parsing import MOST, Refusal
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import open_filesystem
 
@@ -30,6 +29,7 @@ _CHUNK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = ("", *"0123456789.eE+-")  # characters, or the end of the text, after which a number may go on
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _CUT = 16  # an error so close to the end of the text may come from the text being cut there
 
 
@@ -79,13 +79,13 @@ def first_rows(shards: list[Shard], most: int) -> tuple[list[Shard], int]:
 
 
 def _read(shard: Shard) -> Iterator[_Row]:
-    file, name = shard.file, file_name(shard.file)
+    file, (name, packed) = shard.file, split_packed(shard.file)
     filesystem, path = open_filesystem(file)
     with readable(file):
-        if name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _read_lines(shard, filesystem, path)
-        elif name.endswith(".json"):
-            yield from _read_list(shard, filesystem, path)
+        if read := next((read for ending, read in _TEXTS.items() if name.endswith(ending)), None):
+            with filesystem.open_input_file(path) as source:
+                source.seek(shard.start)
+                yield from read(shard, pa.CompressedInputStream(source, packed) if packed else source)
         elif name.endswith(".parquet"):
             with filesystem.open_input_file(path) as stream:
                 yield from _read_parquet(shard, pq.ParquetFile(stream))
@@ -97,18 +97,15 @@ def _read(shard: Shard) -> Iterator[_Row]:
                 text = stream.read().decode("utf-8", "surrogateescape")
                 yield _Row(1, {"text": text}, len(text))
         else:
-            raise DataError(f"{file}: unknown kind of file; expected a name ending in {', '.join(ENDINGS)}")
+            raise DataError(f"{file}: unknown kind of file; expected a name ending in {KNOWN}, .txt")
 
 
-def _read_lines(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[_Row]:
-    with filesystem.open_input_file(path) as source:
-        source.seek(shard.start)
-        packed = file_name(shard.file).endswith(".gz")
-        reader = io.BufferedReader(gzip.GzipFile(fileobj=source) if packed else source)  # type: ignore[arg-type]
-        for number, line in enumerate(itertools.islice(reader, shard.rows), shard.first + 1):
-            data = line.removeprefix(_BOM) if number == 1 else line
-            if data.strip():
-                yield _Row(number, _decode_json(data), len(data))
+def _read_lines(shard: Shard, stream: pa.NativeFile) -> Iterator[_Row]:
+    reader = io.BufferedReader(stream)
+    for number, line in enumerate(itertools.islice(reader, shard.rows), shard.first + 1):
+        data = line.removeprefix(_BOM) if number == 1 else line
+        if data.strip():
+            yield _Row(number, _decode_json(data), len(data))
 
 
 def _decode_json(data: bytes) -> Any:
@@ -119,16 +116,40 @@ def _decode_json(data: bytes) -> Any:
         return Refusal("bad JSON", str(error))
 
 
-def _read_list(shard: Shard, filesystem: pafs.FileSystem, path: str) -> Iterator[_Row]:
+def _read_list(shard: Shard, stream: pa.NativeFile) -> Iterator[_Row]:
     number = 0
     try:
-        with filesystem.open_input_stream(path) as stream:
-            rows = _JsonText(stream).rows()
-            for number, (value, size) in enumerate(itertools.islice(rows, shard.rows), 1):
-                yield _Row(number, value, size)
+        rows = _JsonText(stream).rows()
+        for number, (value, size) in enumerate(itertools.islice(rows, shard.rows), 1):
+            yield _Row(number, value, size)
     except (ValueError, RecursionError) as error:
         problem = f"no JSON list of rows after row {number} ({error})" if number else f"no JSON list of rows ({error})"
         raise DataError(f"{shard.file}: {problem}; rows one to a line belong in a .jsonl file") from None
+
+
+def _read_csv(shard: Shard, stream: pa.NativeFile) -> Iterator[_Row]:
+    """Yield the rows below a line of column names, all of them text; a line end between quotes belongs to its cell."""
+    csv.field_size_limit(MOST)
+    lines = io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", "surrogateescape", newline="")
+    reader, number = csv.reader(lines, strict=True), 0
+    try:
+        names = next(reader, [])
+        for number, cells in enumerate(itertools.islice(filter(None, reader), shard.rows), 1):
+            yield _Row(number, _decode_cells(names, cells), sum(map(len, cells)))
+    except csv.Error as error:
+        raise DataError(f"{shard.file}: no CSV after row {number} ({error}); save the file anew") from None
+
+
+def _decode_cells(names: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(names):
+        return Refusal("bad CSV", f"{len(cells)} cells for {len(names)} columns")
+    row = dict(zip(names, cells, strict=True))
+    if lists := [name for name, cell in row.items() if _MESSAGES.match(cell)]:
+        return Refusal("wrong type", f"{lists[0]} is a list of messages as text; keep them in JSON lines or Parquet")
+    return row
+
+
+_TEXTS = {".jsonl": _read_lines, ".json": _read_list, ".csv": _read_csv}
 
 
 class _JsonText:

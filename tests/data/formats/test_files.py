@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dtrpo_ray.data.formats.reading import raw_rows
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import open_filesystem
 
+PACK = {".gz": gzip.compress, ".zst": partial(pa.compress, codec="zstd", asbytes=True)}
 ROWS = [{"number": i, "text": f"row {i}"} for i in range(23)]
 
 
@@ -26,14 +28,15 @@ def write(path: Path, rows: list[Any]) -> str:
     elif path.suffix == ".arrow":
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.Table.from_pylist(rows).schema) as out:
             out.write_table(pa.Table.from_pylist(rows), max_chunksize=6)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
     else:
-        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+        whole = json.dumps(rows).encode() if ".json" in path.suffixes else lines
+        path.write_bytes(PACK.get(path.suffix, bytes)(whole))
     return str(path)
 
 
-@pytest.mark.parametrize("ending", [".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    "ending", [".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet", ".arrow"]
+)
 @pytest.mark.parametrize("size", [1, 5, 6, 23, 100])
 def test_the_parts_of_a_file_are_its_rows_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, size: int
@@ -58,7 +61,7 @@ def test_a_folder_that_datasets_saved_is_its_arrow_files(tmp_path: Path) -> None
     assert len(data_files(str(tmp_path / "splits" / "train"))) == 1
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".json"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".json"])
 def test_a_uri_reads_like_a_path(tmp_path: Path, ending: str) -> None:
     """memory:// goes the way of every filesystem that only fsspec knows."""
     local = write(tmp_path / f"rows{ending}", ROWS)

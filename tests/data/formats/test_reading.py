@@ -149,3 +149,30 @@ def test_what_stands_before_a_break_is_read(tmp_path: Path, ending: str) -> None
     assert sum(shard.rows or 0 for shard in first_rows([Shard(str(file))], 20)[0]) == 20
     with pytest.raises(DataError, match=r"no JSON list of rows after row 22|cannot be read"):
         list(found)
+
+
+def test_a_csv_has_text_in_its_columns_and_bad_rows_spoil_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    long = "x" * 200_000  # beyond the limit that csv has by itself
+    messages = "\"[{'role': 'user'}]\""
+    lines = ["\ufeffprompt,label", '"a, ""b""\n\nc",1', "", f"{long},", "x", "x,y,z", f"{messages},1", "é,0"]
+    stray = b"\xff,1\n"
+    file.write_bytes("\n".join([*lines, ""]).encode() + stray)
+    found = dict(raw_rows(Shard(str(file))))
+    good = {place.rpartition(":")[2]: row for place, row in found.items() if isinstance(row, dict)}
+    assert good == {
+        "1": {"prompt": 'a, "b"\n\nc', "label": "1"},
+        "2": {"prompt": long, "label": ""},
+        "6": {"prompt": "é", "label": "0"},
+        "7": {"prompt": "\udcff", "label": "1"},
+    }
+    bad = [row.args for row in found.values() if isinstance(row, Refusal)]
+    assert [reason for reason, _ in bad] == ["bad CSV", "bad CSV", "wrong type"]
+    assert bad[0][1] == "1 cells for 2 columns"
+    assert first_rows([Shard(str(file))], 3) == ([Shard(str(file), rows=3)], 3)
+
+
+def test_an_open_quote_ends_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('a\nb\n"c\nd\n')
+    with pytest.raises(DataError, match=r"rows\.csv: no CSV after row 1 \(unexpected end of data\)"):
+        list(raw_rows(Shard(str(tmp_path / "rows.csv"))))
