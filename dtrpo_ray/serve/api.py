@@ -1,21 +1,32 @@
 """OpenAI request bodies -> validated requests, and the types of every answer. No torch, no ray.
 
-An unsupported field that would change the meaning of an answer is refused by name; any other unknown field is ignored,
-since clients send many. `null` means absent.
+A field that is not served is refused by name, unless it is on the list of those that change no answer (`harmless`).
+`null` means absent.
 """
 
+from difflib import get_close_matches
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic.json_schema import WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dtrpo_ray.config.decode import Remasking, Sampling
 from dtrpo_ray.data.schemas import TrajectoryRow
 
 MAX_CHOICES = 64  # of one request: prompts times n
 MAX_ALTERNATIVES = 20  # of each token
+MAX_NAME = 80  # characters of an unknown field's name that a refusal repeats
 UNSUPPORTED = "unsupported_parameter"
 
 
@@ -43,17 +54,41 @@ def _text_of_parts(value: Any) -> Any:
     return value
 
 
+def _list_harmless(schema: dict[str, Any], body: type["_Body"]) -> None:
+    schema["properties"] |= {name: {"description": "Taken, and changes no answer."} for name in sorted(body.harmless)}
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, json_schema_extra=_list_harmless
+    )
+    harmless: ClassVar[frozenset[str]] = frozenset()  # fields that clients send and that change no answer
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, body: Any) -> Any:
-        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+    def _keep_what_is_served(cls, body: Any) -> Any:
+        """Drop nulls and harmless fields; refuse the first other field that the class does not have."""
+        if not isinstance(body, dict):
+            return body
+        given = {name: value for name, value in body.items() if value is not None and name not in cls.harmless}
+        if unknown := next((name for name in given if name not in cls.model_fields), None):
+            raise _refuse(unknown, given[unknown], cls)
+        return given
+
+
+def _refuse(name: str, value: object, body: type[_Body]) -> ValidationError:
+    """Return the refusal of a field, which names the served field that was probably meant."""
+    shown = name[:MAX_NAME].encode(errors="replace").decode()  # JSON may hold half a character
+    near = get_close_matches(shown, body.model_fields, 1, cutoff=0.8)
+    remedy = f"did you mean {near[0]}?" if near else "leave the field out"
+    error = PydanticCustomError(UNSUPPORTED, "is not supported by this server; {remedy}", {"remedy": remedy})
+    return ValidationError.from_exception_data(body.__name__, [InitErrorDetails(type=error, loc=(shown,), input=value)])
 
 
 class StreamOptions(_Body):
     """Further chunks of a stream."""
+
+    harmless = frozenset({"include_obfuscation", "continuous_usage_stats"})  # padding; the usage is in the last chunk
 
     include_usage: bool = False
     """A last chunk with the usage, before `[DONE]`."""
@@ -64,6 +99,16 @@ class StreamOptions(_Body):
 class _Request(_Body, Sampling):
     """The fields of both endpoints; from `steps` on, and those of `Sampling` beyond OpenAI's, are this server's own."""
 
+    harmless = frozenset(
+        {
+            # who asks, and records about it
+            *("user", "metadata", "store", "safety_identifier", "request_id"),
+            # price and caches, which this server does not have
+            *("service_tier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "cache_salt"),
+            # about tool calls and reasoning, which no answer of this server has
+            *("parallel_tool_calls", "include_reasoning"),
+        }
+    )
     steps_field = "steps"
 
     model: str | None = None
@@ -107,6 +152,17 @@ class _Request(_Body, Sampling):
     response_format: Annotated[Any, *_only({"type": "text"})] = None
     tools: Annotated[Any, *_only([])] = None
     functions: Annotated[Any, *_only([])] = None
+    tool_choice: Annotated[Any, *_only("none", "auto")] = None
+    function_call: Annotated[Any, *_only("none", "auto")] = None
+    modalities: Annotated[Any, *_only(["text"])] = None
+    reasoning_effort: Annotated[Any, *_only("none")] = None
+    verbosity: Annotated[Any, *_only("medium")] = None
+    bad_words: Annotated[Any, *_only([])] = None
+    length_penalty: Annotated[Any, *_only(1, 1.0)] = None
+    use_beam_search: Annotated[Any, *_only(False)] = None
+    include_stop_str_in_output: Annotated[Any, *_only(False)] = None
+    skip_special_tokens: Annotated[Any, *_only(True)] = None
+    add_special_tokens: Annotated[Any, *_only(False)] = None
 
 
 def _as_prompts(value: Any) -> Any:
@@ -132,6 +188,7 @@ class CompletionRequest(_Request):
     max_tokens: int = Field(16, ge=1)
     logprobs: int | Literal[False] | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
     """Also return the log-probability of each token at the step that unmasked it, and this many alternatives."""
+    top_logprobs: Annotated[Any, *_only(0)] = None
 
     @model_validator(mode="after")
     def _limit_choices(self) -> Self:
@@ -147,10 +204,10 @@ class CompletionRequest(_Request):
         return None if self.logprobs is False else self.logprobs
 
 
-class Message(BaseModel):
+class Message(_Body):
     """One turn of a chat."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    harmless = frozenset({"name", "annotations"})  # no chat template writes them
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_text_of_parts)]

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from dtrpo_ray.serve.api import MAX_CHOICES, UNSUPPORTED, ChatRequest, CompletionRequest, TokenizeRequest, Trajectory
 
 TURN = [{"role": "user", "content": "hi"}]
+OTHER: dict[Any, dict[str, None]] = {CompletionRequest: {"messages": None}, ChatRequest: {"prompt": None}}
 
 REFUSED: list[tuple[str, Any]] = [
     ("echo", True),
@@ -22,6 +23,44 @@ REFUSED: list[tuple[str, Any]] = [
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
     ("functions", [{}]),
+    ("tool_choice", "required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("function_call", {"name": "f"}),
+    ("modalities", ["text", "audio"]),
+    ("reasoning_effort", "high"),
+    ("verbosity", "low"),
+    ("bad_words", ["a"]),
+    ("length_penalty", 2.0),
+    ("use_beam_search", True),
+    ("include_stop_str_in_output", True),
+    ("skip_special_tokens", False),
+    ("add_special_tokens", True),
+]
+
+# of vLLM, SGLang and OpenAI, or of nobody
+UNKNOWN: list[tuple[str, Any]] = [
+    ("guided_json", {}),
+    ("guided_choice", ["a"]),
+    ("structured_outputs", {"regex": "a"}),
+    ("regex", "a*"),
+    ("ebnf", "root"),
+    ("json_schema", "{}"),
+    ("chat_template", "{{ messages }}"),
+    ("chat_template_kwargs", {"enable_thinking": False}),
+    ("continue_final_message", True),
+    ("add_generation_prompt", False),
+    ("documents", [{}]),
+    ("prompt_logprobs", 1),
+    ("prompt_embeds", "AAAA"),
+    ("allowed_token_ids", [1]),
+    ("truncate_prompt_tokens", 1),
+    ("return_token_ids", True),
+    ("logits_processors", ["a"]),
+    ("vllm_xargs", {"a": 1}),
+    ("web_search_options", {}),
+    ("prediction", {"type": "content", "content": "a"}),
+    ("Temperature", 0),
+    ("nothing-of-the-kind" * 9, 1),
 ]
 
 NEUTRAL: list[tuple[str, Any]] = [
@@ -37,6 +76,10 @@ NEUTRAL: list[tuple[str, Any]] = [
     ("frequency_penalty", 0.0),
     ("response_format", {"type": "text"}),
     ("tools", []),
+    ("tool_choice", "none"),
+    ("tool_choice", "auto"),
+    ("modalities", ["text"]),
+    ("skip_special_tokens", True),
     ("remasking", "low_confidence"),
 ]
 
@@ -83,9 +126,41 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("request_type", [CompletionRequest, ChatRequest])
 def test_refuses_by_name_what_it_cannot_honour(request_type: Any, field: str, value: object) -> None:
     with pytest.raises(ValidationError) as caught:
-        request_type.model_validate({"prompt": "a", "messages": TURN, field: value})
+        request_type.model_validate({"prompt": "a", "messages": TURN, field: value} | OTHER[request_type])
     (problem,) = caught.value.errors()
     assert (problem["type"], problem["loc"]) == (UNSUPPORTED, (field,))
+
+
+@pytest.mark.parametrize(("field", "value"), UNKNOWN, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("request_type", [CompletionRequest, ChatRequest])
+def test_refuses_by_name_what_is_on_no_list(request_type: Any, field: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        request_type.model_validate({"prompt": "a", "messages": TURN, field: value} | OTHER[request_type])
+    (problem,) = caught.value.errors()
+    assert (problem["type"], problem["loc"]) == (UNSUPPORTED, (field[:80],))
+    request_type.model_validate({"prompt": "a", "messages": TURN, field: None} | OTHER[request_type])
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [("temprature", "temperature"), ("max_token", "max_tokens"), ("topp", "top_p"), ("guided_json", None)],
+)
+def test_a_misspelt_field_is_told_the_right_one(field: str, meant: str | None) -> None:
+    with pytest.raises(ValidationError, match=f"did you mean {meant}\\?" if meant else "leave the field out"):
+        CompletionRequest.model_validate({"prompt": "a", field: 1})
+
+
+def test_fields_inside_a_body_are_told_apart_too() -> None:
+    for body, loc in (
+        ({"stream_options": {"include_use": True}}, ("stream_options", "include_use")),
+        ({"messages": [{**TURN[0], "tool_calls": [{}]}]}, ("messages", 0, "tool_calls")),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            ChatRequest.model_validate({"messages": TURN, **body})
+        assert [(p["type"], p["loc"]) for p in caught.value.errors()] == [(UNSUPPORTED, loc)]
+    answered = {"role": "assistant", "content": "a", "name": "bot", "annotations": [], "tool_calls": None}
+    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": True}
+    assert len(ChatRequest.model_validate({"messages": [*TURN, answered], "stream_options": options}).messages) == 2
 
 
 @pytest.mark.parametrize(("field", "value"), NEUTRAL)
@@ -105,10 +180,11 @@ def test_defaults_are_openais() -> None:
     assert (request.max_tokens, request.temperature, request.n, request.stop) == (16, 1.0, 1, [])
 
 
-def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
+def test_null_is_absent_and_harmless_fields_are_dropped() -> None:
     fields = ("model", "temperature", "seed", "n", "stop", "steps", "threshold", "max_tokens", "stream", "logprobs")
     nulls = dict.fromkeys(fields)
-    with_nulls = CompletionRequest.model_validate({"prompt": "a", "user": "x", "store": True, **nulls})
+    harmless = {"user": "x", "store": True, "metadata": {"run": "7"}, "service_tier": "auto", "request_id": "1"}
+    with_nulls = CompletionRequest.model_validate({"prompt": "a", **harmless, **nulls})
     assert with_nulls == CompletionRequest.model_validate({"prompt": "a"})
 
 
@@ -135,12 +211,15 @@ def test_refuses_messages_of_another_shape(messages: object) -> None:
 def test_the_specification_says_what_is_refused() -> None:
     """A field that is not served has its neutral values and null, all of which are taken, and no other."""
     for request_type in (CompletionRequest, ChatRequest):
-        fields = request_type.model_json_schema()["properties"]
+        schema = request_type.model_json_schema()
+        fields = schema["properties"]
+        assert schema["additionalProperties"] is False
+        assert fields.keys() >= request_type.harmless
         for name, value in REFUSED:
             assert value not in fields[name]["enum"]
             assert None in fields[name]["enum"]
             for neutral in fields[name]["enum"]:
-                request_type.model_validate({"prompt": "a", "messages": TURN, name: neutral})
+                request_type.model_validate({"prompt": "a", "messages": TURN, name: neutral} | OTHER[request_type])
     (prompt, messages) = TokenizeRequest.model_json_schema()["oneOf"]
     assert (prompt["required"], messages["required"]) == (["prompt"], ["messages"])
 

@@ -296,6 +296,9 @@ REFUSALS: list[tuple[Json, int, str | None, str | None]] = [
     ({"echo": True}, 400, "echo", "unsupported_parameter"),
     ({"best_of": 3}, 400, "best_of", "unsupported_parameter"),
     ({"logit_bias": {"1": 2}}, 400, "logit_bias", "unsupported_parameter"),
+    ({"temprature": 0}, 400, "temprature", "unsupported_parameter"),
+    ({"guided_json": {"type": "object"}}, 400, "guided_json", "unsupported_parameter"),
+    ({"stream_options": {"every": 1}}, 400, "stream_options", "unsupported_parameter"),
     ({"temperature": 3}, 400, "temperature", None),
     ({"stop": ["1", ""]}, 400, "stop", None),
     ({"prompt": None}, 400, "prompt", None),
@@ -340,6 +343,7 @@ def test_a_full_context_is_still_answered(client: TestClient) -> None:
         ("POST", COMPLETIONS, b'"\xff"', 400),
         ("POST", COMPLETIONS, b'{"prompt": "\\ud800"}', 400),  # half a character
         ("POST", COMPLETIONS, b'{"prompt": "0", "model": "\\ud800"}', 404),
+        ("POST", COMPLETIONS, b'{"prompt": "0", "\\ud800": 1}', 400),
         ("POST", CHAT, b'{"messages": []}', 400),
         ("GET", COMPLETIONS, b"", 405),
         ("GET", "/v1/nothing", b"", 404),

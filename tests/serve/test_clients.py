@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import httpx
 import openai
@@ -17,10 +17,12 @@ import schemathesis
 import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
+from openai.types import chat, completion_create_params
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from dtrpo_ray.decode.engine import Engine
+from dtrpo_ray.serve import api
 from dtrpo_ray.serve.app import create_app
 from dtrpo_ray.serve.middleware import key_digests
 from tests.serve.test_app import SERVE, make_engine
@@ -106,6 +108,24 @@ def test_openai_raises_the_errors_it_knows(client: openai.OpenAI, url: str) -> N
     assert (caught.value.param, caught.value.code) == ("echo", "unsupported_parameter")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "refused"),
+    [
+        (api.CompletionRequest, completion_create_params.CompletionCreateParamsBase, set[str]()),
+        (
+            api.ChatRequest,
+            chat.completion_create_params.CompletionCreateParamsBase,
+            {"audio", "moderation", "prediction", "web_search_options"},
+        ),
+    ],
+    ids=["completions", "chat"],
+)
+def test_each_field_of_openai_is_on_one_list(ours: Any, theirs: Any, refused: set[str]) -> None:
+    """Served, taken where it asks for nothing, harmless, or refused: a new release's fields are put on one of them."""
+    fields = get_type_hints(theirs).keys()
+    assert {*fields} - {*ours.model_fields} - ours.harmless == refused
 
 
 # --- lm-eval ---
