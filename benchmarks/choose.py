@@ -9,12 +9,14 @@ base and the rollouts. Finished stages are reused. The script writes OUT.json an
 
 import argparse
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
-from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
+from dtrpo_ray.data.prepare import puzzle_ids
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles, scorer_path
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.pipeline import Pipeline
@@ -30,14 +32,17 @@ def solved(model: Path, job: Job, count: int) -> dict[int, int]:
     assert job.eval is not None
     assert job.puzzle is not None
     puzzles = generate_puzzles(job.puzzle, count, "train", PUZZLES_SEED + job.seed)
-    score = puzzle_module(job.puzzle).score
-    engine, made = Engine.load(model), {}
+    score, engine, made = pkgutil.resolve_name(scorer_path(job.puzzle)), Engine.load(model), {}
+    asked = [puzzle_ids(job.puzzle, engine.tokenizer, puzzle["prompt"]) for puzzle in puzzles]
     for steps in job.eval.budgets:
         params, correct = SamplingParams(max_new_tokens=job.eval.max_new_tokens, denoising_steps=steps), 0
         for first in range(0, count, job.eval.batch_size):
-            texts = [row["prompt"] for row in puzzles[first : first + job.eval.batch_size]]
-            done = engine.generate([engine.encode(text) for text in texts], params, [0] * len(texts))
-            correct += sum(score(t, engine.decode(d.text_ids)) >= 1 for t, d in zip(texts, done, strict=True))
+            batch = slice(first, first + job.eval.batch_size)
+            done = engine.generate(asked[batch], params, [0] * len(asked[batch]))
+            correct += sum(
+                score(row["prompt"], engine.decode(d.text_ids), row["answer"]) >= 1
+                for row, d in zip(puzzles[batch], done, strict=True)
+            )
         made[steps] = correct
     return made
 

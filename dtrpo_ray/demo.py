@@ -1,17 +1,21 @@
 """The end of `dtrpo run`: serve the aligned model beside its base and ask both the same held-out puzzles over HTTP."""
 
 import json
+import pkgutil
 import shlex
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.serve import ServeConfig
-from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
+from dtrpo_ray.data.prepare import puzzle_ids
+from dtrpo_ray.data.tasks.puzzles import generate_puzzles, scorer_path
+from dtrpo_ray.models.tokenizer import load_tokenizer
 from dtrpo_ray.pipeline import HELD_OUT_SEED, Pipeline
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Comparison
@@ -69,35 +73,41 @@ def ask_served(pipeline: Pipeline, budget: int) -> Iterator[Questions]:
 
     A puzzle's base is served beside it and asked the same; any other job's model gets one prompt.
     """
-    job, prompts = pipeline.job, ["Hello"]
+    job, puzzles = pipeline.job, [{"prompt": "Hello", "answer": ""}]
     config = job.serve.model_copy(update={"checkpoint": str(pipeline.aligned().path.resolve())})
     models = {"aligned": config.model_name}
     if job.puzzle:
-        prompts = [row["prompt"] for row in generate_puzzles(job.puzzle, NUM_PUZZLES, "test", HELD_OUT_SEED)]
+        puzzles = generate_puzzles(job.puzzle, NUM_PUZZLES, "test", HELD_OUT_SEED)
         base = "base"
         while base in (config.model_name, *config.other_models):
             base += "_"
         models = {"base": base, "aligned": config.model_name}
         others = {**config.other_models, base: str(pipeline.base().path.resolve())}
         config = config.model_copy(update={"other_models": others})
+    asked: Json = [puzzle["prompt"] for puzzle in puzzles]
+    if job.puzzle and job.puzzle.in_words:
+        tokenizer = load_tokenizer(pipeline.base().path)
+        asked = [puzzle_ids(job.puzzle, tokenizer, puzzle["prompt"]) for puzzle in puzzles]
     with console.status("serving the aligned model"):
         url = start(config)
     try:
-        answers = {name: _ask(job, prompts, url, config=config, model=models[name], budget=budget) for name in models}
-        yield Questions(url, budget, answers)
+        ask = partial(_ask, job, puzzles, asked, url, config=config, budget=budget)
+        yield Questions(url, budget, {name: ask(model=model) for name, model in models.items()})
     finally:
         stop()
 
 
-def _ask(job: Job, prompts: list[str], url: str, *, config: ServeConfig, model: str, budget: int) -> list[Answer]:
+def _ask(
+    job: Job, puzzles: list[dict[str, str]], asked: Json, url: str, *, config: ServeConfig, model: str, budget: int
+) -> list[Answer]:
     most = job.eval.max_new_tokens if job.eval else 32
-    body: dict[str, Json] = {"model": model, "prompt": prompts, "max_tokens": most, "temperature": 0, "steps": budget}
+    body: dict[str, Json] = {"model": model, "prompt": asked, "max_tokens": most, "temperature": 0, "steps": budget}
     choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]
     texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
-    score = puzzle_module(job.puzzle).score if job.puzzle else None
+    score = pkgutil.resolve_name(scorer_path(job.puzzle)) if job.puzzle else None
     return [
-        Answer(url=url, prompt=prompt, text=text, correct=bool(score(prompt, text) >= 1) if score else None)
-        for prompt, text in zip(prompts, texts, strict=True)
+        Answer(url=url, prompt=p["prompt"], text=t, correct=score(p["prompt"], t, p["answer"]) >= 1 if score else None)
+        for p, t in zip(puzzles, texts, strict=True)
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.cluster import NumWorkers
 from dtrpo_ray.config.decode import RolloutConfig
@@ -30,7 +31,7 @@ from dtrpo_ray.files import read_json, sha256_file, sha256_json
 from dtrpo_ray.metrics import METRICS, read_metrics
 from dtrpo_ray.models.lora import target_modules
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
-from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id
+from dtrpo_ray.models.tokenizer import load_tokenizer, mask_token_id
 from dtrpo_ray.parts import run_parts
 from dtrpo_ray.produce import drafts, llm, rollout, scoring
 from dtrpo_ray.progress import console
@@ -149,7 +150,7 @@ class Pipeline:
 
         def make(out: Path) -> JsonObject:
             rollout.require_fit(policy.path, config)
-            prompts = self._rollout_prompts(config, number)
+            prompts = self._rollout_prompts(config, number, load_tokenizer(policy.path))
             done = self._record(prompts, decode, out, label=name)
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
@@ -159,11 +160,13 @@ class Pipeline:
         task = job.task.model_dump(mode="json", exclude={"public_tests"})
         return self.store.stage(name, {**inputs, "task": task}, [f"{TABLE}/*.parquet"], make)
 
-    def _rollout_prompts(self, config: RolloutConfig, number: int) -> list[TrajectoryRow]:
+    def _rollout_prompts(
+        self, config: RolloutConfig, number: int, tokenizer: PreTrainedTokenizerBase
+    ) -> list[TrajectoryRow]:
         assert self.job.puzzle is not None
         puzzles = generate_puzzles(self.job.puzzle, config.num_prompts, "train", _seed_of(self.job.seed, number))
-        named = {f"r{number}-{i:06d}": puzzle["prompt"] for i, puzzle in enumerate(puzzles)}
-        prompts = (TrajectoryRow(row_id=name, prompt_id=name, prompt=text) for name, text in named.items())
+        ask = partial(prepare.puzzle_request, self.job.puzzle, tokenizer)
+        prompts = [ask(f"r{number}-{i:06d}", puzzle) for i, puzzle in enumerate(puzzles)]
         return [request for prompt in prompts for request in rollout.sample_requests(config, prompt)]
 
     def _decode_job(self, model: ModelRef, params: SamplingParams, batch_size: int) -> rollout.DecodeJob:
@@ -364,13 +367,12 @@ class Pipeline:
         puzzle, tokenizer = self.job.puzzle, load_tokenizer(base.path)
         if puzzle:
             puzzles = generate_puzzles(puzzle, count, "train", _seed_of(self.job.seed, "validation"))
-            texts = [row["prompt"] for row in puzzles]
-            ids = [encode_prompt(tokenizer, text) for text in texts]
+            asked = [prepare.puzzle_request(puzzle, tokenizer, "", row) for row in puzzles]
         else:
             files = tables.table_files(table.path / TABLE)  # beside what an import leaves in the folder
             ids = pq.read_table(files, columns=["prompt_ids"])["prompt_ids"].slice(0, count).to_pylist()
-            texts = [str(tokenizer.decode(row)) for row in ids]
-        validation.write_questions(texts, ids, scorer_path(puzzle) if puzzle else None, out)
+            asked = [TrajectoryRow(prompt=str(tokenizer.decode(row)), prompt_ids=row) for row in ids]
+        validation.write_questions(asked, scorer_path(puzzle) if puzzle else None, out)
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate base and aligned on held-out prompts and public test sets; None without [eval] or a verifier."""
@@ -392,19 +394,20 @@ class Pipeline:
         inputs: JsonObject = {"eval": fields, "model": model.digest, "sets": hashes, "seed": job.seed}
 
         def make(out: Path) -> JsonObject:
-            rows = [(title, f"{i:06d}", row) for title, rows in sets.items() for i, row in enumerate(rows)]
-            prompts = [
-                TrajectoryRow(
-                    row_id=f"{title}/{k}/{i}", prompt_id=f"{title}/{i}", prompt=row["prompt"], denoising_steps=k
-                )
+            assert job.puzzle is not None
+            ask, tokenizer = partial(prepare.puzzle_request, job.puzzle), load_tokenizer(model.path)
+            rows = {(title, f"{i:06d}"): row for title, rows in sets.items() for i, row in enumerate(rows)}
+            asked = {place: ask(tokenizer, "/".join(place), row) for place, row in rows.items()}
+            prompts: list[TrajectoryRow] = [
+                {**request, "row_id": f"{title}/{k}/{i}", "denoising_steps": k}
                 for k in config.budgets
-                for title, i, row in rows
+                for (title, i), request in asked.items()
             ]
             params = SamplingParams(denoising_steps=1, **config.model_dump(include={"max_new_tokens", "temperature"}))
             self._record(prompts, self._decode_job(model, params, config.batch_size), out, label=f"eval-{name}")
             done = tables.read_table(out / TABLE, TRAJECTORY)
-            answers = {f"{title}/{i}": row["answer"] for title, i, row in rows}
-            record = summarise(done, answers, config, load_tokenizer(model.path))
+            answers = {"/".join(place): row["answer"] for place, row in rows.items()}
+            record = summarise(done, answers, config, tokenizer)
             (out / "eval.json").write_text(json.dumps(record))
             return {f"{r['set']}@{r['budget']}": r["accuracy"] for r in record["table"]}
 

@@ -19,7 +19,8 @@ from dtrpo_ray.config.load import load_job
 from dtrpo_ray.models.tokenizer import encode_prompt, load_tokenizer, mask_token_id, turn_end_id
 from dtrpo_ray.produce.verifiers import countdown, gsm8k, instructions
 
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.toml"))
+NEEDS_WEIGHTS = "language"  # a converted language model, which a clone does not have
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.toml") if path.stem != NEEDS_WEIGHTS)
 DATA = ROOT / "jobs" / "data"
 ONE = ["cluster.num_workers=1", "cluster.num_actors=1"]
 PUZZLE = [

@@ -80,7 +80,8 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
         assert store.inputs[f"pair-{number}"]["trajectories"] == pipeline.trajectories(number).digest
         assert store.inputs[f"train-{number}"]["table"] == pipeline.pairs(number).digest
     assert job.rollout
-    prompts = [pipeline._rollout_prompts(job.rollout.model_copy(update={"num_prompts": 50}), n) for n in (1, 2)]
+    config, tokenizer = job.rollout.model_copy(update={"num_prompts": 50}), character_tokenizer("01234")
+    prompts = [pipeline._rollout_prompts(config, n, tokenizer) for n in (1, 2)]
     ids = [{row["row_id"] for row in rows} for rows in prompts]
     assert len(ids[0]) == len(prompts[0]) == 50 * job.rollout.num_samples
     assert not ids[0] & ids[1]

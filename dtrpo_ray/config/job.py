@@ -118,6 +118,8 @@ class Job(Section):
             self._fits_files(kind)
         elif self.rollout is None:
             raise ValueError(f"{kind} has no pairs of its own: add a [rollout] section")
+        elif self.puzzle.in_words and self.model.init and self.model.tokenizer is None:
+            raise ValueError(f"{kind} with model.init needs model.tokenizer, a tokenizer directory")
         elif self.score or self.drafts:
             surplus = "[score]" if self.score else "[drafts]"
             raise ValueError(f"{kind} decodes its own prompts and scores the answers: remove {surplus}")

@@ -21,6 +21,8 @@ class TaskBase(Section):
 class PuzzleTask(TaskBase):
     """A task that generates its prompts and verifies answers."""
 
+    in_words: ClassVar[bool] = False
+    """Needs a model's tokenizer, and is asked through its chat template where there is one."""
     public_tests: tuple[Path, ...] = ()
     """Public test files (JSONL with input and output); files that do not exist are skipped."""
 
@@ -52,6 +54,24 @@ class CountdownTask(PuzzleTask):
     type: Literal["countdown"]
     numbers: int = Field(3, ge=2, le=4)
     """How many numbers a puzzle gives."""
+
+
+class WordProblemsTask(PuzzleTask):
+    """Word problems from templates, with answers in GSM8K's format; names, numbers and pairs of templates held out."""
+
+    answer_tokens: ClassVar[int] = 8
+    in_words: ClassVar[bool] = True
+    type: Literal["word_problems"]
+    steps: tuple[int, int] = (1, 2)
+    """Fewest and most steps of a problem: [1, 1], [1, 2] or [2, 2]."""
+    largest: int = Field(99, ge=12, le=999)
+    """Largest number, given or computed, of a problem; the smallest is 2."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "WordProblemsTask":
+        if not 1 <= self.steps[0] <= self.steps[1] <= 2:
+            raise ValueError(f"steps = {list(self.steps)} must be [1, 1], [1, 2] or [2, 2]")
+        return self
 
 
 class NoTask(TaskBase):
@@ -104,4 +124,4 @@ class PromptsTask(FilesTaskBase):
 
 
 FilesTask = PreferencesTask | TrajectoriesTask | PromptsTask
-Task = Annotated[SudokuTask | CountdownTask | FilesTask | NoTask, Field(discriminator="type")]
+Task = Annotated[SudokuTask | CountdownTask | WordProblemsTask | FilesTask | NoTask, Field(discriminator="type")]

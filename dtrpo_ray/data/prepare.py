@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.job import Job
-from dtrpo_ray.config.task import FilesTask
+from dtrpo_ray.config.task import FilesTask, PuzzleTask
 from dtrpo_ray.config.train import SFTConfig
 from dtrpo_ray.data import tables
 from dtrpo_ray.data.formats.base import Format, Row
@@ -36,7 +36,7 @@ from dtrpo_ray.data.formats.tokenize import (
 )
 from dtrpo_ray.data.ragged import list_lengths
 from dtrpo_ray.data.rules import Expected, row_tokens
-from dtrpo_ray.data.schemas import EXAMPLE, ID_COLUMNS, PREFERENCE, TRAJECTORY
+from dtrpo_ray.data.schemas import EXAMPLE, ID_COLUMNS, PREFERENCE, TRAJECTORY, TrajectoryRow
 from dtrpo_ray.data.tables import Counts, Rejected, Report
 from dtrpo_ray.data.tasks.puzzles import generate_puzzles, puzzle_module
 from dtrpo_ray.errors import DataError
@@ -86,14 +86,17 @@ def write_examples(
 ) -> dict[str, int]:
     """Write generated SFT examples on a model's grid as Parquet (the table example/v1). Return how many there are.
 
-    Prompts are encoded as a rollout encodes them. Raises DataError for text that the tokenizer cannot encode.
+    Prompts are those of `puzzle_request`. Raises DataError for text that the tokenizer cannot encode.
     """
     assert job.sft is not None
     assert job.puzzle is not None
     rows = generate_puzzles(job.puzzle, job.sft.num_examples, "train", job.seed)
-    end = None if puzzle_module(job.puzzle).FIXED_LENGTH else tokenizers.eos_token_id(tokenizer)
+    end, task = None, job.puzzle
+    if not puzzle_module(task).FIXED_LENGTH:
+        turn_end = tokenizers.turn_end_id(tokenizer) if task.in_words else None
+        end = tokenizers.eos_token_id(tokenizer) if turn_end is None else turn_end
     # puzzles share their answers: a few hundred texts of a hundred thousand
-    prompt_ids = cache(lambda text: tokenizers.encode_prompt(tokenizer, text))
+    prompt_ids = cache(lambda text: puzzle_ids(task, tokenizer, text))
     answer_ids = cache(lambda text, start: tokenizers.encode_response(tokenizer, text, start, block_size, end))
     prompts = [prompt_ids(row["prompt"]) for row in rows]
     target = Target(tokenizer, block_size, **_limits(job.sft), block_origin=block_origin)
@@ -103,6 +106,21 @@ def write_examples(
     columns |= {"row_id": [f"example-{i:08d}" for i in range(len(rows))], "prompt_ids": prompts, "chosen_ids": answers}
     tables.write_shards(pa.table(columns, schema=EXAMPLE), out)
     return {"examples": len(rows)}
+
+
+def puzzle_ids(task: PuzzleTask, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return a puzzle's prompt ids: a user's message where the task is in words and there is a chat template."""
+    chat = task.in_words and tokenizer.chat_template is not None
+    return tokenizers.encode_prompt(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
+
+
+def puzzle_request(
+    task: PuzzleTask, tokenizer: PreTrainedTokenizerBase, prompt_id: str, puzzle: Mapping[str, str]
+) -> TrajectoryRow:
+    """Return the part of a trajectory that a puzzle {prompt, answer} gives, under the row id `prompt_id`."""
+    text, answer = puzzle["prompt"], puzzle["answer"]
+    ids = puzzle_ids(task, tokenizer, text)
+    return {"row_id": prompt_id, "prompt_id": prompt_id, "prompt": text, "prompt_ids": ids, "answer": answer or None}
 
 
 class PartSummary(Counts):

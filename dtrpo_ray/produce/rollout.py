@@ -97,7 +97,7 @@ class Recorder:
                 **request,
                 **how_decoded(self.engine.model, params, prompt, generation, seed),
                 "response": text,
-                "reward": self.score(request["prompt"], text) if self.score else None,
+                "reward": self.score(request["prompt"], text, request.get("answer")) if self.score else None,
                 "reward_source": self.job.scorer,
                 "model_hash": self.job.model_hash,
                 "tokenizer_hash": self.tokenizer_hash,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from dtrpo_ray.config.train import TrainConfig
+from dtrpo_ray.data.schemas import TrajectoryRow
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import TrainError, last_line
@@ -36,9 +37,12 @@ class Measured(TypedDict):
     samples: list[dict[str, str]]
 
 
-def write_questions(texts: Sequence[str], ids: Sequence[list[int]], scorer: str | None, out: Path) -> None:
-    """Store the questions for every checkpoint, and their scorer ("module:function"), if there is one."""
-    prompts = [{"prompt": text, "prompt_ids": row} for text, row in zip(texts, ids, strict=True)]
+def write_questions(asked: Sequence[TrajectoryRow], scorer: str | None, out: Path) -> None:
+    """Store the questions for every checkpoint, and their scorer ("module:function"), if there is one.
+
+    A question has prompt and prompt_ids, and an answer where its scorer compares with one.
+    """
+    prompts = [{"prompt": q["prompt"], "prompt_ids": q["prompt_ids"], "answer": q.get("answer")} for q in asked]
     (out / QUESTIONS).write_text(json.dumps({"prompts": prompts, "scorer": scorer}))
 
 
@@ -97,7 +101,7 @@ def measure(folder: Path, out: Path, train: TrainConfig) -> Measured:
     metrics = {"answer_tokens": sum(len(generation.text_ids) for generation in done) / len(done)}
     if questions["scorer"]:
         score = pkgutil.resolve_name(questions["scorer"])
-        rewards = [score(row["prompt"], answer) for row, answer in zip(prompts, answers, strict=True)]
+        rewards = [score(row["prompt"], text, row["answer"]) for row, text in zip(prompts, answers, strict=True)]
         metrics = {"accuracy": sum(reward >= 1 for reward in rewards) / len(rewards), **metrics}
     samples = [{"prompt": p["prompt"], "answer": a} for p, a in zip(prompts, answers, strict=True)][
         : config.num_examples

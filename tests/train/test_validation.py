@@ -9,6 +9,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from dtrpo_ray.config.train import TrainConfig, ValidationConfig
+from dtrpo_ray.data.schemas import TrajectoryRow
 from dtrpo_ray.metrics import EVENTS, VALIDATION, read_metrics
 from dtrpo_ray.train import checkpoint, validation
 from tests.train.test_checkpoint import write
@@ -31,8 +32,8 @@ class FakeEngine:
         return str(ids[0])
 
 
-def score(prompt: str, answer: str) -> float:
-    return float(answer == "7")
+def score(prompt: str, response: str, answer: str | None) -> float:
+    return float(response == answer)
 
 
 def saved_at(path: str) -> SimpleNamespace:
@@ -46,7 +47,8 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
     monkeypatch.setattr(validation, "Engine", FakeEngine)
     monkeypatch.setattr(validation, "export_checkpoint", lambda *_, **__: {"step": 4})
     texts = ("7", "7", "8", "7")
-    validation.write_questions(texts, [[int(text)] for text in texts], "tests.train.test_validation:score", tmp_path)
+    asked = [TrajectoryRow(prompt=text, prompt_ids=[int(text)], answer="7") for text in texts]
+    validation.write_questions(asked, "tests.train.test_validation:score", tmp_path)
     root = str(tmp_path / "run")
     path = write(tmp_path, root, 4)
     here = lambda folder, out, config: validation.measure(folder, out, TrainConfig.model_validate(config))  # noqa: E731

@@ -31,7 +31,7 @@ def is_test_prompt(prompt: str) -> bool:
     return int(hashlib.sha256(",".join([*sorted(numbers), target]).encode()).hexdigest(), 16) % 10 < 3
 
 
-def score(prompt: str, response: str) -> float:
+def score(prompt: str, response: str, answer: str | None = None) -> float:
     """1.0 if the equations hold, use every number once and end in the target, else 0.0. Any derivation counts."""
     puzzle = prompt.removesuffix(END)
     if len(response) > _LONGEST or not _PROMPT.fullmatch(puzzle):

@@ -5,21 +5,29 @@ from pathlib import Path
 from types import ModuleType
 
 from dtrpo_ray.config.task import PuzzleTask
-from dtrpo_ray.data.tasks import countdown, sudoku
+from dtrpo_ray.data.tasks import countdown, sudoku, word_problems
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import read_lines
 
-PUZZLES: dict[str, ModuleType] = {"sudoku": sudoku, "countdown": countdown}  # by `task.type`
+# by `task.type`
+PUZZLES: dict[str, ModuleType] = {"sudoku": sudoku, "countdown": countdown, "word_problems": word_problems}
 
 
 def puzzle_module(task: PuzzleTask) -> ModuleType:
-    """Return the module of the task's puzzle: ALPHABET, FIXED_LENGTH, generate, score, parse_public."""
+    """Return the module of the task's puzzle: FIXED_LENGTH, generate, parse_public; score, or the path SCORER of one.
+
+    One that is not in words has the characters of its texts as ALPHABET.
+    """
     return PUZZLES[task.type]
 
 
 def scorer_path(task: PuzzleTask) -> str:
-    """Return the puzzle's scorer as "module:function", the form that crosses processes."""
-    return f"{puzzle_module(task).__name__}:score"
+    """Return the puzzle's scorer as "module:function", the form that crosses processes.
+
+    The function takes (prompt, response, answer), all texts, and returns a reward; 1 is correct.
+    """
+    module = puzzle_module(task)
+    return str(getattr(module, "SCORER", f"{module.__name__}:score"))
 
 
 def generate_puzzles(task: PuzzleTask, count: int, split: str, seed: int) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def all_grids() -> tuple[str, ...]:
     return tuple(g for a, b in itertools.product(bands, repeat=2) if is_grid(g := a + b))
 
 
-def score(prompt: str, response: str) -> float:
+def score(prompt: str, response: str, answer: str | None = None) -> float:
     """1.0 if the response is a valid grid that keeps every given, else 0.0. Any valid completion counts."""
     keeps_givens = all(given in ("0", digit) for given, digit in zip(prompt, response, strict=False))
     return float(keeps_givens and is_grid(response))
