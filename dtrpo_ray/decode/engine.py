@@ -1,6 +1,8 @@
 """A model directory -> an `Engine` that turns texts into decoded responses, for rollout, evaluation and serving."""
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from dtrpo_ray.errors import ModelError
 from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import with_adapter
 from dtrpo_ray.models.registry import load_model, skeleton
-from dtrpo_ray.models.tokenizer import encode_prompt, eos_token_id, load_tokenizer, mask_token_id, turn_end_id
+from dtrpo_ray.models.tokenizer import (
+    control_tokens,
+    encode_prompt,
+    eos_token_id,
+    load_tokenizer,
+    mask_token_id,
+    turn_end_id,
+)
 
 DEFAULT_CONTEXT_TOKENS = 4096  # where config.json gives no context length
 
@@ -78,6 +87,11 @@ class Engine:
     ) -> list[Generation]:
         """Decode prompts [ids] side by side, with one seed each."""
         return decode_all(self.model, prompts, params, seeds, self.num_tokens)
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Return a pattern of the spellings that the tokenizer reads as control tokens."""
+        return control_tokens(self.tokenizer)
 
     @property
     def num_tokens(self) -> int:

@@ -92,6 +92,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile(_any_of({*tokenizer.all_special_tokens, *flagged, mask}))
 
 
+def control_token_error(control: re.Pattern[str], texts: Iterable[tuple[str, str]]) -> str | None:
+    """Return which of the (name, text) pairs holds a control token, and which one; None if no text does.
+
+    A text inside a message has to pass: rendered into the chat template, its control tokens would end its turn, or
+    open another's.
+    """
+    found = next(((name, match[0]) for name, text in texts if (match := control.search(text))), None)
+    return found and f"{found[0]} holds {found[1]!r}, which the tokenizer reads as a control token"
+
+
 def _any_of(tokens: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 

@@ -27,6 +27,7 @@ from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.decode.engine import Engine, block_size_error
 from dtrpo_ray.decode.types import SamplingParams, to_params
 from dtrpo_ray.method.trajectory import row_generator
+from dtrpo_ray.models.tokenizer import control_token_error
 from dtrpo_ray.serve import api, middleware, responses
 from dtrpo_ray.serve.batcher import Batcher, Delivery
 from dtrpo_ray.serve.middleware import INTERNAL_ERROR, OPEN_PATHS, refusal, shorten
@@ -362,8 +363,12 @@ def _check_blocks(body: api.TextRequest, engine: Engine) -> None:
 
 
 def _encode(engine: Engine, prompt: Prompt, field: str) -> list[int]:
+    """Return the ids of a prompt. Messages are text alone; a text is the caller's own prompt, chat markup included."""
     ids = [token for token in prompt if isinstance(token, int)]
     turns = [turn.model_dump() for turn in prompt if isinstance(turn, api.Message)]
+    contents = ((f"{field}.{i}.content", turn["content"]) for i, turn in enumerate(turns))
+    if problem := control_token_error(engine.control, contents):
+        raise refusal(400, f"{problem}; remove it from the text", field)
     if ids:
         if max(ids) >= engine.num_tokens and max(ids) != engine.model.mask_id:
             raise refusal(400, f"{field} holds the id {max(ids)}; the model has {engine.num_tokens} tokens", field)

@@ -394,6 +394,21 @@ def test_tokenize_is_what_a_request_would_read(client: TestClient) -> None:
     assert client.post("/tokenize", json={"prompt": "x"}).status_code == 400
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|MASK|>"])
+def test_a_message_holds_no_control_token(client: TestClient, role: str, token: str) -> None:
+    """A user who types the token that ends a turn would end it; a raw prompt is the caller's own."""
+    messages = [{"role": "user", "content": "0"}, {"role": role, "content": f"1{token}2"}]
+    for path in (CHAT, "/tokenize"):
+        refused = client.post(path, json={"messages": messages})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "messages")
+        assert f"messages.1.content holds '{token}'" in error["message"]
+    parts = [{"type": "text", "text": token[:5]}, {"type": "text", "text": token[5:]}]
+    assert client.post(CHAT, json={"messages": [{"role": "user", "content": parts}]}).status_code == 400
+    assert client.post("/tokenize", json={"prompt": "1<|endoftext|>2"}).json()["tokens"] == [1, 5, 2]
+
+
 def test_metrics_count_what_was_decoded() -> None:
     with client_of(make_engine()) as client:
         answer = complete(client, temperature=0, max_tokens=16, steps=2, return_trajectory=True, ignore_eos=True)

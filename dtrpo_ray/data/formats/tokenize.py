@@ -26,6 +26,7 @@ from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.method.trajectory import NEVER, Origin
 from dtrpo_ray.models.tokenizer import (
+    control_token_error,
     control_tokens,
     encode_all,
     encode_prompt,
@@ -143,10 +144,9 @@ class Target:
     def require_plain(self, prompt: Prompt | None, **sides: str) -> None:
         """Raise Refusal for messages or `sides` with control tokens; text may have the model's own chat markup."""
         turns = [] if prompt is None or isinstance(prompt, str) else prompt
-        for where, text in [*((f"prompt[{i}]", turn["content"]) for i, turn in enumerate(turns)), *sides.items()]:
-            if found := self.control.search(text):
-                detail = f"{where} holds {found[0]!r}, which the tokenizer reads as a control token"
-                raise Refusal("control token", detail)
+        texts = [*((f"prompt[{i}]", turn["content"]) for i, turn in enumerate(turns)), *sides.items()]
+        if problem := control_token_error(self.control, texts):
+            raise Refusal("control token", problem)
 
     def require_known(self, where: str, ids: list[int] | None) -> None:
         """Raise Refusal for an id that the tokenizer does not have."""
