@@ -82,6 +82,10 @@ class Engine:
         """Return the text of ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def token_text(self, token: int) -> str:
+        """Return the text of one id; that of a special token is its spelling."""
+        return str(self.tokenizer.decode([token]))
+
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Generation]:

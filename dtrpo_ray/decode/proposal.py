@@ -48,8 +48,9 @@ class Proposal(NamedTuple):
         return Proposal(*planes)
 
     def alternatives(self, at: int | tuple[int, int], count: int) -> Alternatives:
-        """Return the `count` most probable ids of a position."""
-        return list(zip(self.top_ids[at][:count].tolist(), self.top_logps[at][:count].tolist(), strict=True))
+        """Return the `count` most probable ids of a position; fewer where no others have a probability."""
+        best = zip(self.top_ids[at][:count].tolist(), self.top_logps[at][:count].tolist(), strict=True)
+        return [(token, logp) for token, logp in best if logp > float("-inf")]
 
 
 def propose(

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from dtrpo_ray.data.rows import how_decoded
 from dtrpo_ray.decode.engine import Engine
-from dtrpo_ray.decode.types import Committed, DecoderEvent, Generation, SamplingParams, Unmasked
+from dtrpo_ray.decode.types import Alternatives, Committed, DecoderEvent, Generation, SamplingParams, Unmasked
 from dtrpo_ray.serve import api
 from dtrpo_ray.serve.batcher import Delivery, Ticket
 
@@ -98,7 +98,7 @@ class Choice:
             return []
         tokens, block_start = [], sum(len(b.ids) for b in self.blocks[:-1])
         for i in range(before, len(self.ids)):
-            top = [api.Alternative.of(self.engine.decode([token]), logp) for token, logp in block.top.get(i, [])]
+            top = alternatives(self.engine, block.top.get(i, []))
             text, offset = self.engine.decode([self.ids[i]]), len(self.engine.decode(self.ids[:i]))
             tokens.append(Token.of(text, block.logps[i - block_start], top_logprobs=top, offset=offset))
         return tokens
@@ -111,6 +111,19 @@ class Choice:
         prompt, tokens = self.engine.decode(self.prompt), [self.engine.decode([token]) for token in self.ids]
         row = how_decoded(self.engine.model, self.params, self.prompt, made, self.seed)
         return api.Trajectory(**row, row_id=row_id, prompt_id=row_id, prompt=prompt, response=self.text, tokens=tokens)
+
+
+def alternatives(engine: Engine, best: Alternatives) -> list[api.Alternative]:
+    """Return the alternatives of a token, each under a name of its own.
+
+    That is its text; where two have the same one, as halves of characters do, the less probable is `token_id:ID`.
+    """
+    found: dict[str, api.Alternative] = {}
+    for token, logp in best:
+        text = engine.token_text(token)
+        name = f"token_id:{token}" if text in found else text
+        found[name] = api.Alternative(token=name, logprob=logp, bytes=[*text.encode()])
+    return list(found.values())
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -222,5 +235,5 @@ def _denoising(choice: Choice, index: int, event: Unmasked) -> api.Denoising:
 
 
 def sse(body: object) -> bytes:
-    """Return a server-sent event with a JSON body."""
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    """Return a server-sent event with a JSON body. Raises ValueError for a number that JSON does not have."""
+    return b"data: " + json.dumps(body, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"

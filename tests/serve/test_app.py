@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -243,6 +244,22 @@ def test_logprobs_are_the_trajectorys(client: TestClient) -> None:
     assert complete(client, **asked, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"] is None
 
 
+def test_alternatives_end_with_the_vocabulary(client: TestClient) -> None:
+    """Asked for more than there are: each token but the mask once, special ones by their spelling, and valid JSON."""
+    asked = {"seed": 3, "max_tokens": 10, "ignore_eos": True}
+    every = {*"01234", "<|endoftext|>"}
+    whole = complete(client, **asked, logprobs=20)["choices"][0]["logprobs"]["top_logprobs"]
+    chunks = events(client, **asked, logprobs=20)
+    parts = [top for chunk in chunks for c in chunk["choices"] for top in c["logprobs"]["top_logprobs"]]
+    content = ask(client, **asked, logprobs=True, top_logprobs=20)["choices"][0]["logprobs"]["content"]
+    talked = [{each["token"]: each["logprob"] for each in entry["top_logprobs"]} for entry in content]
+    for tops in (whole, parts, talked):
+        assert len(tops) == 10
+        for top in tops:
+            assert top.keys() == every
+            assert sum(math.exp(logp) for logp in top.values()) == pytest.approx(1, abs=1e-4)
+
+
 def test_token_ids_are_a_prompt_too(client: TestClient) -> None:
     text = complete(client, prompt=["0123", "4"], temperature=0)
     ids = complete(client, prompt=[[0, 1, 2, 3], [4]], temperature=0)
@@ -435,7 +452,7 @@ def events(client: TestClient, path: str = COMPLETIONS, **body: Any) -> list[Jso
     assert response.headers["content-type"].startswith("text/event-stream")
     *lines, last = response.text.strip().split("\n\n")
     assert last == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+    return [json.loads(line.removeprefix("data: "), parse_constant=pytest.fail) for line in lines]
 
 
 @pytest.mark.parametrize("extra", [{}, {"stop": ["12", "401", "31"], "ignore_eos": True}, {"logprobs": 1}], ids=str)

@@ -1,12 +1,13 @@
 """responses: pieces add up to the text, tokens go with their text, and nothing is taken back."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import Committed, SamplingParams
-from dtrpo_ray.serve.responses import Choice, NewText
+from dtrpo_ray.serve.responses import Choice, NewText, alternatives, sse
 from tests.serve.test_app import make_engine
 
 
@@ -54,3 +55,17 @@ def test_tokens_go_with_their_text(
     assert ([piece.finish_reason for piece in pieces][-1], choice.finish_reason) == (reason, reason)
     assert [piece.text for piece in pieces] == texts
     assert "".join(texts) == choice.text
+
+
+def test_alternatives_with_the_same_text_stay_apart() -> None:
+    engine: Any = SimpleNamespace(token_text={1: "a", 2: "\ufffd", 3: "\ufffd", 4: "<|im_end|>", 5: "\ufffd"}.get)
+    found = alternatives(engine, [(2, -0.1), (1, -1.0), (3, -2.0), (4, -3.0), (5, -4.0)])
+    assert [each.token for each in found] == ["\ufffd", "a", "token_id:3", "<|im_end|>", "token_id:5"]
+    assert [each.logprob for each in found] == [-0.1, -1.0, -2.0, -3.0, -4.0]
+    assert bytes(found[2].bytes).decode() == "\ufffd"
+
+
+@pytest.mark.parametrize("number", [float("-inf"), float("nan")])
+def test_no_event_has_a_number_that_is_no_json(number: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sse({"logprob": number})
