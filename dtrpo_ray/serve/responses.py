@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel
@@ -19,6 +20,38 @@ from dtrpo_ray.serve import api
 from dtrpo_ray.serve.batcher import Delivery, Ticket
 
 HALF_CHARACTER = "\ufffd"
+PIECE = 16  # tokens that are decoded together, after as many before them
+MOST_HELD = 64  # tokens that may wait for the rest of a character
+
+
+class Detokenizer:
+    """The text of ids that come a few at a time: each is decoded a fixed number of times, however long the text grows.
+
+    The text of a piece is what it adds to the piece before it, as some tokenizers drop a space where a text begins.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.fixed = ""  # text that later ids cannot change
+        self.before: list[int] = []  # the last ids of that text
+        self.held: list[int] = []  # the ids after it: none, or they end inside a character
+        self.text = ""
+
+    def add(self, ids: Sequence[int], offsets: bool = False) -> list[int]:
+        """Take the next ids. With `offsets`, return for each how long the text of all ids before it is."""
+        found: list[int] = []
+        for at in range(0, len(ids), PIECE):
+            known, start = self.engine.decode(self.before), len(self.held)
+            self.held += ids[at : at + PIECE]
+            if offsets:
+                starts = (self.before + self.held[:place] for place in range(start, len(self.held)))
+                found += [len(self.fixed) + len(self.engine.decode(part)) - len(known) for part in starts]
+            new = self.engine.decode(self.before + self.held)[len(known) :]
+            self.text = self.fixed + new
+            if not new.endswith(HALF_CHARACTER) or len(self.held) >= MOST_HELD:
+                self.fixed = self.text
+                self.before, self.held = self.held if new else self.before, []
+        return found
 
 
 class Token(api.TokenLogprob):
@@ -48,12 +81,16 @@ class Choice:
     alternatives: int | None
     ids: list[int] = field(default_factory=list)
     blocks: list[Committed] = field(default_factory=list)
+    detokenizer: Detokenizer = field(init=False)
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     chars_sent: int = 0
     tokens_sent: int = 0
     role_sent: bool = False
     finish_reason: api.FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.detokenizer = Detokenizer(self.engine)
 
     def add(self, block: Committed) -> NewText | None:
         """Take the next block; return the text that is ready to be sent, if there is any."""
@@ -62,15 +99,18 @@ class Choice:
         stops = params.stops(self.engine.model.stop_ids)
         room = params.max_new_tokens - before
         cut = next((i for i, token in enumerate(block.ids[:room]) if token in stops), None)
-        self.ids += block.ids[: room if cut is None else cut]
-        self.text = self.engine.decode(self.ids)
-        found = min((at for at in map(self.text.find, self.stop) if at >= 0), default=None)
-        self.text = self.text[:found]
+        new = block.ids[: room if cut is None else cut]
+        self.ids += new
+        offsets = self.detokenizer.add(new, offsets=self.alternatives is not None)
+        self.tokens += [self._token(block, place, before, offset) for place, offset in enumerate(offsets)]
+        text = self.detokenizer.text
+        # no stop text begins in what has been sent
+        found = min((at for stop in self.stop if (at := text.find(stop, self.chars_sent)) >= 0), default=None)
+        self.text = text[:found]
         if found is not None or cut is not None:
             self.finish_reason = "stop"
         elif len(self.ids) >= params.max_new_tokens:
             self.finish_reason = "length"
-        self.tokens += self._new_tokens(before, block)
         if found is not None:
             self.tokens = [token for token in self.tokens if token.offset < found]
         return self._send()
@@ -79,7 +119,8 @@ class Choice:
         end, count = len(self.text), len(self.tokens)
         if not self.finish_reason:
             end = self._safe_end()
-            count = next((i for i, token in enumerate(self.tokens) if token.offset >= end), count)
+            sent = self.tokens_sent
+            count = next((i for i, token in enumerate(self.tokens[sent:], sent) if token.offset >= end), count)
         new = NewText(self.text[self.chars_sent : end], self.tokens[self.tokens_sent : count], self.finish_reason)
         self.chars_sent, self.tokens_sent = max(end, self.chars_sent), count
         return new if new.text or new.tokens or new.finish_reason else None
@@ -93,15 +134,10 @@ class Choice:
                 return at
         return max(end, self.chars_sent)
 
-    def _new_tokens(self, before: int, block: Committed) -> list[Token]:
-        if self.alternatives is None:
-            return []
-        tokens, block_start = [], sum(len(b.ids) for b in self.blocks[:-1])
-        for i in range(before, len(self.ids)):
-            top = alternatives(self.engine, block.top.get(i, []))
-            text, offset = self.engine.decode([self.ids[i]]), len(self.engine.decode(self.ids[:i]))
-            tokens.append(Token.of(text, block.logps[i - block_start], top_logprobs=top, offset=offset))
-        return tokens
+    def _token(self, block: Committed, place: int, before: int, offset: int) -> Token:
+        """Return a token of a block with `before` tokens before it."""
+        top, text = alternatives(self.engine, block.top.get(before + place, [])), self.engine.decode([block.ids[place]])
+        return Token.of(text, block.logps[place], top_logprobs=top, offset=offset)
 
     def trajectory(self, row_id: str) -> api.Trajectory:
         """Return the choice as a row of the trajectory table."""

@@ -1,13 +1,20 @@
 """responses: pieces add up to the text, tokens go with their text, and nothing is taken back."""
 
+import random
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.decode.types import Committed, SamplingParams
-from dtrpo_ray.serve.responses import Choice, NewText, alternatives, sse
+from dtrpo_ray.serve.responses import MOST_HELD, PIECE, Choice, Detokenizer, NewText, alternatives, sse
 from tests.serve.test_app import make_engine
 
 
@@ -69,3 +76,85 @@ def test_alternatives_with_the_same_text_stay_apart() -> None:
 def test_no_event_has_a_number_that_is_no_json(number: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         sse({"logprob": number})
+
+
+# --- text of ids -------------------------------------------------------------------------------------------------
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def decoder_of(vocabulary: list[str], decoder: decoders.Decoder) -> Decode:
+    """A tokenizer's decode; the last token is special, and has no text."""
+    backend = Tokenizer(WordLevel({token: i for i, token in enumerate([*vocabulary, "<end>"])}))
+    backend.decoder = decoder
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", clean_up_tokenization_spaces=False)
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class Counting:
+    """Stands for an engine; counts the tokens that it decodes."""
+
+    def __init__(self, decode: Decode) -> None:
+        self.inside, self.count = decode, 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.count += len(ids)
+        return self.inside(ids)
+
+
+BYTES = [bytes_to_unicode()[byte] for byte in range(256)]  # as in GPT-2 and Qwen
+WORDS = ["\u2581a", "b", "\u2581", "\u2581c", "."]  # as in Llama: the space before the first word is dropped
+TEXT = "Zwei Wörter, 三个字, 🙂🙂 und e\u0301.\n" * 9
+
+
+@pytest.mark.parametrize(
+    ("decode", "ids"),
+    [
+        (decoder_of(BYTES, decoders.ByteLevel()), list(TEXT.encode())),
+        (decoder_of(BYTES, decoders.ByteLevel()), [256] * 40 + [*"é".encode(), 256, *"🙂x".encode()] + [256] * 40),
+        (decoder_of(BYTES, decoders.ByteLevel()), random.Random(0).choices([0x41, 0xC3, 0xA9, 256], k=300)),
+        (decoder_of(WORDS, decoders.Metaspace()), random.Random(0).choices(range(6), k=300)),
+    ],
+    ids=["bytes", "special", "broken", "words"],
+)
+@pytest.mark.parametrize("most", [1, 4, 32])
+def test_text_that_comes_in_pieces_is_the_text_of_all_ids(decode: Decode, ids: list[int], most: int) -> None:
+    """Whatever the sizes of the pieces; and an offset is the length of the text before."""
+    sizes, made = random.Random(1), Detokenizer(Counting(decode))  # type: ignore[arg-type]
+    offsets, at = list[int](), 0
+    while at < len(ids):
+        size = sizes.randint(1, most)
+        offsets += made.add(ids[at : at + size], offsets=True)
+        at += size
+        assert made.text == decode(ids[:at])
+    assert offsets == [len(decode(ids[:place])) for place in range(len(ids))]
+
+
+@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("token", [0x41, 0xC3, 256], ids=["letter", "never a whole character", "special"])
+def test_decoding_is_linear_in_the_length(block: int, token: int) -> None:
+    """Each token is decoded a bounded number of times; with offsets too, since the pieces are short."""
+    for offsets, most in ((False, 2 * (MOST_HELD + PIECE)), (True, 4 * (MOST_HELD + PIECE))):
+        counts = []
+        for length in (512, 1024, 2048):
+            engine = Counting(decoder_of(BYTES, decoders.ByteLevel()))
+            made = Detokenizer(engine)  # type: ignore[arg-type]
+            for _ in range(0, length, block):
+                made.add([token] * block, offsets)
+            counts.append(engine.count)
+            assert engine.count <= most * length
+        assert all(longer <= 2.1 * shorter for shorter, longer in pairwise(counts))
+
+
+def test_a_choice_is_decoded_in_linear_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, decode = list[int](), engine.decode
+
+    def count(ids: Sequence[int]) -> str:
+        counts[-1] += len(ids)
+        return decode(ids)
+
+    monkeypatch.setattr(engine, "decode", count)
+    for blocks in (64, 128, 256):
+        counts.append(0)
+        tell(engine, [[0, 1, 2, 3]] * blocks, ["no such text"], most=4 * blocks)
+    assert all(longer <= 2.1 * shorter for shorter, longer in pairwise(counts))
