@@ -10,12 +10,16 @@ Finished stages are reused. Arms are compared prompt by prompt (`paired_test`). 
 import argparse
 import json
 import platform
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from dtrpo_ray.config.decode import STEPS, Setting
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.report.evaluation import HELD_OUT, p_text, paired_test
+from dtrpo_ray.report.evaluation import HELD_OUT, Difference, p_text, paired_forwards, paired_test
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
@@ -34,13 +38,17 @@ ARMS = [name for name in TITLES if name != "base"]
 
 
 class Measured(NamedTuple):
-    """The answers of one arm to a set at a budget: "1" for each prompt that was solved, "0" for each other."""
+    """The answers of one arm to a set at a setting: "1" for each prompt that was solved, "0" for each other.
+
+    `forwards` are the denoising forwards of each answer.
+    """
 
     arm: str
     seed: int
     set: str
-    budget: int
+    setting: str
     solved: str
+    forwards: list[int]
 
     @property
     def accuracy(self) -> float:
@@ -73,24 +81,33 @@ def measure(job_file: Path, seed: int, storage: Path, arms: list[str], overrides
         for row in value["table"] if value else ():
             if row["model"] == "aligned" or arm == arms[0]:
                 name = "base" if row["model"] == "base" else arm
-                made.append(Measured(name, seed, row["set"], row["budget"], row["solved"]))
+                made.append(Measured(name, seed, row["set"], row["setting"], row["solved"], row["forwards"]))
     return made
 
 
-def differences(rows: list[Measured], arm: str, over: str) -> dict[int, tuple[float, float, float, float]]:
-    """Return budget -> (gain of `arm` over another, low, high, p-value) on held-out prompts, all seeds together."""
+def differences(rows: list[Measured], arm: str, over: str, forwards: bool = False) -> dict[str, Difference]:
+    """Return setting -> `arm` minus another on held-out prompts, all seeds together: in accuracy, or in forwards."""
     made = {}
-    for budget in sorted({row.budget for row in rows}):
-        here = {(r.arm, r.seed): r.solved for r in rows if r.budget == budget and r.set == HELD_OUT}
+    for setting in settings_in(rows):
+        here = {(r.arm, r.seed): r for r in rows if r.setting == setting and r.set == HELD_OUT}
         seeds = sorted(seed for name, seed in here if name == over and (arm, seed) in here)
-        made[budget] = paired_test([here[arm, seed] for seed in seeds], [here[over, seed] for seed in seeds])
+        ours, theirs = ([here[name, seed] for seed in seeds] for name in (arm, over))
+        if forwards:
+            made[setting] = paired_forwards([r.forwards for r in ours], [r.forwards for r in theirs])
+        else:
+            made[setting] = paired_test([r.solved for r in ours], [r.solved for r in theirs])
     return made
+
+
+def settings_in(rows: list[Measured]) -> list[str]:
+    """Return the settings of some rows in order."""
+    return [str(setting) for setting in sorted({Setting.parse(row.setting) for row in rows})]
 
 
 def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject: str = "dtrpo") -> str:
     """Return the page: accuracy by seed and pooled, then the subject against each control, then the public sets."""
     arms = [arm for arm in TITLES if any(r.arm == arm for r in rows)]
-    budgets = sorted({r.budget for r in rows})
+    settings = settings_in(rows)
     seeds = sorted({r.seed for r in rows})
     lines = [
         f"# Alignment on `{job_file}`",
@@ -100,42 +117,87 @@ def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject
         "",
         "## Accuracy on held-out prompts",
         "",
-        "Greedy decoding, by denoising steps per block: the mean of the seeds, with each seed in brackets.",
+        "Greedy decoding, by setting: the mean of the seeds, with each seed in brackets.",
         "",
-        "| arm | " + " | ".join(map(str, budgets)) + " |",
-        "|---|" + "---|" * len(budgets),
-        *(f"| {TITLES[arm]} | " + " | ".join(_cell(rows, arm, HELD_OUT, b) for b in budgets) + " |" for arm in arms),
+        *_head("arm", settings),
+        *(f"| {TITLES[arm]} | " + " | ".join(_cell(rows, arm, HELD_OUT, s) for s in settings) + " |" for arm in arms),
         "",
         f"## {TITLES[subject]} minus each other arm",
         "",
         "Percentage points with the 95 % interval of the difference and the p-value of the exact sign test, prompt by "
         "prompt, with its mean over the seeds (`dtrpo_ray/report/evaluation.py:paired_test`). **Bold**: p < 0.01.",
         "",
-        "| minus | " + " | ".join(map(str, budgets)) + " |",
-        "|---|" + "---|" * len(budgets),
+        *_head("minus", settings),
+        *_against(rows, arms, subject),
     ]
-    for other in arms:
-        if other != subject:
-            found = differences(rows, subject, other)
-            lines.append(f"| {TITLES[other]} | " + " | ".join(_difference(found[b]) for b in budgets) + " |")
+    if adaptive := [setting for setting in settings if not setting.startswith(STEPS)]:
+        lines += _forwards_section(rows, arms, subject, adaptive)
     public = sorted({r.set for r in rows if r.set != HELD_OUT})
     for name in public:
-        lines += ["", f"## Accuracy on `{name}`", "", "| arm | " + " | ".join(map(str, budgets)) + " |"]
-        lines += ["|---|" + "---|" * len(budgets)]
-        lines += [f"| {TITLES[arm]} | " + " | ".join(_cell(rows, arm, name, b) for b in budgets) + " |" for arm in arms]
+        lines += ["", f"## Accuracy on `{name}`", "", *_head("arm", settings)]
+        lines += [f"| {TITLES[a]} | " + " | ".join(_cell(rows, a, name, s) for s in settings) + " |" for a in arms]
     return "\n".join(lines) + "\n"
 
 
-def _cell(rows: list[Measured], arm: str, test_set: str, budget: int) -> str:
-    found = [r.accuracy for r in rows if (r.arm, r.set, r.budget) == (arm, test_set, budget)]
+def _forwards_section(rows: list[Measured], arms: list[str], subject: str, settings: list[str]) -> list[str]:
+    """Return the lines on forwards per answer, at the settings where the model's confidence decides on them."""
+    base = [_mean(rows, "base", setting) for setting in settings]
+    lines = ["", "## Denoising forwards per answer", "", "Held-out prompts, the mean of the seeds.", ""]
+    lines += _head("arm", settings)
+    lines += [f"| {TITLES[a]} | " + " | ".join(f"{_mean(rows, a, s)[0]:.2f}" for s in settings) + " |" for a in arms]
+    lines += ["", f"{TITLES[subject]} minus each other arm, with the 95 % bootstrap interval and the p-value of "
+              "Wilcoxon's signed-rank test (`paired_forwards`). **Bold**: p < 0.01.", ""]  # fmt: skip
+    lines += [*_head("minus", settings), *_against(rows, arms, subject, forwards=True)]
+    lines += ["", "Forwards per answer at the accuracy that the base has at each threshold, by linear interpolation "
+              "between an arm's own thresholds (–: outside of their range).", ""]  # fmt: skip
+    lines += _head("arm", [f"{setting}: {accuracy:.3f}" for setting, (_, accuracy) in zip(settings, base, strict=True)])
+    for arm in arms:
+        curve = [_mean(rows, arm, setting) for setting in settings]
+        needed = [forwards_at(accuracy, curve) for _, accuracy in base]
+        lines.append(f"| {TITLES[arm]} | " + " | ".join("–" if n is None else f"{n:.2f}" for n in needed) + " |")
+    return lines
+
+
+def forwards_at(accuracy: float, curve: list[tuple[float, float]]) -> float | None:
+    """Interpolate the fewest forwards per answer at which a curve of (forwards, accuracy) has this accuracy."""
+    for (x, y), (x1, y1) in pairwise(sorted(curve)):
+        if min(y, y1) <= accuracy <= max(y, y1):
+            return x if y == y1 else x + (x1 - x) * (accuracy - y) / (y1 - y)
+    return None
+
+
+def _head(first: str, settings: list[str]) -> list[str]:
+    return [f"| {first} | " + " | ".join(settings) + " |", "|---|" + "---|" * len(settings)]
+
+
+def _against(rows: list[Measured], arms: list[str], subject: str, forwards: bool = False) -> list[str]:
+    """Return a row of differences for each arm but the subject; those in forwards where they may differ."""
+    lines = []
+    for other in (arm for arm in arms if arm != subject):
+        found = differences(rows, subject, other, forwards)
+        cells = [
+            _difference(d, 1 if forwards else 100) for s, d in found.items() if not (forwards and s.startswith(STEPS))
+        ]
+        lines.append(f"| {TITLES[other]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _mean(rows: list[Measured], arm: str, setting: str) -> tuple[float, float]:
+    """Return (forwards per answer, accuracy) on held-out prompts, the mean of the seeds."""
+    found = [r for r in rows if (r.arm, r.set, r.setting) == (arm, HELD_OUT, setting)]
+    return float(np.mean([r.forwards for r in found])), float(np.mean([r.accuracy for r in found]))
+
+
+def _cell(rows: list[Measured], arm: str, test_set: str, setting: str) -> str:
+    found = [r.accuracy for r in rows if (r.arm, r.set, r.setting) == (arm, test_set, setting)]
     each = f" ({', '.join(f'{value:.3f}' for value in found)})" if len(found) > 1 else ""
     return f"{sum(found) / len(found):.3f}{each}"
 
 
-def _difference(found: tuple[float, float, float, float]) -> str:
-    gain, low, high, p_value = found
-    text = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_text(p_value)}"
-    return f"**{text}**" if p_value < 0.01 else text
+def _difference(found: Difference, unit: int) -> str:
+    mean, low, high = (f"{unit * value:+.{1 if unit == 100 else 2}f}" for value in found[:3])
+    text = f"{mean} [{low}, {high}], {p_text(found.p_value)}"
+    return f"**{text}**" if found.p_value < 0.01 else text
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
+from dtrpo_ray.config.decode import Setting
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.data.prepare import puzzle_ids
@@ -27,15 +28,16 @@ from dtrpo_ray.stages import Store
 PUZZLES_SEED = 2**40  # differs from the seeds of all stages
 
 
-def solved(model: Path, job: Job, count: int) -> dict[int, int]:
-    """Count, for each number of denoising steps per block, the puzzles that the model solves by greedy decoding."""
+def solved(model: Path, job: Job, count: int) -> dict[str, int]:
+    """Count, for each setting of [eval], the puzzles that the model solves by greedy decoding."""
     assert job.eval is not None
     assert job.puzzle is not None
     puzzles = generate_puzzles(job.puzzle, count, "train", PUZZLES_SEED + job.seed)
     score, engine, made = pkgutil.resolve_name(scorer_path(job.puzzle)), Engine.load(model), {}
     asked = [puzzle_ids(job.puzzle, engine.tokenizer, puzzle["prompt"]) for puzzle in puzzles]
-    for steps in job.eval.budgets:
-        params, correct = SamplingParams(max_new_tokens=job.eval.max_new_tokens, denoising_steps=steps), 0
+    given = SamplingParams(max_new_tokens=job.eval.max_new_tokens, denoising_steps=1)
+    for setting in job.eval.settings:
+        params, correct = given.model_copy(update={setting.field: setting.value}), 0
         for first in range(0, count, job.eval.batch_size):
             batch = slice(first, first + job.eval.batch_size)
             done = engine.generate(asked[batch], params, [0] * len(asked[batch]))
@@ -43,7 +45,7 @@ def solved(model: Path, job: Job, count: int) -> dict[int, int]:
                 score(row["prompt"], engine.decode(d.text_ids), row["answer"]) >= 1
                 for row, d in zip(puzzles[batch], done, strict=True)
             )
-        made[steps] = correct
+        made[str(setting)] = correct
     return made
 
 
@@ -67,32 +69,32 @@ def main() -> None:
             models |= {"base": pipeline.base().path} if not rows else {}
         for name, path in sorted(models.items(), key=lambda item: item[0] != "base"):
             rows += [
-                {"setting": name, "budget": budget, "correct": correct, "num_prompts": given.count}
-                for budget, correct in solved(path, job, given.count).items()
+                {"setting": name, "decoding": decoding, "correct": correct, "num_prompts": given.count}
+                for decoding, correct in solved(path, job, given.count).items()
             ]
         given.out.with_suffix(".json").write_text(json.dumps({"seed": given.seed, "rows": rows}, indent=2) + "\n")
         given.out.with_suffix(".md").write_text(page(rows, given))
 
 
 def page(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
-    """Return the page: a table with one line per setting and one column per budget."""
-    budgets = sorted({row["budget"] for row in rows})
+    """Return the page: a table with one line per setting of the job and one column per setting of [eval]."""
+    columns = sorted(Setting.parse(text) for text in {row["decoding"] for row in rows})
     lines = [
         f"# Settings of `{given.job}`",
         "",
         f"The table shows accuracy on {given.count} fresh puzzles of the training split, with greedy decoding and 95 % "
         f"Wilson intervals. No other result uses seed {given.seed}.",
         "",
-        "| setting | " + " | ".join(f"{budget} step{'s' * (budget > 1)} per block" for budget in budgets) + " | mean |",
-        "|---|" + "---|" * (len(budgets) + 1),
+        "| setting | " + " | ".join(column.label for column in columns) + " | mean |",
+        "|---|" + "---|" * (len(columns) + 1),
     ]
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        mine = {row["budget"]: row for row in rows if row["setting"] == setting}
+        mine = {Setting.parse(row["decoding"]): row for row in rows if row["setting"] == setting}
         cells = []
-        for budget in budgets:
-            low, high = wilson_interval(mine[budget]["correct"], given.count)
-            cells.append(f"{mine[budget]['correct'] / given.count:.3f} [{low:.3f}, {high:.3f}]")
-        mean = sum(row["correct"] for row in mine.values()) / given.count / len(budgets)
+        for column in columns:
+            low, high = wilson_interval(mine[column]["correct"], given.count)
+            cells.append(f"{mine[column]['correct'] / given.count:.3f} [{low:.3f}, {high:.3f}]")
+        mean = sum(row["correct"] for row in mine.values()) / given.count / len(columns)
         lines.append(f"| {setting} | " + " | ".join(cells) + f" | {mean:.3f} |")
     return "\n".join(lines) + "\n"
 

@@ -213,7 +213,7 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
 
 @app.command("eval")
 def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False) -> None:
-    """Evaluate base and aligned on held-out prompts, at every decoding budget."""
+    """Evaluate base and aligned on held-out prompts, at every budget and threshold."""
     with open_pipeline(job, overrides, fresh, "eval") as pipeline:
         value = pipeline.evaluate()
     assert value is not None
@@ -222,17 +222,19 @@ def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as
 
 def evaluation_text(value: "Evaluation") -> str:
     """Format an evaluation as a table, with each row's gain over the base, tested prompt by prompt."""
-    from dtrpo_ray.report.evaluation import p_text
+    from dtrpo_ray.report.evaluation import in_order, p_text
 
-    verdicts = {(c["set"], c["budget"]): c for c in value["comparison"]}
-    lines = [f"{'set':<22}{'budget':>7}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward"]
-    rows = sorted(value["table"], key=lambda r: (r["set"] != "held-out", r["set"], r["budget"], r["model"] != "base"))
-    for row in rows:
+    verdicts = {(c["set"], c["setting"]): c for c in value["comparison"]}
+    head = f"{'set':<22}{'setting':>18}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward  forwards/answer"
+    lines = [head]
+    for row in sorted(value["table"], key=lambda r: (*in_order(r), r["model"] != "base")):
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        line = f"{row['set']:<22}{row['budget']:>7}{row['model']:>9}{row['accuracy']:>10.3f}  {interval:<17}"
-        line += f"{row['tokens_per_forward']:>9.2f}"
-        if row["model"] != "base" and (c := verdicts.get((row["set"], row["budget"]))):
+        line = f"{row['set']:<22}{row['setting']:>18}{row['model']:>9}{row['accuracy']:>10.3f}  {interval:<17}"
+        line += f"{row['tokens_per_forward']:>15.2f}{row['forwards_per_answer']:>17.2f}"
+        if row["model"] != "base" and (c := verdicts.get((row["set"], row["setting"]))):
             line += f"   {c['gain']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}], {p_text(c['p_value'])} ({c['verdict']})"
+            if (f := c["forwards"])["mean"]:
+                line += f"; forwards {f['mean']:+.2f} [{f['low']:+.2f}, {f['high']:+.2f}], {p_text(f['p_value'])}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -386,13 +388,13 @@ def run(
         pipeline.aligned()
         if evaluation := pipeline.evaluate():
             say(evaluation_text(evaluation))
-        budget = demo.choose_budget(pipeline.job, evaluation["comparison"] if evaluation else ())
-        with demo.ask_served(pipeline, budget) as asked:
+        setting = demo.choose_setting(pipeline.job, evaluation["comparison"] if evaluation else ())
+        with demo.ask_served(pipeline, setting) as asked:
             say("\n".join(asked.lines()))
             page = _write_report(pipeline, asked.example())
             value = {"verb": "run", **(evaluation or {}), "page": str(page), "answer": asked.example()}
             value |= {
-                "asked": {"budget": budget, "correct": asked.scores()},
+                "asked": {"setting": str(setting), "correct": asked.scores()},
                 "lineage": [s.row() for s in pipeline.lineage()],
             }
             result(value, as_json, "\n".join(demo.closing_lines(page, job, overrides or ())))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dtrpo_ray.config.decode import STEPS, Setting
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.data.prepare import puzzle_ids
@@ -29,10 +30,10 @@ TIMEOUT_SECONDS = 120
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """The answers of the served models, model -> one answer per prompt, at `budget` denoising steps per block."""
+    """The answers of the served models, model -> one answer per prompt, at a setting."""
 
     url: str
-    budget: int
+    setting: Setting
     answers: dict[str, list[Answer]]
 
     def example(self) -> Answer:
@@ -55,20 +56,22 @@ class Questions:
         scores = ", ".join(f"{model} {correct}/{len(aligned)}" for model, correct in self.scores().items())
         shown = {model: answers[aligned.index(example)] for model, answers in self.answers.items()}
         return [
-            f"asked the served models {len(aligned)} held-out puzzles: {scores} at {self.budget} steps per block",
+            f"asked the served models {len(aligned)} held-out puzzles: {scores} at {self.setting.label}",
             f"example: {example['prompt']}",
             *(f"  {model:<8} {a['text']} ({'correct' if a['correct'] else 'wrong'})" for model, a in shown.items()),
         ]
 
 
-def choose_budget(job: Job, comparison: Sequence[Comparison]) -> int:
-    """Return the denoising steps per block at which aligned and base differ most on held-out puzzles."""
-    gains = {row["budget"]: row["gain"] for row in comparison if row["set"] == HELD_OUT}
-    return max(gains, key=lambda budget: (abs(gains[budget]), -budget), default=job.serve.denoising_steps)
+def choose_setting(job: Job, comparison: Sequence[Comparison]) -> Setting:
+    """Return the setting at which aligned and base differ most on held-out puzzles; of equal ones the first."""
+    gains = {Setting.parse(row["setting"]): row["gain"] for row in comparison if row["set"] == HELD_OUT}
+    return max(
+        sorted(gains), key=lambda setting: abs(gains[setting]), default=Setting(STEPS, job.serve.denoising_steps)
+    )
 
 
 @contextmanager
-def ask_served(pipeline: Pipeline, budget: int) -> Iterator[Questions]:
+def ask_served(pipeline: Pipeline, setting: Setting) -> Iterator[Questions]:
     """Serve the aligned model, ask it, and keep it up for the time of the block.
 
     A puzzle's base is served beside it and asked the same; any other job's model gets one prompt.
@@ -91,17 +94,18 @@ def ask_served(pipeline: Pipeline, budget: int) -> Iterator[Questions]:
     with console.status("serving the aligned model"):
         url = start(config)
     try:
-        ask = partial(_ask, job, puzzles, asked, url, config=config, budget=budget)
-        yield Questions(url, budget, {name: ask(model=model) for name, model in models.items()})
+        ask = partial(_ask, job, puzzles, asked, url, config=config, at=setting)
+        yield Questions(url, setting, {name: ask(model=model) for name, model in models.items()})
     finally:
         stop()
 
 
 def _ask(
-    job: Job, puzzles: list[dict[str, str]], asked: Json, url: str, *, config: ServeConfig, model: str, budget: int
+    job: Job, puzzles: list[dict[str, str]], asked: Json, url: str, *, config: ServeConfig, model: str, at: Setting
 ) -> list[Answer]:
     most = job.eval.max_new_tokens if job.eval else 32
-    body: dict[str, Json] = {"model": model, "prompt": asked, "max_tokens": most, "temperature": 0, "steps": budget}
+    body: dict[str, Json] = {"model": model, "prompt": asked, "max_tokens": most, "temperature": 0}
+    body["steps" if at.field == STEPS else at.field] = at.value
     choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]
     texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
     score = pkgutil.resolve_name(scorer_path(job.puzzle)) if job.puzzle else None

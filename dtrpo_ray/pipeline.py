@@ -155,7 +155,7 @@ class Pipeline:
             return {"trajectories": len(prompts), **_rewards(done, out)}
 
         if not job.puzzle:
-            rows = config.batch_size * len(set(config.denoising_steps)) // config.num_samples
+            rows = config.batch_size * max(1, len(set(config.step_counts))) // config.num_samples
             return self._import(name, "trajectories", inputs, recorder, max(1, rows))
         task = job.task.model_dump(mode="json", exclude={"public_tests"})
         return self.store.stage(name, {**inputs, "task": task}, [f"{TABLE}/*.parquet"], make)
@@ -223,8 +223,11 @@ class Pipeline:
             made, unscored = (sum(part[name] for part in done) for name in ("pairs", "unscored"))
             if not made:
                 margin, rows = f"pair.min_margin = {job.pair.min_margin:g}", sum(part["rows"] for part in done)
+                who, what = "responses", "rewards that differ"
+                if job.pair.strategy == "faster":
+                    who, what = "correct responses", "denoising forwards (num_forwards) that differ"
                 raise DataError(
-                    f"{trajectories.path}: no two responses to one prompt have rewards that differ by {margin} or more "
+                    f"{trajectories.path}: no two {who} to one prompt have {what} by {margin} or more "
                     f"({unscored} of {rows} have no reward); lower it, or record more responses per prompt"
                 )
             tables.write_manifest(out / TABLE, PREFERENCE, rows=made)
@@ -398,9 +401,9 @@ class Pipeline:
             ask, tokenizer = partial(prepare.puzzle_request, job.puzzle), load_tokenizer(model.path)
             rows = {(title, f"{i:06d}"): row for title, rows in sets.items() for i, row in enumerate(rows)}
             asked = {place: ask(tokenizer, "/".join(place), row) for place, row in rows.items()}
-            prompts: list[TrajectoryRow] = [
-                {**request, "row_id": f"{title}/{k}/{i}", "denoising_steps": k}
-                for k in config.budgets
+            prompts = [
+                rollout.at_setting({**request, "row_id": f"{title}/{setting}/{i}"}, setting)
+                for setting in config.settings
                 for (title, i), request in asked.items()
             ]
             params = SamplingParams(denoising_steps=1, **config.model_dump(include={"max_new_tokens", "temperature"}))
@@ -409,7 +412,7 @@ class Pipeline:
             answers = {"/".join(place): row["answer"] for place, row in rows.items()}
             record = summarise(done, answers, config, tokenizer)
             (out / "eval.json").write_text(json.dumps(record))
-            return {f"{r['set']}@{r['budget']}": r["accuracy"] for r in record["table"]}
+            return {f"{r['set']}@{r['setting']}": r["accuracy"] for r in record["table"]}
 
         return self.store.stage(f"eval-{name}", inputs, ["eval.json"], make)
 

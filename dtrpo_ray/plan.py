@@ -93,7 +93,7 @@ def plan(job: Job) -> dict[str, Any]:
         made = prompts and prompts * job.rollout.num_samples
         stages["rollout"] = {"trajectories": made, "rounds": job.rounds, "actors": job.cluster.num_actors}
         if prompts:  # pairs are made within a setting
-            rows = prompts * len(set(job.rollout.denoising_steps)) * job.pair.max_pairs_per_prompt
+            rows = prompts * max(1, len(set(job.rollout.step_counts))) * job.pair.max_pairs_per_prompt
     add_training("train", "train-1", job.train, rows, rounds=job.rounds)
     if rows is not None:
         stages["train"]["steps_are"] = "at most: prompts without both a good and a bad response make no pair"

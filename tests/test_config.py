@@ -22,6 +22,32 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert load_job(path).name
 
 
+FASTER = ["pair.strategy=faster", "rollout={threshold=0.5}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.objective.type=elbo_dpo", "train.objective.type = 'dtrpo'"),
+        ("train.objective.schedule=random", "train.objective.schedule = 'recorded'"),
+        ("rollout={tokens_per_step=2}", "'low_confidence_top_k' unmasks as much in each step"),
+        ('rollout={remasking="sequential"}', "'sequential' unmasks as much in each step"),
+    ],
+)
+def test_faster_needs_steps_that_the_model_decides_on_and_an_objective_that_reads_them(
+    override: str, words: str
+) -> None:
+    for fits in ("rollout={entropy_bound=0.1}", "train.objective.type=imitation", "model.init.block_size=1"):
+        few = ["eval.budgets=[]", "eval.thresholds=[0.5]"]  # no number of steps is left to exceed the block
+        job = load_job(DEMO, [*FASTER, *few, fits])
+        assert job.rollout
+        assert job.rollout.step_counts == ()
+    with pytest.raises(ConfigError) as caught:
+        load_job(DEMO, [*FASTER, override])
+    assert "pair.strategy = 'faster'" in str(caught.value)
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -39,6 +65,10 @@ def test_every_shipped_job_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("train.offload=yes", ["offload = 'yes' must be true or false"]),
         ("train.lr=1\nx = 2", ["expected dotted.key=value"]),
         ("eval.budgets=[1, 1]", ["budgets = [1, 1] lists a budget twice"]),
+        ("eval.thresholds=[0.5, 0.5]", ["thresholds = [0.5, 0.5] lists a threshold twice"]),
+        ("eval.thresholds=[1.0]", ["eval.thresholds", "less than 1"]),
+        ("eval={budgets=[], thresholds=[]}", ["budgets and thresholds are both empty"]),
+        ("pair.strategy=faster", ["pair.strategy = 'faster'", "'low_confidence_static'", "set rollout.threshold"]),
         ("model.init.num_heads=3", ["hidden_size = 128 / num_heads = 3 is 42.6667"]),
         ("model.init.hidden_size=12", ["hidden_size = 12 / num_heads = 4 is 3"]),
         ("name=stages", ["is taken by a folder in storage"]),

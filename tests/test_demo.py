@@ -7,6 +7,7 @@ import pytest
 from paths import ROOT
 
 from dtrpo_ray import demo
+from dtrpo_ray.config.decode import Setting
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.serve import ServeConfig
@@ -17,22 +18,27 @@ from dtrpo_ray.report.evaluation import Comparison
 URL = "http://127.0.0.1:1"
 
 
-def gain(budget: int, value: float, test_set: str = "held-out") -> Comparison:
-    return {"model": "aligned", "set": test_set, "budget": budget, "gain": value,
-            "low": value, "high": value, "p_value": 1.0, "verdict": "same"}  # fmt: skip
+TWO = Setting("denoising_steps", 2)
+
+
+def gain(at: int | float, value: float, test_set: str = "held-out") -> Comparison:
+    setting = f"threshold={at}" if isinstance(at, float) else f"denoising_steps={at}"
+    return {"model": "aligned", "set": test_set, "setting": setting, "gain": value,
+            "low": value, "high": value, "p_value": 1.0, "verdict": "same", "forwards": {}}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("comparison", "budget"),
+    ("comparison", "setting"),
     [
-        ([gain(1, 0.1), gain(2, 0.3), gain(4, 0.2), gain(8, 0.9, "public.jsonl")], 2),
-        ([gain(1, -0.4), gain(2, 0.3)], 1),  # a loss is shown too
-        ([gain(4, 0.2), gain(2, 0.2)], 2),
-        ([], 4),  # nothing was evaluated: the default of the endpoint
+        ([gain(1, 0.1), gain(2, 0.3), gain(4, 0.2), gain(8, 0.9, "public.jsonl")], "denoising_steps=2"),
+        ([gain(1, -0.4), gain(2, 0.3)], "denoising_steps=1"),  # a loss is shown too
+        ([gain(4, 0.2), gain(2, 0.2)], "denoising_steps=2"),
+        ([gain(4, 0.2), gain(0.5, -0.3)], "threshold=0.5"),
+        ([], "denoising_steps=4"),  # nothing was evaluated: the default of the endpoint
     ],
 )
-def test_the_budget_is_where_the_models_differ_most(comparison: list[Comparison], budget: int) -> None:
-    assert demo.choose_budget(load_job(ROOT / "jobs" / "demo.toml"), comparison) == budget
+def test_the_setting_is_where_the_models_differ_most(comparison: list[Comparison], setting: str) -> None:
+    assert str(demo.choose_setting(load_job(ROOT / "jobs" / "demo.toml"), comparison)) == setting
 
 
 class Endpoint:
@@ -84,7 +90,7 @@ def sudoku(*overrides: str) -> tuple[Job, dict[str, str]]:
 def test_base_and_aligned_are_asked_the_same_puzzles(monkeypatch: pytest.MonkeyPatch) -> None:
     job, answers = sudoku()
     endpoint = Endpoint(monkeypatch, {"base": 4, "dtrpo": 7}, answers)
-    with demo.ask_served(finished(job), 2) as asked:
+    with demo.ask_served(finished(job), TWO) as asked:
         assert not endpoint.stopped
         assert asked.scores() == {"base": 4, "aligned": 7}
         prompt = list(answers)[4]  # the first that the base has wrong and the aligned model right
@@ -107,8 +113,10 @@ def test_base_and_aligned_are_asked_the_same_puzzles(monkeypatch: pytest.MonkeyP
 def test_a_model_that_the_job_names_base_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     job, answers = sudoku("serve.other_models.base=/mine")
     endpoint = Endpoint(monkeypatch, {"base_": 0, "dtrpo": 0}, answers)
-    with demo.ask_served(finished(job), 1) as asked:
+    with demo.ask_served(finished(job), Setting("threshold", 0.9)) as asked:
         assert asked.example()["prompt"] == next(iter(answers))  # none is solved: the first
+        assert asked.lines()[0].endswith("base 0/10, aligned 0/10 at threshold 0.9")
+    assert [(body["threshold"], "steps" in body) for body in endpoint.bodies] == [(0.9, False)] * 2
     assert endpoint.config
     assert endpoint.config.other_models == {"base": "/mine", "base_": "/models/base"}
 
@@ -118,7 +126,7 @@ def test_a_job_without_a_verifier_asks_one_question(monkeypatch: pytest.MonkeyPa
     train = {"objective": {"schedule": "random"}}
     job = Job.model_validate({"name": "text", "task": task, "model": {"path": tmp_path}, "train": train})
     endpoint = Endpoint(monkeypatch, {"dtrpo": 1}, {"Hello": "Good day"})
-    with demo.ask_served(finished(job), demo.choose_budget(job, ())) as asked:
+    with demo.ask_served(finished(job), demo.choose_setting(job, ())) as asked:
         assert asked.scores() == {}
         assert asked.lines() == [f"asked {URL}: Hello -> Good day"]
     assert endpoint.config
@@ -129,7 +137,7 @@ def test_a_job_without_a_verifier_asks_one_question(monkeypatch: pytest.MonkeyPa
 def test_an_endpoint_that_fails_to_answer_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     job, answers = sudoku()
     endpoint = Endpoint(monkeypatch, {}, answers)
-    with pytest.raises(KeyError), demo.ask_served(finished(job), 2):
+    with pytest.raises(KeyError), demo.ask_served(finished(job), TWO):
         pytest.fail("nothing was answered")
     assert endpoint.stopped == 1
 

@@ -33,11 +33,13 @@ from dtrpo_ray.models.registry import load_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")  # which the commands in this process share
 
+SETTINGS = ("denoising_steps=1", "denoising_steps=8", "threshold=0.6")
 SMALL = [
     "rounds=1",
     "sft.num_examples=17920", "sft.global_batch=128", "sft.micro_batch=64",
     "rollout.num_prompts=64", "rollout.num_samples=4", "rollout.denoising_steps=[2]",
-    "eval.num_prompts=32", "eval.budgets=[1, 8]", "model.init.num_layers=1", "model.init.hidden_size=64",
+    "eval.num_prompts=32", "eval.budgets=[1, 8]", "eval.thresholds=[0.6]",
+    "model.init.num_layers=1", "model.init.hidden_size=64",
     "train.global_batch=4", "train.max_steps=4", "train.save_every=2", "task.public_tests=[]", "task.blanks=[1, 1]",
     "sft.lr=1e-2", "sft.save_every=70", "serve.port=0",
     "train.validation.num_prompts=24", "train.keep_best=accuracy", "cluster.num_actors=1",
@@ -130,17 +132,18 @@ def test_the_run_goes_from_nothing_to_an_answer_and_a_report(run: dict[str, Any]
     names = [s["stage"] for s in run["lineage"]]
     assert set(names) >= {"init", "examples", "base", "rollout-1", "pair-1", "train-1", "eval-base", "eval-aligned"}
     assert len(run["answer"]["text"]) == 16
-    assert run["asked"]["budget"] in (1, 8)
+    assert run["asked"]["setting"] in SETTINGS
     assert run["asked"]["correct"].keys() == {"base", "aligned"}
     assert all(0 <= correct <= 10 for correct in run["asked"]["correct"].values())
     page = Path(run["page"])
     assert page.exists()
     assert (page.parent / "accuracy.png").exists()
-    assert {(r["model"], r["budget"]) for r in run["table"]} == {(m, k) for m in ("base", "aligned") for k in (1, 8)}
+    assert {(r["model"], r["setting"]) for r in run["table"]} == {(m, k) for m in ("base", "aligned") for k in SETTINGS}
     assert all(r["num_prompts"] == 32 for r in run["table"])
-    tokens = {r["budget"]: r["tokens_per_forward"] for r in run["table"]}
-    assert tokens[1] == 8.0
-    assert tokens[8] == 1.0
+    tokens = {r["setting"]: r["tokens_per_forward"] for r in run["table"]}
+    assert tokens["denoising_steps=1"] == 8.0
+    assert tokens["denoising_steps=8"] == 1.0
+    assert 1.0 < tokens["threshold=0.6"] < 8.0
 
 
 def test_trajectories_and_pairs_are_whole_and_valid(run: dict[str, Any]) -> None:

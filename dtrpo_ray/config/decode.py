@@ -1,6 +1,6 @@
 """`[rollout]` and `[eval]`: the decoding of prompts."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,7 @@ POLICIES = {  # unmasking policy, a function of decode/policies.py -> the field 
     "entropy_bounded": "entropy_bound",
     "sequential": STEPS,
 }
+ADAPTIVE = ("low_confidence_dynamic", "entropy_bounded")  # the policies whose steps depend on the model's confidence
 AMOUNTS = {field: policy for policy, field in POLICIES.items() if field != STEPS}
 
 if TYPE_CHECKING:  # a type checker cannot read the names from the table; pydantic does
@@ -88,20 +89,63 @@ class RolloutConfig(Section, Sampling):
     """Sequences that one actor decodes side by side."""
     max_new_tokens: int = Field(16, ge=1)
 
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """The numbers of denoising steps per block; () for a policy that is not measured in steps."""
+        return self.denoising_steps if POLICIES[self.policy] == STEPS else ()
+
+
+class Setting(NamedTuple):
+    """One setting of an evaluation: the sampling parameter that says how much a step unmasks, and its value.
+
+    As text, in tables and row ids, it is "denoising_steps=4" or "threshold=0.9". Settings of a field sort by forwards.
+    """
+
+    field: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        """Return the setting of a text that `str` made."""
+        field, value = text.split("=")
+        return cls(field, int(value) if field == STEPS else float(value))
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value}"
+
+    @property
+    def label(self) -> str:
+        """The setting in words: "4 steps per block", "threshold 0.9"."""
+        if self.field == STEPS:
+            return f"{self.value} step{'' if self.value == 1 else 's'} per block"
+        return f"{self.field} {self.value}"
+
 
 class EvalConfig(Section):
     """Comparison of the base and the aligned model on held-out prompts."""
 
     num_prompts: int = Field(2000, ge=1)
-    budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4), min_length=1)
-    """Denoising steps per block to evaluate at."""
+    budgets: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4)
+    """Denoising steps per block to evaluate at (low_confidence_static)."""
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Thresholds to evaluate at (low_confidence_dynamic): a step unmasks every token more probable than this."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
     batch_size: int = Field(500, ge=1)
     max_new_tokens: int = Field(16, ge=1)
 
     @model_validator(mode="after")
-    def _each_budget_once(self) -> "EvalConfig":
-        if len(set(self.budgets)) < len(self.budgets):
-            raise ValueError(f"budgets = {list(self.budgets)} lists a budget twice")
+    def _each_setting_once(self) -> "EvalConfig":
+        for name, values in (("budgets", self.budgets), ("thresholds", self.thresholds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} = {list(values)} lists a {name.removesuffix('s')} twice")
+        if not self.settings:
+            raise ValueError("budgets and thresholds are both empty: give one of them a value")
         return self
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """What is evaluated, budgets first, each kind from few forwards to many."""
+        return tuple(
+            sorted([Setting(STEPS, k) for k in self.budgets] + [Setting("threshold", t) for t in self.thresholds])
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from dtrpo_ray.config.cluster import ClusterConfig
-from dtrpo_ray.config.decode import EvalConfig, RolloutConfig
+from dtrpo_ray.config.decode import ADAPTIVE, EvalConfig, RolloutConfig
 from dtrpo_ray.config.produce import DraftsConfig, PairConfig, ScoreConfig
 from dtrpo_ray.config.section import Section
 from dtrpo_ray.config.serve import ServeConfig
@@ -137,8 +137,10 @@ class Job(Section):
         for name, section in (("rollout", self.rollout), ("eval", self.eval)):
             if section and section.max_new_tokens < needed:
                 raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: an answer has {needed} tokens")
+        if self.pair.strategy == "faster":
+            self._fits_faster()
         if self.rollout and self.model.init:
-            worst = max(*self.rollout.denoising_steps, *(self.eval.budgets if self.eval else (1,)))
+            worst = max((*self.rollout.step_counts, *(self.eval.budgets if self.eval else ()), 1))
             if worst > self.model.init.block_size:
                 raise ValueError(f"{worst} denoising steps per block exceed block_size = {self.model.init.block_size}")
         return self
@@ -149,6 +151,23 @@ class Job(Section):
         parts = ("rounds", "rollout", "drafts", "score", "pair", "train", "eval")
         if surplus := [name for name in parts if name in self.changed_fields()]:
             raise ValueError(f"without a section [task] nothing is aligned: add it, or remove {', '.join(surplus)}")
+
+    def _fits_faster(self) -> None:
+        named, objective = "pair.strategy = 'faster'", self.train.objective
+        if self.drafts:
+            raise ValueError(f"{named} counts denoising forwards, and [drafts] has none: use [rollout]")
+        if self.rollout and self.rollout.policy not in ADAPTIVE:
+            raise ValueError(
+                f"{named}: rollout.remasking = {self.rollout.policy!r} unmasks as much in each step whatever the model "
+                "says, so answers of one length take the same forwards: set rollout.threshold or rollout.entropy_bound"
+            )
+        if self.score and self.score.scorer in ("reward_model", "judge"):
+            raise ValueError(f"{named} needs to know what is correct: set score.scorer to a verifier")
+        if objective.is_preference and not objective.needs_recorded_steps:
+            raise ValueError(
+                f"{named} prefers steps to steps, often of one answer: set train.objective.type = 'dtrpo' and "
+                "train.objective.schedule = 'recorded', which read them"
+            )
 
     def _fits_files(self, kind: str) -> None:
         if isinstance(self.task, PromptsTask):

@@ -87,13 +87,14 @@ class ScoreConfig(Section):
 class PairConfig(Section):
     """Scored trajectories -> preference pairs."""
 
-    strategy: Literal["closest", "best_worst", "all", "references"] = "closest"
+    strategy: Literal["closest", "best_worst", "all", "references", "faster"] = "closest"
     """closest: fewest differing tokens first; best_worst: highest against lowest reward, then second highest against
     second lowest; all: largest margin first, a response in any number of pairs; references: as best_worst, chosen from
-    `reference_engine`, rejected from the others."""
+    `reference_engine`, rejected from the others; faster: of two correct responses (reward 1 or more, and equal) the one
+    with fewer denoising forwards is chosen, largest difference first, a response in one pair."""
     reference_engine: str = "reference"
     """The `engine` of reference responses, which pair with responses of any settings."""
     max_pairs_per_prompt: int = Field(1, ge=1)
     """Upper bound of pairs per prompt and setting."""
     min_margin: float = Field(0.5, gt=0)
-    """Smallest difference between the rewards of a pair."""
+    """Smallest difference between the rewards of a pair; with faster, between its numbers of denoising forwards."""

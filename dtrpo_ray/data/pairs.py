@@ -18,6 +18,7 @@ from dtrpo_ray.errors import DataError
 _COMPARED_IDS = 1 << 24  # ids that are compared at once
 _MOST = 256  # responses to a prompt at a setting that are looked at from either end of the rewards
 
+CORRECT = 1.0  # the least reward of a correct response, as in an evaluation
 SAME_PROMPT = ("prompt_ids", "mask_id", "block_size", "block_origin", "tokenizer_hash", "reward_source")
 
 
@@ -48,16 +49,23 @@ def make_pairs(trajectories: pa.Table, config: PairConfig) -> pa.Table:
     """Return the pairs (preference/v1) of a trajectory table.
 
     Only responses to the same prompt, by the same model at the same settings (the length allowed aside), pair, and only
-    where rewards differ by `min_margin` or more; `config.strategy` says which of them. Raises DataError for rows of one
-    prompt_id that differ in their prompt, grid, tokenizer or scorer.
+    where rewards differ by `min_margin` or more; `config.strategy` says which of them. With "faster" these are correct
+    responses of equal reward whose numbers of forwards differ by `min_margin`; the same ids in other steps are another
+    response. Raises DataError for rows of one prompt_id that differ in their prompt, grid, tokenizer or scorer.
     """
-    table = trajectories.filter(pc.is_finite(trajectories["reward"])).sort_by("row_id")
+    faster = config.strategy == "faster"
+    usable = pc.is_finite(trajectories["reward"])
+    if faster:
+        correct = pc.greater_equal(trajectories["reward"], CORRECT)
+        usable = pc.and_(usable, pc.and_(correct, pc.is_valid(trajectories["num_forwards"])))
+    table = trajectories.filter(usable).sort_by("row_id")
     prompt = _codes(table["prompt_id"])
     _require_one_prompt(table, _first_equal(prompt))
     settings = table.select(["denoising_steps", "temperature", "model_hash", "engine", "sampler"]).flatten()
     alike = [] if config.strategy == "references" else settings.drop_columns("sampler.max_new_tokens").columns
-    group = _first_equal(prompt, *map(_codes, alike))
-    rows = np.unique(_first_equal(group, _codes(table["response_ids"])))
+    group = _first_equal(prompt, *map(_codes, [*alike, table["reward"]] if faster else alike))
+    same = [table["response_ids"], table["steps"]] if faster else [table["response_ids"]]
+    rows = np.unique(_first_equal(group, *map(_codes, same)))
     table, group = table.take(pa.array(rows)), group[rows]
     pairs = list(_select(table, group, *_candidates(table, group, config), config))
     return _pairs_table(table, np.array(pairs, dtype=np.int64).reshape(-1, 2))
@@ -95,20 +103,27 @@ def _list_keys(column: pa.ListArray) -> pa.Array:
 
 def _candidates(table: pa.Table, group: np.ndarray, config: PairConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return every (good, bad) of rows that may pair, from the best and the worst of each group, group by group."""
-    reward, rows = table["reward"].to_numpy(), np.arange(len(table))
+    worth, rows = _worth(table, config), np.arange(len(table))
     most = max(_MOST, config.max_pairs_per_prompt)  # no strategy but `closest` would take further ones
     good = bad = rows
     if config.strategy == "references":
         reference = pc.equal(table["engine"], config.reference_engine).to_numpy()
         good, bad = rows[reference], rows[~reference]
-    better, worse = _first(group, good, -reward, most), _first(group, bad, reward, most)
+    better, worse = _first(group, good, -worth, most), _first(group, bad, worth, most)
     begin = np.searchsorted(group[worse], group[better])
     partners = np.searchsorted(group[worse], group[better], side="right") - begin
     good = np.repeat(better, partners)
     place = np.arange(len(good)) - np.repeat(np.cumsum(partners) - partners, partners)
     bad = worse[np.repeat(begin, partners) + place]
-    keep = reward[good] - reward[bad] >= config.min_margin
+    keep = worth[good] - worth[bad] >= config.min_margin
     return good[keep], bad[keep]
+
+
+def _worth(table: pa.Table, config: PairConfig) -> np.ndarray:
+    """Return float [rows], what a response is better by: its reward or, among equal ones, its few forwards."""
+    if config.strategy == "faster":
+        return -table["num_forwards"].to_numpy().astype(float)
+    return np.asarray(table["reward"].to_numpy())
 
 
 def _first(group: np.ndarray, rows: np.ndarray, key: np.ndarray, most: int) -> np.ndarray:
@@ -121,12 +136,12 @@ def _select(
     table: pa.Table, group: np.ndarray, good: np.ndarray, bad: np.ndarray, config: PairConfig
 ) -> Iterator[tuple[int, int]]:
     """Yield the pairs that a strategy takes, in its order. Ties go to the smaller row_ids (rows are sorted by them)."""
-    reward = table["reward"].to_numpy()
-    keys = [reward[bad], -reward[good]]  # the last one counts most
+    worth = _worth(table, config)
+    keys = [worth[bad], -worth[good]]  # the last one counts most
     if config.strategy == "closest":
         keys = [_distances(table["response_ids"], good, bad)]
     elif config.strategy == "all":
-        keys = [reward[bad] - reward[good]]
+        keys = [worth[bad] - worth[good]]
     order = np.lexsort([bad, good, *keys, group[good]])
     used, made = set[int](), Counter[int]()
     for g, b in zip(good[order].tolist(), bad[order].tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dtrpo_ray.config.decode import POLICIES, STEPS
 from dtrpo_ray.data.schemas import CONTRACT_VERSION, DIFFUSION, FIRST, TrajectoryRow
 from dtrpo_ray.decode.types import DECODER_NAME, Generation, SamplingParams
 from dtrpo_ray.method.trajectory import GIVEN, block_slices, dense_steps
@@ -28,7 +29,7 @@ def how_decoded(
         "block_origin": model.block_origin,
         "mask_id": model.mask_id,
         "shift": model.shift,
-        "denoising_steps": params.denoising_steps,
+        "denoising_steps": params.denoising_steps if POLICIES[params.policy] == STEPS else None,
         "temperature": params.temperature,
         "sampler": {
             "remasking": params.policy,

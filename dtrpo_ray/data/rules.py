@@ -206,6 +206,12 @@ def _not_a_partition(ranks: Ragged, steps: Ragged, sizes: np.ndarray, *start: An
     return ranks.any(ranks.values != block_ranks(steps, _starts(*start), sizes))
 
 
+def _identical(*sides: pa.ChunkedArray) -> np.ndarray:
+    chosen, rejected, *steps = map(Ragged.from_arrow, sides)
+    known = pc.and_(*(side.is_valid() for side in sides[2:])).to_numpy()
+    return np.asarray(chosen.same_as(rejected) & (steps[0].same_as(steps[1]) | ~known))
+
+
 def _row_rules(ids: list[str], expected: Expected) -> Iterator[Rule]:
     """Yield the rules on a whole row; `ids` are the columns of its prompt and sides."""
     digest, limit = expected.tokenizer_hash, expected.max_tokens
@@ -215,8 +221,9 @@ def _row_rules(ids: list[str], expected: Expected) -> Iterator[Rule]:
         pair, says = [name, "reward_source"], f"{name} has no reward_source: name its source"
         yield Rule("missing value", says, pair, _only_first, on_nulls=True)
         yield Rule("missing value", says, pair, lambda _, sources: sources == "")
-    says = "chosen_ids and rejected_ids are identical: nothing to prefer"
-    yield Rule("identical sides", says, ["chosen_ids", "rejected_ids"], Ragged.same_as)
+    says = "chosen_ids and rejected_ids are identical, and no steps tell them apart: nothing to prefer"
+    sides = [f"{side}_{name}" for name in ("ids", "steps") for side in ("chosen", "rejected")]
+    yield Rule("identical sides", says, sides, _identical, on_nulls=True)
     if digest:
         says = f"tokenizer_hash is not {digest[:12]}...: the ids belong to another tokenizer"
         yield Rule("hash mismatch", says, ["tokenizer_hash"], lambda c: pc.not_equal(c, digest).fill_null(True), True)

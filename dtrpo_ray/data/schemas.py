@@ -37,7 +37,7 @@ def arrow_fields(row: type) -> list[pa.Field]:
     return [pa.field(n, pa.struct(arrow_fields(k)) if is_typeddict(k) else _ARROW[k]) for n, k in kinds.items()]
 
 
-class SamplerRow(TypedDict):
+class SamplerRow(TypedDict, total=False):
     """The column `sampler`: how a response was decoded."""
 
     remasking: str

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from dtrpo_ray.config.decode import POLICIES, STEPS, RolloutConfig
+from dtrpo_ray.config.decode import STEPS, RolloutConfig, Setting
 from dtrpo_ray.data.formats.base import attempt, split_rejected
 from dtrpo_ray.data.formats.parsing import Refusal
 from dtrpo_ray.data.formats.prompts import PromptRow
@@ -36,9 +36,9 @@ from dtrpo_ray.session import cpu_threads
 class DecodeJob:
     """The model, sampling parameters and scorer ("module:function" or None) of one pass over requests.
 
-    A request is the part of its trajectory's row that is known before: row_id, prompt_id, prompt and denoising_steps,
-    and, if there are any, prompt_ids, answer, origin and data_hash. Requests with the same number of denoising steps
-    are decoded `batch_size` at a time.
+    A request is the part of its trajectory's row that is known before: row_id, prompt_id, prompt and, if there are any,
+    prompt_ids, answer, origin and data_hash. Its denoising_steps or its sampler's threshold replace those of `params`.
+    Requests with the same ones are decoded `batch_size` at a time.
     """
 
     model: Path
@@ -56,8 +56,7 @@ def sampling_params(config: RolloutConfig) -> SamplingParams:
 
 def require_fit(model: Path, config: RolloutConfig) -> None:
     """Raise ConfigError for a setting of [rollout] that the blocks of this model do not allow."""
-    steps = max(config.denoising_steps) if POLICIES[config.policy] == STEPS else None
-    if problem := block_size_error(skeleton_of(model), config, steps):
+    if problem := block_size_error(skeleton_of(model), config, max(config.step_counts, default=None)):
         raise ConfigError(f"rollout.{problem[1]}")
 
 
@@ -78,11 +77,11 @@ class Recorder:
         return {"rows": len(table), "scored": len(rewards), "sum": sum(rewards)}
 
     def decode(self, requests: Sequence[TrajectoryRow]) -> pa.Table:
-        """Decode a trajectory for each request, those with the same number of denoising steps together."""
+        """Decode a trajectory for each request, those with the same setting together."""
         rows: list[TrajectoryRow] = []
-        for steps in sorted({request["denoising_steps"] or 0 for request in requests}):
-            same = [request for request in requests if request["denoising_steps"] == steps]
-            params = self.job.params.model_copy(update={STEPS: steps})
+        for setting in dict.fromkeys(map(_setting, requests)):
+            same = [request for request in requests if _setting(request) == setting]
+            params = self.job.params.model_copy(update={setting.field: setting.value} if setting else {})
             for start in range(0, len(same), self.job.batch_size):
                 rows += self._decode_batch(same[start : start + self.job.batch_size], params)
         return pa.Table.from_pylist(rows, schema=TRAJECTORY)
@@ -115,12 +114,27 @@ class RequestPart:
         return f"prompts {self.requests[0]['row_id']} to {self.requests[-1]['row_id']}"
 
 
+def at_setting(request: TrajectoryRow, setting: Setting) -> TrajectoryRow:
+    """Return a request with its own setting in place of the job's."""
+    if setting.field == STEPS:
+        return {**request, "denoising_steps": int(setting.value)}
+    return {**request, "sampler": {"threshold": setting.value}}
+
+
+def _setting(request: TrajectoryRow) -> Setting | None:
+    """Return the setting that a request has of its own, if any."""
+    if steps := request.get("denoising_steps"):
+        return Setting(STEPS, steps)
+    threshold = (request.get("sampler") or {}).get("threshold")
+    return None if threshold is None else Setting("threshold", threshold)
+
+
 def sample_requests(config: RolloutConfig, prompt: TrajectoryRow) -> Iterator[TrajectoryRow]:
-    """Yield a request for each sample of a prompt, which takes its turn in the numbers of denoising steps.
+    """Yield a request for each sample of a prompt, which takes its turn in the numbers of denoising steps, if any.
 
     The sample's number is added to the prompt's row_id (from 0) and to its origin (from 1), if it has one.
     """
-    steps, origin = config.denoising_steps, prompt.get("origin")
+    steps, origin = config.step_counts or (None,), prompt.get("origin")
     for sample in range(config.num_samples):
         yield {
             **prompt,
@@ -131,8 +145,8 @@ def sample_requests(config: RolloutConfig, prompt: TrajectoryRow) -> Iterator[Tr
 
 
 def request_parts(requests: Sequence[TrajectoryRow], batch_size: int) -> list[RequestPart]:
-    """Cut requests into parts of about one batch for each number of denoising steps, since these decode apart."""
-    size = batch_size * len({request["denoising_steps"] for request in requests})
+    """Cut requests into parts of about one batch for each setting, since these decode apart."""
+    size = batch_size * len(set(map(_setting, requests)))
     chunks = [list(requests[start : start + size]) for start in range(0, len(requests), size)]
     return [RequestPart(f"part-{number:05d}.parquet", chunk) for number, chunk in enumerate(chunks)]
 

@@ -1,14 +1,14 @@
-"""Decoded held-out prompts of base and aligned -> accuracy, tokens per forward, and a comparison prompt by prompt."""
+"""Decoded held-out prompts of base and aligned -> accuracy, denoising forwards, and a comparison prompt by prompt."""
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap, wilcoxon
 
-from dtrpo_ray.config.decode import EvalConfig
+from dtrpo_ray.config.decode import EvalConfig, Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,17 +17,19 @@ Z95 = 1.959964
 SIGNIFICANT = 0.05
 HELD_OUT = "held-out"
 NUM_EXAMPLES = 4  # denoisings kept for the report
+NUM_RESAMPLES = 2000  # of a bootstrap
 
 
 class Score(TypedDict):
-    """The accuracy of a model on a test set at a budget, the number of denoising steps per block.
+    """The accuracy of a model on a test set at a setting (`str` of `Setting`), and what its answers cost.
 
-    `solved` has a "1" for each prompt that was solved and a "0" for each other, in the order of the set.
+    `solved` has a "1" for each prompt that was solved and a "0" for each other, in the order of the set; `forwards` has
+    the denoising forwards of each answer.
     """
 
     model: NotRequired[str]  # absent in the file of one model
     set: str
-    budget: int
+    setting: str
     temperature: float
     num_prompts: int
     correct: int
@@ -35,7 +37,9 @@ class Score(TypedDict):
     low: float
     high: float
     tokens_per_forward: float
+    forwards_per_answer: float
     solved: str
+    forwards: list[int]
 
 
 class Example(TypedDict):
@@ -47,26 +51,36 @@ class Example(TypedDict):
     response: str
     correct: bool
     block_size: int
-    budget: int
+    setting: str
     steps: list[int]
     tokens: list[str]
 
 
+class Difference(NamedTuple):
+    """A mean difference over prompts, its 95 % interval, and the p-value of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
 class Comparison(TypedDict):
-    """A model minus the base on the same prompts of a set at a budget.
+    """A model minus the base on the same prompts of a set at a setting.
 
     `low` and `high` are the 95 % interval of the gain in accuracy, and `p_value` is that of no difference; the verdict
-    is "same" where it is 0.05 or more.
+    is "same" where it is 0.05 or more. `forwards` is the `Difference` of forwards per answer, by name.
     """
 
     model: str
     set: str
-    budget: int
+    setting: str
     gain: float
     low: float
     high: float
     p_value: float
     verdict: Literal["better", "worse", "same"]
+    forwards: dict[str, float]
 
 
 class Evaluation(TypedDict):
@@ -88,32 +102,39 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def summarise(
     trajectories: pa.Table, answers: dict[str, str], config: EvalConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> Evaluation:
-    """Evaluate one model's trajectories, whose row ids read "set/budget/number"."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """Evaluate one model's trajectories, whose row ids read "set/setting/number"."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in trajectories.sort_by("row_id").to_pylist():
-        test_set, budget, _ = row["row_id"].rsplit("/", 2)
-        groups.setdefault((test_set, int(budget)), []).append(row)
+        test_set, setting, _ = row["row_id"].rsplit("/", 2)
+        groups.setdefault((test_set, setting), []).append(row)
     table = [_table_row(rows, *group, config.temperature) for group, rows in groups.items()]
-    smallest = min(groups, key=lambda group: (group[1], group[0] != HELD_OUT))
-    kept = _examples(groups[smallest], answers, tokenizer)
-    return {"table": sorted(table, key=lambda r: (r["set"] != HELD_OUT, r["set"], r["budget"])), "examples": kept}
+    fewest = min(groups, key=lambda group: (Setting.parse(group[1]), group[0] != HELD_OUT))
+    kept = _examples(groups[fewest], answers, tokenizer)
+    return {"table": sorted(table, key=in_order), "examples": kept}
 
 
-def _table_row(rows: list[dict[str, Any]], test_set: str, budget: int, temperature: float) -> Score:
+def in_order(row: Score) -> tuple[bool, str, Setting]:
+    """Return the sort key of a table: the held-out set first, then by set and setting."""
+    return row["set"] != HELD_OUT, row["set"], Setting.parse(row["setting"])
+
+
+def _table_row(rows: list[dict[str, Any]], test_set: str, setting: str, temperature: float) -> Score:
     solved = "".join(str(int(row["reward"] >= 1)) for row in rows)
-    correct, total = solved.count("1"), len(solved)
+    correct, total, forwards = solved.count("1"), len(solved), [int(row["num_forwards"]) for row in rows]
     low, high = wilson_interval(correct, total)
     return {
         "set": test_set,
-        "budget": budget,
+        "setting": setting,
         "temperature": temperature,
         "num_prompts": total,
         "correct": correct,
         "accuracy": correct / total,
         "low": low,
         "high": high,
-        "tokens_per_forward": sum(len(r["steps"]) for r in rows) / sum(r["num_forwards"] for r in rows),
+        "tokens_per_forward": sum(len(r["steps"]) for r in rows) / sum(forwards),
+        "forwards_per_answer": sum(forwards) / total,
         "solved": solved,
+        "forwards": forwards,
     }
 
 
@@ -129,7 +150,7 @@ def _examples(
             "response": row["response"],
             "correct": row["reward"] >= 1,
             "block_size": row["block_size"],
-            "budget": row["denoising_steps"],
+            "setting": row["row_id"].rsplit("/", 2)[1],
             "steps": row["steps"],
             "tokens": [str(tokenizer.decode([i])) for i in row["response_ids"]],
         }
@@ -137,8 +158,8 @@ def _examples(
     ]
 
 
-def paired_test(better: Sequence[str], base: Sequence[str]) -> tuple[float, float, float, float]:
-    """Compare two models on the same prompts: (gain in accuracy, its 95 % interval low and high, p-value).
+def paired_test(better: Sequence[str], base: Sequence[str]) -> Difference:
+    """Compare the accuracy of two models on the same prompts.
 
     Each sequence has one string of "1" and "0" (see `Score.solved`) for each seed, of the same prompts. A prompt's
     outcome is its mean over the seeds, because the answers of several seeds to one prompt are not independent. The
@@ -153,15 +174,32 @@ def paired_test(better: Sequence[str], base: Sequence[str]) -> tuple[float, floa
     centre = change.sum() / total
     half = Z95 * sqrt(((change**2).sum() + 1) / total - centre**2) / sqrt(total)
     p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return float(change.mean()), float(max(centre - half, -1)), float(min(centre + half, 1)), p_value
+    return Difference(float(change.mean()), float(max(centre - half, -1)), float(min(centre + half, 1)), p_value)
+
+
+def paired_forwards(one: Sequence[Sequence[int]], base: Sequence[Sequence[int]]) -> Difference:
+    """Compare the forwards per answer of two models on the same prompts; one sequence of numbers for each seed.
+
+    A prompt's outcome is its mean over the seeds, as in `paired_test`. The p-value is that of Wilcoxon's signed-rank
+    test (Biometrics Bulletin 1945), the interval the percentile bootstrap's over prompts (Efron 1979).
+    """
+    change = np.mean(np.array(one, dtype=float) - np.array(base, dtype=float), axis=0)
+    if not change.any():
+        return Difference(0.0, 0.0, 0.0, 1.0)
+    low = high = change.mean()
+    if np.ptp(change) > 0:
+        # `batch` bounds the resamples that are in memory at once
+        resampled = bootstrap((change,), np.mean, method="percentile", n_resamples=NUM_RESAMPLES, batch=100, rng=0)
+        low, high = resampled.confidence_interval
+    return Difference(float(change.mean()), float(low), float(high), float(wilcoxon(change).pvalue))
 
 
 def compare(table: Sequence[Score]) -> list[Comparison]:
-    """Compare each model with the base, prompt by prompt, on every (set, budget) that both have."""
-    base = {(r["set"], r["budget"]): r for r in table if r["model"] == "base"}
+    """Compare each model with the base, prompt by prompt, on every (set, setting) that both have."""
+    base = {(r["set"], r["setting"]): r for r in table if r["model"] == "base"}
     made: list[Comparison] = []
     for row in table:
-        other = base.get((row["set"], row["budget"]))
+        other = base.get((row["set"], row["setting"]))
         if row["model"] == "base" or other is None:
             continue
         gain, low, high, p_value = paired_test([row["solved"]], [other["solved"]])
@@ -169,12 +207,13 @@ def compare(table: Sequence[Score]) -> list[Comparison]:
             {
                 "model": row["model"],
                 "set": row["set"],
-                "budget": row["budget"],
+                "setting": row["setting"],
                 "gain": gain,
                 "low": low,
                 "high": high,
                 "p_value": p_value,
                 "verdict": "same" if p_value >= SIGNIFICANT else "better" if gain > 0 else "worse",
+                "forwards": paired_forwards([row["forwards"]], [other["forwards"]])._asdict(),
             }
         )
     return made

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dtrpo_ray.config.decode import STEPS, Setting
 from dtrpo_ray.files import whole_file
 from dtrpo_ray.metrics import TERM_METRICS
 from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, Evaluation, Example, Score, compare, p_text
@@ -56,13 +57,13 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class ScorePair:
-    """Base beside aligned on one test set at one budget.
+    """Base beside aligned on one test set at one setting.
 
     `change` compares them prompt by prompt; it is None if either is missing.
     """
 
     set: str
-    budget: int
+    setting: Setting
     base: Score | None
     aligned: Score | None
     change: Comparison | None
@@ -113,6 +114,7 @@ def write_report(
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.filters.update(solved=_accuracy_text, points=points, p_text=p_text)
+    environment.filters["setting"] = lambda text: Setting.parse(text).label
     page = environment.get_template("page.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
@@ -152,15 +154,15 @@ def _count(number: int, noun: str) -> str:
 
 
 def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
-    """Put base beside aligned for each set and budget of an evaluation at one temperature; the held-out set first."""
+    """Put base beside aligned for each set and setting of an evaluation at one temperature; the held-out set first."""
     table = evaluation["table"] if evaluation else []
-    scores = {(row["set"], row["budget"], row["model"]): row for row in table}
-    changes = {(row["set"], row["budget"]): row for row in compare(table)}
+    scores = {(row["set"], row["setting"], row["model"]): row for row in table}
+    changes = {(row["set"], row["setting"]): row for row in compare(table)}
     pairs = []
-    for test_set, budget in dict.fromkeys((row["set"], row["budget"]) for row in table):
-        base, aligned = (scores.get((test_set, budget, model)) for model in ("base", "aligned"))
-        pairs.append(ScorePair(test_set, budget, base, aligned, changes.get((test_set, budget))))
-    return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.set, pair.budget))
+    for test_set, setting in dict.fromkeys((row["set"], row["setting"]) for row in table):
+        base, aligned = (scores.get((test_set, setting, model)) for model in ("base", "aligned"))
+        pairs.append(ScorePair(test_set, Setting.parse(setting), base, aligned, changes.get((test_set, setting))))
+    return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.set, pair.setting))
 
 
 def _natural(name: str) -> list[str | int]:
@@ -173,7 +175,7 @@ def _by_set(pairs: list[ScorePair]) -> dict[str, list[ScorePair]]:
 
 
 def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evaluation: Evaluation | None) -> str:
-    """Say the result in one sentence, at the held-out budget with the largest gain; call a loss a loss."""
+    """Say the result in one sentence, at the held-out setting with the largest gain; call a loss a loss."""
     gains = [(p.gain, p) for p in pair_up(evaluation) if p.set == HELD_OUT and p.gain is not None]
     if not gains:
         return _training_headline(curves, evaluation)
@@ -182,15 +184,14 @@ def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evalu
     assert best.aligned is not None
     assert best.change is not None
     test = f"; {p_text(best.change['p_value'])}"
-    steps = _count(best.budget, "denoising step") + " per block"
     noun = "prompt" if "files" in (job.get("task") or {}) else "puzzle"
     prompts = _count(best.aligned["num_prompts"], f"held-out {noun}")
     base, aligned = _accuracy_text(best.base), _accuracy_text(best.aligned)
-    result = f"at {steps} the aligned model solves {aligned} of {prompts}, the base {base}"
+    result = f"at {best.setting.label} the aligned model solves {aligned} of {prompts}, the base {base}"
     if points(gain) == "0.0":
         return f"No gain from alignment: {'at its best, ' if len(gains) > 1 else ''}{result}."
     if gain < 0:
-        return f"{'A loss at every budget; the smallest' if len(gains) > 1 else 'A loss'}: {result}{test}."
+        return f"{'A loss at every setting; the smallest' if len(gains) > 1 else 'A loss'}: {result}{test}."
     return f"A{result[1:]}{test}{', so this may be chance' if best.change['verdict'] == 'same' else ''}."
 
 
@@ -345,29 +346,32 @@ def _accuracy_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> 
             axes.set_title("" if test_set == HELD_OUT else short if len(short) <= 20 else short[:19] + "…")
         for axes in grid[len(sets) :]:
             axes.set_axis_off()
-        figure.supxlabel("denoising steps per block")
+        figure.supxlabel("denoising forwards per answer")
         _crown(figure, grid[0], title)
 
-    alt = "Points with 95 % intervals by denoising steps per block; the numbers are in the table below."
-    return _save(out, name, Plot(title, "Bars: 95 % intervals.", alt), draw, height=0.9 + 2.4 * rows)
+    note = "Bars: 95 % intervals. Solid: by steps per block. Dashed: by threshold. The numbers are the settings."
+    alt = "Accuracy against denoising forwards per answer, with 95 % intervals; the numbers are in the table below."
+    return _save(out, name, Plot(title, note, alt), draw, height=0.9 + 2.4 * rows)
 
 
 def _draw_accuracy(axes: Axes, pairs: list[ScorePair], labelled: bool) -> None:
-    for color, model, marker, side in ((BASE, "base", "s", -1), (ALIGNED, "aligned", "o", 1)):
-        scores = [pair.base if model == "base" else pair.aligned for pair in pairs]
-        measured = [(place, pairs[place], score) for place, score in enumerate(scores) if score]
-        x = [place + 0.05 * side for place, _, _ in measured]
-        rows = np.array([(row["accuracy"], row["low"], row["high"]) for *_, row in measured]).reshape(-1, 3)
-        mean, low, high = 100 * rows.T
-        reach = np.maximum([mean - low, high - mean], 0)
-        axes.errorbar(x, mean, reach, color=color, marker=marker, label=model)
-        for index, (_, pair, _) in enumerate(measured if labelled else ()):
+    for (color, model, marker, side), field in product(
+        ((BASE, "base", "s", -1), (ALIGNED, "aligned", "o", 1)), dict.fromkeys(pair.setting.field for pair in pairs)
+    ):
+        both = [(pair, pair.base if model == "base" else pair.aligned) for pair in pairs if pair.setting.field == field]
+        measured = [(pair, score) for pair, score in both if score]
+        rows = [(r["forwards_per_answer"], 100 * r["accuracy"], 100 * r["low"], 100 * r["high"]) for _, r in measured]
+        x, mean, low, high = np.array(rows).reshape(-1, 4).T
+        reach, steps = np.maximum([mean - low, high - mean], 0), field == STEPS
+        label = model if field == pairs[0].setting.field else None  # a model has one name in the legend
+        axes.errorbar(x, mean, reach, color=color, marker=marker, ls="-" if steps else "--", label=label)
+        for index, (pair, _) in enumerate(measured if labelled else ()):
             above = side * (pair.gain or 0) >= 0  # the better model's number above its bar, the other's below
-            axes.annotate(f"{mean[index]:.1f}", (x[index], (high if above else low)[index]), color=color,
+            axes.annotate(str(pair.setting.value), (x[index], (high if above else low)[index]), color=color,
                           xytext=(0, 4 if above else -4), textcoords="offset points", ha="center",
                           va="bottom" if above else "top")  # fmt: skip
-    axes.set_xticks(range(len(pairs)), [str(pair.budget) for pair in pairs])
-    axes.set_xlim(-0.5, len(pairs) - 0.5)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(y=0.15 if labelled else 0.05)
 
 
@@ -407,8 +411,8 @@ def _skip(out: Path, name: str, title: str, why: str) -> Plot:
 # ---- example denoisings
 
 
-def _drawn(job: dict[str, Any], example: Example) -> tuple[Example, bool, list[list[Cell]]]:
-    """Return an example, whether it is a grid of Sudoku, and its tokens cut into the blocks that were decoded.
+def _drawn(job: dict[str, Any], example: Example) -> tuple[Example, bool, list[list[Cell]], int]:
+    """Return an example, whether it is a grid of Sudoku, its tokens cut into the blocks, and the most steps of a block.
 
     `steps` count denoising forwards over the response from 0, negative if none unmasked the token. The response ends
     on the block grid, so blocks are counted back from the end and only the first may be short.
@@ -425,4 +429,5 @@ def _drawn(job: dict[str, Any], example: Example) -> tuple[Example, bool, list[l
                  wanted=wanted[i] if wanted[i] != tokens[i] else "")
             for i in range(start, end)
         ])  # fmt: skip
-    return example, sudoku, blocks
+    most = max((cell.rank + 1 for block in blocks for cell in block if cell.rank is not None), default=1)
+    return example, sudoku, blocks, most

@@ -96,6 +96,38 @@ def test_a_strategy_takes_its_pairs_in_its_order(strategy: Any, expected: list[t
         assert sides(make_pairs(trajectories(*RANKED), fewer)) == expected[:most]
 
 
+def timed(prompt: str, first: int, reward: float, forwards: int | None, **changes: Any) -> tuple[Any, ...]:
+    """A response that begins with `first`, unmasked in as many forwards."""
+    steps = [min(i, (forwards or 1) - 1) for i in range(4)]
+    return (prompt, [first, 0, 0, 0], reward, None, {"steps": steps, "num_forwards": forwards, **changes})
+
+
+def test_of_correct_responses_the_one_with_fewer_forwards_is_chosen() -> None:
+    """Largest difference first, each response once; wrong and untimed ones, ties and other settings never pair."""
+    rows = [timed("a", i, 1.0, forwards) for i, forwards in enumerate([3, 1, 4, 2, 3])]
+    rows += [timed("a", 5, 0.5, 1), timed("a", 6, 0.0, 4), timed("a", 7, 1.0, None), timed("a", 8, 2.0, 9)]
+    rows += [timed("b", 1, 1.0, 2), timed("b", 2, 1.0, 2)]  # a tie
+    rows += [timed("c", 1, 1.0, 1, temperature=0.5), timed("c", 2, 1.0, 4)]
+    rows += [timed("d", 1, 0.5, 1), timed("d", 2, 0.5, 4)]  # equal rewards, but not correct
+    config = PairConfig(strategy="faster", max_pairs_per_prompt=9)
+    made = make_pairs(trajectories(*rows), config)
+    assert sides(made) == [(1, 2), (3, 0)]  # 1 against 4 forwards, then 2 against 3; one of 3 is left over
+    assert [(max(r["chosen_steps"]) + 1, max(r["rejected_steps"]) + 1) for r in made.to_pylist()] == [(1, 4), (2, 3)]
+    assert made["chosen_reward"].to_pylist() == made["rejected_reward"].to_pylist() == [1.0, 1.0]
+    apart = config.model_copy(update={"min_margin": 2.0})  # in forwards
+    assert sides(make_pairs(trajectories(*rows), apart)) == [(1, 2)]
+    assert sides(make_pairs(trajectories(*rows), config.model_copy(update={"max_pairs_per_prompt": 1}))) == [(1, 2)]
+
+
+def test_the_same_answer_in_fewer_forwards_is_another_response() -> None:
+    """The usual case of a puzzle with one solution; twice the same trajectory still counts once."""
+    table = trajectories(timed("a", 1, 1.0, 4), timed("a", 1, 1.0, 2), timed("a", 1, 1.0, 2), timed("a", 1, 1.0, 4))
+    made = make_pairs(table, PairConfig(strategy="faster", max_pairs_per_prompt=9))
+    assert made["row_id"].to_pylist() == ["a-1>a-0"]
+    check_table(made, "pairs")
+    assert len(make_pairs(table, PairConfig())) == 0
+
+
 def test_references_pair_with_responses_of_any_settings() -> None:
     reference = {"engine": "reference", "model_hash": None}
     rows = [
@@ -171,12 +203,18 @@ def test_closest_pairs_are_those_of_the_plain_loop(rows: list[tuple[Any, ...]], 
     assert make_pairs(table, config)["row_id"].to_pylist() == expected
 
 
-@pytest.mark.parametrize("strategy", ["closest", "best_worst", "all", "references"])
+@pytest.mark.parametrize("strategy", ["closest", "best_worst", "all", "references", "faster"])
 def test_parts_of_whole_prompts_give_the_pairs_of_the_whole_table(tmp_path: Path, strategy: Any) -> None:
     rng, config = np.random.default_rng(0), PairConfig(strategy=strategy, max_pairs_per_prompt=2)
     engines = [{"engine": "reference" if i % 5 == 0 else "engine/1"} for i in range(120)]
     rows = [
-        (f"p{rng.integers(12)}", rng.integers(0, 5, 4).tolist(), float(rng.integers(3)), 1 + i % 2, engines[i])
+        (
+            f"p{rng.integers(12)}",
+            rng.integers(0, 5, 4).tolist(),
+            float(rng.integers(3)),
+            1 + i % 2,
+            engines[i] | {"num_forwards": i % 7},
+        )
         for i in range(120)
     ]
     table = trajectories(*rows)

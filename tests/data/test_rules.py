@@ -123,12 +123,24 @@ BROKEN: list[tuple[str, Row, str]] = [
     ("trajectory/v1", {"logps": [0.0] * 7}, "logps and response_ids differ in length"),
     ("preference/v1", {"chosen_steps": [0] * 3}, "chosen_steps and chosen_ids differ in length"),
     ("preference/v1", {"rejected_steps": [0] * 2}, "rejected_steps and rejected_ids differ in length"),
-    (
-        "preference/v1",
-        {"rejected_ids": [3, 8], **NO_STEPS},
-        "chosen_ids and rejected_ids are identical: nothing to prefer",
-    ),
+    *[
+        (
+            "preference/v1",
+            {"rejected_ids": [3, 8], **steps},
+            "chosen_ids and rejected_ids are identical, and no steps tell them apart: nothing to prefer",
+        )
+        for steps in (
+            NO_STEPS,
+            {"rejected_steps": None, "rejected_types": None},  # known on one side alone
+            {"rejected_steps": [1, 0], "rejected_types": [0, 0]},
+        )
+    ],
 ]
+
+
+def test_the_same_tokens_in_other_steps_are_another_side() -> None:
+    same = {"rejected_ids": [3, 8], "rejected_steps": [0, 0], "rejected_types": [0, 0]}
+    assert broken(table_of("preference/v1", same)) == [None] * 3
 
 
 @pytest.mark.parametrize(("kind", "change", "rule"), BROKEN)

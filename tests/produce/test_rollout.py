@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtrpo_ray.config.decode import RolloutConfig
+from dtrpo_ray.config.decode import STEPS, EvalConfig, RolloutConfig, Setting
 from dtrpo_ray.config.task import PromptsTask
 from dtrpo_ray.data import prepare
 from dtrpo_ray.data.formats.tokenize import content_id
@@ -16,7 +16,15 @@ from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.models.registry import save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from dtrpo_ray.produce.rollout import DecodeJob, FileRecorder, require_fit, sampling_params
+from dtrpo_ray.produce.rollout import (
+    DecodeJob,
+    FileRecorder,
+    Recorder,
+    at_setting,
+    request_parts,
+    require_fit,
+    sampling_params,
+)
 
 PROMPTS: list[Any] = ["ab", "cd", "ab", "9", "a" * 30, {"prompt": 7}, "e"]
 GRID = {"block_size": 4, "block_origin": "global", "shift": 0}
@@ -86,6 +94,8 @@ def test_the_settings_reach_the_decoder_and_its_record(policy: Path, tmp_path: P
     )
     assert sampling_params(RolloutConfig(tokens_per_step=2)).policy == "low_confidence_top_k"
     row = rollout(policy, tmp_path / "out", **settings)[1].to_pylist()[0]
+    assert row["denoising_steps"] is None  # its policy is not measured in steps
+    assert row["num_forwards"] == max(row["steps"]) + 1
     assert {name: row["sampler"][name] for name in settings} == settings
     assert (row["sampler"]["remasking"], row["support"]) == ("low_confidence_dynamic", "truncated")
 
@@ -104,3 +114,31 @@ def test_what_the_blocks_do_not_allow_is_refused(policy: Path, settings: dict[st
         require_fit(policy, RolloutConfig.model_validate(settings))
     assert words in str(caught.value)
     require_fit(policy, RolloutConfig(threshold=0.5))
+
+
+def test_a_request_with_a_setting_of_its_own_is_decoded_at_it(policy: Path) -> None:
+    """In one pass over requests, each as if it were alone: ids, steps and forwards; and each is recorded as it was."""
+    base = SamplingParams(max_new_tokens=8, denoising_steps=1, temperature=1.0)
+    settings = EvalConfig(budgets=(1, 4), thresholds=(0.03, 0.2)).settings
+    requests = [
+        at_setting({"row_id": f"{setting}/{text}", "prompt_id": text, "prompt": text}, setting)
+        for text in ("ab", "cd", "e")
+        for setting in settings
+    ]
+    rows = Recorder(DecodeJob(policy, "model", base, 2, 0), 1).decode(requests).to_pylist()
+    assert sorted(row["row_id"] for row in rows) == sorted(request["row_id"] for request in requests)
+    for row in rows:
+        setting = Setting.parse(row["row_id"].split("/")[0])
+        alone = base.model_copy(update={setting.field: setting.value})
+        own = {"row_id": row["row_id"], "prompt_id": row["prompt_id"], "prompt": row["prompt"]}
+        (same,) = Recorder(DecodeJob(policy, "model", alone, 2, 0), 1).decode([own]).to_pylist()  # type: ignore[list-item]
+        for name in ("response_ids", "steps", "num_forwards", "sampler", "seed"):
+            assert row[name] == same[name]
+        recorded = row["denoising_steps"] if setting.field == STEPS else row["sampler"]["threshold"]
+        assert recorded == setting.value
+    forwards = {row["row_id"]: row["num_forwards"] for row in rows}
+    assert {forwards[f"threshold=0.03/{text}"] < forwards[f"threshold=0.2/{text}"] for text in ("ab", "cd", "e")} == {
+        True
+    }
+    parts = request_parts(requests, 2)
+    assert [len(part.requests) for part in parts] == [8, 4]  # two requests for each of four settings

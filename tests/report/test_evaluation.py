@@ -5,9 +5,17 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from dtrpo_ray.config.decode import EvalConfig
+from dtrpo_ray.config.decode import EvalConfig, Setting
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from dtrpo_ray.report.evaluation import Score, compare, p_text, paired_test, summarise, wilson_interval
+from dtrpo_ray.report.evaluation import (
+    Score,
+    compare,
+    p_text,
+    paired_forwards,
+    paired_test,
+    summarise,
+    wilson_interval,
+)
 from tests.data.test_pairs import trajectories
 
 
@@ -21,13 +29,14 @@ def test_the_wilson_interval_has_its_published_values(correct: int, total: int, 
 
 def test_a_table_row_counts_tokens_per_denoising_forward() -> None:
     table = trajectories(("held-out/0", [1, 2, 3, 4], 1.0, 2), ("held-out/1", [1, 2, 3, 4], 0.0, 2))
-    ids = ["held-out/2/000000", "held-out/2/000001"]
+    ids = ["held-out/denoising_steps=2/000000", "held-out/denoising_steps=2/000001"]
     table = table.set_column(1, "row_id", [ids])
     record = summarise(table, {"held-out/0": "1234", "held-out/1": "4321"}, EvalConfig(), character_tokenizer("01234"))
     row = record["table"][0]
-    assert (row["set"], row["budget"], row["correct"], row["num_prompts"]) == ("held-out", 2, 1, 2)
+    assert (row["set"], row["setting"], row["correct"], row["num_prompts"]) == ("held-out", "denoising_steps=2", 1, 2)
     assert row["solved"] == "10"
     assert row["tokens_per_forward"] == 1.0  # four tokens in four forwards each
+    assert (row["forwards"], row["forwards_per_answer"]) == ([4, 4], 4.0)
     assert {example["correct"] for example in record["examples"]} == {True, False}
     assert record["examples"][0]["tokens"] == ["1", "2", "3", "4"]
 
@@ -71,10 +80,11 @@ def test_the_test_rejects_true_equality_as_often_as_it_says() -> None:
 def test_a_verdict_is_of_the_pairs_and_not_of_two_intervals() -> None:
     """Accuracies of 0.60 and 0.64 are four wins of four where one model solves all that the other does."""
 
-    def row(model: str, budget: int, solved: str) -> Score:
+    def row(model: str, steps: int, solved: str) -> Score:
         return {
-            "model": model, "set": "s", "budget": budget, "temperature": 0.0, "num_prompts": 100, "correct": 0,
-            "accuracy": 0.0, "low": 0.0, "high": 1.0, "tokens_per_forward": 1.0, "solved": solved,
+            "model": model, "set": "s", "setting": f"denoising_steps={steps}", "temperature": 0.0, "num_prompts": 100,
+            "correct": 0, "accuracy": 0.0, "low": 0.0, "high": 1.0, "tokens_per_forward": 1.0,
+            "forwards_per_answer": 4.0, "solved": solved, "forwards": [4 - (model == "aligned")] * 50 + [4] * 50,
         }  # fmt: skip
 
     nested, crossed = "1" * 64 + "0" * 36, "0" * 36 + "1" * 64
@@ -82,10 +92,45 @@ def test_a_verdict_is_of_the_pairs_and_not_of_two_intervals() -> None:
     table = [row("base", 1, base), row("aligned", 1, nested), row("base", 2, base), row("aligned", 2, crossed)]
     table += [row("base", 4, "1" * 100), row("aligned", 4, base), row("aligned", 8, base)]
     made = compare(table)
-    assert [c["budget"] for c in made] == [1, 2, 4]  # at 8 there is no base
+    assert [c["setting"] for c in made] == [f"denoising_steps={k}" for k in (1, 2, 4)]  # at 8 there is no base
+    assert [c["forwards"]["mean"] for c in made] == [-0.5] * 3
     assert [c["gain"] for c in made] == pytest.approx([0.04, 0.04, -0.4])
     assert [c["p_value"] for c in made] == pytest.approx([0.125, 0.728, 0], abs=5e-3)
     assert [c["verdict"] for c in made] == ["same", "same", "worse"]
+
+
+def test_forwards_are_compared_prompt_by_prompt() -> None:
+    """The law of the signed-rank test with all differences of one sign: 2 / 2^n; and the mean's normal interval."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(4, 17, 400)
+    other = base - rng.integers(0, 5, 400)
+    found = paired_forwards([other.tolist()], [base.tolist()])
+    change = other - base
+    half = 1.959964 * change.std() / sqrt(400)
+    assert found.mean == change.mean()
+    assert (found.low, found.high) == pytest.approx((change.mean() - half, change.mean() + half), abs=0.02)
+    assert found.p_value < 1e-6
+    turned = paired_forwards([base.tolist()], [other.tolist()])
+    assert turned == pytest.approx((-found.mean, -found.high, -found.low, found.p_value), abs=0.02)
+    assert paired_forwards([[5, 3, 1, 4]], [[6, 5, 4, 8]]).p_value == pytest.approx(2 / 2**4)
+    assert paired_forwards([[4, 4]], [[4, 4]]) == (0, 0, 0, 1)
+    assert paired_forwards([[3] * 9], [[4] * 9])[:3] == (-1, -1, -1)
+    assert paired_forwards([[1, 3], [3, 3]], [[2, 2], [2, 4]]) == (0, 0, 0, 1)  # seeds that cancel prompt by prompt
+
+
+def test_settings_sort_from_few_forwards_to_many_and_are_read_back_from_row_ids() -> None:
+    """Numbers sort as numbers, whatever the order of the rows; the examples are those of the first setting."""
+    settings = EvalConfig(budgets=(16, 2), thresholds=(0.9, 0.25)).settings
+    assert list(map(str, settings)) == ["denoising_steps=2", "denoising_steps=16", "threshold=0.25", "threshold=0.9"]
+    assert [str(Setting.parse(str(setting))) for setting in settings] == list(map(str, settings))
+    assert [setting.label for setting in settings][1:3] == ["16 steps per block", "threshold 0.25"]
+    table = trajectories(*[(f"a/b.jsonl/{i}", [1, 2, 3, 4], 1.0, None) for i in range(4)])
+    ids = [f"a/b.jsonl/{setting}/{i:06d}" for i, setting in enumerate(settings)]
+    table = table.set_column(1, "row_id", [ids])
+    answers = {f"a/b.jsonl/{i}": "1234" for i in range(4)}
+    record = summarise(table, answers, EvalConfig(), character_tokenizer("01234"))
+    assert [row["setting"] for row in record["table"]] == list(map(str, settings))
+    assert [example["setting"] for example in record["examples"]] == ["denoising_steps=2"]
 
 
 def test_a_p_value_is_never_said_to_be_zero() -> None:

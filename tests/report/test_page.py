@@ -38,20 +38,32 @@ PLOTS = {f"{name}.png" for name in ("base_loss", "train_loss", "margin", "reward
 
 
 def score(
-    model: str, accuracy: float, low: float, high: float, budget: int = 1, test_set: str = "held-out", n: int = 2000
+    model: str,
+    accuracy: float,
+    low: float,
+    high: float,
+    at: int | float = 1,
+    test_set: str = "held-out",
+    n: int = 2000,
+    forwards: int | None = None,
 ) -> Row:
+    """A row at `at` denoising steps per block, or at that threshold if it is no whole number."""
     correct = round(accuracy * n)
     numbers = {"num_prompts": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
-    rng = np.random.default_rng([len(model), budget])  # each model solves prompts of its own
+    rng = np.random.default_rng([len(model), int(at)])  # each model solves prompts of its own
     numbers["solved"] = "".join(rng.permutation(list("1" * correct + "0" * (n - correct))))
-    setting = {"model": model, "set": test_set, "budget": budget, "temperature": 0.0, "tokens_per_forward": 4 / budget}
-    return setting | numbers
+    field = "denoising_steps" if isinstance(at, int) else "threshold"
+    setting = {"model": model, "set": test_set, "setting": f"{field}={at}", "temperature": 0.0}
+    forwards = forwards or 4 * int(at)
+    cost = {"tokens_per_forward": 16 / forwards, "forwards_per_answer": float(forwards), "forwards": [forwards] * n}
+    return setting | numbers | cost
 
 
 def example(**changes: Any) -> Row:
     steps = [0, 1, 1, 0, 2, 2, 3, 3, 4, 5, 4, 5, 7, 6, 7, 6]
     return {"model": "base", "prompt": PUZZLE, "answer": SOLUTION, "response": SOLUTION, "correct": True,
-            "block_size": 4, "budget": 2, "steps": steps, "tokens": list(SOLUTION)} | changes  # fmt: skip
+            "block_size": 4, "setting": "denoising_steps=2", "steps": steps,
+            "tokens": list(SOLUTION)} | changes  # fmt: skip
 
 
 def train_rows(count: int, **changes: Any) -> list[Row]:
@@ -140,10 +152,10 @@ def test_every_plot_is_a_whole_png(full: Path) -> None:
 def test_first_words_are_the_result(full: Path) -> None:
     body = full.read_text().split("<main>")[1].replace("\N{NO-BREAK SPACE}", " ")
     assert body.split("</h1>")[0].strip() == (
-        "<h1>At 1 denoising step per block the aligned model solves 71.2 % [69.2, 73.2] of 2,000 held-out puzzles, "
+        "<h1>At 1 step per block the aligned model solves 71.2 % [69.2, 73.2] of 2,000 held-out puzzles, "
         "the base 63.3 % [61.2, 65.4]; p &lt; 0.001."
     )
-    assert "+7.9 at 1, −1.0 at 2" in body
+    assert "+7.9 at 1 step per block, −1.0 at 2 steps per block" in body
     assert "significant (p &lt; 0.05) at 1 of 2" in body
     assert body.count('<span class="better">▲ +7.9</span>') == 1
     assert "[+5.0, +10.8], p &lt; 0.001" in body
@@ -206,20 +218,20 @@ def test_import_is_light() -> None:
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        (GAIN, "At 1 denoising step per block the aligned model solves 71.2 % [69.2, 73.2] of 2,000 held-out puzzles, "
+        (GAIN, "At 1 step per block the aligned model solves 71.2 % [69.2, 73.2] of 2,000 held-out puzzles, "
                "the base 63.3 % [61.2, 65.4]; p < 0.001."),
         ([score("base", 0.80, 0.78, 0.82, 4), score("aligned", 0.81, 0.79, 0.83, 4)],
-         "At 4 denoising steps per block the aligned model solves 81.0 % [79.0, 83.0] of 2,000 held-out puzzles, "
+         "At 4 steps per block the aligned model solves 81.0 % [79.0, 83.0] of 2,000 held-out puzzles, "
          "the base 80.0 % [78.0, 82.0]; p = 0.446, so this may be chance."),
         ([score("base", 0.8, 0.78, 0.82), score("aligned", 0.8, 0.78, 0.82)],
-         "No gain from alignment: at 1 denoising step per block the aligned model solves 80.0 % [78.0, 82.0] of 2,000 "
+         "No gain from alignment: at 1 step per block the aligned model solves 80.0 % [78.0, 82.0] of 2,000 "
          "held-out puzzles, the base 80.0 % [78.0, 82.0]."),
         ([score("base", 0.80, 0.78, 0.82), score("aligned", 0.79, 0.77, 0.81),
           score("base", 0.9, 0.88, 0.92, 2), score("aligned", 0.7, 0.68, 0.72, 2)],
-         "A loss at every budget; the smallest: at 1 denoising step per block the aligned model solves 79.0 % "
+         "A loss at every setting; the smallest: at 1 step per block the aligned model solves 79.0 % "
          "[77.0, 81.0] of 2,000 held-out puzzles, the base 80.0 % [78.0, 82.0]; p = 0.453."),
         ([score("base", 1.0, 0.9, 1.0, n=1), score("aligned", 0.0, 0.0, 0.1, n=1)],
-         "A loss: at 1 denoising step per block the aligned model solves 0.0 % [0.0, 10.0] of 1 held-out puzzle, "
+         "A loss: at 1 step per block the aligned model solves 0.0 % [0.0, 10.0] of 1 held-out puzzle, "
          "the base 100.0 % [90.0, 100.0]; p = 1.000."),
         (GAIN[:1] + PUBLIC, "No held-out set was evaluated for both models, and no training loss was logged."),
     ],
@@ -257,13 +269,30 @@ def test_sets_come_held_out_first_then_by_number() -> None:
     assert names == ["held-out", "sudoku_4x4_6.jsonl", "sudoku_4x4_10.jsonl"]
 
 
+def test_a_threshold_compares_accuracy_and_forwards(tmp_path: Path) -> None:
+    rows = [
+        score("base", 0.8, 0.7, 0.9, 0.9, n=100, forwards=8),
+        score("aligned", 0.8, 0.7, 0.9, 0.9, n=100, forwards=6),
+    ]
+    rows += [score(model, 0.5, 0.4, 0.6, 2, n=100) for model in ("base", "aligned")]
+    found = {pair.setting.label: pair for pair in pair_up({"table": rows})}
+    assert list(found) == ["2 steps per block", "threshold 0.9"]
+    text = poor(tmp_path, evaluation={"table": rows, "examples": [example(setting="threshold=0.9")]})
+    assert '<th scope="row">threshold 0.9</th>' in text
+    assert re.search(
+        r"<td>8.0 / 6.0\s*<small class=\"verdict\">−2.00 \[−2.00, −2.00\], p &lt; 0.001</small></td>", text
+    )
+    assert re.search(r"<td>8.0\s*</td>", text)  # equal forwards at two steps: nothing to test
+    assert "threshold 0.9, blocks of 4" in text
+
+
 def test_sets_whose_names_sort_alike_keep_all_their_budgets() -> None:
     names = ("test1.jsonl", "test01.jsonl")
     table = [
         score(model, 0.5, 0.4, 0.6, k, name, 10) for k in (1, 2, 4) for name in names for model in ("base", "aligned")
     ]
     found = report._by_set(pair_up({"table": table}))
-    assert {name: [pair.budget for pair in pairs] for name, pairs in found.items()} == {
+    assert {name: [pair.setting.value for pair in pairs] for name, pairs in found.items()} == {
         name: [1, 2, 4] for name in names
     }
 
