@@ -26,6 +26,8 @@ from dtrpo_ray.data.schemas import TrajectoryRow
 
 MAX_CHOICES = 64  # of one request: prompts times n
 MAX_ALTERNATIVES = 20  # of each token
+MAX_TURNS = 4096  # messages of one chat
+MAX_PROMPT_IDS = 2**18  # of one prompt of token ids; a body of 1 MiB holds twice as many
 MAX_NAME = 80  # characters of an unknown field's name that a refusal repeats
 UNSUPPORTED = "unsupported_parameter"
 
@@ -174,7 +176,10 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+# lists are checked up to their first wrong entry: an error for each would take seconds and hundreds of megabytes
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)
+]
 
 
 class CompletionRequest(_Request):
@@ -183,7 +188,7 @@ class CompletionRequest(_Request):
     prompt: Annotated[
         list[str | TokenIds],
         BeforeValidator(_as_prompts, json_schema_input_type=str | TokenIds | list[str] | list[TokenIds]),
-    ] = Field(min_length=1, max_length=MAX_CHOICES)
+    ] = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
     """A text, or its token ids, or several of them."""
     max_tokens: int = Field(16, ge=1)
     logprobs: int | Literal[False] | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
@@ -216,7 +221,7 @@ class Message(_Body):
 class ChatRequest(_Request):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     """Absent: as many as the server and the model's context allow."""
     max_tokens: int | None = Field(None, ge=1)
@@ -254,7 +259,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_TURNS, fail_fast=True)
 
     @model_validator(mode="after")
     def _check_one_text(self) -> Self:

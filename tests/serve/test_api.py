@@ -1,5 +1,6 @@
 """Request schemas: what clients send is taken, what would change an answer's meaning is refused by name."""
 
+import json
 from typing import Any
 
 import pytest
@@ -229,3 +230,35 @@ def test_no_column_of_a_trajectory_is_sometimes_null() -> None:
     fields = Trajectory.model_json_schema()["properties"]
     assert not [name for name, field in fields.items() if "anyOf" in field]
     assert {name for name, field in fields.items() if field.get("type") == "null"} >= {"origin", "answer", "reward"}
+
+
+def filled(head: str, item: str, tail: str) -> Any:
+    """A body of 1 MiB, the size of the largest that is read."""
+    return json.loads(head + ",".join([item] * ((2**20 - len(head) - len(tail)) // (len(item) + 1))) + tail)
+
+
+HOSTILE: list[tuple[type[CompletionRequest] | type[ChatRequest] | type[TokenizeRequest], Any]] = [
+    (CompletionRequest, filled('{"prompt": [', "-1", "]}")),
+    (CompletionRequest, filled('{"prompt": [', "1.5", "]}")),
+    (CompletionRequest, filled('{"prompt": [', "[]", "]}")),
+    (CompletionRequest, {"prompt": [[]] * MAX_CHOICES}),
+    (CompletionRequest, filled('{"prompt": [[', "1", "]]}")),
+    (CompletionRequest, filled('{"prompt": "0", "stop": [', "1", "]}")),
+    (CompletionRequest, filled('{"prompt": "0", "stop_token_ids": [', "-1", "]}")),
+    (CompletionRequest, {"prompt": "0", **{f"x{i}": 1 for i in range(10**5)}}),
+    (ChatRequest, filled('{"messages": [', "1", "]}")),
+    (ChatRequest, filled('{"messages": [', "{}", "]}")),
+    (ChatRequest, filled('{"messages": [', '{"role": "user", "content": ""}', "]}")),  # more than a chat may have
+    (ChatRequest, {"messages": [{}] * 4000}),
+    (ChatRequest, filled('{"messages": [{"role": "user", "content": [', "{}", "]}]}")),
+    (ChatRequest, {"messages": [{"role": "user", "content": "", **{f"x{i}": 1 for i in range(10**5)}}]}),
+    (TokenizeRequest, {"messages": [{}] * 4000}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), HOSTILE, ids=range(len(HOSTILE)))
+def test_a_large_wrong_body_has_few_errors(kind: type[CompletionRequest], body: Any) -> None:
+    """An error for each of its entries took seconds on the event loop, and memory that was never given back."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 20
