@@ -61,6 +61,24 @@ def bench_decode(
     result(value, as_json, as_markdown(value))
 
 
+@bench.command("load")
+def bench_load(
+    hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    seconds: Annotated[float, typer.Option(min=1, help="Time that each number of clients asks for.")] = 60,
+    repeats: Annotated[int, typer.Option(min=1, help="Small requests alone, and beside a large one.")] = 15,
+    most: Annotated[int, typer.Option(min=0, help="Of 1, 8, 32, 128 and 512 clients, run those up to this.")] = 512,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an endpoint under load: small requests beside a large one, and 1 to 512 clients, whole and streamed."""
+    from benchmarks import load
+
+    value = load.run(hidden, layers, seconds, repeats, most)
+    _write_results(out, value, "# An endpoint under load\n\n`dtrpo bench load`\n\n" + load.text(value))
+    result({"verb": "bench load", **value}, as_json, load.text(value))
+
+
 @bench.command("data")
 def bench_data(
     rows: Annotated[int, typer.Option(min=64, help="Rows for prepare, score and pair.")] = 40_000,

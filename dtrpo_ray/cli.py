@@ -105,7 +105,7 @@ def _stage_verb(name: str, text: str, pick: Callable[["Pipeline"], Any]) -> None
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Run a benchmark: `dtrpo bench train|decode|data|forward`. Needs a clone of the repository."""
+    """Run a benchmark: `dtrpo bench train|decode|data|forward|load`. Needs a clone of the repository."""
     checkout = Path(__file__).parents[1]
     if not (checkout / "benchmarks" / "cli.py").is_file():
         raise ConfigError("dtrpo bench is not part of the installed package: run it from a clone of the repository")

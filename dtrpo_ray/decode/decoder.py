@@ -7,7 +7,7 @@ of the next block. Full-attention models have no exact cache: each of their pass
 Legend: R rows of a pass, B tokens of a block, T tokens of a pass's row, N masked positions, V vocabulary.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +27,7 @@ from dtrpo_ray.method.trajectory import GIVEN, NEVER
 from dtrpo_ray.models.base import DiffusionLM
 
 MAX_PASS_TOKENS = 8192  # of one forward, all rows together
-PREFILL_TOKENS = 1024  # of one prompt in one forward: its neighbours wait no longer than for these
+PREFILL_TOKENS = 1024  # of one prompt in one forward, unless the caller of `step` sets fewer
 
 Key = TypeVar("Key", bound=Hashable)  # a caller's name of a request
 
@@ -82,6 +82,7 @@ class Decoder(Generic[Key]):
         self.unfilled: set[int] = set()  # published pages that no pass has filled yet
         self.rows: dict[Key, _Row] = {}
         self.slots = list(range(max_rows - 1, -1, -1))  # free ones
+        self.prefill_tokens = PREFILL_TOKENS
         self.counters = Counters()
         self.canvas = torch.full((max_rows, 0), model.mask_id, device=self.device)
         self.steps = torch.full((max_rows, 0), NEVER, device=self.device)
@@ -112,11 +113,20 @@ class Decoder(Generic[Key]):
         if key in self.rows:
             self._leave(self.rows[key])
 
+    def cost(self, key: Key) -> int | None:
+        """Return the tokens of a request's next pass; None while it waits for keys that another request computes."""
+        row = self.rows[key]
+        first, last = self._span(row)
+        return None if any(page in self.unfilled for page in row.waiting) else last - first
+
     @torch.inference_mode()
-    def step(self) -> list[tuple[Key, DecoderEvent]]:
-        """Run one pass of every request, a denoising step once its prompt is read; return (key, event) pairs."""
+    def step(self, keys: Iterable[Key] | None = None) -> list[tuple[Key, DecoderEvent]]:
+        """Run one pass of these requests, by default of all, a denoising step once a prompt is read.
+
+        Return (key, event) pairs.
+        """
         events: list[tuple[Key, DecoderEvent]] = []
-        for rows in self._groups():
+        for rows in self._groups(self.rows if keys is None else keys):
             for row in rows:
                 row.waiting = [page for page in row.waiting if page in self.unfilled]
             if ready := [row for row in rows if not row.waiting]:
@@ -192,14 +202,14 @@ class Decoder(Generic[Key]):
 
     # --- passes ---
 
-    def _groups(self) -> Iterator[list[_Row]]:
+    def _groups(self, keys: Iterable[Key]) -> Iterator[list[_Row]]:
         """Yield the rows of each pass; wide passes first, since others may read what they fill.
 
         Widths within a pass differ by less than a factor of two, so padding at most doubles it.
         """
         groups: dict[tuple[int, int], list[_Row]] = {}
         widths: dict[tuple[int, int], int] = {}
-        for row in self.rows.values():
+        for row in map(self.rows.__getitem__, keys):
             first, last = self._span(row)
             group = ((-(-(last - first) // row.block) - 1).bit_length(), row.block)
             groups.setdefault(group, []).append(row)
@@ -212,7 +222,7 @@ class Decoder(Generic[Key]):
         """Return the tokens [first, last) of the row's next pass."""
         if not self.caches:
             return 0, row.end
-        chunk = max(1, PREFILL_TOKENS // row.block) * row.block
+        chunk = max(1, self.prefill_tokens // row.block) * row.block
         if row.start - row.cached > chunk:
             return row.cached, row.cached + chunk
         return row.cached, row.start if self._must_open(row) else row.start + row.block
