@@ -40,6 +40,11 @@ DEADLINE_SECONDS = 120.0  # of a request, queueing included; clients cannot rais
 MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 Prompt = str | list[int] | list[api.Message]
@@ -48,6 +53,7 @@ OpenAPI = dict[int | str, dict[str, Any]]
 REFUSALS = {
     400: "The request cannot be honoured; `param` names the field.",
     401: "No valid API key.",
+    403: "There are no API keys, and the Host header is neither localhost nor an IP address.",
     404: "No such model.",
     413: "The body is too large.",
     429: "The queue is full; come back after `Retry-After` seconds.",
@@ -64,7 +70,8 @@ def create_app(
     With `digests` (`middleware.key_digests`), clients send a key of such a digest as a Bearer token.
     """
     service = Service({config.model_name: engine, **(others or {})}, config)
-    app = FastAPI(title="dtrpo", version=_version(), docs_url=None, redoc_url=None)
+    # a redirect would name the host that the client names
+    app = FastAPI(title="dtrpo", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(middleware.Gate, digests=digests)
     app.add_exception_handler(StarletteHTTPException, middleware.on_http_error)
@@ -74,8 +81,8 @@ def create_app(
     refusals = _refusals(*REFUSALS) | stream
     post("/v1/completions", service.complete, response_model=api.Completion, responses=refusals)
     post("/v1/chat/completions", service.chat, response_model=api.ChatCompletion, responses=refusals)
-    post("/tokenize", service.tokenize, responses=_refusals(400, 401, 404, 413, 500))
-    small = _refusals(401, 500)
+    post("/tokenize", service.tokenize, responses=_refusals(400, 401, 403, 404, 413, 500))
+    small = _refusals(401, 403, 500)
     app.add_api_route("/v1/models", service.models, responses=small)
     app.add_api_route("/metrics", service.metrics, responses={**small, 200: {"content": {"text/plain": {}}}})
     app.add_api_route("/health", service.health)
@@ -170,9 +177,8 @@ class Service:
 
     async def page(self) -> HTMLResponse:
         """Return the playground: one page that loads nothing else."""
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         text = resources.files("dtrpo_ray.serve").joinpath("playground.html").read_text()
-        return HTMLResponse(text, headers={"Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'"})
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     # --- before decoding ---
 

@@ -4,6 +4,8 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Iterable
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +34,7 @@ _STEERING = (
     b"serve-multiplexed-model-id",
 )
 _ROUTER = b"x-serve-router-"
+_DECODED = (b"x-request-id", b"traceparent", b"tracestate")  # Serve decodes their values as UTF-8
 _KEPT = (b"retry-after", b"x-request-id")  # headers of an answer of Serve's own
 
 logger = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ def _reaches_serve(name: bytes, value: bytes) -> bool:
         name.isascii()
         and plain not in _STEERING
         and not plain.startswith(_ROUTER)
-        and (plain != b"x-request-id" or value.isascii())
+        and (plain not in _DECODED or value.isascii())
     )
 
 
@@ -118,7 +121,9 @@ def _of_serve(start: Message) -> HTTPException | None:
 class Gate:
     """Refuses requests without a key and bodies that are too large, and answers every failure inside with a 500.
 
-    `digests` are those of the keys (`key_digests`); without any, no key is asked for.
+    `digests` are those of the keys (`key_digests`). Without any, no key is asked for, and the server answers under
+    `localhost` and IP addresses alone: a page of another site that resolves its own name to loopback (DNS rebinding)
+    could else read from it in the user's browser.
     """
 
     def __init__(self, app: ASGIApp, digests: tuple[str, ...]) -> None:
@@ -132,6 +137,11 @@ class Gate:
             message = "the API key is missing or wrong; send the header `Authorization: Bearer KEY`"
             headers = {"WWW-Authenticate": "Bearer"}
             return await _respond(refusal(401, message, code="invalid_api_key", headers=headers))(scope, receive, send)
+        if not self.digests and not _is_local(scope):
+            message = (
+                "without API keys this server answers under localhost and IP addresses alone; set keys, or use those"
+            )
+            return await _respond(refusal(403, message, code="host_not_allowed"))(scope, receive, send)
         begun = False
 
         async def send_once_begun(message: Message) -> None:
@@ -154,6 +164,16 @@ class Gate:
         # every key is compared, in constant time each: the time taken says nothing about them
         matches = [hmac.compare_digest(digest, wanted) for wanted in self.digests]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def _is_local(scope: Scope) -> bool:
+    """Return True if the Host header is localhost or an IP address, or absent: browsers send it always."""
+    host = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
+    try:
+        name = urlsplit(f"//{host}").hostname
+        return name == "localhost" or bool(ip_address(name or ""))
+    except ValueError:
+        return False
 
 
 def _limit_body(receive: Receive) -> Receive:

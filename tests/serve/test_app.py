@@ -49,6 +49,7 @@ CONFIG = {
 }
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}0{% endif %}"
 SERVE = ServeConfig(model_name="tiny", max_new_tokens=64, denoising_steps=2)
+HERE = "http://127.0.0.1:8000"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 Json = dict[str, Any]
@@ -82,7 +83,7 @@ def make_engine(kind: type[SDAR] = SDAR, chat: bool = True, seed: int = 3) -> En
 
 
 def client_of(engine: Engine, *keys: str) -> TestClient:
-    return TestClient(create_app(engine, SERVE, key_digests(keys)), raise_server_exceptions=False)
+    return TestClient(create_app(engine, SERVE, key_digests(keys)), HERE, raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -585,7 +586,7 @@ def test_models_are_told_apart_by_name_and_swapped_in_place(engine: Engine) -> N
     other = make_engine(seed=4)
     app = create_app(engine, SERVE, (), {"base": other})
     asked = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
-    with TestClient(app) as client:
+    with TestClient(app, HERE) as client:
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "base"]
         mine, its = (texts(complete(client, model=name, **asked)) for name in ("tiny", "base"))
         assert mine != its
@@ -601,7 +602,7 @@ def test_a_request_that_is_read_while_its_model_is_swapped_ends_with_the_old_one
     app = create_app(engine, SERVE, ())
     asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
     reading, go, encode = threading.Event(), threading.Event(), engine.encode
-    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+    with TestClient(app, HERE) as client, ThreadPoolExecutor(1) as pool:
         before = texts(complete(client, **asked))
         monkeypatch.setattr(engine, "encode", lambda prompt: (reading.set(), go.wait(10), encode(prompt))[-1])
         answer = pool.submit(client.post, COMPLETIONS, json=asked)
@@ -641,6 +642,51 @@ def test_a_mount_point_does_not_open_the_gate(engine: Engine) -> None:
     client = TestClient(create_app(engine, SERVE, key_digests(["right"])), root_path="/mounted")
     assert client.get("/mounted/v1/models").status_code == 401
     assert client.get("/mounted/health").status_code == 200
+
+
+# --- browsers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:9", 200),
+        ("[::1]:8000", 200),
+        ("192.0.2.7", 200),  # an address cannot be resolved to another
+        ("rebound.example", 403),
+        ("rebound.example:8000", 403),
+        ("localhost.rebound.example", 403),
+        ("127.0.0.1.rebound.example", 403),
+        ("[::1", 403),
+        ("", 403),
+        ("\xff", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+def test_without_keys_no_name_but_localhost_is_answered(
+    engine: Engine, client: TestClient, host: str, status: int, path: str
+) -> None:
+    """DNS rebinding: to the browser, a page of rebound.example is then of the same origin."""
+    headers = {"Host": host.encode("latin-1")}
+    answer = client.get(path, headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "host_not_allowed"
+    keyed = client_of(engine, "right").get(path, headers={**headers, "Authorization": b"Bearer right"})
+    assert keyed.status_code == 200  # a proxy in front may serve under any name
+
+
+def test_no_answer_redirects(client: TestClient) -> None:
+    for path in ("/v1/models/", "/health/", "/v1/completions/"):
+        answer = client.get(path, follow_redirects=False)
+        assert (answer.status_code, answer.headers.get("location")) == (404, None)
+
+
+def test_no_site_frames_the_page(client: TestClient) -> None:
+    policy = client.get("/").headers["content-security-policy"].split("; ")
+    assert {"frame-ancestors 'none'", "default-src 'none'", "connect-src 'self'"} <= set(policy)
 
 
 # --- one thread decodes, the loop answers -----------------------------------------------------------------------

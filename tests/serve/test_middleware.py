@@ -101,6 +101,8 @@ def test_headers_that_serve_obeys_or_cannot_decode_stop_here() -> None:
         (b"Serve-Multiplexed-Model-Id", b"c"),
         (b"x-serve-router-x", b"d"),
         (b"x-request-id", b"\xff"),
+        (b"traceparent", b"\xff"),
+        (b"tracestate", b"\xff"),
         (b"x-\xff", b"e"),
     ]
     seen: list[Scope] = []

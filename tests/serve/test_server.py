@@ -32,7 +32,7 @@ from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import server
 from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS
-from tests.serve.test_app import CONFIG
+from tests.serve.test_app import CONFIG, HERE
 
 torch.set_num_threads(1)
 
@@ -143,10 +143,19 @@ def send_raw(url: str, head: bytes) -> bytes:
         return b"".join(iter(lambda: wire.recv(2**16), b""))
 
 
+OBEYED = (
+    b"serve_multiplexed_model_id",
+    b"x-session-id",
+    b"x-request-id",
+    b"x-request-timeout-seconds",
+    b"traceparent",
+)
+
+
 def test_no_header_breaks_the_proxy_or_steers_it(url: str) -> None:
     """Serve reads these itself: bytes that are no UTF-8 ended in its own 500, and a client chose its own timeout."""
     key = b"Authorization: Bearer first-key\r\n"
-    for name in (b"serve_multiplexed_model_id", b"x-session-id", b"x-request-id", b"x-request-timeout-seconds"):
+    for name in OBEYED:
         for value in (b"\xff\xfe", b"0.000001"):
             answer = send_raw(url, key + name + b": " + value + b"\r\n")
             assert answer.startswith(b"HTTP/1.1 200"), (name, value, answer[:300])
@@ -425,7 +434,7 @@ def replica(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def said(model: server.Model, *names: str) -> list[str]:
     """What models of a replica write to one prompt."""
     asked = {"prompt": "0123", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "steps": 2}
-    client = TestClient(model.__serve_build_asgi_app__())
+    client = TestClient(model.__serve_build_asgi_app__(), HERE)
     answers = [client.post("/v1/completions", json={**asked, "model": name}) for name in names]
     return [answer.json()["choices"][0]["text"] for answer in answers]
 
