@@ -38,22 +38,19 @@ ARMS = [name for name in TITLES if name != "base"]
 
 
 class Measured(NamedTuple):
-    """The answers of one arm to a set at a setting: "1" for each prompt that was solved, "0" for each other.
-
-    `forwards` are the denoising forwards of each answer.
-    """
+    """The rewards of one arm's answers to a set at a setting, and the denoising forwards of each answer."""
 
     arm: str
     seed: int
     set: str
     setting: str
-    solved: str
+    rewards: list[float]
     forwards: list[int]
 
     @property
-    def accuracy(self) -> float:
-        """Share of the prompts that were solved."""
-        return self.solved.count("1") / len(self.solved)
+    def reward(self) -> float:
+        """The mean reward: the accuracy where an answer is right (1) or wrong (0)."""
+        return sum(self.rewards) / len(self.rewards)
 
 
 def settings_of(arm: str, job_file: Path, overrides: list[str]) -> list[str]:
@@ -81,12 +78,12 @@ def measure(job_file: Path, seed: int, storage: Path, arms: list[str], overrides
         for row in value["table"] if value else ():
             if row["model"] == "aligned" or arm == arms[0]:
                 name = "base" if row["model"] == "base" else arm
-                made.append(Measured(name, seed, row["set"], row["setting"], row["solved"], row["forwards"]))
+                made.append(Measured(name, seed, row["set"], row["setting"], row["rewards"], row["forwards"]))
     return made
 
 
 def differences(rows: list[Measured], arm: str, over: str, forwards: bool = False) -> dict[str, Difference]:
-    """Return setting -> `arm` minus another on held-out prompts, all seeds together: in accuracy, or in forwards."""
+    """Return setting -> `arm` minus another on held-out prompts, all seeds together: in reward, or in forwards."""
     made = {}
     for setting in settings_in(rows):
         here = {(r.arm, r.seed): r for r in rows if r.setting == setting and r.set == HELD_OUT}
@@ -95,7 +92,7 @@ def differences(rows: list[Measured], arm: str, over: str, forwards: bool = Fals
         if forwards:
             made[setting] = paired_forwards([r.forwards for r in ours], [r.forwards for r in theirs])
         else:
-            made[setting] = paired_test([r.solved for r in ours], [r.solved for r in theirs])
+            made[setting] = paired_test([r.rewards for r in ours], [r.rewards for r in theirs])
     return made
 
 
@@ -185,11 +182,11 @@ def _against(rows: list[Measured], arms: list[str], subject: str, forwards: bool
 def _mean(rows: list[Measured], arm: str, setting: str) -> tuple[float, float]:
     """Return (forwards per answer, accuracy) on held-out prompts, the mean of the seeds."""
     found = [r for r in rows if (r.arm, r.set, r.setting) == (arm, HELD_OUT, setting)]
-    return float(np.mean([r.forwards for r in found])), float(np.mean([r.accuracy for r in found]))
+    return float(np.mean([r.forwards for r in found])), float(np.mean([r.reward for r in found]))
 
 
 def _cell(rows: list[Measured], arm: str, test_set: str, setting: str) -> str:
-    found = [r.accuracy for r in rows if (r.arm, r.set, r.setting) == (arm, test_set, setting)]
+    found = [r.reward for r in rows if (r.arm, r.set, r.setting) == (arm, test_set, setting)]
     each = f" ({', '.join(f'{value:.3f}' for value in found)})" if len(found) > 1 else ""
     return f"{sum(found) / len(found):.3f}{each}"
 

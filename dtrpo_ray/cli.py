@@ -222,14 +222,15 @@ def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as
 
 def evaluation_text(value: "Evaluation") -> str:
     """Format an evaluation as a table, with each row's gain over the base, tested prompt by prompt."""
-    from dtrpo_ray.report.evaluation import in_order, p_text
+    from dtrpo_ray.report.evaluation import in_order, is_graded, p_text
 
     verdicts = {(c["set"], c["setting"]): c for c in value["comparison"]}
-    head = f"{'set':<22}{'setting':>18}{'model':>9}{'accuracy':>10}  95 % interval     tokens/forward  forwards/answer"
+    measure = "reward" if is_graded(value["table"]) else "accuracy"
+    head = f"{'set':<22}{'setting':>18}{'model':>9}{measure:>10}  95 % interval     tokens/forward  forwards/answer"
     lines = [head]
     for row in sorted(value["table"], key=lambda r: (*in_order(r), r["model"] != "base")):
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        line = f"{row['set']:<22}{row['setting']:>18}{row['model']:>9}{row['accuracy']:>10.3f}  {interval:<17}"
+        line = f"{row['set']:<22}{row['setting']:>18}{row['model']:>9}{row['reward']:>10.3f}  {interval:<17}"
         line += f"{row['tokens_per_forward']:>15.2f}{row['forwards_per_answer']:>17.2f}"
         if row["model"] != "base" and (c := verdicts.get((row["set"], row["setting"]))):
             line += f"   {c['gain']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}], {p_text(c['p_value'])} ({c['verdict']})"
@@ -394,7 +395,7 @@ def run(
             page = _write_report(pipeline, asked.example())
             value = {"verb": "run", **(evaluation or {}), "page": str(page), "answer": asked.example()}
             value |= {
-                "asked": {"setting": str(setting), "correct": asked.scores()},
+                "asked": {"setting": str(setting), "reward": asked.scores()},
                 "lineage": [s.row() for s in pipeline.lineage()],
             }
             result(value, as_json, "\n".join(demo.closing_lines(page, job, overrides or ())))

@@ -19,7 +19,7 @@ from dtrpo_ray.data.tasks.puzzles import generate_puzzles, scorer_path
 from dtrpo_ray.models.tokenizer import load_tokenizer
 from dtrpo_ray.pipeline import HELD_OUT_SEED, Pipeline
 from dtrpo_ray.progress import console
-from dtrpo_ray.report.evaluation import HELD_OUT, Comparison
+from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, reward_text
 from dtrpo_ray.report.page import Answer
 from dtrpo_ray.serve.server import read_keys, start, stop
 from dtrpo_ray.stages import Json, JsonObject
@@ -37,33 +37,33 @@ class Questions:
     answers: dict[str, list[Answer]]
 
     def example(self) -> Answer:
-        """Return an answer of the aligned model: the first that it alone has right, or else its first."""
+        """Return an answer of the aligned model: the first with a higher reward than the base's, or else its first."""
         aligned = self.answers["aligned"]
         pairs = zip(aligned, self.answers.get("base", ()), strict=False)
-        return next((ours for ours, theirs in pairs if ours["correct"] and not theirs["correct"]), aligned[0])
+        return next((ours for ours, theirs in pairs if (ours["reward"] or 0) > (theirs["reward"] or 0)), aligned[0])
 
-    def scores(self) -> dict[str, int]:
-        """Return how many prompts each model answers correctly; {} without a verifier."""
-        if self.example()["correct"] is None:
+    def scores(self) -> dict[str, float]:
+        """Return each model's sum of rewards, the number of correct answers of a puzzle; {} without a verifier."""
+        if self.example()["reward"] is None:
             return {}
-        return {model: sum(bool(answer["correct"]) for answer in answers) for model, answers in self.answers.items()}
+        return {model: sum(answer["reward"] or 0 for answer in answers) for model, answers in self.answers.items()}
 
     def lines(self) -> list[str]:
         """Describe scores and example for a terminal."""
         example, aligned = self.example(), self.answers["aligned"]
-        if example["correct"] is None:
+        if example["reward"] is None:
             return [f"asked {self.url}: {example['prompt']} -> {example['text']}"]
-        scores = ", ".join(f"{model} {correct}/{len(aligned)}" for model, correct in self.scores().items())
+        scores = ", ".join(f"{model} {reward:.3g}/{len(aligned)}" for model, reward in self.scores().items())
         shown = {model: answers[aligned.index(example)] for model, answers in self.answers.items()}
         return [
-            f"asked the served models {len(aligned)} held-out puzzles: {scores} at {self.setting.label}",
+            f"asked the served models {len(aligned)} held-out prompts: {scores} at {self.setting.label}",
             f"example: {example['prompt']}",
-            *(f"  {model:<8} {a['text']} ({'correct' if a['correct'] else 'wrong'})" for model, a in shown.items()),
+            *(f"  {model:<8} {a['text']} ({reward_text(a['reward'] or 0)})" for model, a in shown.items()),
         ]
 
 
 def choose_setting(job: Job, comparison: Sequence[Comparison]) -> Setting:
-    """Return the setting at which aligned and base differ most on held-out puzzles; of equal ones the first."""
+    """Return the setting at which aligned and base differ most on held-out prompts; of equal ones the first."""
     gains = {Setting.parse(row["setting"]): row["gain"] for row in comparison if row["set"] == HELD_OUT}
     return max(
         sorted(gains), key=lambda setting: abs(gains[setting]), default=Setting(STEPS, job.serve.denoising_steps)
@@ -104,13 +104,14 @@ def _ask(
     job: Job, puzzles: list[dict[str, str]], asked: Json, url: str, *, config: ServeConfig, model: str, at: Setting
 ) -> list[Answer]:
     most = job.eval.max_new_tokens if job.eval else 32
-    body: dict[str, Json] = {"model": model, "prompt": asked, "max_tokens": most, "temperature": 0}
+    body: dict[str, Json] = {"model": model, "prompt": asked, "max_tokens": most, "seed": job.seed}
+    body["temperature"] = job.eval.temperature if job.eval else 0
     body["steps" if at.field == STEPS else at.field] = at.value
     choices = _post(f"{url}/v1/completions", body, min(read_keys(config.api_key_file), default=None))["choices"]
     texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
     score = pkgutil.resolve_name(scorer_path(job.puzzle)) if job.puzzle else None
     return [
-        Answer(url=url, prompt=p["prompt"], text=t, correct=score(p["prompt"], t, p["answer"]) >= 1 if score else None)
+        Answer(url=url, prompt=p["prompt"], text=t, reward=score(p["prompt"], t, p["answer"]) if score else None)
         for p, t in zip(puzzles, texts, strict=True)
     ]
 

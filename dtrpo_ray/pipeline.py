@@ -412,7 +412,7 @@ class Pipeline:
             answers = {"/".join(place): row["answer"] for place, row in rows.items()}
             record = summarise(done, answers, config, tokenizer)
             (out / "eval.json").write_text(json.dumps(record))
-            return {f"{r['set']}@{r['setting']}": r["accuracy"] for r in record["table"]}
+            return {f"{r['set']}@{r['setting']}": r["reward"] for r in record["table"]}
 
         return self.store.stage(f"eval-{name}", inputs, ["eval.json"], make)
 

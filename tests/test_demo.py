@@ -94,9 +94,9 @@ def test_base_and_aligned_are_asked_the_same_puzzles(monkeypatch: pytest.MonkeyP
         assert not endpoint.stopped
         assert asked.scores() == {"base": 4, "aligned": 7}
         prompt = list(answers)[4]  # the first that the base has wrong and the aligned model right
-        assert asked.example() == {"url": URL, "prompt": prompt, "text": answers[prompt], "correct": True}
+        assert asked.example() == {"url": URL, "prompt": prompt, "text": answers[prompt], "reward": 1.0}
         assert asked.lines() == [
-            "asked the served models 10 held-out puzzles: base 4/10, aligned 7/10 at 2 steps per block",
+            "asked the served models 10 held-out prompts: base 4/10, aligned 7/10 at 2 steps per block",
             f"example: {prompt}",
             f"  base     {'1' * 16} (wrong)",
             f"  aligned  {answers[prompt]} (correct)",
@@ -107,7 +107,7 @@ def test_base_and_aligned_are_asked_the_same_puzzles(monkeypatch: pytest.MonkeyP
     assert endpoint.config.other_models == {"base": "/models/base"}
     first, second = endpoint.bodies
     assert (first.pop("model"), second.pop("model")) == ("base", "dtrpo")
-    assert first == second == {"prompt": list(answers), "max_tokens": 16, "temperature": 0, "steps": 2}
+    assert first == second == {"prompt": list(answers), "max_tokens": 16, "seed": 0, "temperature": 0, "steps": 2}
 
 
 def test_a_model_that_the_job_names_base_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,8 @@ def test_the_run_goes_from_nothing_to_an_answer_and_a_report(run: dict[str, Any]
     assert set(names) >= {"init", "examples", "base", "rollout-1", "pair-1", "train-1", "eval-base", "eval-aligned"}
     assert len(run["answer"]["text"]) == 16
     assert run["asked"]["setting"] in SETTINGS
-    assert run["asked"]["correct"].keys() == {"base", "aligned"}
-    assert all(0 <= correct <= 10 for correct in run["asked"]["correct"].values())
+    assert run["asked"]["reward"].keys() == {"base", "aligned"}
+    assert all(0 <= reward <= 10 for reward in run["asked"]["reward"].values())
     page = Path(run["page"])
     assert page.exists()
     assert (page.parent / "accuracy.png").exists()

@@ -56,6 +56,15 @@ class CountdownTask(PuzzleTask):
     """How many numbers a puzzle gives."""
 
 
+class ReviewsTask(PuzzleTask):
+    """Opinions of some things, generated, with a reward for favourable ones; 30 % of sets of things are held out."""
+
+    answer_tokens: ClassVar[int] = 3
+    type: Literal["reviews"]
+    things: int = Field(6, ge=1, le=8)
+    """How many things a prompt names."""
+
+
 class WordProblemsTask(PuzzleTask):
     """Word problems from templates, with answers in GSM8K's format; names, numbers and pairs of templates held out."""
 
@@ -124,4 +133,5 @@ class PromptsTask(FilesTaskBase):
 
 
 FilesTask = PreferencesTask | TrajectoriesTask | PromptsTask
-Task = Annotated[SudokuTask | CountdownTask | WordProblemsTask | FilesTask | NoTask, Field(discriminator="type")]
+Puzzle = SudokuTask | CountdownTask | ReviewsTask | WordProblemsTask
+Task = Annotated[Puzzle | FilesTask | NoTask, Field(discriminator="type")]

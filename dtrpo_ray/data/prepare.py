@@ -74,11 +74,14 @@ def format_of(task: Reader) -> Callable[[str], Format[Any]]:
 
 
 def job_tokenizer(job: Job) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model directory, of `model.tokenizer`, or of the puzzle's characters."""
+    """Return the tokenizer of the model directory, of `model.tokenizer`, or of the puzzle's characters or words."""
     if source := job.model.path or job.model.tokenizer:
         return tokenizers.load_tokenizer(source)
     assert job.puzzle is not None
-    return tokenizers.character_tokenizer(puzzle_module(job.puzzle).ALPHABET)
+    alphabet = puzzle_module(job.puzzle).ALPHABET
+    return (
+        tokenizers.character_tokenizer(alphabet) if isinstance(alphabet, str) else tokenizers.word_tokenizer(alphabet)
+    )
 
 
 def write_examples(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils import logging as hf_logging
 
@@ -28,10 +28,24 @@ PROBE = "assistant-answer"  # stands for an assistant's turn; no template writes
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """Make a tokenizer of single characters plus end-of-sequence and mask, for puzzle tasks."""
-    vocab = {token: i for i, token in enumerate([*alphabet, EOS, MASK])}
-    backend = Tokenizer(WordLevel(vocab))
+    backend = _backend(alphabet)
     backend.pre_tokenizer = Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
+    return _with_special_tokens(backend)
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of whole words, with a space between two, plus end-of-sequence and mask, for puzzle tasks."""
+    backend = _backend(words)
+    backend.pre_tokenizer = WhitespaceSplit()
+    return _with_special_tokens(backend)
+
+
+def _backend(tokens: Sequence[str]) -> Tokenizer:
+    return Tokenizer(WordLevel({token: i for i, token in enumerate([*tokens, EOS, MASK])}))
+
+
+def _with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=EOS, pad_token=EOS, mask_token=MASK, clean_up_tokenization_spaces=False
     )

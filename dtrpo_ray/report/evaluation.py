@@ -1,4 +1,4 @@
-"""Decoded held-out prompts of base and aligned -> accuracy, denoising forwards, and a comparison prompt by prompt."""
+"""Decoded held-out prompts of base and aligned -> rewards, denoising forwards, and a comparison prompt by prompt."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -21,10 +21,10 @@ NUM_RESAMPLES = 2000  # of a bootstrap
 
 
 class Score(TypedDict):
-    """The accuracy of a model on a test set at a setting (`str` of `Setting`), and what its answers cost.
+    """The mean reward of a model on a test set at a setting (`str` of `Setting`), and what its answers cost.
 
-    `solved` has a "1" for each prompt that was solved and a "0" for each other, in the order of the set; `forwards` has
-    the denoising forwards of each answer.
+    It is the accuracy where each answer is right (1) or wrong (0). `low` and `high` are its 95 % interval. `rewards`
+    and `forwards` have the reward and the denoising forwards of each answer, in the order of the set.
     """
 
     model: NotRequired[str]  # absent in the file of one model
@@ -32,13 +32,12 @@ class Score(TypedDict):
     setting: str
     temperature: float
     num_prompts: int
-    correct: int
-    accuracy: float
+    reward: float
     low: float
     high: float
     tokens_per_forward: float
     forwards_per_answer: float
-    solved: str
+    rewards: list[float]
     forwards: list[int]
 
 
@@ -49,7 +48,7 @@ class Example(TypedDict):
     prompt: str
     answer: str
     response: str
-    correct: bool
+    reward: float
     block_size: int
     setting: str
     steps: list[int]
@@ -68,8 +67,8 @@ class Difference(NamedTuple):
 class Comparison(TypedDict):
     """A model minus the base on the same prompts of a set at a setting.
 
-    `low` and `high` are the 95 % interval of the gain in accuracy, and `p_value` is that of no difference; the verdict
-    is "same" where it is 0.05 or more. `forwards` is the `Difference` of forwards per answer, by name.
+    `low` and `high` are the 95 % interval of the gain in mean reward, and `p_value` is that of no difference; the
+    verdict is "same" where it is 0.05 or more. `forwards` is the `Difference` of forwards per answer, by name.
     """
 
     model: str
@@ -99,6 +98,19 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def is_graded(table: Sequence[Score]) -> bool:
+    """Return True if some answer is neither right (reward 1) nor wrong (0)."""
+    return any(reward not in (0, 1) for row in table for reward in row["rewards"])
+
+
+def mean_interval(rewards: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean reward: Wilson's for rewards of 0 and 1, else mean ± 1.96 standard errors."""
+    if set(rewards) <= {0, 1}:
+        return wilson_interval(int(sum(rewards)), len(rewards))
+    mean, half = float(np.mean(rewards)), float(Z95 * np.std(rewards) / sqrt(len(rewards)))
+    return mean - half, mean + half
+
+
 def summarise(
     trajectories: pa.Table, answers: dict[str, str], config: EvalConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> Evaluation:
@@ -119,21 +131,19 @@ def in_order(row: Score) -> tuple[bool, str, Setting]:
 
 
 def _table_row(rows: list[dict[str, Any]], test_set: str, setting: str, temperature: float) -> Score:
-    solved = "".join(str(int(row["reward"] >= 1)) for row in rows)
-    correct, total, forwards = solved.count("1"), len(solved), [int(row["num_forwards"]) for row in rows]
-    low, high = wilson_interval(correct, total)
+    rewards, forwards = [float(row["reward"]) for row in rows], [int(row["num_forwards"]) for row in rows]
+    low, high = mean_interval(rewards)
     return {
         "set": test_set,
         "setting": setting,
         "temperature": temperature,
-        "num_prompts": total,
-        "correct": correct,
-        "accuracy": correct / total,
+        "num_prompts": len(rows),
+        "reward": sum(rewards) / len(rows),
         "low": low,
         "high": high,
         "tokens_per_forward": sum(len(r["steps"]) for r in rows) / sum(forwards),
-        "forwards_per_answer": sum(forwards) / total,
-        "solved": solved,
+        "forwards_per_answer": sum(forwards) / len(rows),
+        "rewards": rewards,
         "forwards": forwards,
     }
 
@@ -148,7 +158,7 @@ def _examples(
             "prompt": row["prompt"],
             "answer": answers[row["prompt_id"]],
             "response": row["response"],
-            "correct": row["reward"] >= 1,
+            "reward": row["reward"],
             "block_size": row["block_size"],
             "setting": row["row_id"].rsplit("/", 2)[1],
             "steps": row["steps"],
@@ -158,17 +168,18 @@ def _examples(
     ]
 
 
-def paired_test(better: Sequence[str], base: Sequence[str]) -> Difference:
-    """Compare the accuracy of two models on the same prompts.
+def paired_test(better: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Difference:
+    """Compare the mean rewards, from 0 to 1, of two models on the same prompts.
 
-    Each sequence has one string of "1" and "0" (see `Score.solved`) for each seed, of the same prompts. A prompt's
-    outcome is its mean over the seeds, because the answers of several seeds to one prompt are not independent. The
-    p-value is that of the exact sign test: of the prompts with a difference, each model has half. For one seed that is
-    McNemar's exact test (Psychometrika 1947). The interval is Agresti and Min's (Statistics in Medicine 2005). Both are
-    about these trained models; few seeds say little about another seed.
+    Each sequence has the rewards of one seed (see `Score.rewards`), of the same prompts. A prompt's outcome is its mean
+    over the seeds, because the answers of several seeds to one prompt are not independent. The p-value is that of the
+    exact sign test: of the prompts with a difference, each model has half. For one seed and rewards of 0 and 1 that is
+    McNemar's exact test (Psychometrika 1947). The interval is Agresti and Min's (Statistics in Medicine 2005), which is
+    made for rewards of 0 and 1 and wide for others. Both are about these trained models; few seeds say little about
+    another seed.
     """
-    one, other = (np.array([[int(c) for c in row] for row in rows], dtype=int) for rows in (better, base))
-    change = (one - other).mean(0)
+    change = np.mean(np.array(better, dtype=float) - np.array(base, dtype=float), axis=0)
+    change[np.abs(change) < 1e-9] = 0  # sums of a few rewards that differ in rounding alone
     wins, losses = int((change > 0).sum()), int((change < 0).sum())
     total = len(change) + 2  # their two pseudo-prompts: half a win, half a loss, one tie
     centre = change.sum() / total
@@ -202,7 +213,7 @@ def compare(table: Sequence[Score]) -> list[Comparison]:
         other = base.get((row["set"], row["setting"]))
         if row["model"] == "base" or other is None:
             continue
-        gain, low, high, p_value = paired_test([row["solved"]], [other["solved"]])
+        gain, low, high, p_value = paired_test([row["rewards"]], [other["rewards"]])
         made.append(
             {
                 "model": row["model"],
@@ -217,6 +228,11 @@ def compare(table: Sequence[Score]) -> list[Comparison]:
             }
         )
     return made
+
+
+def reward_text(reward: float) -> str:
+    """Format the reward of an answer: "correct" from 1 on, "wrong" for 0, else "reward 0.58"."""
+    return "correct" if reward >= 1 else f"reward {reward:.2f}" if reward > 0 else "wrong"
 
 
 def p_text(p_value: float) -> str:

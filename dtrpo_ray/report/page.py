@@ -25,7 +25,17 @@ from matplotlib.ticker import MaxNLocator
 from dtrpo_ray.config.decode import STEPS, Setting
 from dtrpo_ray.files import whole_file
 from dtrpo_ray.metrics import TERM_METRICS
-from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, Evaluation, Example, Score, compare, p_text
+from dtrpo_ray.report.evaluation import (
+    HELD_OUT,
+    Comparison,
+    Evaluation,
+    Example,
+    Score,
+    compare,
+    is_graded,
+    p_text,
+    reward_text,
+)
 from dtrpo_ray.stages import Stage
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
@@ -75,12 +85,12 @@ class ScorePair:
 
 
 class Answer(TypedDict):
-    """A served model's answer; `correct` is None if the task has no verifier."""
+    """A served model's answer; `reward` is None if the task has no verifier."""
 
     url: str
     prompt: str
     text: str
-    correct: bool | None
+    reward: float | None
 
 
 class Cell(NamedTuple):
@@ -113,15 +123,18 @@ def write_report(
     held_out, public = [p for p in pairs if p.set == HELD_OUT], [p for p in pairs if p.set != HELD_OUT]
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters.update(solved=_accuracy_text, points=points, p_text=p_text)
+    environment.filters.update(mean=_mean_text, points=points, p_text=p_text, reward=reward_text)
+    graded = evaluation is not None and is_graded(evaluation["table"])
+    measure = "Mean reward" if graded else "Accuracy"
     environment.filters["setting"] = lambda text: Setting.parse(text).label
     page = environment.get_template("page.html.jinja").render(
         job=job,
         headline=headline(job, curves, evaluation),
         held_out=held_out,
+        measure=measure,
         scores=[
-            _accuracy_plot(out, "accuracy", "Accuracy on held-out prompts", held_out),
-            _accuracy_plot(out, "accuracy_public", "Accuracy on public test sets", public),
+            _reward_plot(out, "accuracy", f"{measure} on held-out prompts", held_out),
+            _reward_plot(out, "accuracy_public", f"{measure} on public test sets", public),
         ],
         sets=_by_set(pairs),
         examples=[_drawn(job, example) for example in (evaluation["examples"] if evaluation else ())],
@@ -143,9 +156,9 @@ def points(difference: float) -> str:
     return f"{difference:+z.1f}".replace("-", "−").replace("+0.0", "0.0")
 
 
-def _accuracy_text(row: Score) -> str:
-    """Format an accuracy with its interval; lines break only between the two."""
-    share, low, high = (f"{100 * part:.1f}" for part in (row["accuracy"], row["low"], row["high"]))
+def _mean_text(row: Score) -> str:
+    """Format a mean reward in percent with its interval; lines break only between the two."""
+    share, low, high = (f"{100 * part:.1f}" for part in (row["reward"], row["low"], row["high"]))
     return f"{share}\N{NO-BREAK SPACE}% [{low},\N{NO-BREAK SPACE}{high}]"
 
 
@@ -184,10 +197,13 @@ def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evalu
     assert best.aligned is not None
     assert best.change is not None
     test = f"; {p_text(best.change['p_value'])}"
-    noun = "prompt" if "files" in (job.get("task") or {}) else "puzzle"
+    task = job.get("task") or {}
+    noun = "prompt" if "files" in task or task.get("type") == "reviews" else "puzzle"
     prompts = _count(best.aligned["num_prompts"], f"held-out {noun}")
-    base, aligned = _accuracy_text(best.base), _accuracy_text(best.aligned)
-    result = f"at {best.setting.label} the aligned model solves {aligned} of {prompts}, the base {base}"
+    base, aligned = _mean_text(best.base), _mean_text(best.aligned)
+    graded = is_graded([best.base, best.aligned])
+    solves = f"has a mean reward of {aligned} on" if graded else f"solves {aligned} of"
+    result = f"at {best.setting.label} the aligned model {solves} {prompts}, the base {base}"
     if points(gain) == "0.0":
         return f"No gain from alignment: {'at its best, ' if len(gains) > 1 else ''}{result}."
     if gain < 0:
@@ -327,10 +343,10 @@ def _mark_rounds(axes: Axes, bounds: list[float]) -> None:
                       textcoords="offset points", va="top")  # fmt: skip
 
 
-# ---- accuracy plots
+# ---- plots of rewards
 
 
-def _accuracy_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> Plot:
+def _reward_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> Plot:
     sets = _by_set(pairs)
     if not sets:
         return _skip(out, name, title, "no such set was evaluated")
@@ -340,8 +356,8 @@ def _accuracy_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for place, (axes, (test_set, members)) in enumerate(zip(grid, sets.items(), strict=False)):
-            _draw_accuracy(axes, members, labelled=columns == 1)
-            _dress(axes, "", "solved, %" if place % columns == 0 else "")
+            _draw_rewards(axes, members, labelled=columns == 1)
+            _dress(axes, "", "%" if place % columns == 0 else "")
             short = test_set.removesuffix(".jsonl")
             axes.set_title("" if test_set == HELD_OUT else short if len(short) <= 20 else short[:19] + "…")
         for axes in grid[len(sets) :]:
@@ -350,17 +366,17 @@ def _accuracy_plot(out: Path, name: str, title: str, pairs: list[ScorePair]) -> 
         _crown(figure, grid[0], title)
 
     note = "Bars: 95 % intervals. Solid: by steps per block. Dashed: by threshold. The numbers are the settings."
-    alt = "Accuracy against denoising forwards per answer, with 95 % intervals; the numbers are in the table below."
+    alt = f"{title} against denoising forwards per answer, with 95 % intervals; the numbers are in the table below."
     return _save(out, name, Plot(title, note, alt), draw, height=0.9 + 2.4 * rows)
 
 
-def _draw_accuracy(axes: Axes, pairs: list[ScorePair], labelled: bool) -> None:
+def _draw_rewards(axes: Axes, pairs: list[ScorePair], labelled: bool) -> None:
     for (color, model, marker, side), field in product(
         ((BASE, "base", "s", -1), (ALIGNED, "aligned", "o", 1)), dict.fromkeys(pair.setting.field for pair in pairs)
     ):
         both = [(pair, pair.base if model == "base" else pair.aligned) for pair in pairs if pair.setting.field == field]
         measured = [(pair, score) for pair, score in both if score]
-        rows = [(r["forwards_per_answer"], 100 * r["accuracy"], 100 * r["low"], 100 * r["high"]) for _, r in measured]
+        rows = [(r["forwards_per_answer"], 100 * r["reward"], 100 * r["low"], 100 * r["high"]) for _, r in measured]
         x, mean, low, high = np.array(rows).reshape(-1, 4).T
         reach, steps = np.maximum([mean - low, high - mean], 0), field == STEPS
         label = model if field == pairs[0].setting.field else None  # a model has one name in the legend
@@ -420,7 +436,7 @@ def _drawn(job: dict[str, Any], example: Example) -> tuple[Example, bool, list[l
     size, tokens, steps = example["block_size"], example["tokens"], example["steps"]
     prompt, answer = example["prompt"], example["answer"]
     sudoku = (job.get("task") or {}).get("type") == "sudoku" and len(tokens) == len(prompt) == len(answer) == 16
-    wanted = answer if sudoku and not example["correct"] else tokens
+    wanted = answer if sudoku and example["reward"] < 1 else tokens
     blocks = []
     for start, end in pairwise([0, *range(len(tokens) % size or size, len(tokens) + 1, size)]):
         ranks = {step: rank for rank, step in enumerate(sorted({step for step in steps[start:end] if step >= 0}))}

@@ -47,7 +47,7 @@ def write_questions(asked: Sequence[TrajectoryRow], scorer: str | None, out: Pat
 
 
 def validate(saved: Any, out: str, root: str, config: dict[str, Any]) -> dict[str, float]:
-    """Measure one checkpoint (a `ray.train.Checkpoint`): `answer_tokens`, and `accuracy` where there is a scorer.
+    """Measure one checkpoint (a `ray.train.Checkpoint`): `answer_tokens`, and with a scorer `accuracy` and `reward`.
 
     A line with the metrics and the first answers goes to validation.jsonl in the stage's folder `out`, the metrics go
     beside the checkpoint's files for `checkpoint.prune`, which then removes old checkpoints. A validation that fails,
@@ -102,7 +102,8 @@ def measure(folder: Path, out: Path, train: TrainConfig) -> Measured:
     if questions["scorer"]:
         score = pkgutil.resolve_name(questions["scorer"])
         rewards = [score(row["prompt"], text, row["answer"]) for row, text in zip(prompts, answers, strict=True)]
-        metrics = {"accuracy": sum(reward >= 1 for reward in rewards) / len(rewards), **metrics}
+        accuracy, reward = (sum(found) / len(rewards) for found in ([reward >= 1 for reward in rewards], rewards))
+        metrics = {"accuracy": accuracy, "reward": reward, **metrics}
     samples = [{"prompt": p["prompt"], "answer": a} for p, a in zip(prompts, answers, strict=True)][
         : config.num_examples
     ]

@@ -24,9 +24,15 @@ def test_an_arm_changes_the_objective_and_at_most_the_number_of_steps(arm: str) 
 
 def test_seeds_are_compared_each_with_its_own() -> None:
     at, cost = "denoising_steps=1", [2] * 4
-    rows = [Measured("dtrpo", seed, "held-out", at, solved, cost) for seed, solved in ((0, "1111"), (1, "1100"))]
-    rows += [Measured("base", seed, "held-out", at, solved, cost) for seed, solved in ((0, "1100"), (1, "1100"))]
-    rows += [Measured(arm, 0, "other.jsonl", at, "0000", cost) for arm in ("dtrpo", "base")]
+    rows = [
+        Measured("dtrpo", seed, "held-out", at, list(map(float, solved)), cost)
+        for seed, solved in ((0, "1111"), (1, "1100"))
+    ]
+    rows += [
+        Measured("base", seed, "held-out", at, list(map(float, solved)), cost)
+        for seed, solved in ((0, "1100"), (1, "1100"))
+    ]
+    rows += [Measured(arm, 0, "other.jsonl", at, [0.0] * 4, cost) for arm in ("dtrpo", "base")]
     gain, _, _, p_value = differences(rows, "dtrpo", "base")[at]
     assert (gain, p_value) == (0.25, 0.5)  # two prompts are better in one seed of two, none is worse
     page = markdown(rows, JOB, [])
@@ -41,7 +47,7 @@ def test_forwards_are_compared_at_equal_accuracy() -> None:
     """Base 0.5 at 2 forwards and 1.0 at 4; the arm 0.25 at 1 and 1.0 at 2.5: it has 0.5 at 1.5 forwards."""
     solved = {"base": {0.5: ("1100", 2), 0.9: ("1111", 4)}, "dtrpo": {0.5: ("1000", 1), 0.9: ("1111", 2.5)}}
     rows = [
-        Measured(arm, 0, "held-out", f"threshold={t}", answers, [cost] * 4)  # type: ignore[list-item]
+        Measured(arm, 0, "held-out", f"threshold={t}", list(map(float, answers)), [cost] * 4)  # type: ignore[list-item]
         for arm, at in solved.items()
         for t, (answers, cost) in at.items()
     ]

@@ -10,13 +10,21 @@ from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.report.evaluation import (
     Score,
     compare,
+    is_graded,
+    mean_interval,
     p_text,
     paired_forwards,
     paired_test,
+    reward_text,
     summarise,
     wilson_interval,
 )
 from tests.data.test_pairs import trajectories
+
+
+def digits(text: str) -> list[float]:
+    """The rewards that a text of 1 and 0 spells."""
+    return [float(digit) for digit in text]
 
 
 @pytest.mark.parametrize(
@@ -33,34 +41,34 @@ def test_a_table_row_counts_tokens_per_denoising_forward() -> None:
     table = table.set_column(1, "row_id", [ids])
     record = summarise(table, {"held-out/0": "1234", "held-out/1": "4321"}, EvalConfig(), character_tokenizer("01234"))
     row = record["table"][0]
-    assert (row["set"], row["setting"], row["correct"], row["num_prompts"]) == ("held-out", "denoising_steps=2", 1, 2)
-    assert row["solved"] == "10"
+    assert (row["set"], row["setting"], row["reward"], row["num_prompts"]) == ("held-out", "denoising_steps=2", 0.5, 2)
+    assert row["rewards"] == [1.0, 0.0]
     assert row["tokens_per_forward"] == 1.0  # four tokens in four forwards each
     assert (row["forwards"], row["forwards_per_answer"]) == ([4, 4], 4.0)
-    assert {example["correct"] for example in record["examples"]} == {True, False}
+    assert {example["reward"] for example in record["examples"]} == {1.0, 0.0}
     assert record["examples"][0]["tokens"] == ["1", "2", "3", "4"]
 
 
 def test_the_paired_test_is_mcnemars_on_the_prompts_that_one_model_alone_solves() -> None:
     """Of 15 such prompts 12 are won: two-sided binomial, 2 (C(15, 0) + ... + C(15, 3)) / 2^15."""
     base, other = "1" * 30 + "0" * 12 + "1" * 3 + "0" * 5, "1" * 30 + "1" * 12 + "0" * 3 + "0" * 5
-    gain, low, high, p_value = paired_test([other], [base])
+    gain, low, high, p_value = paired_test([digits(other)], [digits(base)])
     assert gain == pytest.approx(9 / 50)
     assert p_value == pytest.approx(2 * (1 + 15 + 105 + 455) / 2**15)
     half = 1.959964 * sqrt((15 + 1) / 52 - (9 / 52) ** 2) / sqrt(52)  # Agresti and Min with b = 12, c = 3, n = 50
     assert (low, high) == pytest.approx((9 / 52 - half, 9 / 52 + half))
-    assert paired_test([base], [other]) == pytest.approx((-gain, -high, -low, p_value))
+    assert paired_test([digits(base)], [digits(other)]) == pytest.approx((-gain, -high, -low, p_value))
 
 
 def test_equal_models_differ_in_nothing_and_the_interval_says_how_little_ten_prompts_show() -> None:
-    gain, low, high, p_value = paired_test(["1010101010"], ["1010101010"])
+    gain, low, high, p_value = paired_test([digits("1010101010")], [digits("1010101010")])
     assert (gain, p_value) == (0, 1)
     assert -0.2 < low < 0 < high < 0.2
 
 
 def test_seeds_with_the_same_answers_prove_no_more_than_one() -> None:
     """Prompts are the sample: a seed that repeats another tells nothing new of the gain."""
-    one, base = "1101100111", "1001100011"
+    one, base = digits("1101100111"), digits("1001100011")
     assert paired_test([one] * 3, [base] * 3) == pytest.approx(paired_test([one], [base]))
 
 
@@ -69,7 +77,7 @@ def test_the_test_rejects_true_equality_as_often_as_it_says() -> None:
     rejected, covered = 0, 0
     for _ in range(400):
         hard = rng.random(200)
-        one, other = ("".join("1" if r < h else "0" for r, h in zip(rng.random(200), hard, strict=True)) for _ in "ab")
+        one, other = ((rng.random(200) < hard).astype(float).tolist() for _ in "ab")
         _, low, high, p_value = paired_test([one], [other])
         rejected += p_value < 0.05
         covered += low <= 0 <= high
@@ -83,8 +91,8 @@ def test_a_verdict_is_of_the_pairs_and_not_of_two_intervals() -> None:
     def row(model: str, steps: int, solved: str) -> Score:
         return {
             "model": model, "set": "s", "setting": f"denoising_steps={steps}", "temperature": 0.0, "num_prompts": 100,
-            "correct": 0, "accuracy": 0.0, "low": 0.0, "high": 1.0, "tokens_per_forward": 1.0,
-            "forwards_per_answer": 4.0, "solved": solved, "forwards": [4 - (model == "aligned")] * 50 + [4] * 50,
+            "reward": 0.0, "low": 0.0, "high": 1.0, "tokens_per_forward": 1.0, "forwards_per_answer": 4.0,
+            "rewards": digits(solved), "forwards": [4 - (model == "aligned")] * 50 + [4] * 50,
         }  # fmt: skip
 
     nested, crossed = "1" * 64 + "0" * 36, "0" * 36 + "1" * 64
@@ -131,6 +139,17 @@ def test_settings_sort_from_few_forwards_to_many_and_are_read_back_from_row_ids(
     record = summarise(table, answers, EvalConfig(), character_tokenizer("01234"))
     assert [row["setting"] for row in record["table"]] == list(map(str, settings))
     assert [example["setting"] for example in record["examples"]] == ["denoising_steps=2"]
+
+
+def test_graded_rewards_have_the_interval_of_a_mean_and_a_test_of_signs() -> None:
+    """Half of the rewards 0.25, half 0.75: standard deviation 0.25. Three prompts gain 0.1 + 0.2 and none loses."""
+    rewards = [0.25, 0.75] * 50
+    assert mean_interval(rewards) == pytest.approx((0.5 - 1.959964 * 0.025, 0.5 + 1.959964 * 0.025))
+    assert mean_interval([1.0, 0.0] * 5) == wilson_interval(5, 10)
+    gain, _, _, p_value = paired_test([[0.3, 0.3, 0.3, 0.3]], [[0.0, 0.0, 0.0, 0.1 + 0.2]])
+    assert (gain, p_value) == (pytest.approx(0.225), 0.25)
+    assert [is_graded([{"rewards": found}]) for found in ([0.0, 1.0], [0.0, 0.5])] == [False, True]  # type: ignore[list-item, typeddict-item]
+    assert [reward_text(reward) for reward in (1, 0.583, 0)] == ["correct", "reward 0.58", "wrong"]
 
 
 def test_a_p_value_is_never_said_to_be_zero() -> None:

@@ -31,7 +31,7 @@ LINEAGE = [
           {"loss": 0.25, "step": 40}),
     Stage("train-1", "c" * 64, Path("runs/stages/train-1-cccc"), 9.0, False, {}),
 ]  # fmt: skip
-ANSWER = {"url": "http://127.0.0.1:8000", "prompt": "4000310410300000", "text": "4213314214232431", "correct": True}
+ANSWER = {"url": "http://127.0.0.1:8000", "prompt": "4000310410300000", "text": "4213314214232431", "reward": 1.0}
 PUZZLE, SOLUTION = "4000310010300000", "4213312413422431"
 PLOTS = {f"{name}.png" for name in ("base_loss", "train_loss", "margin", "reward_accuracy", "log_ratios", "grad_norm",
                                      "accuracy", "accuracy_public")}  # fmt: skip
@@ -49,9 +49,9 @@ def score(
 ) -> Row:
     """A row at `at` denoising steps per block, or at that threshold if it is no whole number."""
     correct = round(accuracy * n)
-    numbers = {"num_prompts": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
+    numbers: Row = {"num_prompts": n, "reward": accuracy, "low": low, "high": high}
     rng = np.random.default_rng([len(model), int(at)])  # each model solves prompts of its own
-    numbers["solved"] = "".join(rng.permutation(list("1" * correct + "0" * (n - correct))))
+    numbers["rewards"] = rng.permutation([1.0] * correct + [0.0] * (n - correct)).tolist()
     field = "denoising_steps" if isinstance(at, int) else "threshold"
     setting = {"model": model, "set": test_set, "setting": f"{field}={at}", "temperature": 0.0}
     forwards = forwards or 4 * int(at)
@@ -61,7 +61,7 @@ def score(
 
 def example(**changes: Any) -> Row:
     steps = [0, 1, 1, 0, 2, 2, 3, 3, 4, 5, 4, 5, 7, 6, 7, 6]
-    return {"model": "base", "prompt": PUZZLE, "answer": SOLUTION, "response": SOLUTION, "correct": True,
+    return {"model": "base", "prompt": PUZZLE, "answer": SOLUTION, "response": SOLUTION, "reward": 1.0,
             "block_size": 4, "setting": "denoising_steps=2", "steps": steps,
             "tokens": list(SOLUTION)} | changes  # fmt: skip
 
@@ -84,7 +84,7 @@ PUBLIC = [
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    wrong = example(model="aligned", correct=False, response="4" * 16, tokens=["4"] * 16)
+    wrong = example(model="aligned", reward=0.0, response="4" * 16, tokens=["4"] * 16)
     curves = {"base": train_rows(40), "rollout-1": [], "train-1": train_rows(35), "train-2": train_rows(5)}
     return write_report(out, JOB, LINEAGE, curves, {"table": GAIN + PUBLIC, "examples": [example(), wrong]}, ANSWER)
 
@@ -159,7 +159,7 @@ def test_first_words_are_the_result(full: Path) -> None:
     assert "significant (p &lt; 0.05) at 1 of 2" in body
     assert body.count('<span class="better">▲ +7.9</span>') == 1
     assert "[+5.0, +10.8], p &lt; 0.001" in body
-    assert "1,424 of 2,000" in body
+    assert body.count("<small>2,000 prompts</small>") == 4
 
 
 def test_lineage_is_shown(full: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_run_without_anything_has_a_page(tmp_path: Path, evaluation: Row | Non
 
 
 def test_sudoku_marks_givens_and_wrong_digits() -> None:
-    wrong = example(correct=False, tokens=["1", *SOLUTION[1:]])
+    wrong = example(reward=0.0, tokens=["1", *SOLUTION[1:]])
     cells = [cell for block in report._drawn(JOB, wrong)[2] for cell in block]
     assert [i for i, cell in enumerate(cells) if cell.given] == [0, 4, 5, 8, 10]
     assert [cell.wanted for cell in cells] == ["4"] + [""] * 15

@@ -54,7 +54,7 @@ def test_the_scores_lie_beside_the_checkpoint_and_among_the_events(
     here = lambda folder, out, config: validation.measure(folder, out, TrainConfig.model_validate(config))  # noqa: E731
     monkeypatch.setattr(validation, "_measure_in_child", here)
     metrics = validation.validate(saved_at(path), str(tmp_path), root, CONFIG.model_dump(mode="json"))
-    assert metrics == {"accuracy": 0.75, "answer_tokens": 1.0}
+    assert metrics == {"accuracy": 0.75, "reward": 0.75, "answer_tokens": 1.0}
     assert json.loads((Path(path) / checkpoint.SCORES_FILE).read_text()) == metrics
     line = read_metrics(tmp_path / VALIDATION)[0]
     assert (line["step"], line["samples"]) == (4, [{"prompt": "7", "answer": "7"}])

@@ -5,18 +5,23 @@ from pathlib import Path
 from types import ModuleType
 
 from dtrpo_ray.config.task import PuzzleTask
-from dtrpo_ray.data.tasks import countdown, sudoku, word_problems
+from dtrpo_ray.data.tasks import countdown, reviews, sudoku, word_problems
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.files import read_lines
 
 # by `task.type`
-PUZZLES: dict[str, ModuleType] = {"sudoku": sudoku, "countdown": countdown, "word_problems": word_problems}
+PUZZLES: dict[str, ModuleType] = {
+    "sudoku": sudoku,
+    "countdown": countdown,
+    "reviews": reviews,
+    "word_problems": word_problems,
+}
 
 
 def puzzle_module(task: PuzzleTask) -> ModuleType:
     """Return the module of the task's puzzle: FIXED_LENGTH, generate, parse_public; score, or the path SCORER of one.
 
-    One that is not in words has the characters of its texts as ALPHABET.
+    One that is not in words of a language has as ALPHABET the characters of its texts, or a tuple of their words.
     """
     return PUZZLES[task.type]
 
@@ -24,7 +29,7 @@ def puzzle_module(task: PuzzleTask) -> ModuleType:
 def scorer_path(task: PuzzleTask) -> str:
     """Return the puzzle's scorer as "module:function", the form that crosses processes.
 
-    The function takes (prompt, response, answer), all texts, and returns a reward; 1 is correct.
+    The function takes (prompt, response, answer), all texts, and returns a reward from 0 to 1; 1 is correct.
     """
     module = puzzle_module(task)
     return str(getattr(module, "SCORER", f"{module.__name__}:score"))
