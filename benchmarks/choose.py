@@ -1,6 +1,6 @@
 """Compare settings of a puzzle job on fresh puzzles of its TRAINING split; the held-out puzzles are not used.
 
-    python benchmarks/choose.py jobs/demo.toml --seed 100 --storage runs --out benchmarks/results/settings \
+    python benchmarks/choose.py jobs/sudoku.toml --seed 100 --storage runs --out benchmarks/results/settings \
         --try train.objective.rpo_alpha=4 --try train.objective.weighting=unit,train.lr=5e-5
 
 The first setting is the unchanged job; each `--try` (overrides, separated by commas) adds one. All settings share the

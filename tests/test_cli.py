@@ -16,7 +16,7 @@ from dtrpo_ray.models.registry import save_model
 from dtrpo_ray.models.sdar import SDAR
 from dtrpo_ray.models.tokenizer import character_tokenizer
 
-DEMO = str(ROOT / "jobs" / "demo.toml")
+DEMO = str(ROOT / "jobs" / "sudoku.toml")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["plan", DEMO], ["check", DEMO, "--json"]])

@@ -13,7 +13,7 @@ from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
 
 JOBS = sorted((ROOT / "jobs").glob("*.toml"))
-DEMO = JOBS[0].with_name("demo.toml")
+DEMO = JOBS[0].with_name("sudoku.toml")
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
@@ -160,7 +160,7 @@ def test_serving_is_on_loopback_unless_asked() -> None:
 
 
 def test_too_few_tokens_for_a_grid_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None:
-    demo = ROOT / "jobs" / "demo.toml"
+    demo = ROOT / "jobs" / "sudoku.toml"
     for name in ("rollout", "eval"):
         with pytest.raises(ConfigError, match=rf"{name}\.max_new_tokens = 8: an answer has 16 tokens"):
             load_job(demo, [f"{name}.max_new_tokens=8"])

@@ -38,7 +38,7 @@ def gain(at: int | float, value: float, test_set: str = "held-out") -> Compariso
     ],
 )
 def test_the_setting_is_where_the_models_differ_most(comparison: list[Comparison], setting: str) -> None:
-    assert str(demo.choose_setting(load_job(ROOT / "jobs" / "demo.toml"), comparison)) == setting
+    assert str(demo.choose_setting(load_job(ROOT / "jobs" / "sudoku.toml"), comparison)) == setting
 
 
 class Endpoint:
@@ -81,7 +81,7 @@ def finished(job: Job) -> Pipeline:
 
 
 def sudoku(*overrides: str) -> tuple[Job, dict[str, str]]:
-    job = load_job(ROOT / "jobs" / "demo.toml", overrides)
+    job = load_job(ROOT / "jobs" / "sudoku.toml", overrides)
     assert job.puzzle
     rows = generate_puzzles(job.puzzle, demo.NUM_PUZZLES, "test", HELD_OUT_SEED)
     return job, {row["prompt"]: row["answer"] for row in rows}

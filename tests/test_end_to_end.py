@@ -48,7 +48,7 @@ SMALL = [
 
 def words(verb: str, storage: Path, *more: str) -> list[str]:
     settings = [word for item in [f"storage={storage}", *SMALL] for word in ("--set", item)]
-    return [verb, str(ROOT / "jobs" / "demo.toml"), *more, "--json", *settings]
+    return [verb, str(ROOT / "jobs" / "sudoku.toml"), *more, "--json", *settings]
 
 
 def start(*words: str) -> subprocess.Popen[str]:

@@ -37,7 +37,7 @@ class Dry:
 
 def weight_fields(config: TrainConfig) -> object:
     """The settings that name a training stage."""
-    store, job = Dry(), load_job(ROOT / "jobs" / "demo.toml").model_copy(update={"train": config})
+    store, job = Dry(), load_job(ROOT / "jobs" / "sudoku.toml").model_copy(update={"train": config})
     Pipeline(job, store).policy(1)  # type: ignore[arg-type]
     return store.inputs["train-1"]["config"]
 
@@ -65,7 +65,7 @@ def test_knobs_that_change_weights_do(change: dict[str, object]) -> None:
 
 
 def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it() -> None:
-    job = load_job(ROOT / "jobs" / "demo.toml", ["rounds=3", "train.reference=cache"])
+    job = load_job(ROOT / "jobs" / "sudoku.toml", ["rounds=3", "train.reference=cache"])
     store = Dry()
     pipeline = Pipeline(job, store)  # type: ignore[arg-type]
     policies = [pipeline.policy(number) for number in range(4)]
@@ -95,7 +95,7 @@ def write_record(folder: Path, workers: dict[str, NumWorkers]) -> None:
 
 def test_a_run_resumed_with_other_workers_reuses_the_stages_it_was_built_on(tmp_path: Path) -> None:
     """All training before the stage is named by that run's workers; the stage itself and what follows by the job's."""
-    demo = ROOT / "jobs" / "demo.toml"
+    demo = ROOT / "jobs" / "sudoku.toml"
     was, now = (load_job(demo, ["rounds=3", f"cluster.num_workers={n}"]) for n in ("[1, 4]", "1"))
     straight, resumed = Dry(), Dry()
     Pipeline(was, straight).policy(3)  # type: ignore[arg-type]
@@ -159,6 +159,6 @@ def test_a_public_test_file_that_does_not_exist_is_named_once(
     """Base, aligned and the report all ask for the test sets."""
     monkeypatch.setattr("dtrpo_ray.pipeline.console", Console(stderr=True))
     missing = f"task.public_tests=['{tmp_path}/nowhere.jsonl']"
-    pipeline = Pipeline(load_job(ROOT / "jobs" / "demo.toml", [missing, "eval.num_prompts=2"]), Store(tmp_path))
+    pipeline = Pipeline(load_job(ROOT / "jobs" / "sudoku.toml", [missing, "eval.num_prompts=2"]), Store(tmp_path))
     assert list(pipeline._test_sets()) == list(pipeline._test_sets()) == ["held-out"]
     assert capsys.readouterr().err.count("nowhere.jsonl does not exist and is left out") == 1

@@ -28,7 +28,7 @@ from dtrpo_ray.plan import (
     vocabulary,
 )
 
-DEMO = ROOT / "jobs" / "demo.toml"
+DEMO = ROOT / "jobs" / "sudoku.toml"
 
 
 @pytest.mark.parametrize(("hidden", "layers", "heads"), [(32, 1, 2), (64, 3, 4)])

@@ -129,7 +129,7 @@ def test_a_verb_whose_ray_does_not_start_exits_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str
 ) -> None:
     fake_ray(monkeypatch, *SLOW)
-    source = str(tmp_path if verb == "serve" else ROOT / "jobs" / "demo.toml")
+    source = str(tmp_path if verb == "serve" else ROOT / "jobs" / "sudoku.toml")
     setting = [] if verb == "serve" else ["--set", f"storage={tmp_path / 'runs'}"]
     monkeypatch.setattr("sys.argv", ["dtrpo", verb, source, *setting])
     with pytest.raises(SystemExit) as caught:

@@ -107,7 +107,7 @@ def test_a_submitted_run_succeeds_and_leaves_its_checkpoint(head: Head, tmp_path
         for item in [f"storage={tmp_path}", "cluster.address=auto", *SMALL, "sft.num_examples=1536"]
         for w in ("--set", item)
     ]
-    done = head.submit("jobs/run.py", "sft", "jobs/demo.toml", *settings)
+    done = head.submit("jobs/run.py", "sft", "jobs/sudoku.toml", *settings)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "succeeded" in done.stdout + done.stderr
     base = next((tmp_path / "stages").glob("base-*"))
@@ -116,7 +116,7 @@ def test_a_submitted_run_succeeds_and_leaves_its_checkpoint(head: Head, tmp_path
 
 
 def test_a_broken_config_fails_with_its_message(head: Head) -> None:
-    done = head.submit("jobs/run.py", "train", "jobs/demo.toml", "--set", "train.lrr=1")
+    done = head.submit("jobs/run.py", "train", "jobs/sudoku.toml", "--set", "train.lrr=1")
     assert done.returncode != 0
     assert "unknown field train.lrr" in done.stdout + done.stderr
 

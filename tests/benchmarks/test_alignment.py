@@ -7,7 +7,7 @@ import pytest
 from benchmarks.alignment import ARMS, Measured, differences, forwards_at, markdown, settings_of
 from dtrpo_ray.config.load import load_job
 
-JOB = Path(__file__).parents[2] / "jobs" / "demo.toml"
+JOB = Path(__file__).parents[2] / "jobs" / "sudoku.toml"
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -223,7 +223,7 @@ def test_generated_examples_are_on_the_grid_of_any_model_in_its_own_tokens(
     tokenizer = load_tokenizer(ROOT / "jobs" / "data" / "tokenizer")  # of words, not of the puzzle's characters
     settings = [f"task={{type='{puzzle}'}}", "sft.num_examples=20", f"model={{path='{tmp_path}'}}"]
     (tmp_path / "config.json").touch()
-    job = load_job(ROOT / "jobs" / "demo.toml", settings)
+    job = load_job(ROOT / "jobs" / "sudoku.toml", settings)
     assert prepare.write_examples(job, tokenizer, 8, origin, tmp_path) == {"examples": 20}
     assert job.puzzle is not None
     rows = read_table(tmp_path, EXAMPLE).to_pylist()

@@ -186,7 +186,7 @@ def test_hostile_strings_are_text(tmp_path: Path) -> None:
     lineage = [Stage(HOSTILE, HOSTILE, Path(HOSTILE), 1.0, True, {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE})]
     job = JOB | {"name": HOSTILE, "task": {"type": HOSTILE}, "train": {"objective": {"type": HOSTILE}}}
     text = poor(tmp_path, job=job, lineage=lineage, evaluation={"table": table, "examples": [bad]},
-                answer=dict.fromkeys(ANSWER, HOSTILE))  # fmt: skip
+                answer=dict.fromkeys(ANSWER, HOSTILE) | {"reward": 0.5})  # fmt: skip
     tags = Outline(text).tags
     assert "script" not in {tag for tag, _ in tags}
     assert not any("onerror" in attributes for _, attributes in tags)

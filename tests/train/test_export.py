@@ -37,7 +37,7 @@ CURVES = {"train-1": [{"step": 1, "loss": 0.7}, {"step": 40, "loss": 0.512345678
 
 @pytest.fixture
 def job() -> Job:
-    return load_job(ROOT / "jobs" / "demo.toml")
+    return load_job(ROOT / "jobs" / "sudoku.toml")
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_lora_jobs_adapter_names_its_base(
     base = tmp_path / "stages" / "base-4567" / "model"
     words = [f"model.path={given}", "train.lora.rank=4"] if given else ["train.lora.rank=4"]
     file = tmp_path / "job.toml"
-    sections = (ROOT / "jobs" / "demo.toml").read_text()
+    sections = (ROOT / "jobs" / "sudoku.toml").read_text()
     dropped = {None: [], "tuned": ["model.init"]}.get(given, ["model.init", "sft"])
     file.write_text(_without(sections, *dropped))
     pipeline = SimpleNamespace(lineage=lambda: LINEAGE, curves=lambda: CURVES)

@@ -126,14 +126,14 @@ def test_public_problems_need_an_answer_in_gsm8ks_format(tmp_path: Path) -> None
 
 def job_of(model: Path, *overrides: str) -> Job:
     settings = [f"model={{path='{model}'}}", "task={type='word_problems'}", "sft.num_examples=20"]
-    return load_job(ROOT / "jobs" / "demo.toml", [*settings, *overrides])
+    return load_job(ROOT / "jobs" / "sudoku.toml", [*settings, *overrides])
 
 
 def test_a_new_model_needs_a_tokenizer_of_words() -> None:
     settings = ["task={type='word_problems'}", "rollout.max_new_tokens=48", "eval.max_new_tokens=48"]
     with pytest.raises(ConfigError, match=r"word_problems' with model.init needs model.tokenizer"):
-        load_job(ROOT / "jobs" / "demo.toml", settings)
-    assert load_job(ROOT / "jobs" / "demo.toml", [*settings, "model.tokenizer=jobs/data/tokenizer"]).puzzle
+        load_job(ROOT / "jobs" / "sudoku.toml", settings)
+    assert load_job(ROOT / "jobs" / "sudoku.toml", [*settings, "model.tokenizer=jobs/data/tokenizer"]).puzzle
 
 
 @pytest.mark.parametrize("model", [ROOT / "jobs" / "data" / "tokenizer", SMOLLM2], ids=["ours", "smollm2"])
