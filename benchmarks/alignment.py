@@ -102,19 +102,23 @@ def settings_in(rows: list[Measured]) -> list[str]:
 
 
 def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject: str = "dtrpo") -> str:
-    """Return the page: accuracy by seed and pooled, then the subject against each control, then the public sets."""
+    """Return the page: mean reward by seed and pooled, then the subject against each control, then the public sets."""
     arms = [arm for arm in TITLES if any(r.arm == arm for r in rows)]
     settings = settings_in(rows)
     seeds = sorted({r.seed for r in rows})
+    evaluated = load_job(job_file, overrides).eval
+    heat = evaluated.temperature if evaluated else 0
+    decoding = f"Temperature {heat:g}" if heat else "Greedy decoding"
+    measure = "Accuracy" if all(reward in (0, 1) for row in rows for reward in row.rewards) else "Mean reward"
     lines = [
         f"# Alignment on `{job_file}`",
         "",
         f"Machine: {platform.machine()}, {platform.platform()}. Seeds: {', '.join(map(str, seeds))}. Overrides of the "
         f"job: {', '.join(f'`{word}`' for word in overrides) or 'none'}. Command: see `benchmarks/alignment.py`.",
         "",
-        "## Accuracy on held-out prompts",
+        f"## {measure} on held-out prompts",
         "",
-        "Greedy decoding, by setting: the mean of the seeds, with each seed in brackets.",
+        f"{decoding}, by setting: the mean of the seeds, with each seed in brackets.",
         "",
         *_head("arm", settings),
         *(f"| {TITLES[arm]} | " + " | ".join(_cell(rows, arm, HELD_OUT, s) for s in settings) + " |" for arm in arms),
@@ -131,7 +135,7 @@ def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject
         lines += _forwards_section(rows, arms, subject, adaptive)
     public = sorted({r.set for r in rows if r.set != HELD_OUT})
     for name in public:
-        lines += ["", f"## Accuracy on `{name}`", "", *_head("arm", settings)]
+        lines += ["", f"## {measure} on `{name}`", "", *_head("arm", settings)]
         lines += [f"| {TITLES[a]} | " + " | ".join(_cell(rows, a, name, s) for s in settings) + " |" for a in arms]
     return "\n".join(lines) + "\n"
 

@@ -120,7 +120,7 @@ def test_check_reports_a_valid_job(tmp_path: Path) -> None:
     (tmp_path / "here.jsonl").write_text(json.dumps({"input": given, "output": solved}) + "\n")
     files = f"task.public_tests=['{tmp_path}/here.jsonl', '{tmp_path}/nowhere.jsonl']"
     report = json.loads(dtrpo("check", DEMO, "--json", "--set", files).stdout.splitlines()[-1])
-    assert report == {"job": "demo", "task": "sudoku", "public_tests": {"here.jsonl": 1, "nowhere.jsonl": "missing"}}
+    assert report == {"job": "sudoku", "task": "sudoku", "public_tests": {"here.jsonl": 1, "nowhere.jsonl": "missing"}}
 
 
 @pytest.mark.parametrize(

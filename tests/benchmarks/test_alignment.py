@@ -40,6 +40,9 @@ def test_seeds_are_compared_each_with_its_own() -> None:
     assert "| base | +25.0 [" in page
     assert "p = 0.500 |" in page
     assert "## Accuracy on `other.jsonl`" in page
+    assert "Greedy decoding, by setting" in page
+    page = markdown([row._replace(rewards=[0.5]) for row in rows], JOB, ["eval.temperature=0.7"])
+    assert "## Mean reward on held-out prompts\n\nTemperature 0.7, by setting" in page
     assert "forwards per answer" not in page  # no setting at which they could differ
 
 
