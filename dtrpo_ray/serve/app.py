@@ -30,13 +30,19 @@ from dtrpo_ray.method.trajectory import row_generator
 from dtrpo_ray.models.tokenizer import control_token_error
 from dtrpo_ray.serve import api, middleware, responses
 from dtrpo_ray.serve.batcher import Batcher, Delivery
-from dtrpo_ray.serve.middleware import INTERNAL_ERROR, OPEN_PATHS, refusal, shorten
+from dtrpo_ray.serve.middleware import (
+    DEADLINE_SECONDS,
+    INTERNAL_ERROR,
+    OPEN_PATHS,
+    deadline_passed,
+    refusal,
+    shorten,
+)
 from dtrpo_ray.serve.monitor import Monitor
 from dtrpo_ray.serve.responses import ActiveRequest, Choice
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_SECONDS = 120.0  # of a request, queueing included; clients cannot raise it
 MAX_ACTIVE_REQUESTS = 128  # decoding or queued; further requests get 429
 MAX_BATCH_TOKENS = 65_536  # of a request's choices, prompts included
 
@@ -182,15 +188,17 @@ class Service:
 
     # --- before decoding ---
 
-    async def _begin(self, body: api.TextRequest, prompts: Sequence[Prompt], most: int | None) -> ActiveRequest:
+    async def _begin(
+        self, body: api.TextRequest, prompts: Sequence[Prompt], most: int | None, begun: float
+    ) -> ActiveRequest:
         """Check a request for `most` tokens a choice, tokenize it and send its choices to the decoding thread."""
-        begun = time.monotonic()
         is_chat = isinstance(body, api.ChatRequest)
         field, prefix = ("messages", "chatcmpl") if is_chat else ("prompt", "cmpl")
         served = self._find(body.model)
         engine = served.engine
         _check_blocks(body, engine)
-        ids = [await self._tokenize(_encode, engine, prompt, field) for prompt in prompts]
+        async with _deadline(begun):
+            ids = [await self._tokenize(_encode, engine, prompt, field) for prompt in prompts]
         params = to_params(
             body,
             max_new_tokens=self._limit(engine, ids, body.n, most, field),
@@ -201,9 +209,6 @@ class Service:
         )
         if engine.model.shift and not all(ids):
             raise refusal(400, f"{field} has no token, and this model needs one to predict the next from", field)
-        if self.num_active >= MAX_ACTIVE_REQUESTS:
-            message = f"{MAX_ACTIVE_REQUESTS} requests are running or queued; try again later"
-            raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
         choices = _choices(body, engine, ids, params)
         events: asyncio.Queue[Delivery] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -221,7 +226,6 @@ class Service:
             begun=begun,
             events=events,
         )
-        self.num_active += 1
         served.submit(request)
         return request
 
@@ -257,7 +261,16 @@ class Service:
     async def _respond(
         self, body: api.TextRequest, prompts: Sequence[Prompt], most: int | None, connection: Request
     ) -> Response:
-        request = await self._begin(body, prompts, most)
+        begun = time.monotonic()
+        if self.num_active >= MAX_ACTIVE_REQUESTS:
+            message = f"{MAX_ACTIVE_REQUESTS} requests are running or queued; try again later"
+            raise refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
+        self.num_active += 1  # before its prompts are tokenized, which other requests wait for
+        try:
+            request = await self._begin(body, prompts, most, begun)
+        except BaseException:
+            self.num_active -= 1
+            raise
         if body.stream:
             return EventStream(self._stream(request), partial(self._end, request))
         try:
@@ -267,15 +280,15 @@ class Service:
         return response or Response(status_code=499)  # nobody is there to read it
 
     async def _answer(self, request: ActiveRequest) -> Response:
-        async with _deadline(request):
+        async with _deadline(request.begun):
             async for _ in self._events(request):
                 pass
-        return JSONResponse(await self._tokenize(responses.whole_response, request))
+            return JSONResponse(await self._tokenize(responses.whole_response, request))
 
     async def _stream(self, request: ActiveRequest) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; a failure after the first byte is an event too, since the status has been sent."""
         try:
-            async with _deadline(request):
+            async with _deadline(request.begun):
                 async for event in self._events(request):
                     yield event
             if request.body.stream_options.include_usage:
@@ -312,14 +325,13 @@ class Service:
 
 
 @asynccontextmanager
-async def _deadline(request: ActiveRequest) -> AsyncIterator[None]:
-    """Raise a refusal if the block has not ended when the request has taken DEADLINE_SECONDS."""
+async def _deadline(begun: float) -> AsyncIterator[None]:
+    """Raise a refusal if the block has not ended DEADLINE_SECONDS after the request began."""
     try:
-        async with asyncio.timeout(DEADLINE_SECONDS - (time.monotonic() - request.begun)):
+        async with asyncio.timeout(DEADLINE_SECONDS - (time.monotonic() - begun)):
             yield
     except TimeoutError:
-        message = f"no answer within {DEADLINE_SECONDS:g} s; ask for fewer tokens, steps or choices"
-        raise refusal(504, message, code="deadline") from None
+        raise deadline_passed(DEADLINE_SECONDS) from None
 
 
 class EventStream(StreamingResponse):
@@ -335,8 +347,8 @@ class EventStream(StreamingResponse):
         try:
             await unless_disconnected(receive, self.stream_response(send))
         finally:
+            self.done()  # whatever closing raises; and closing an iterator that never began runs none of it
             await self.events.aclose()
-            self.done()  # closing an iterator that never began runs none of it
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[object, None, Result]) -> Result | None:

@@ -29,8 +29,8 @@ from dtrpo_ray.decode.engine import Engine
 from dtrpo_ray.errors import ServeError
 from dtrpo_ray.models.lora import is_adapter
 from dtrpo_ray.models.registry import read_config
-from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS, create_app
-from dtrpo_ray.serve.middleware import key_digests
+from dtrpo_ray.serve.app import MAX_ACTIVE_REQUESTS, create_app
+from dtrpo_ray.serve.middleware import DEADLINE_SECONDS, key_digests
 
 APP_NAME = "dtrpo"
 PORT_SECONDS = 3.0  # for a taken port to become free

@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from ray.exceptions import TaskCancelledError
+from ray.serve.exceptions import RequestCancelledError
 from torch import Tensor
 
 from dtrpo_ray.config.serve import ServeConfig
@@ -579,6 +582,88 @@ def test_a_client_that_hangs_up_frees_its_place(blocked: Engine) -> None:
         assert service.served["tiny"].counters.denoising_steps < 8
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("way", ["disconnect", "receive raises", "send raises", "cancel"])
+def test_no_way_to_hang_up_keeps_a_place(engine: Engine, way: str, stream: bool) -> None:
+    """Before the first byte, in the middle and with the last: the place is free again, and the decoder is empty."""
+    app = create_app(engine, SERVE, ())
+    service = app.state.service
+    body = json.dumps({"prompt": "0123", "max_tokens": 24, "ignore_eos": True, "stream": stream, "n": 2}).encode()
+
+    async def hang_up(turns: int) -> None:
+        """Hang up after so many turns of the event loop or messages, in this way."""
+        gone, sent = asyncio.Event(), list[Any]()
+        asked = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> Any:
+            for message in asked:
+                return message
+            await gone.wait()
+            if way == "receive raises":
+                raise RequestCancelledError("1")
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if way == "send raises" and len(sent) > turns:
+                raise TaskCancelledError(error_message="gone")
+
+        call = asyncio.ensure_future(app({**SCOPE}, receive, send))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+            if turns % 2:  # in the middle of an answer
+                await asyncio.sleep(0.002)
+        if way == "cancel":
+            call.cancel()
+        elif way != "send raises":
+            gone.set()
+        await asyncio.wait({call}, timeout=60)
+        assert call.done()
+        if not call.cancelled():
+            call.exception()
+
+    async def run() -> None:
+        await asyncio.gather(*(hang_up(turns) for turns in range(40)))
+
+    asyncio.run(run())
+    assert service.num_active == 0
+    for _ in range(500):
+        if not (service.served["tiny"].num_running or service.served["tiny"].num_waiting):
+            break
+        time.sleep(0.01)
+    assert (service.served["tiny"].num_running, service.served["tiny"].num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_event_stream_is_done_however_it_ends(begun: bool) -> None:
+    """Where it never began, which runs nothing of it, and where closing it fails as Ray fails."""
+    done = list[bool]()
+
+    class Events:
+        def __aiter__(self) -> Any:
+            return self
+
+        async def __anext__(self) -> bytes:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def aclose(self) -> None:
+            if begun:
+                raise TaskCancelledError(error_message="gone")
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if not begun:
+            await asyncio.Event().wait()
+
+    events: Any = Events()
+    with suppress(TaskCancelledError):
+        asyncio.run(app_module.EventStream(events, lambda: done.append(True))(SCOPE, receive, send))
+    assert done == [True]
+
+
 # --- models ----------------------------------------------------------------------------------------------------
 
 
@@ -707,6 +792,48 @@ def test_a_slow_generation_blocks_neither_health_nor_the_deadline(
         assert queued.json()["error"]["type"] == "timeout_error"
         blocked.model.release.set()
         monkeypatch.setattr(app_module, "DEADLINE_SECONDS", 30)
+        assert client.post(COMPLETIONS, json={"prompt": "0"}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("stuck", ["decode", "encode"])
+def test_a_deadline_is_answered_whatever_is_stuck(
+    blocked: Engine, stuck: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoding thread, or the thread that tokenizes; a stream that has begun ends with an error event."""
+    monkeypatch.setattr(app_module, "DEADLINE_SECONDS", 2)
+    go, encode, decode, late = threading.Event(), blocked.encode, blocked.decode, list[bool]()
+    blocked.model.release.set()
+    body = {"prompt": "0", "stream": stream, "max_tokens": 64, "ignore_eos": True}
+    if stuck == "encode":
+        monkeypatch.setattr(blocked, "encode", lambda prompt: (go.wait(30) or late.append(True), encode(prompt))[-1])
+    else:
+        monkeypatch.setattr(blocked, "decode", lambda ids: (go.wait(30) or late.append(True), decode(ids))[-1])
+    with client_of(blocked) as client:
+        answer = client.post(COMPLETIONS, json=body)
+        if stuck == "decode" and stream:
+            assert answer.status_code == 200
+            error, last = answer.text.strip().split("\n\n")
+            assert (json.loads(error.removeprefix("data: "))["error"]["code"], last) == ("deadline", "data: [DONE]")
+        else:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+        assert not late  # it was stuck still
+        assert client.app.state.service.num_active == 0
+        go.set()
+
+
+def test_a_request_counts_from_before_its_prompt_is_tokenized(blocked: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "MAX_ACTIVE_REQUESTS", 1)
+    blocked.model.release.set()
+    reading, go, encode = threading.Event(), threading.Event(), blocked.encode
+    monkeypatch.setattr(blocked, "encode", lambda prompt: (reading.set(), go.wait(30), encode(prompt))[-1])
+    with client_of(blocked) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, COMPLETIONS, json={"prompt": "0"})
+        assert reading.wait(30)
+        assert client.post(COMPLETIONS, json={"prompt": "0"}).status_code == 429
+        go.set()
+        assert first.result(30).status_code == 200
+        assert client.post(COMPLETIONS, json={"prompt": "x"}).status_code == 400  # and a refused one counts no longer
         assert client.post(COMPLETIONS, json={"prompt": "0"}).status_code == 200
 
 

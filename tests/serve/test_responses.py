@@ -143,7 +143,7 @@ def test_decoding_is_linear_in_the_length(block: int, token: int) -> None:
                 made.add([token] * block, offsets)
             counts.append(engine.count)
             assert engine.count <= most * length
-        assert all(longer <= 2.1 * shorter for shorter, longer in pairwise(counts))
+        assert all(longer <= 2.5 * shorter for shorter, longer in pairwise(counts))
 
 
 def test_a_choice_is_decoded_in_linear_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,4 +157,4 @@ def test_a_choice_is_decoded_in_linear_time(engine: Engine, monkeypatch: pytest.
     for blocks in (64, 128, 256):
         counts.append(0)
         tell(engine, [[0, 1, 2, 3]] * blocks, ["no such text"], most=4 * blocks)
-    assert all(longer <= 2.1 * shorter for shorter, longer in pairwise(counts))
+    assert all(longer <= 2.5 * shorter for shorter, longer in pairwise(counts))

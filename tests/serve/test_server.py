@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,8 @@ from dtrpo_ray.models.lora import add_adapters, save_adapter
 from dtrpo_ray.models.registry import build_model, load_model, save_model
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.serve import server
-from dtrpo_ray.serve.app import DEADLINE_SECONDS, MAX_ACTIVE_REQUESTS
+from dtrpo_ray.serve.app import MAX_ACTIVE_REQUESTS
+from dtrpo_ray.serve.middleware import DEADLINE_SECONDS
 from tests.serve.test_app import CONFIG, HERE
 
 torch.set_num_threads(1)
@@ -161,6 +162,18 @@ def test_no_header_breaks_the_proxy_or_steers_it(url: str) -> None:
             assert answer.startswith(b"HTTP/1.1 200"), (name, value, answer[:300])
 
 
+def test_bodies_that_never_arrive_stop_nobody(url: str) -> None:
+    """More of them than Serve takes requests."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer first-key\r\n"
+    with ExitStack() as stack:
+        for _ in range(2 * MAX_ACTIVE_REQUESTS * 2 + 50):
+            slow = stack.enter_context(socket.create_connection((host, int(port)), 30))
+            slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
+        for _ in range(3):
+            assert post(url, prompt="0123", max_tokens=8).status_code == 200
+
+
 def test_a_drained_endpoint_asks_to_come_back(url: str, config: ServeConfig) -> None:
     """What has begun is finished, and a new request meanwhile is a 503 of our shape, which clients try again."""
     body = {"prompt": "0123", "max_tokens": 240, "ignore_eos": True, "steps": 4, "n": 16, "stream": True}
@@ -274,6 +287,7 @@ def test_a_killed_replica_loses_no_request_that_is_retried_and_says_so_to_a_stre
         statuses = finish()
     assert lines
     assert "data: [DONE]" not in lines
+    assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]["type"] == "server_error"
     assert len(statuses) >= 4
     assert set(statuses) == {200}
     assert processes() - killed
