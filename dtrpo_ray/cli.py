@@ -82,8 +82,11 @@ def open_pipeline(
         read_public_tests(job.puzzle)
     store = Store(job.storage, fresh, say)
     store.make_folders()
+    pipeline = Pipeline(job, store, resume, path.parent)
+    pipeline.reward_function()  # import it now, and not after the training
     with ray_session(job.cluster):
-        yield Pipeline(job.model_copy(update={"cluster": fit_cluster(job.cluster, say)}), store, resume)
+        pipeline.job = job.model_copy(update={"cluster": fit_cluster(job.cluster, say)})
+        yield pipeline
 
 
 def _print_last_stage(verb: str, pipeline: "Pipeline", as_json: bool) -> None:

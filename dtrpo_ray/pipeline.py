@@ -34,6 +34,7 @@ from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import load_tokenizer, mask_token_id
 from dtrpo_ray.parts import run_parts
 from dtrpo_ray.produce import drafts, llm, rollout, scoring
+from dtrpo_ray.produce.function import FunctionSource
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
 from dtrpo_ray.stages import JsonObject, Stage, Store
@@ -61,13 +62,14 @@ class Pipeline:
     """The stages of one job, as methods: each returns its finished stage and makes what is missing, once.
 
     `resume` is the folder of a training stage of this job, made with other settings, whose checkpoints to go on from.
+    `folder` is that of the job file, where the module of a reward function is looked for.
     """
 
-    def __init__(self, job: Job, store: Store, resume: Path | None = None) -> None:
-        self.job, self.store, self.resume = job, store, resume
+    def __init__(self, job: Job, store: Store, resume: Path | None = None, folder: Path = Path()) -> None:
+        self.job, self.store, self.resume, self.folder = job, store, resume, folder
         self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
         found_once = (self.initial, self.base, self.examples, self.trajectories, self.scored, self.pairs, self.policy)
-        for method in (*found_once, self.reference_logps, self.evaluate, self._test_sets):
+        for method in (*found_once, self.reward_function, self.reference_logps, self.evaluate, self._test_sets):
             setattr(self, method.__name__, cache(method))  # files are hashed and stages looked up once in a command
 
     def initial(self) -> ModelRef:
@@ -186,22 +188,29 @@ class Pipeline:
         tables.write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
         return done
 
+    def reward_function(self) -> FunctionSource | None:
+        """Return the function that scores; None if something else does. Raises ConfigError if it cannot be called."""
+        name = self.job.score.function if self.job.score else None
+        return FunctionSource.find(name, self.folder) if name else None
+
     def scored(self, number: int) -> Stage:
         """Return a round's trajectories with rewards: a puzzle scores its own, [score] those of files."""
         job, config, trajectories = self.job, self.job.score, self.trajectories(number)
         if config is None:
             return trajectories
-        model = config.judge.model if config.judge else config.reward_model
+        model, function = config.judge.model if config.judge else config.reward_model, self.reward_function()
         fields, hashes = config.model_dump(mode="json"), _hashes(model) if model else None
         inputs: JsonObject = {"score": fields, "trajectories": trajectories.digest, "model": hashes}
+        if function:
+            inputs = {**inputs, "function": function.digest}
 
         def make(out: Path) -> JsonObject:
             if config.judge:
                 llm.require_vllm("score.judge")
             files = tables.table_files((trajectories.path / TABLE).resolve())
             parts = tables.prompt_parts(files, config.judge.batch_size) if config.judge else tables.file_parts(files)
-            scorer = partial(scoring.Scorer, config)
-            done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=model is not None)
+            scorer, gpu = partial(scoring.Scorer, config, function), bool(model or function)
+            done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=gpu)
             rows = sum(part["rows"] for part in done)
             tables.write_manifest(out / TABLE, TRAJECTORY, rows=rows)
             return {"trajectories": rows, **_rewards(done, out)}

@@ -4,6 +4,8 @@ import difflib
 import os
 import tomllib
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -111,6 +113,8 @@ def _require_files(path: Path, job: Job) -> None:
     for field, file in wanted:
         if file is not None and not os.path.exists(file):
             raise ConfigError(f"{path}: {field}: {file} does not exist")
+    if score and score.function and not _is_module(score.function, path.parent):
+        raise ConfigError(f"{path}: score.scorer: {score.function!r}: no such module in {path.parent}, or installed")
     names = [file.name for file in job.puzzle.public_tests] if job.puzzle else []
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{path}: task.public_tests: two files are named {min(twice)}; rename one")
@@ -118,3 +122,9 @@ def _require_files(path: Path, job: Job) -> None:
         raise ConfigError(f"{path}: name = {job.name!r} is taken by a folder in storage; give the job another name")
     if job.model.path and not (job.model.path / "config.json").is_file():
         raise ConfigError(f"{path}: model.path: {job.model.path} is not a model directory (it has no config.json)")
+
+
+def _is_module(name: str, folder: Path) -> bool:
+    """Return True if the top package of `module:function` is there; it is not imported."""
+    top = name.partition(":")[0].partition(".")[0]
+    return bool(PathFinder.find_spec(top, [str(folder)]) or find_spec(top))

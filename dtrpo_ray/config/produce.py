@@ -1,9 +1,10 @@
 """The sections `[drafts]`, `[score]` and `[pair]`: answers, their rewards, and the pairs made of them."""
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dtrpo_ray.config.section import Section
 
@@ -60,20 +61,35 @@ class JudgeConfig(_LanguageModel):
 
 # each name is a module of dtrpo_ray/produce/verifiers; a new verifier is one file there and one name here
 VerifierName = Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions"]
+ScorerName = Literal[VerifierName, "reward_model", "judge"]
+FUNCTION = re.compile(r"(?!__main__\b)[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 class ScoreConfig(Section):
     """Rewards of recorded trajectories."""
 
-    scorer: Literal[VerifierName, "reward_model", "judge"]
-    """A verifier (dtrpo_ray/produce/verifiers), which reads the column `answer`; a reward model; or a language model as
-    judge."""
+    scorer: ScorerName | str
+    """A verifier (dtrpo_ray/produce/verifiers), which reads the column `answer`; a reward model; a language model as
+    judge; or your own function, "module:function", of a module beside the job file or installed (docs/data.md)."""
     judge: JudgeConfig | None = None
     """For scorer = "judge"."""
     reward_model: Path | None = None
     """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
     batch_size: int = Field(16, ge=1)
-    """Rows per forward of the reward model."""
+    """Rows per forward of the reward model, or per call of your own function."""
+
+    @property
+    def function(self) -> str | None:
+        """The name "module:function" if a function of the user's own scores."""
+        return self.scorer if ":" in self.scorer else None
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _known(cls, name: Any) -> Any:
+        known = get_args(ScorerName)
+        if name in known or (isinstance(name, str) and FUNCTION.fullmatch(name)):
+            return name
+        raise ValueError(f'{name!r} is no scorer; use one of {", ".join(known)}, or "module:function" of your own')
 
     @model_validator(mode="after")
     def _model_of_the_scorer(self) -> "ScoreConfig":

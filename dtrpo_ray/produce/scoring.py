@@ -1,6 +1,6 @@
-"""Score recorded responses by a verifier, a reward model or a judge.
+"""Score recorded responses by a verifier, a function of the user's own, a reward model or a judge.
 
-Verifiers and reward models score a file of trajectory/v1 at a time; a judge all responses to some prompts at a time.
+A judge scores all responses to some prompts at a time, the others a file of trajectory/v1.
 """
 
 import importlib
@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import pyarrow as pa
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from dtrpo_ray.config.produce import ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, with_columns, write_whole
-from dtrpo_ray.errors import ConfigError, DataError, ModelError
+from dtrpo_ray.errors import ConfigError, DataError, ModelError, Unscorable
 from dtrpo_ray.models.tokenizer import load_tokenizer, prompt_messages
+from dtrpo_ray.produce.function import FunctionSource, RewardFunction
 from dtrpo_ray.produce.judge import Judge
 
 # errors caused by the response itself, which then scores 0; OSError is the machine's and not among them
@@ -36,11 +38,13 @@ class ScoreSummary(TypedDict):
 
 
 class Scorer:
-    """Score the parts of a trajectory table, each into a file of the part's name."""
+    """Score the parts of a trajectory table, each into a file of the part's name, by `function` if there is one."""
 
-    def __init__(self, config: ScoreConfig) -> None:
-        self.score: RewardModel | Judge | Verifier
-        if config.reward_model is not None:
+    def __init__(self, config: ScoreConfig, function: FunctionSource | None = None) -> None:
+        self.score: RewardFunction | RewardModel | Judge | Verifier
+        if function is not None:
+            self.score, model = RewardFunction(function, config.batch_size), ""
+        elif config.reward_model is not None:
             self.score, model = RewardModel(config.reward_model, config.batch_size), f" {config.reward_model.name}"
         elif config.judge is not None:
             self.score, model = Judge(config.judge), f" {config.judge.model.name}"
@@ -51,9 +55,8 @@ class Scorer:
     def __call__(self, part: TablePart, out: Path) -> ScoreSummary:
         """Score one part. Raises DataError naming the file and the row that cannot be scored."""
         table = part.read(TRAJECTORY)
-        columns = [table[name].to_pylist() for name in ("prompt", "response", "answer")]
         try:
-            rewards = self.score(*columns)
+            rewards = self._rewards(table)
         except Unscorable as error:
             row, reason = error.args
             raise DataError(f"{part}: row {table['row_id'][row].as_py()}: {reason}") from None
@@ -67,9 +70,10 @@ class Scorer:
             summary["caution"], summary["failed"], self.score.failed = self.score.caution(), self.score.failed, 0
         return summary
 
-
-class Unscorable(Exception):
-    """The error of one row: (row number, reason). `Scorer` adds the file and raises DataError."""
+    def _rewards(self, table: pa.Table) -> Sequence[float | None]:
+        if isinstance(self.score, RewardFunction):
+            return self.score(table)
+        return self.score(*(table[name].to_pylist() for name in ("prompt", "response", "answer")))
 
 
 class Verifier:
