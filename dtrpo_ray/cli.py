@@ -83,7 +83,7 @@ def open_pipeline(
     store = Store(job.storage, fresh, say)
     store.make_folders()
     pipeline = Pipeline(job, store, resume, path.parent)
-    pipeline.reward_function()  # import it now, and not after the training
+    pipeline.score_source()  # import the function or fetch the model now, and not after the training
     with ray_session(job.cluster):
         pipeline.job = job.model_copy(update={"cluster": fit_cluster(job.cluster, say)})
         yield pipeline

@@ -29,6 +29,7 @@ from dtrpo_ray.decode.types import SamplingParams
 from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.files import read_json, sha256_file, sha256_json
 from dtrpo_ray.metrics import METRICS, read_metrics
+from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.lora import target_modules
 from dtrpo_ray.models.registry import build_model, save_model, skeleton_of
 from dtrpo_ray.models.tokenizer import load_tokenizer, mask_token_id
@@ -37,7 +38,7 @@ from dtrpo_ray.produce import drafts, llm, rollout, scoring
 from dtrpo_ray.produce.function import FunctionSource
 from dtrpo_ray.progress import console
 from dtrpo_ray.report.evaluation import HELD_OUT, Evaluation, Example, Score, compare, summarise
-from dtrpo_ray.stages import JsonObject, Stage, Store
+from dtrpo_ray.stages import Json, JsonObject, Stage, Store
 from dtrpo_ray.train import driver, validation
 from dtrpo_ray.train.reference import ReferenceScorer, epoch_parts
 from dtrpo_ray.train.run import NO_WEIGHTS, RunRecord, TrainStage
@@ -69,7 +70,7 @@ class Pipeline:
         self.job, self.store, self.resume, self.folder = job, store, resume, folder
         self.workers: dict[str, NumWorkers] = {}  # of each training stage, as part of its name
         found_once = (self.initial, self.base, self.examples, self.trajectories, self.scored, self.pairs, self.policy)
-        for method in (*found_once, self.reward_function, self.reference_logps, self.evaluate, self._test_sets):
+        for method in (*found_once, self.score_source, self.reference_logps, self.evaluate, self._test_sets):
             setattr(self, method.__name__, cache(method))  # files are hashed and stages looked up once in a command
 
     def initial(self) -> ModelRef:
@@ -188,28 +189,30 @@ class Pipeline:
         tables.write_manifest(out / TABLE, TRAJECTORY, rows=len(prompts))
         return done
 
-    def reward_function(self) -> FunctionSource | None:
-        """Return the function that scores; None if something else does. Raises ConfigError if it cannot be called."""
-        name = self.job.score.function if self.job.score else None
-        return FunctionSource.find(name, self.folder) if name else None
+    def score_source(self) -> FunctionSource | ModelSource | None:
+        """Return the function or model that scores, found or fetched; None for a verifier, a judge or no [score]."""
+        return scoring.find_source(self.job.score, self.folder) if self.job.score else None
 
     def scored(self, number: int) -> Stage:
         """Return a round's trajectories with rewards: a puzzle scores its own, [score] those of files."""
         job, config, trajectories = self.job, self.job.score, self.trajectories(number)
         if config is None:
             return trajectories
-        model, function = config.judge.model if config.judge else config.reward_model, self.reward_function()
-        fields, hashes = config.model_dump(mode="json"), _hashes(model) if model else None
-        inputs: JsonObject = {"score": fields, "trajectories": trajectories.digest, "model": hashes}
-        if function:
-            inputs = {**inputs, "function": function.digest}
+        source, judge = self.score_source(), config.judge
+        model: Json = _hashes(judge.model) if judge else None
+        if isinstance(source, ModelSource):
+            model = source.commit or _hashes(source.path)
+        fields = config.model_dump(mode="json")
+        inputs: JsonObject = {"score": fields, "trajectories": trajectories.digest, "model": model}
+        if isinstance(source, FunctionSource):
+            inputs = {**inputs, "function": source.digest}
 
         def make(out: Path) -> JsonObject:
-            if config.judge:
+            if judge:
                 llm.require_vllm("score.judge")
             files = tables.table_files((trajectories.path / TABLE).resolve())
-            parts = tables.prompt_parts(files, config.judge.batch_size) if config.judge else tables.file_parts(files)
-            scorer, gpu = partial(scoring.Scorer, config, function), bool(model or function)
+            parts = tables.prompt_parts(files, judge.batch_size) if judge else tables.file_parts(files)
+            scorer, gpu = partial(scoring.Scorer, config, source), bool(source or judge)
             done = run_parts(parts, scorer, out / TABLE, job.cluster, f"score-{number}", gpu=gpu)
             rows = sum(part["rows"] for part in done)
             tables.write_manifest(out / TABLE, TRAJECTORY, rows=rows)

@@ -233,6 +233,25 @@ def test_a_schedule_stands_alone() -> None:
     assert RolloutConfig(remasking="sequential", denoising_steps=(2,)).threshold is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["reward_model=models/absent"], "score.reward_model: models/absent does not exist"),
+        (["reward_model=jobs/absent"], "score.reward_model: jobs/absent does not exist"),
+        ([], "set reward_model (a directory or a hub id) if scorer = 'reward_model', and only then"),
+        (["reward_model=org/name", "reward_label=-1"], "score.reward_label"),
+        (["scorer=gsm8k", "reward_label=good"], "reward_label is a label of reward_model: remove it"),
+    ],
+)
+def test_mistakes_about_a_reward_model(settings: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as caught:
+        load_job(DEMO.with_name("prompts.toml"), [f"score.{item}" for item in ["scorer=reward_model", *settings]])
+    assert words in str(caught.value), str(caught.value)
+    named = ["score.scorer=reward_model", "score.reward_model=org/name@v1", "score.reward_label=good"]
+    assert load_job(DEMO.with_name("prompts.toml"), named).score
+
+
 def test_a_rollout_of_prompts_needs_a_scorer(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(DEMO.with_name("prompts.toml").read_text().split("[score]")[0])
     with pytest.raises(ConfigError, match=r"add a \[score\] section to \[rollout\]"):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from dtrpo_ray.config.job import Job
+from dtrpo_ray.config.produce import is_hub_id
 from dtrpo_ray.config.section import Section, kinds
 from dtrpo_ray.config.serve import ServeConfig
 from dtrpo_ray.errors import ConfigError
@@ -104,10 +105,11 @@ def _require_files(path: Path, job: Job) -> None:
         ("model.path", job.model.path),
         ("model.tokenizer", job.model.tokenizer),
         ("serve.api_key_file", job.serve.api_key_file),
-        ("score.reward_model", score.reward_model if score else None),
         ("score.judge.model", score.judge.model if score and score.judge else None),
         ("drafts.model", job.drafts.model if job.drafts else None),
     ]
+    if score and score.reward_model and not is_hub_id(score.reward_model):
+        wanted.append(("score.reward_model", score.reward_model))
     wanted += [("task.files", file) for file in getattr(job.task, "files", ()) if "://" not in file]
     wanted += [("sft.files", file) for file in (job.sft.files if job.sft else ()) if "://" not in file]
     for field, file in wanted:

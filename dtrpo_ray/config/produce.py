@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -61,6 +61,17 @@ class JudgeConfig(_LanguageModel):
 
 # each name is a module of dtrpo_ray/produce/verifiers; a new verifier is one file there and one name here
 VerifierName = Literal["sudoku", "countdown", "gsm8k", "math", "python_tests", "instructions"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[^@\s]+)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True for org/name or org/name@revision of the Hugging Face Hub; False for what looks like a path.
+
+    `models/NAME` looks like a path, and so does a name within a folder that is there.
+    """
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith("models/") and not Path(name).parent.is_dir()
+
+
 ScorerName = Literal[VerifierName, "reward_model", "judge"]
 FUNCTION = re.compile(r"(?!__main__\b)[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -73,8 +84,11 @@ class ScoreConfig(Section):
     judge; or your own function, "module:function", of a module beside the job file or installed (docs/data.md)."""
     judge: JudgeConfig | None = None
     """For scorer = "judge"."""
-    reward_model: Path | None = None
-    """A Hugging Face sequence-classification model of one label, for scorer = "reward_model"."""
+    reward_model: str | None = Field(None, min_length=1)
+    """For scorer = "reward_model": a sequence-classification model with safetensors, as a directory or a Hugging Face
+    id, "org/name" or "org/name@revision"."""
+    reward_label: Annotated[int, Field(ge=0, strict=True)] | str | None = None
+    """The label whose log-probability is the reward, by name or number, if reward_model has several."""
     batch_size: int = Field(16, ge=1)
     """Rows per forward of the reward model, or per call of your own function."""
 
@@ -94,7 +108,9 @@ class ScoreConfig(Section):
     @model_validator(mode="after")
     def _model_of_the_scorer(self) -> "ScoreConfig":
         if (self.scorer == "reward_model") != (self.reward_model is not None):
-            raise ValueError("set reward_model (a model directory) if scorer = 'reward_model', and only then")
+            raise ValueError("set reward_model (a directory or a hub id) if scorer = 'reward_model', and only then")
+        if self.reward_label is not None and self.reward_model is None:
+            raise ValueError("reward_label is a label of reward_model: remove it, or set scorer = 'reward_model'")
         if (self.scorer == "judge") != (self.judge is not None):
             raise ValueError("add the section [score.judge] if scorer = 'judge', and only then")
         return self

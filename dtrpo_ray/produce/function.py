@@ -20,10 +20,10 @@ import pyarrow as pa
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.errors import ConfigError, Unscorable, last_line
 from dtrpo_ray.files import sha256_file
-from dtrpo_ray.models.tokenizer import prompt_messages
 
-# TRL's names of two columns; every other column keeps its name
-KEYWORDS = ["prompts", "completions", *(name for name in TRAJECTORY.names if name not in ("prompt", "response"))]
+# keyword -> column: TRL has names of its own for two
+COLUMNS = {"prompts": "prompt", "completions": "response"}
+COLUMNS |= {name: name for name in TRAJECTORY.names if name not in COLUMNS.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +79,17 @@ def _function(name: str, module: ModuleType) -> Callable[..., object]:
 
 
 def _keywords(function: Callable[..., object], name: str) -> list[str]:
-    """Return the keywords that a function takes. Raises ConfigError if it needs others than KEYWORDS."""
+    """Return the keywords that a function takes. Raises ConfigError if it needs others than COLUMNS has."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # compiled functions may have none
-        return KEYWORDS
+        return list(COLUMNS)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    taken = KEYWORDS if takes_all else [word for word in KEYWORDS if word in signature.parameters]
+    taken = [word for word in COLUMNS if takes_all or word in signature.parameters]
     try:
         signature.bind(**dict.fromkeys(taken))
     except TypeError as error:
-        raise ConfigError(f"score.scorer = {name!r}: {error}; the keywords are {', '.join(KEYWORDS)}") from None
+        raise ConfigError(f"score.scorer = {name!r}: {error}; the keywords are {', '.join(COLUMNS)}") from None
     return taken
 
 
@@ -113,7 +113,7 @@ class RewardFunction:
         return [reward for start in starts for reward in self._call(table.slice(start, self.batch_size), start)]
 
     def _call(self, table: pa.Table, start: int) -> list[float | None]:
-        name, given = self.source.name, _keyword_lists(table, self.keywords)
+        name, given = self.source.name, {word: table[COLUMNS[word]].to_pylist() for word in self.keywords}
         try:
             returned = self.function(**given)
         except Exception as error:
@@ -139,16 +139,3 @@ class RewardFunction:
             wanted = "a reward is a finite number, or None to leave the row unscored"
             raise Unscorable(row, f"{self.source.name} returned {value!r:.80}; {wanted}")
         return reward
-
-
-def _keyword_lists(table: pa.Table, keywords: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the columns of a table as lists. Messages are those of TRL's conversational format."""
-    prompts: list[Any] = table["prompt"].to_pylist()
-    completions: list[Any] = table["response"].to_pylist()
-    for row, text in enumerate(prompts):
-        messages = prompt_messages(text)
-        if messages != [{"role": "user", "content": text}]:
-            prompts[row] = messages
-            completions[row] = [{"role": "assistant", "content": completions[row]}]
-    ours = {"prompts": prompts, "completions": completions}
-    return {word: ours[word] if word in ours else table[word].to_pylist() for word in keywords}

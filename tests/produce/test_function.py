@@ -66,18 +66,6 @@ def test_it_is_called_with_lists_of_every_column_at_most_batch_size_rows_at_a_ti
     }
 
 
-def test_messages_are_in_trls_conversational_format(define: Define) -> None:
-    """As in TRL's documentation: `completion[0]["content"]` of each completion, a list of messages for each prompt."""
-    source = define(
-        "def score(prompts, completions, **kwargs):\n"
-        "    assert prompts[0][-1] == {'role': 'user', 'content': 'Why?'}, prompts\n"
-        "    assert completions[0][0]['role'] == 'assistant'\n"
-        "    return [float(len(completion[0]['content'])) for completion in completions]"
-    )
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert RewardFunction(source, 9)(table({"prompt": json.dumps(messages), "response": "So."})) == [3.0]
-
-
 def test_a_row_is_left_unscored_by_none_and_numbers_of_other_libraries_count(define: Define, tmp_path: Path) -> None:
     source = define(
         "import numpy, torch\ndef score(completions):\n    return (None, numpy.float32(0.5), torch.tensor(2), True, -1)"

@@ -1,4 +1,4 @@
-"""Rewards: a verifier and a reward model over a file of trajectories, and the rows they cannot score."""
+"""Rewards: a verifier and a judge over files of trajectories, and the rows that a verifier cannot score."""
 
 import json
 from collections import Counter
@@ -9,16 +9,14 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from example_rows import trajectory
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from dtrpo_ray.config.produce import JudgeConfig, ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, file_parts, prompt_parts, read_table
-from dtrpo_ray.errors import DataError, ModelError
-from dtrpo_ray.models.tokenizer import character_tokenizer, prompt_messages
-from dtrpo_ray.produce.scoring import RewardModel, Scorer, Unscorable, Verifier, conversation
+from dtrpo_ray.errors import DataError, Unscorable
+from dtrpo_ray.models.tokenizer import prompt_messages
+from dtrpo_ray.produce.scoring import Scorer, Verifier
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -109,42 +107,10 @@ def test_what_a_response_does_to_a_verifier_is_its_loss_and_a_full_disk_is_not(m
         Verifier("gsm8k")(["p"], ["r"], ["1"])
 
 
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward-model")
-    character_tokenizer("0123456789\n").save_pretrained(folder)
-    config = Qwen2Config(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, num_labels=1, pad_token_id=11,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Qwen2ForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_reward_does_not_depend_on_the_batch_it_is_in(reward_model: Path) -> None:
-    prompts, responses = ["1", "22", "3333"], ["9", "12345678", "7"]
-    apart = [RewardModel(reward_model, 1)([p], [r], [None])[0] for p, r in zip(prompts, responses, strict=True)]
-    assert RewardModel(reward_model, 2)(prompts, responses, [None] * 3) == pytest.approx(apart, abs=1e-5)
-    assert len(set(apart)) == 3
-
-
-def test_a_conversation_longer_than_the_reward_model_reads_is_named(reward_model: Path, tmp_path: Path) -> None:
-    config = ScoreConfig(scorer="reward_model", reward_model=reward_model)
-    source = write(tmp_path / "part-0.parquet", [{"response": "1"}, {"response": "1" * 40}])
-    # "12", a newline that this tokenizer drops once transformers takes it for Qwen2's, and 40 digits
-    with pytest.raises(DataError, match=r"row 1: 42 tokens; the reward model reads 32"):
-        Scorer(config)(*file_parts([source]), tmp_path)
-    with pytest.raises(ModelError, match="not a sequence-classification model"):
-        RewardModel(tmp_path, 1)
-
-
 def test_prompts_are_text_or_messages_as_json() -> None:
     messages = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Why?"}]
     assert prompt_messages(json.dumps(messages)) == messages
     assert prompt_messages("[{") == [{"role": "user", "content": "[{"}]
-    assert conversation(character_tokenizer("1"), "Why?", "So.") == "Why?\nSo."
 
 
 def numbers(part: TablePart) -> dict[Path, list[int]]:
