@@ -238,9 +238,10 @@ def test_a_schedule_stands_alone() -> None:
     [
         (["reward_model=models/absent"], "score.reward_model: models/absent does not exist"),
         (["reward_model=jobs/absent"], "score.reward_model: jobs/absent does not exist"),
-        ([], "set reward_model (a directory or a hub id) if scorer = 'reward_model', and only then"),
+        ([], "set reward_model (a directory or a hub id) if scorer is 'reward_model' or 'log_likelihood', and only"),
         (["reward_model=org/name", "reward_label=-1"], "score.reward_label"),
-        (["scorer=gsm8k", "reward_label=good"], "reward_label is a label of reward_model: remove it"),
+        (["scorer=gsm8k", "reward_label=good"], "reward_label is a label of a reward model: remove it"),
+        (["scorer=log_likelihood", "reward_model=o/n", "reward_label=1"], "reward_label is a label of a reward model"),
     ],
 )
 def test_mistakes_about_a_reward_model(settings: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

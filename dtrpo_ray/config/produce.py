@@ -72,7 +72,7 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith("models/") and not Path(name).parent.is_dir()
 
 
-ScorerName = Literal[VerifierName, "reward_model", "judge"]
+ScorerName = Literal[VerifierName, "reward_model", "log_likelihood", "judge"]
 FUNCTION = re.compile(r"(?!__main__\b)[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -80,17 +80,18 @@ class ScoreConfig(Section):
     """Rewards of recorded trajectories."""
 
     scorer: ScorerName | str
-    """A verifier (dtrpo_ray/produce/verifiers), which reads the column `answer`; a reward model; a language model as
-    judge; or your own function, "module:function", of a module beside the job file or installed (docs/data.md)."""
+    """A verifier (dtrpo_ray/produce/verifiers), which reads the column `answer`; a reward model; the likelihood under a
+    language model; a language model as judge; or your own function, "module:function", of a module beside the job file
+    or installed (docs/data.md)."""
     judge: JudgeConfig | None = None
     """For scorer = "judge"."""
     reward_model: str | None = Field(None, min_length=1)
-    """For scorer = "reward_model": a sequence-classification model with safetensors, as a directory or a Hugging Face
-    id, "org/name" or "org/name@revision"."""
+    """A model with safetensors, as a directory or a Hugging Face id, "org/name" or "org/name@revision": a sequence
+    classifier for scorer = "reward_model", a causal language model for "log_likelihood"."""
     reward_label: Annotated[int, Field(ge=0, strict=True)] | str | None = None
     """The label whose log-probability is the reward, by name or number, if reward_model has several."""
     batch_size: int = Field(16, ge=1)
-    """Rows per forward of the reward model, or per call of your own function."""
+    """Rows per forward of reward_model, or per call of your own function."""
 
     @property
     def function(self) -> str | None:
@@ -107,10 +108,11 @@ class ScoreConfig(Section):
 
     @model_validator(mode="after")
     def _model_of_the_scorer(self) -> "ScoreConfig":
-        if (self.scorer == "reward_model") != (self.reward_model is not None):
-            raise ValueError("set reward_model (a directory or a hub id) if scorer = 'reward_model', and only then")
-        if self.reward_label is not None and self.reward_model is None:
-            raise ValueError("reward_label is a label of reward_model: remove it, or set scorer = 'reward_model'")
+        if (self.scorer in ("reward_model", "log_likelihood")) != (self.reward_model is not None):
+            scorers = "'reward_model' or 'log_likelihood'"
+            raise ValueError(f"set reward_model (a directory or a hub id) if scorer is {scorers}, and only then")
+        if self.reward_label is not None and self.scorer != "reward_model":
+            raise ValueError("reward_label is a label of a reward model: remove it, or set scorer = 'reward_model'")
         if (self.scorer == "judge") != (self.judge is not None):
             raise ValueError("add the section [score.judge] if scorer = 'judge', and only then")
         return self

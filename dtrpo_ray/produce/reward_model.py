@@ -1,16 +1,22 @@
-"""Reward conversations by a sequence-classification model of transformers."""
+"""Reward responses by a model of transformers: a sequence classifier, or the likelihood under a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from dtrpo_ray.errors import ModelError, Unscorable, first_line
+from dtrpo_ray.errors import DataError, ModelError, Unscorable, first_line
 from dtrpo_ray.models.hub import ModelSource
-from dtrpo_ray.models.tokenizer import load_tokenizer, prompt_messages
+from dtrpo_ray.models.tokenizer import encode_prompt, encode_text, load_tokenizer, prompt_messages
 
 
 def load_model(source: ModelSource, kind: Any, what: str) -> Any:
@@ -38,6 +44,15 @@ def longest_input(config: PretrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 4096)
 
 
+def batches(ids: Sequence[Sequence[int]], size: int, longest: int) -> Iterator[list[int]]:
+    """Yield the rows of batches of similar length. Raises Unscorable for a row of more than `longest` tokens."""
+    for row, tokens in enumerate(ids):
+        if len(tokens) > longest:
+            raise Unscorable(row, f"{len(tokens)} tokens; score.reward_model reads {longest}")
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
 class RewardModel:
     """Reward a conversation by a sequence-classification model.
 
@@ -60,13 +75,8 @@ class RewardModel:
         """Return rewards in the order of the rows; batches are of similar length, and too long rows are refused."""
         texts = [conversation(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for row, tokens in enumerate(ids):
-            if len(tokens) > self.longest:
-                raise Unscorable(row, f"{len(tokens)} tokens; the reward model reads {self.longest}")
         rewards = torch.zeros(len(ids), dtype=torch.float64)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in batches(ids, self.batch_size, self.longest):
             batch = self.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
             rewards[rows] = self._rewards(self.model(**batch.to(self.model.device)).logits.double()).cpu()
         return [float(reward) for reward in rewards]
@@ -77,6 +87,65 @@ class RewardModel:
             several = kind == "multi_label_classification"
             logits_BL = F.logsigmoid(logits_BL) if several else logits_BL.log_softmax(1)
         return logits_BL[:, self.label]
+
+
+class LogLikelihood:
+    """Reward a response by the mean log-probability of its tokens, given the prompt, under a causal language model.
+
+    Prompt and response are tokenized apart. A prompt goes through the chat template if there is one, with the opening
+    of the assistant's turn; else it is text that the response continues. No token that would end the response counts.
+    """
+
+    def __init__(self, source: ModelSource, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.model = load_model(source, AutoModelForCausalLM, "a causal language model")
+        self.tokenizer, self.longest = load_tokenizer(source.path), longest_input(self.model.config)
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float | None]:
+        """Return rewards in the order of the rows; None for a response without tokens."""
+        texts = enumerate(zip(prompts, responses, strict=True))
+        pairs = [self._encode(row, prompt, response) for row, (prompt, response) in texts]
+        means = torch.zeros(len(pairs), dtype=torch.float64)
+        for rows in batches([prompt + response for prompt, response in pairs], self.batch_size, self.longest):
+            means[rows] = self._means([pairs[row] for row in rows])
+        return [float(mean) if response else None for mean, (_, response) in zip(means, pairs, strict=True)]
+
+    @torch.inference_mode()
+    def _means(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Return each response's mean log-probability, as float64 on the CPU; NaN without tokens."""
+        ids_BT = pad_sequence([torch.tensor(prompt + response) for prompt, response in pairs], batch_first=True)
+        lengths_B = torch.tensor([len(prompt) + len(response) for prompt, response in pairs])
+        seen_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+        device = self.model.device
+        given = {"input_ids": ids_BT.to(device), "attention_mask": seen_BT.long().to(device)}
+        logits_BTV = self.model(**given, use_cache=False).logits
+        means = []
+        for logits_TV, ids_T, (prompt, response) in zip(logits_BTV, ids_BT, pairs, strict=True):
+            at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)  # each position predicts the next token
+            logps_TV = logits_TV[at].float().log_softmax(-1)
+            targets_T1 = ids_T[len(prompt) : len(prompt) + len(response), None].to(device)
+            means.append(logps_TV.gather(1, targets_T1).double().mean().cpu())
+        return torch.stack(means)
+
+    def _encode(self, row: int, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of its response. Raises Unscorable if they cannot be encoded."""
+        messages = prompt_messages(prompt)
+        try:
+            if self.tokenizer.chat_template is not None:
+                opening = encode_prompt(self.tokenizer, messages)
+            elif messages[0]["content"] == prompt:
+                opening = encode_text(self.tokenizer, prompt, special=True)
+            else:
+                text = "".join(turn["content"] + "\n" for turn in messages)
+                opening = encode_text(self.tokenizer, text, special=True)
+            ids = encode_text(self.tokenizer, response) if response else []
+        except DataError as error:
+            raise Unscorable(row, str(error)) from None
+        if not opening:
+            raise Unscorable(row, "the prompt has no tokens for score.reward_model to begin with")
+        return opening, ids
 
 
 def label_index(config: Any, label: int | str | None, name: str) -> int:

@@ -19,7 +19,7 @@ from dtrpo_ray.errors import ConfigError, DataError, Unscorable
 from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.produce.function import FunctionSource, RewardFunction
 from dtrpo_ray.produce.judge import Judge
-from dtrpo_ray.produce.reward_model import RewardModel
+from dtrpo_ray.produce.reward_model import LogLikelihood, RewardModel
 
 # errors caused by the response itself, which then scores 0; OSError is the machine's and not among them
 _RESPONSE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
@@ -51,12 +51,14 @@ class Scorer:
     """Score the parts of a trajectory table, each into a file of the part's name; `source` is that of `find_source`."""
 
     def __init__(self, config: ScoreConfig, source: FunctionSource | ModelSource | None = None) -> None:
-        self.score: RewardFunction | RewardModel | Judge | Verifier
+        self.score: RewardFunction | RewardModel | LogLikelihood | Judge | Verifier
         self.source = config.scorer
         if isinstance(source, FunctionSource):
             self.score = RewardFunction(source, config.batch_size)
         elif source is not None:
-            self.score = RewardModel(source, config.batch_size, config.reward_label)
+            likelihood = config.scorer == "log_likelihood"
+            size, label = config.batch_size, config.reward_label
+            self.score = LogLikelihood(source, size) if likelihood else RewardModel(source, size, label)
             self.source += f" {source.name}"
         elif config.judge is not None:
             self.score = Judge(config.judge)

@@ -1,5 +1,6 @@
 """Rewards by models of transformers: independent of the batch, exact, and only by weights that the files hold."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ import pytest
 import torch
 from example_rows import trajectory
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from dtrpo_ray.config.produce import ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import file_parts, read_table
-from dtrpo_ray.errors import DataError, ModelError
+from dtrpo_ray.errors import DataError, ModelError, Unscorable
 from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.tokenizer import character_tokenizer
-from dtrpo_ray.produce.reward_model import RewardModel, conversation, label_index
+from dtrpo_ray.produce.reward_model import LogLikelihood, RewardModel, conversation, label_index
 from dtrpo_ray.produce.scoring import Scorer, find_source
 
 
@@ -57,7 +58,7 @@ def test_a_conversation_longer_than_the_reward_model_reads_is_named(reward_model
     config = ScoreConfig(scorer="reward_model", reward_model=str(reward_model.path))
     source = write(tmp_path / "part-0.parquet", "1", "1" * 40)
     # "12", a newline that this tokenizer drops once transformers takes it for Qwen2's, and 40 digits
-    with pytest.raises(DataError, match=r"row 1: 42 tokens; the reward model reads 32"):
+    with pytest.raises(DataError, match=r"row 1: 42 tokens; score\.reward_model reads 32"):
         Scorer(config, find_source(config, Path()))(*file_parts([source]), tmp_path)
     with pytest.raises(ModelError, match=r"gone: this node has no .*; put the model, or the hub's cache"):
         Scorer(config, ModelSource(tmp_path / "gone", "gone"))
@@ -118,6 +119,71 @@ def test_the_reward_of_a_label_is_its_log_probability_and_that_of_a_regression_i
 def test_a_label_that_the_model_has_not_is_refused(labels: Any, label: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         label_index(Qwen2Config(id2label=labels), label, "model")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    folder = tmp_path_factory.mktemp("llama")
+    character_tokenizer("0123456789\n").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return ModelSource(folder, folder.name)
+
+
+def by_hand(source: ModelSource, prompt: list[int], response: list[int]) -> float:
+    """Mean log-probability of a response's tokens, one plain forward for each."""
+    model, ids, total = LlamaForCausalLM.from_pretrained(source.path), list(prompt), 0.0
+    for token in response:
+        with torch.no_grad():
+            total += float(model(torch.tensor([ids])).logits[0, -1].log_softmax(0)[token])
+        ids.append(token)
+    return total / len(response)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_the_likelihood_is_that_of_a_plain_loop_whatever_the_batch(size: int, llama: ModelSource) -> None:
+    prompts, responses = ["1", "22", "3333", "5", "6"], ["9", "12345678", "7", "", "555"]
+    rewards = LogLikelihood(llama, size)(prompts, responses, [None] * 5)
+    digits = [([int(c) for c in p], [int(c) for c in r]) for p, r in zip(prompts, responses, strict=True)]
+    wanted = [by_hand(llama, *pair) if pair[1] else None for pair in digits]
+    assert rewards[3] is wanted[3] is None
+    for reward, value in zip(rewards, wanted, strict=True):
+        assert reward == (value if value is None else pytest.approx(value, abs=1e-5))
+
+
+def test_messages_go_through_the_chat_template_and_without_one_are_lines(llama: ModelSource, tmp_path: Path) -> None:
+    messages = json.dumps([{"role": "system", "content": "1"}, {"role": "user", "content": "2"}])
+    newline = 10  # the id
+    [reward] = LogLikelihood(llama, 1)([messages], ["34"], [None])
+    assert reward == pytest.approx(by_hand(llama, [1, newline, 2, newline], [3, 4]), abs=1e-5)
+    chats = ModelSource(shutil.copytree(llama.path, tmp_path / "chats"), "chats")
+    template = "{% for m in messages %}{{ m.content }}0{% endfor %}{% if add_generation_prompt %}99{% endif %}"
+    (chats.path / "chat_template.jinja").write_text(template)
+    rewards = LogLikelihood(chats, 2)([messages, "2"], ["34", "5"], [None] * 2)
+    wanted = [by_hand(llama, [1, 0, 2, 0, 9, 9], [3, 4]), by_hand(llama, [2, 0, 9, 9], [5])]
+    assert rewards == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_has_no_likelihood_is_refused(llama: ModelSource, reward_model: ModelSource, tmp_path: Path) -> None:
+    for prompt, response, message in (
+        ("", "1", "the prompt has no tokens"),
+        ("1", "2" * 32, "33 tokens; score.reward"),
+    ):
+        with pytest.raises(Unscorable, match=message):
+            LogLikelihood(llama, 1)([prompt], [response], [None])
+    with pytest.raises(ModelError, match=r"not a causal language model: its files lack lm_head\.weight"):
+        LogLikelihood(reward_model, 1)
+    config = ScoreConfig(scorer="log_likelihood", reward_model=str(llama.path))
+    (tmp_path / "out").mkdir()
+    scorer = Scorer(config, find_source(config, Path()))
+    done = scorer(*file_parts([write(tmp_path / "part-0.parquet", "1", "")]), tmp_path / "out")
+    assert (done["rows"], done["scored"]) == (2, 1)
+    assert done["sum"] == pytest.approx(by_hand(llama, [1, 2], [1]), abs=1e-5)
 
 
 def test_without_a_chat_template_a_conversation_is_lines_of_text() -> None:
