@@ -17,6 +17,7 @@ from dtrpo_ray.config.load import load_job
 from dtrpo_ray.config.train import TrainConfig
 from dtrpo_ray.errors import ConfigError
 from dtrpo_ray.files import sha256_json
+from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.pipeline import ModelRef, Pipeline
 from dtrpo_ray.stages import Stage, Store
@@ -86,6 +87,20 @@ def test_each_round_rolls_out_and_resets_the_reference_to_the_policy_before_it()
     assert len(ids[0]) == len(prompts[0]) == 50 * job.rollout.num_samples
     assert not ids[0] & ids[1]
     assert {row["prompt"] for row in prompts[0]} != {row["prompt"] for row in prompts[1]}
+
+
+def test_rewards_are_named_by_the_commit_of_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    model = ["score.scorer=reward_model", "score.reward_model=org/name@main"]
+    job, inputs = load_job(ROOT / "jobs" / "score.toml", model), []
+    for commit in ("0a", "0a", "0b"):
+        source = ModelSource(Path("cache"), f"org/name@{commit}", commit)
+        monkeypatch.setattr(ModelSource, "find", lambda where, found=source: found)
+        store = Dry()
+        Pipeline(job, store).scored(1)  # type: ignore[arg-type]
+        inputs.append(store.inputs["score-1"])
+    assert inputs[0] == inputs[1] != inputs[2]
+    assert inputs[2]["model"] == "0b"
 
 
 def write_record(folder: Path, workers: dict[str, NumWorkers]) -> None:
