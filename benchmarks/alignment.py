@@ -10,6 +10,7 @@ Finished stages are reused. Arms are compared prompt by prompt (`paired_test`). 
 import argparse
 import json
 import platform
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from dtrpo_ray.config.decode import STEPS, Setting
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.report.evaluation import HELD_OUT, Difference, p_text, paired_forwards, paired_test
+from dtrpo_ray.report.evaluation import HELD_OUT, Difference, Evaluation, p_text, paired_forwards, paired_test
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
@@ -65,21 +66,28 @@ def settings_of(arm: str, job_file: Path, overrides: list[str]) -> list[str]:
     return made
 
 
-def measure(job_file: Path, seed: int, storage: Path, arms: list[str], overrides: list[str]) -> list[Measured]:
-    """Return what base and each arm solve for one seed."""
-    made: list[Measured] = []
-    for arm in arms:
-        settings = [*settings_of(arm, job_file, overrides), f"seed={seed}", f"storage={storage}"]
-        job = load_job(job_file, settings)
-        if not (job.eval and job.puzzle):
-            raise SystemExit(f"{job_file}: nothing to compare; the job needs [eval] and a task with a verifier")
-        with ray_session(job.cluster):
-            value = Pipeline(job, Store(storage)).evaluate()
-        for row in value["table"] if value else ():
-            if row["model"] == "aligned" or arm == arms[0]:
-                name = "base" if row["model"] == "base" else arm
-                made.append(Measured(name, seed, row["set"], row["setting"], row["rewards"], row["forwards"]))
-    return made
+def evaluate_arms(
+    job_file: Path, seed: int, storage: Path, arms: list[str], overrides: list[str]
+) -> Iterator[tuple[str, Pipeline, Evaluation]]:
+    """Yield each arm of one seed with its pipeline, of which every stage is finished, and its evaluation."""
+    with ray_session(load_job(job_file, overrides).cluster):  # one for all arms: it takes seconds to start
+        for arm in arms:
+            job = load_job(job_file, [*settings_of(arm, job_file, overrides), f"seed={seed}", f"storage={storage}"])
+            pipeline = Pipeline(job, Store(storage))
+            value = pipeline.evaluate()
+            if value is None:
+                raise SystemExit(f"{job_file}: nothing to compare; the job needs [eval] and a task with a verifier")
+            yield arm, pipeline, value
+
+
+def measured(arm: str, seed: int, value: Evaluation, with_base: bool) -> list[Measured]:
+    """Return what an arm solves and, with `with_base`, what its base solves."""
+    names = {"aligned": arm, **({"base": "base"} if with_base else {})}
+    return [
+        Measured(names[row["model"]], seed, row["set"], row["setting"], row["rewards"], row["forwards"])
+        for row in value["table"]
+        if row["model"] in names
+    ]
 
 
 def differences(rows: list[Measured], arm: str, over: str, forwards: bool = False) -> dict[str, Difference]:
@@ -201,20 +209,27 @@ def _difference(found: Difference, unit: int) -> str:
     return f"**{text}**" if found.p_value < 0.01 else text
 
 
+def parser(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """Return the options of this benchmark and of those that add to it."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("job", type=Path)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    made.add_argument("--set", dest="overrides", action="append", default=[])
+    made.add_argument("--storage", type=Path, default=Path("runs"))
+    made.add_argument("--out", type=Path, default=out)
+    return made
+
+
 def main() -> None:
     """Measure every seed, writing the page after each, so that an interrupt loses no finished seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--storage", type=Path, default=Path("runs"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/alignment"))
-    options = parser.parse_args()
+    options = parser(__doc__, Path("benchmarks/results/alignment")).parse_args()
     rows: list[Measured] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
-        rows += measure(options.job, seed, options.storage, options.arms, options.overrides)
+        found = evaluate_arms(options.job, seed, options.storage, options.arms, options.overrides)
+        for arm, _, value in found:
+            rows += measured(arm, seed, value, with_base=arm == options.arms[0])
         options.out.with_suffix(".json").write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
         options.out.with_suffix(".md").write_text(markdown(rows, options.job, options.overrides))
         print(options.out.with_suffix(".md").read_text(), flush=True)
