@@ -224,19 +224,22 @@ def evaluate(job: JobFile, overrides: Overrides = None, fresh: Fresh = False, as
 
 
 def evaluation_text(value: "Evaluation") -> str:
-    """Format an evaluation as a table, with each row's gain over the base, tested prompt by prompt."""
-    from dtrpo_ray.report.evaluation import in_order, is_graded, p_text
+    """Format an evaluation as a table, with the gain over base and controls, tested prompt by prompt."""
+    from dtrpo_ray.report.evaluation import against_base, in_order, is_graded, p_text
 
-    verdicts = {(c["set"], c["setting"]): c for c in value["comparison"]}
+    # a model's own row has its gain over the base, and a control's row what the aligned model has more
+    verdicts = {(c["set"], c["setting"], c["model"]): c for c in against_base(value["comparison"])}
+    verdicts |= {(c["set"], c["setting"], c["against"]): c for c in value["comparison"] if c["against"] != "base"}
     measure = "reward" if is_graded(value["table"]) else "accuracy"
-    head = f"{'set':<22}{'setting':>18}{'model':>9}{measure:>10}  95 % interval     tokens/forward  forwards/answer"
+    head = f"{'set':<22}{'setting':>18}{'model':>10}{measure:>10}  95 % interval     tokens/forward  forwards/answer"
     lines = [head]
-    for row in sorted(value["table"], key=lambda r: (*in_order(r), r["model"] != "base")):
+    for row in sorted(value["table"], key=in_order):
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        line = f"{row['set']:<22}{row['setting']:>18}{row['model']:>9}{row['reward']:>10.3f}  {interval:<17}"
+        line = f"{row['set']:<22}{row['setting']:>18}{row['model']:>10}{row['reward']:>10.3f}  {interval:<17}"
         line += f"{row['tokens_per_forward']:>15.2f}{row['forwards_per_answer']:>17.2f}"
-        if row["model"] != "base" and (c := verdicts.get((row["set"], row["setting"]))):
-            line += f"   {c['gain']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}], {p_text(c['p_value'])} ({c['verdict']})"
+        if c := verdicts.get((row["set"], row["setting"], row["model"])):
+            line += f"   {c['model']} - {c['against']} {c['gain']:+.3f} "
+            line += f"[{c['low']:+.3f}, {c['high']:+.3f}], {p_text(c['p_value'])} ({c['verdict']})"
             if (f := c["forwards"])["mean"]:
                 line += f"; forwards {f['mean']:+.2f} [{f['low']:+.2f}, {f['high']:+.2f}], {p_text(f['p_value'])}"
         lines.append(line)

@@ -19,7 +19,7 @@ from dtrpo_ray.data.tasks.puzzles import generate_puzzles, scorer_path
 from dtrpo_ray.models.tokenizer import load_tokenizer
 from dtrpo_ray.pipeline import HELD_OUT_SEED, Pipeline
 from dtrpo_ray.progress import console
-from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, reward_text
+from dtrpo_ray.report.evaluation import HELD_OUT, Comparison, against_base, reward_text
 from dtrpo_ray.report.page import Answer
 from dtrpo_ray.serve.server import read_keys, start, stop
 from dtrpo_ray.stages import Json, JsonObject
@@ -64,7 +64,7 @@ class Questions:
 
 def choose_setting(job: Job, comparison: Sequence[Comparison]) -> Setting:
     """Return the setting at which aligned and base differ most on held-out prompts; of equal ones the first."""
-    gains = {Setting.parse(row["setting"]): row["gain"] for row in comparison if row["set"] == HELD_OUT}
+    gains = {Setting.parse(row["setting"]): row["gain"] for row in against_base(comparison) if row["set"] == HELD_OUT}
     return max(
         sorted(gains), key=lambda setting: abs(gains[setting]), default=Setting(STEPS, job.serve.denoising_steps)
     )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.config.cluster import NumWorkers
-from dtrpo_ray.config.decode import RolloutConfig
+from dtrpo_ray.config.decode import Control, RolloutConfig
 from dtrpo_ray.config.job import Job
 from dtrpo_ray.config.produce import DraftsConfig
 from dtrpo_ray.config.task import Files
@@ -328,6 +328,13 @@ class Pipeline:
 
         return self.store.stage(f"ref-{number}", inputs, [f"{REF_LOGPS}/*.parquet"], make)
 
+    def control(self, objective: Control) -> ModelRef:
+        """Return what another objective makes of the last round's pairs, from the same policy in as many steps."""
+        job, number, config = self.job, self.job.rounds, self.job.train.as_control(objective)
+        return self._train(
+            f"control-{objective}", config, self.policy(number - 1), self.pairs(number), job.seed + number
+        )
+
     def aligned(self) -> ModelRef:
         """Return the policy after the last round; without a task, what [sft] trained."""
         return self.base() if self.job.only_sft else self.policy(self.job.rounds)
@@ -390,22 +397,25 @@ class Pipeline:
         validation.write_questions(asked, scorer_path(puzzle) if puzzle else None, out)
 
     def evaluate(self) -> Evaluation | None:
-        """Evaluate base and aligned on held-out prompts and public test sets; None without [eval] or a verifier."""
+        """Evaluate base, aligned and controls on held-out prompts and public sets; None without [eval] or verifier."""
         if self.job.eval is None or self.job.puzzle is None:
             return None
         table: list[Score] = []
         examples: list[Example] = []
-        for name, model in (("base", self.base()), ("aligned", self.aligned())):
+        controls: dict[str, ModelRef] = {name: self.control(name) for name in self.job.eval.controls}
+        models = {"base": self.base(), "aligned": self.aligned(), **controls}
+        for name, model in models.items():
             record: Evaluation = read_json(self._evaluate_model(name, model).path / "eval.json")
             table += [{"model": name, **row} for row in record["table"]]
-            examples += [{"model": name, **row} for row in record["examples"]]
+            examples += [{"model": name, **row} for row in record["examples"] if name not in controls]
         return {"table": table, "examples": examples, "comparison": compare(table)}
 
     def _evaluate_model(self, name: str, model: ModelRef) -> Stage:
         job, config = self.job, self.job.eval
         assert config is not None
         sets = self._test_sets()
-        fields, hashes = config.model_dump(mode="json"), {title: sha256_json(rows) for title, rows in sets.items()}
+        fields = config.model_dump(mode="json", exclude={"controls"})
+        hashes = {title: sha256_json(rows) for title, rows in sets.items()}
         inputs: JsonObject = {"eval": fields, "model": model.digest, "sets": hashes, "seed": job.seed}
 
         def make(out: Path) -> JsonObject:

@@ -23,7 +23,7 @@ TWO = Setting("denoising_steps", 2)
 
 def gain(at: int | float, value: float, test_set: str = "held-out") -> Comparison:
     setting = f"threshold={at}" if isinstance(at, float) else f"denoising_steps={at}"
-    return {"model": "aligned", "set": test_set, "setting": setting, "gain": value,
+    return {"model": "aligned", "against": "base", "set": test_set, "setting": setting, "gain": value,
             "low": value, "high": value, "p_value": 1.0, "verdict": "same", "forwards": {}}  # fmt: skip
 
 

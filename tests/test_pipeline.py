@@ -103,6 +103,36 @@ def test_rewards_are_named_by_the_commit_of_a_model_of_the_hub(monkeypatch: pyte
     assert inputs[2]["model"] == "0b"
 
 
+def test_a_control_differs_from_the_last_round_in_its_objective_alone() -> None:
+    """Caches and choices that belong to preferences are left out: they name no weights."""
+    settings = [
+        "rounds=2",
+        "train.reference=cache",
+        "train.keep_best=margin",
+        "eval.controls=['imitation', 'elbo_dpo']",
+    ]
+    job, store = load_job(ROOT / "jobs" / "demo.toml", settings), Dry()
+    pipeline = Pipeline(job, store)  # type: ignore[arg-type]
+    assert job.eval
+    for objective in job.eval.controls:
+        pipeline.control(objective)
+    pipeline.aligned()
+    ours = store.inputs["train-2"]
+    for objective in job.eval.controls:
+        control = store.inputs[f"control-{objective}"]
+        assert [control[name] for name in ("base", "seed", "table")] == [
+            ours[name] for name in ("base", "seed", "table")
+        ]
+        assert control["config"].pop("objective") == ours["config"]["objective"] | {"type": objective}
+        rest = {name: value for name, value in ours["config"].items() if name not in ("objective", "reference")}
+        assert control["config"] == rest | {"reference": "frozen"}
+
+
+def test_a_control_that_cannot_train_is_refused_with_the_job() -> None:
+    with pytest.raises(ConfigError, match=r"eval\.controls: 'imitation' cannot train"):
+        load_job(ROOT / "jobs" / "demo.toml", ["train.objective.schedule=confidence", "eval.controls=['imitation']"])
+
+
 def write_record(folder: Path, workers: dict[str, NumWorkers]) -> None:
     stage = TrainStage("train-2", folder, folder, folder, 0, workers=workers)
     RunRecord.of(stage, TrainConfig(), "checkpoints").write(folder)

@@ -121,6 +121,9 @@ class Setting(NamedTuple):
         return f"{self.field} {self.value}"
 
 
+Control = Literal["imitation", "sft", "elbo_dpo"]
+
+
 class EvalConfig(Section):
     """Comparison of the base and the aligned model on held-out prompts."""
 
@@ -133,10 +136,13 @@ class EvalConfig(Section):
     """0 is greedy."""
     batch_size: int = Field(500, ge=1)
     max_new_tokens: int = Field(16, ge=1)
+    controls: tuple[Control, ...] = ()
+    """Objectives that train on the last round's pairs too, as many steps, and are evaluated beside the aligned model:
+    what it has more than "imitation" comes from the preferences."""
 
     @model_validator(mode="after")
     def _each_setting_once(self) -> "EvalConfig":
-        for name, values in (("budgets", self.budgets), ("thresholds", self.thresholds)):
+        for name, values in (("budgets", self.budgets), ("thresholds", self.thresholds), ("controls", self.controls)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} = {list(values)} lists a {name.removesuffix('s')} twice")
         if not self.settings:

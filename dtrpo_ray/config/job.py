@@ -139,6 +139,11 @@ class Job(Section):
                 raise ValueError(f"{name}.max_new_tokens = {section.max_new_tokens}: an answer has {needed} tokens")
         if self.pair.strategy == "faster":
             self._fits_faster()
+        for control in self.eval.controls if self.eval else ():
+            try:
+                self.train.as_control(control)
+            except ValueError as error:
+                raise ValueError(f"eval.controls: {control!r} cannot train with [train]: {error}") from None
         if self.rollout and self.model.init:
             worst = max((*self.rollout.step_counts, *(self.eval.budgets if self.eval else ()), 1))
             if worst > self.model.init.block_size:

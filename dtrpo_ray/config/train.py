@@ -210,6 +210,12 @@ class TrainConfig(Section):
         """The objective on the rows held out: for sft the ELBO, however its masks are drawn in training."""
         return self.objective.model_copy(update={"complementary_masks": False})
 
+    def as_control(self, objective: str) -> "TrainConfig":
+        """Return this training with another type of objective. Raises ValueError for settings that it does not have."""
+        kept = self.model_dump(exclude={"objective", "reference", "keep_best", "validation"})
+        changed = {**self.objective.model_dump(), "type": objective}
+        return TrainConfig.model_validate({**kept, "objective": changed})
+
     @property
     def has_terms(self) -> bool:
         """True if some steps measure the gradients of the loss's two terms."""

@@ -65,13 +65,14 @@ class Difference(NamedTuple):
 
 
 class Comparison(TypedDict):
-    """A model minus the base on the same prompts of a set at a setting.
+    """A model minus another (`against`) on the same prompts of a set at a setting.
 
     `low` and `high` are the 95 % interval of the gain in mean reward, and `p_value` is that of no difference; the
     verdict is "same" where it is 0.05 or more. `forwards` is the `Difference` of forwards per answer, by name.
     """
 
     model: str
+    against: str
     set: str
     setting: str
     gain: float
@@ -83,7 +84,7 @@ class Comparison(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """Base against aligned; the file `eval.json` of one model has no comparison."""
+    """Base, aligned and controls; the file `eval.json` of one model has no comparison."""
 
     table: list[Score]
     examples: list[Example]
@@ -206,28 +207,38 @@ def paired_forwards(one: Sequence[Sequence[int]], base: Sequence[Sequence[int]])
 
 
 def compare(table: Sequence[Score]) -> list[Comparison]:
-    """Compare each model with the base, prompt by prompt, on every (set, setting) that both have."""
-    base = {(r["set"], r["setting"]): r for r in table if r["model"] == "base"}
-    made: list[Comparison] = []
-    for row in table:
-        other = base.get((row["set"], row["setting"]))
-        if row["model"] == "base" or other is None:
-            continue
-        gain, low, high, p_value = paired_test([row["rewards"]], [other["rewards"]])
-        made.append(
-            {
-                "model": row["model"],
-                "set": row["set"],
-                "setting": row["setting"],
-                "gain": gain,
-                "low": low,
-                "high": high,
-                "p_value": p_value,
-                "verdict": "same" if p_value >= SIGNIFICANT else "better" if gain > 0 else "worse",
-                "forwards": paired_forwards([row["forwards"]], [other["forwards"]])._asdict(),
-            }
-        )
-    return made
+    """Compare each model with the base, and the aligned one with each control, on each (set, setting) of both."""
+    scores = {(r["model"], r["set"], r["setting"]): r for r in table}
+    models = dict.fromkeys(r["model"] for r in table)
+    pairs = [(model, "base") for model in models if model != "base"]
+    pairs += [("aligned", model) for model in models if model not in ("base", "aligned")]
+    return [
+        _comparison(row, other)
+        for model, against in pairs
+        for (name, test_set, setting), row in scores.items()
+        if name == model and (other := scores.get((against, test_set, setting)))
+    ]
+
+
+def against_base(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons of the aligned model with the base."""
+    return [row for row in comparisons if (row["model"], row["against"]) == ("aligned", "base")]
+
+
+def _comparison(row: Score, other: Score) -> Comparison:
+    gain, low, high, p_value = paired_test([row["rewards"]], [other["rewards"]])
+    return {
+        "model": row["model"],
+        "against": other["model"],
+        "set": row["set"],
+        "setting": row["setting"],
+        "gain": gain,
+        "low": low,
+        "high": high,
+        "p_value": p_value,
+        "verdict": "same" if p_value >= SIGNIFICANT else "better" if gain > 0 else "worse",
+        "forwards": paired_forwards([row["forwards"]], [other["forwards"]])._asdict(),
+    }
 
 
 def reward_text(reward: float) -> str:

@@ -31,6 +31,7 @@ from dtrpo_ray.report.evaluation import (
     Evaluation,
     Example,
     Score,
+    against_base,
     compare,
     is_graded,
     p_text,
@@ -131,6 +132,7 @@ def write_report(
         job=job,
         headline=headline(job, curves, evaluation),
         held_out=held_out,
+        controls=_controls(evaluation),
         measure=measure,
         scores=[
             _reward_plot(out, "accuracy", f"{measure} on held-out prompts", held_out),
@@ -170,12 +172,20 @@ def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     """Put base beside aligned for each set and setting of an evaluation at one temperature; the held-out set first."""
     table = evaluation["table"] if evaluation else []
     scores = {(row["set"], row["setting"], row["model"]): row for row in table}
-    changes = {(row["set"], row["setting"]): row for row in compare(table)}
+    changes = {(row["set"], row["setting"]): row for row in against_base(compare(table))}
     pairs = []
     for test_set, setting in dict.fromkeys((row["set"], row["setting"]) for row in table):
         base, aligned = (scores.get((test_set, setting, model)) for model in ("base", "aligned"))
         pairs.append(ScorePair(test_set, Setting.parse(setting), base, aligned, changes.get((test_set, setting))))
     return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.set, pair.setting))
+
+
+def _controls(evaluation: Evaluation | None) -> list[tuple[Score, Comparison]]:
+    """Return each control's row on held-out prompts, with the aligned model minus it."""
+    table = evaluation["table"] if evaluation else []
+    scores = {(row["model"], row["set"], row["setting"]): row for row in table}
+    more = [row for row in compare(table) if row["against"] != "base" and row["set"] == HELD_OUT]
+    return [(scores[row["against"], row["set"], row["setting"]], row) for row in more]
 
 
 def _natural(name: str) -> list[str | int]:

@@ -1,6 +1,7 @@
 """Intervals with known values, tables from trajectories, and the paired test of two models."""
 
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from dtrpo_ray.config.decode import EvalConfig, Setting
 from dtrpo_ray.models.tokenizer import character_tokenizer
 from dtrpo_ray.report.evaluation import (
+    HELD_OUT,
     Score,
+    against_base,
     compare,
     is_graded,
     mean_interval,
@@ -105,6 +108,18 @@ def test_a_verdict_is_of_the_pairs_and_not_of_two_intervals() -> None:
     assert [c["gain"] for c in made] == pytest.approx([0.04, 0.04, -0.4])
     assert [c["p_value"] for c in made] == pytest.approx([0.125, 0.728, 0], abs=5e-3)
     assert [c["verdict"] for c in made] == ["same", "same", "worse"]
+
+
+def test_the_aligned_model_is_compared_with_base_and_controls_and_each_of_these_with_the_base() -> None:
+    """Base right on 2 of 10, the control on 5, the aligned model on 9, each on what the one before solves too."""
+    facts = {"set": HELD_OUT, "setting": "denoising_steps=1", "temperature": 0.0, "num_prompts": 10, "reward": 0.0}
+    facts |= {"low": 0.0, "high": 1.0, "tokens_per_forward": 1.0, "forwards_per_answer": 4.0, "forwards": [4] * 10}
+    shares = {"base": 2, "aligned": 9, "imitation": 5}
+    table: Any = [{"model": m, **facts, "rewards": [1.0] * n + [0.0] * (10 - n)} for m, n in shares.items()]
+    found = {(c["model"], c["against"]): c["gain"] for c in compare(table)}
+    wanted = {("aligned", "base"): 0.7, ("imitation", "base"): 0.3, ("aligned", "imitation"): 0.4}
+    assert found == pytest.approx(wanted)
+    assert [c["gain"] for c in against_base(compare(table))] == pytest.approx([0.7])
 
 
 def test_forwards_are_compared_prompt_by_prompt() -> None:
