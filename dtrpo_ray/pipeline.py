@@ -284,11 +284,12 @@ class Pipeline:
         model = self.initial() if source else self.base()
         hashes = {file: sha256_data(file) for where in task.files for file in data_files(where)}
         fields = {"type": task.type, **task.model_dump(mode="json", include=set(Files.model_fields))}
-        inputs: JsonObject = {"task": fields, "files": hashes, "model": model.digest}
+        answers = prepare.needs_answers(job, task)
+        inputs: JsonObject = {"task": fields, "files": hashes, "model": model.digest, "answers": answers}
 
         def make(out: Path) -> JsonObject:
             make_importer = answering() if answering else prepare.Importer
-            read = prepare.ImportJob(task, model.path.resolve(), prepare.grid_of(model.path), hashes)
+            read = prepare.ImportJob(task, model.path.resolve(), prepare.grid_of(model.path), hashes, answers)
             parts = prepare.import_parts(task, part_rows)
             worker, label = partial(make_importer, read), name if answering else "prepare"
             done = run_parts(parts, worker, out / TABLE, job.cluster, label, gpu=answering is not None)

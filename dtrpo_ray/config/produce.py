@@ -76,6 +76,9 @@ ScorerName = Literal[VerifierName, "reward_model", "log_likelihood", "judge"]
 FUNCTION = re.compile(r"(?!__main__\b)[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
+SELF_CONTAINED = ("sudoku", "countdown", "reward_model", "judge")  # scorers that need no reference answer
+
+
 class ScoreConfig(Section):
     """Rewards of recorded trajectories."""
 
@@ -116,6 +119,11 @@ class ScoreConfig(Section):
         if (self.scorer == "judge") != (self.judge is not None):
             raise ValueError("add the section [score.judge] if scorer = 'judge', and only then")
         return self
+
+    @property
+    def needs_answers(self) -> bool:
+        """Return whether the scorer compares with the column `answer`."""
+        return self.scorer not in SELF_CONTAINED
 
 
 class PairConfig(Section):

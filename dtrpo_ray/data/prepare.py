@@ -67,9 +67,12 @@ KINDS = {
 }
 
 
-def format_of(task: Reader) -> Callable[[str], Format[Any]]:
-    """Return the function that recognises the format of a file of a task; it raises DataError for an unknown one."""
-    columns = Columns(task.columns, frozenset(task.ignore_columns))
+def format_of(task: Reader, answers: bool = False) -> Callable[[str], Format[Any]]:
+    """Return the function that recognises the format of a file of a task; it raises DataError for an unknown one.
+
+    With `answers` a row needs a reference answer.
+    """
+    columns = Columns(task.columns, frozenset(task.ignore_columns), answers)
     return cache(lambda file: KINDS[task.type].form(file, columns))
 
 
@@ -176,13 +179,15 @@ class _RowsToDrop(TypedDict):
 class ImportJob:
     """The inputs of every importer of a section; picklable, the same on every machine.
 
-    `grid` are the model's block_size, block_origin and shift, `data_hashes` the hash of each file.
+    `grid` are the model's block_size, block_origin and shift, `data_hashes` the hash of each file. With `answers` a row
+    needs a reference answer.
     """
 
     task: Reader
     tokenizer: Path
     grid: Mapping[str, Any]
     data_hashes: Mapping[str, str]
+    answers: bool = False
 
 
 class Importer:
@@ -195,7 +200,7 @@ class Importer:
     def __init__(self, source: ImportJob) -> None:
         self.task, self.hashes = source.task, source.data_hashes
         self.target = Target(tokenizers.load_tokenizer(source.tokenizer), **_limits(self.task), **source.grid)
-        self.form = format_of(self.task)
+        self.form = format_of(self.task, source.answers)
 
     def __call__(self, part: Shard, out: Path) -> PartSummary:
         """Import one part. Raises DataError for a file that cannot be read, and with `task.strict` for a bad row."""
@@ -217,6 +222,11 @@ class Importer:
 
     def _tokenize(self, rows: Any) -> tuple[pa.Table, list[Rejected]]:
         return KINDS[self.task.type].tokenize(rows, self.target)
+
+
+def needs_answers(job: Job, section: Reader) -> bool:
+    """Return whether the rows of a section need a reference answer, which the job's scorer compares with."""
+    return section is job.task and job.score is not None and job.score.needs_answers
 
 
 def _limits(task: Reader) -> dict[str, Any]:
@@ -326,7 +336,10 @@ def check_job(job: Job) -> list[Report]:
     tokenizer = job_tokenizer(job)
     for section in (job.task, job.sft):
         if isinstance(section, Reader) and section.files:
-            target, form = Target(tokenizer, **_limits(section), **grid), format_of(section)
+            target, form = (
+                Target(tokenizer, **_limits(section), **grid),
+                format_of(section, needs_answers(job, section)),
+            )
             files = groupby(import_parts(section), key=lambda part: part.file)
             reports += [_check_file(file, form(file), list(parts), section.type, target) for file, parts in files]
     return reports

@@ -141,6 +141,8 @@ def with_adapter(base: DiffusionLM, copy: DiffusionLM, path: Path) -> None:
     _require_plain(path)
     if not tensors:
         raise ModelError(f"{path}: {ADAPTER_FILE} holds no tensors")
+    if broken := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise ModelError(f"{path}: {broken[0]} holds NaN or infinity; take another adapter")
     parts = {name.removesuffix(".weight"): pieces for name, pieces in base.checkpoint_tensors().items()}
     ranks, alphas, weights = dict[str, int](), dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors}):

@@ -23,6 +23,8 @@ from dtrpo_ray.models.base import DiffusionLM, TensorPiece
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face shards
 COMPARED_ROWS = 4096
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that are read
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # of DistributedDataParallel, torch.compile and FSDP
 
 Slices = dict[str, Any]  # tensors of open files by name: shapes are known, and a slice reads its rows
 
@@ -47,10 +49,11 @@ def load_weights(
     """Fill a model built on the meta device (or by `sharding`) from a directory.
 
     Raises ModelError, before a weight is read, naming files that are missing or pickled and tensors that are missing,
-    surplus or of another shape.
+    surplus, quantised or of another shape; and while reading, a tensor with numbers that are not finite.
     """
     with ExitStack() as stack:
         where, slices = _open_shards(path, stack)
+        _require_floats(where, slices, "quantization_config" in model.config)
         own = model.state_dict(keep_vars=True)
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
         _compare(published_shapes(model, shapes), where, slices, model.tied_tensors())
@@ -61,7 +64,10 @@ def load_weights(
             with gathers.whole([own[name]]) if gathers else nullcontext():
                 if gathers is None or gathers.rank == 0:
                     for piece in pieces:
-                        own[name].data[piece.at].copy_(slices[piece.upstream][piece.start : piece.stop])
+                        part = slices[piece.upstream][piece.start : piece.stop]
+                        if not torch.stack(part.aminmax()).isfinite().all():
+                            raise ModelError(f"{where}: {piece.upstream} holds NaN or infinity; take another one")
+                        own[name].data[piece.at].copy_(part)
 
 
 def _open_shards(path: Path, stack: ExitStack) -> tuple[Path, Slices]:
@@ -97,6 +103,19 @@ def _listed_shards(index: Path) -> list[Path]:
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(f"{index}: {len(absent)} shard(s) not there, first {absent[0]}; download it again")
     return [folder / name for name in names]
+
+
+def _require_floats(where: Path, slices: Slices, declared: bool) -> None:
+    """Raise ModelError for tensors that are not plain floating-point numbers, or that a wrapper has renamed."""
+    odd = {name: kind for name, part in slices.items() if (kind := part.get_dtype()) not in FLOATS}
+    if odd:
+        name, kind = min(odd.items())
+        why = ", as quantization_config of config.json says" if declared else ""
+        remedy = "quantised weights are not supported; take the release in bfloat16, or dequantise it first"
+        raise ModelError(f"{where}: {name} is {kind}{why}: {remedy}")
+    if wrapped := [name for name in slices if name.startswith(WRAPPERS)]:
+        name = wrapped[0]
+        raise ModelError(f"{where}: {name} was saved from inside a wrapper; save the model that it wraps")
 
 
 def published_shapes(model: DiffusionLM, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -93,6 +93,27 @@ def test_missing_surplus_and_misshapen_tensors_are_named(saved: Path) -> None:
         load_model(saved)
 
 
+def test_weights_that_are_no_plain_numbers_are_refused(saved: Path) -> None:
+    """int8 beside a quantization_config, NaN from a run that diverged, and the names of a wrapper."""
+    whole = load_file(saved / "model.safetensors")
+    (saved / "config.json").write_text(
+        json.dumps(json.loads((saved / "config.json").read_text()) | {"quantization_config": {"load_in_8bit": True}})
+    )
+    bad = whole[Q_PROJ].clone()
+    for value, message in (
+        (bad.to(torch.int8), rf"{Q_PROJ} is I8, as quantization_config of config.json says: quantised"),
+        (bad.to(torch.float8_e4m3fn), rf"{Q_PROJ} is F8_E4M3"),
+        (bad.index_fill(0, torch.tensor([1]), float("nan")), rf"{Q_PROJ} holds NaN or infinity"),
+        (bad.index_fill(0, torch.tensor([1]), float("-inf")), rf"{Q_PROJ} holds NaN or infinity"),
+    ):
+        save_file(whole | {Q_PROJ: value}, saved / "model.safetensors")
+        with pytest.raises(ModelError, match=rf"model.safetensors: {message}"):
+            load_model(saved)
+    save_file({f"module.{name}": tensor for name, tensor in whole.items()}, saved / "model.safetensors")
+    with pytest.raises(ModelError, match=r"module\..* was saved from inside a wrapper"):
+        load_model(saved)
+
+
 def test_missing_weights_name_the_folder(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=f"{saved}: no model.safetensors"):

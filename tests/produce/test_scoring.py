@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from example_rows import trajectory
 
-from dtrpo_ray.config.produce import JudgeConfig, ScoreConfig
+from dtrpo_ray.config.produce import JudgeConfig, ScoreConfig, VerifierName
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, file_parts, prompt_parts, read_table
 from dtrpo_ray.errors import DataError, Unscorable
@@ -156,3 +156,9 @@ def test_a_judge_scores_a_prompt_across_files_and_leaves_a_lone_response_alone(
     table = read_table(tmp_path / "out", TRAJECTORY)
     assert table["reward"].to_pylist() == [0.0, None, 1.0]
     assert table["reward_source"].to_pylist() == ["judge judge", None, "judge judge"]
+
+
+@pytest.mark.parametrize("name", get_args(VerifierName))
+def test_a_job_knows_which_verifiers_need_a_reference_answer(name: Any) -> None:
+    optional = getattr(Verifier(name).module, "ANSWER_OPTIONAL", False)
+    assert ScoreConfig(scorer=name).needs_answers is not optional

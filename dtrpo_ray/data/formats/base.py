@@ -29,6 +29,11 @@ class Row(ABC):
     def require(self) -> Self:
         """Return the row. Raises Refusal for one that breaks a rule of all formats."""
 
+    @property
+    def is_answered(self) -> bool:
+        """Return whether the row has a reference answer, or is of a kind that has none."""
+        return True
+
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Row)
@@ -59,7 +64,7 @@ class Format(ABC, Generic[R]):
         with one_row():
             record = Record.of_row(value, self.task)
             made = parse(record)
-            return made, record.ignored(self.beside | self.task.ignored)
+            return made, record.ignored(self.beside)
 
     def shards(self, file: str, rows: int | None = None) -> list[Shard]:
         """Return the parts of a file, of `rows` rows each if they are given."""
@@ -90,7 +95,14 @@ class RowFormat(Format[R]):
         rows = made if isinstance(made, list) else [made]
         for number, row in enumerate(rows, 1):
             where = origin if len(rows) == 1 else f"{origin}#{number}"
-            yield attempt(where, replace(row, origin=where, ignored=ignored).require)
+            yield attempt(where, self._require, replace(row, origin=where, ignored=ignored))
+
+    def _require(self, row: R) -> R:
+        if self.task.answers and not row.is_answered:
+            raise Refusal(
+                "no reference answer", "score.scorer compares with it; task.columns names the column `answer`"
+            )
+        return row.require()
 
     def read(self, shard: Shard) -> Iterator[R | Rejected]:
         for origin, value in raw_rows(shard):

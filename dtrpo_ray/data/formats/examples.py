@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
+from dtrpo_ray.data.formats.dialogue import one_answer, prompt_of, with_system
 from dtrpo_ray.data.formats.parsing import AS_NAMED, Columns, Messages, Prompt, Refusal, require_text
-from dtrpo_ray.data.formats.preferences import one_answer, prompt_of, with_system
 
 
 @dataclass(frozen=True, slots=True)

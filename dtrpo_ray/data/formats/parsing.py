@@ -5,7 +5,7 @@ A row that cannot be used raises `Refusal`; it is then refused in its own place 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -55,10 +55,14 @@ _KEYS = {"role": "role", "from": "role", "content": "content", "value": "content
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What a task says of its files' columns: `names` maps our name to the file's, `ignored` are not to be read."""
+    """What a task says of its files' columns: `names` maps our name to the file's, `ignored` are not to be read.
+
+    With `answers`, a prompt or response needs a reference answer.
+    """
 
     names: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    answers: bool = False
 
     def rename(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row under our names; a column that another one replaces is gone."""
@@ -183,11 +187,13 @@ def _field(read: Callable[[Any, str], T]) -> Callable[["Record", str], T]:
 class Record:
     """The JSON object of one row. Each method returns a field in the type asked for, or raises Refusal.
 
-    It notes which fields were asked for, so that `ignored` can tell which ones an import would lose.
+    It notes which fields were asked for, so that `ignored` can tell which ones an import would lose. `withheld` are
+    those that the task leaves out.
     """
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields, self.read = fields, set[str]()
+    def __init__(self, fields: dict[str, Any], withheld: Collection[str] = ()) -> None:
+        self.fields = {name: value for name, value in fields.items() if name not in withheld} if withheld else fields
+        self.read, self.left = set[str](), {name for name in withheld if not is_empty(fields.get(name))}
 
     @classmethod
     def of_row(cls, value: Any, columns: Columns = AS_NAMED) -> "Record":
@@ -199,19 +205,26 @@ class Record:
         for name in EXTRAS:
             if value.get(name) and name not in columns.ignored:
                 raise Refusal("unsupported field", f"{name} belongs to the prompt and would be lost")
-        return cls(columns.rename(value))
+        return cls(columns.rename(value), columns.ignored)
+
+    def leave(self, *names: str) -> None:
+        """Note parts of the row that are left out, to be named among the ignored columns."""
+        self.left.update(names)
 
     def ignored(self, known: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Return the columns with a value that nothing read. Raises Refusal for one that may hold a part of the text.
 
-        Those may be left out whose name is `known` or says that they are ABOUT the row, and copies of a field read.
+        Those may be left out whose name is `known` or says that they are ABOUT the row, and copies of other fields.
         """
         left = {name: value for name, value in self.fields.items() if name not in self.read and not is_empty(value)}
-        used = [self.fields.get(name) for name in self.read]
-        if unknown := [n for n, value in left.items() if n not in known and not is_about(n) and value not in used]:
+        unknown = [name for name in left if name not in known and not is_about(name)]
+        if unknown:
+            told = {leaf for name, value in self.fields.items() if name not in unknown for leaf in _texts(value)}
+            unknown = [name for name in unknown if not _texts(left[name]) or not _texts(left[name]) <= told]
+        if unknown:
             remedy = "name what it is in task.columns, or list it in task.ignore_columns"
             raise Refusal("unknown column", f"{', '.join(sorted(unknown))} would be lost; {remedy}")
-        return tuple(left)
+        return (*left, *sorted(self.left))
 
     def get(self, name: str) -> Any:
         """Return a field as it is, None if it is not there."""
@@ -237,10 +250,18 @@ class Record:
     prompt, messages = _field(as_prompt), _field(as_messages)
 
 
+def _texts(value: Any) -> set[str]:
+    """Return the texts of a field, however deep in lists and objects."""
+    if isinstance(value, str):
+        return {value} if value else set()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {text for item in inner for text in _texts(item)}
+
+
 @cache
 def is_about(name: str) -> bool:
     """Return whether a column's name says that it is ABOUT a row."""
-    return re.fullmatch(ABOUT, name.lower()) is not None
+    return re.fullmatch(ABOUT, name.lower().replace("-", "_")) is not None
 
 
 def require_utf8(content: Any) -> None:

@@ -4,14 +4,24 @@ Every row of a file ends in exactly one place: in a pair, or `Rejected` with a n
 format is recognised by its columns (`PREFERENCE_FORMATS`; docs/data.md shows each).
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 from dtrpo_ray.data.formats.base import Format, Row, RowFormat, attempt, find_format
+from dtrpo_ray.data.formats.dialogue import (
+    HUMAN,
+    PROMPTS,
+    as_side,
+    last_answer,
+    one_answer,
+    prompt_of,
+    read_dialogue,
+    with_system,
+)
 from dtrpo_ray.data.formats.files import Shard, share_shards
+from dtrpo_ray.data.formats.graded import GRADED, HELPSTEER2, Pair, scored
 from dtrpo_ray.data.formats.parsing import (
     AS_NAMED,
     Columns,
@@ -19,20 +29,20 @@ from dtrpo_ray.data.formats.parsing import (
     Prompt,
     Record,
     Refusal,
-    as_messages,
-    as_prompt,
-    as_text,
-    is_empty,
     require_text,
 )
 from dtrpo_ray.data.formats.reading import raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.files import sha256_json
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the marks of an HH-RLHF dialogue
+Judged = tuple[Prompt, str, float]  # (prompt, answer, its grade: higher is better)
 
-Labelled = tuple[Prompt, str, bool]  # (prompt, answer, whether it is good)
-_Answers = list[tuple[str, str, tuple[str, ...]]]  # (origin, text, ignored columns)
+
+class _Answer(NamedTuple):
+    origin: str
+    text: str
+    grade: float
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,60 +64,64 @@ class PreferenceRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class UnpairedFormat(Format[PreferenceRow]):
-    """A layout whose rows are single answers, good or bad; those to the same prompt are paired."""
+    """A layout whose rows are single answers, good or bad, or with a score; those to the same prompt are paired.
+
+    Several answers that are left over because they are equal are refused as a `tie`.
+    """
 
     rows_each = 2
-    parse: Callable[[Record], Labelled]
+    parse: Callable[[Record], Judged]
+    tie: str = "no partner"
 
     def shards(self, file: str, rows: int | None = None) -> list[Shard]:
         """Return the whole file once for each share of its prompts, so that partners meet."""
         return share_shards(file)
 
     def read(self, shard: Shard) -> Iterator[PreferenceRow | Rejected]:
-        """Pair good and bad answers to the same prompt in the order of the file, each used once.
+        """Pair the best answer to a prompt with the worst, then the next ones, each used once, equals as in the file.
 
         Only prompts of the part's share are looked at; rows without a prompt belong to the first share.
         """
         share, shares = shard.share
-        groups: dict[str, tuple[Prompt, _Answers, _Answers]] = {}
+        groups: dict[str, tuple[Prompt, list[_Answer]]] = {}
         for origin, value in raw_rows(shard):
             found = attempt(origin, self.parse_raw, self._judge, value)
             if isinstance(found, Rejected):
                 if share == 0:
                     yield found
                 continue
-            (prompt, answer, is_good), ignored = found
+            (prompt, text, grade), ignored = found
             key = sha256_json(prompt)
             if int(key[:8], 16) % shares == share:
-                _, good, bad = groups.setdefault(key, (prompt, [], []))
-                (good if is_good else bad).append((origin, answer, ignored))
-        for prompt, good, bad in groups.values():
-            yield from _pair_answers(prompt, good, bad)
+                groups.setdefault(key, (prompt, []))[1].append(_Answer(origin, text, grade, ignored))
+        for prompt, answers in groups.values():
+            yield from self._pair(prompt, answers)
 
-    def _judge(self, row: Record) -> Labelled:
-        prompt, answer, is_good = self.parse(row)
+    def _pair(self, prompt: Prompt, answers: list[_Answer]) -> Iterator[PreferenceRow | Rejected]:
+        used = 0
+        best, worst = (sorted(answers, key=lambda a: sign * a.grade) for sign in (-1, 1))  # equals stay in their order
+        while used < len(answers) and (good := best[used]).grade > (bad := worst[used]).grade:
+            pair = PreferenceRow(prompt, good.text, bad.text, bad.origin, origin=good.origin, ignored=good.ignored)
+            row = attempt(good.origin, pair.require)
+            yield row
+            if isinstance(row, Rejected):
+                yield replace(row, origin=bad.origin)
+            used += 1
+        paired = {answer.origin for answer in (*best[:used], *worst[:used])}
+        left = [answer for answer in answers if answer.origin not in paired]
+        for answer in left:
+            detail = "no better or worse answer to its prompt is left to pair it with"
+            yield Rejected(answer.origin, self.tie if len(left) > 1 else "no partner", detail)
+
+    def _judge(self, row: Record) -> Judged:
+        prompt, answer, grade = self.parse(row)
         require_text(prompt, answer=answer)
-        return prompt, answer, is_good
-
-
-def _pair_answers(prompt: Prompt, good: _Answers, bad: _Answers) -> Iterator[PreferenceRow | Rejected]:
-    for (good_at, chosen, ignored), (bad_at, rejected, _) in zip(good, bad, strict=False):
-        pair = PreferenceRow(prompt, chosen, rejected, bad_at, origin=good_at, ignored=ignored)
-        row = attempt(good_at, pair.require)
-        yield row
-        if isinstance(row, Rejected):
-            yield replace(row, origin=bad_at)
-    used = min(len(good), len(bad))
-    for kind, left in (("rejected", good[used:]), ("chosen", bad[used:])):
-        for origin, *_ in left:
-            yield Rejected(origin, "no partner", f"the file has no {kind} answer left to pair it with")
+        return prompt, answer, grade
 
 
 # === one raw row -> its pair or labelled answer, a function for each format ===
 
 _SIDES = ("chosen", "rejected")
-# the columns that public sets call the prompt, the first that holds something before the others
-PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "problem", "query", "input", "context")
 
 
 def _explicit(row: Record) -> PreferenceRow:
@@ -115,14 +129,13 @@ def _explicit(row: Record) -> PreferenceRow:
     chosen, rejected = (row.require(side) for side in _SIDES)
     if isinstance(chosen, str) and isinstance(rejected, str):
         return PreferenceRow(prompt_of(row), chosen, rejected)
-    turns = [_turns(chosen, "chosen"), _turns(rejected, "rejected")]
+    turns = [as_side(chosen, "chosen"), as_side(rejected, "rejected")]
     if all(side and side[0]["role"] == "assistant" for side in turns):
         asked = prompt_of(row)
         prompt = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         return PreferenceRow(prompt, one_answer(turns[0], "chosen"), one_answer(turns[1], "rejected"))
     pair = _split(turns[0], turns[1], row)
-    assert not isinstance(pair.prompt, str)
-    if (asked := prompt_of(row, optional=True)) and not _holds(pair.prompt, asked):
+    if (asked := prompt_of(row, optional=True)) and not _holds(with_system(row, turns[0][:-1]), asked):
         raise Refusal("prompts differ", "the prompt is not the beginning, or a user turn, of chosen and rejected")
     return pair
 
@@ -141,63 +154,24 @@ def _implicit(row: Record) -> PreferenceRow:
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not chosen.startswith(HUMAN) and not rejected.startswith(HUMAN):
             return _split_texts(chosen, rejected)
-        return _split(_dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"), row)
+        return _split(read_dialogue(chosen, "chosen"), read_dialogue(rejected, "rejected"), row)
     return _split(row.messages("chosen"), row.messages("rejected"), row)
 
 
-def prompt_of(row: Record, optional: bool = False) -> Prompt:
-    """Return the prompt of a row that calls it one of PROMPTS: text as it is, or messages.
-
-    Text becomes messages if there is a column for a system prompt, and in Alpaca's columns. Raises Refusal if there is
-    none, unless it is `optional`.
-    """
-    there = [name for name in PROMPTS if not is_empty(row.fields.get(name))]
-    if not there and optional:
-        return ""
-    name = there[0] if there else next((name for name in PROMPTS if name in row.fields), "prompt")
-    prompt = as_prompt(row.require(name), name)
-    alpaca = isinstance(prompt, str) and name in ("instruction", "input") and "instruction" in row.fields
-    if alpaca:
-        parts = (as_text(row.get(part) or "", part) for part in ("instruction", "input"))
-        prompt = "\n".join(part for part in parts if part)
-    if isinstance(prompt, str) and (alpaca or any(name in row.fields for name in (*_SYSTEMS, "history"))):
-        return with_system(row, [*_history(row), {"role": "user", "content": prompt}])
-    return prompt if isinstance(prompt, str) else with_system(row, prompt)
-
-
-_SYSTEMS = ("system", "system_prompt")
-
-
-def with_system(row: Record, turns: Messages) -> Messages:
-    """Return messages after the row's system prompt, which is text or messages; both may not have a different one."""
-    value = next((row.get(name) for name in _SYSTEMS if not is_empty(row.fields.get(name))), "")
-    told = [{"role": "system", "content": value}] if isinstance(value, str) else value
-    system = as_messages(told, "system")
-    if system and turns and turns[0]["role"] == "system" and turns[0] != system[0]:
-        raise Refusal("prompts differ", "the column of the system prompt and the messages have different ones")
-    return turns if system == turns[:1] else system + turns
-
-
-def _history(row: Record) -> Messages:
-    """Return Alpaca's earlier turns, [question, answer] each."""
-    turns, history = list[dict[str, str]](), row.get("history") or []
-    for turn in history if isinstance(history, list) else [None]:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise Refusal("wrong type", "history is not a list of [question, answer]")
-        for role, text in zip(("user", "assistant"), turn, strict=True):
-            turns.append({"role": role, "content": as_text(text, "history")})
-    return turns
-
-
-def _completion(column: str, label: str, row: Record) -> Labelled:
+def _completion(column: str, label: str, row: Record) -> Judged:
     """An answer beside its prompt, and whether it is good."""
     return prompt_of(row), one_answer(row.require(column), column), row.label(label)
 
 
-def _dialogue_labelled(column: str, label: str, row: Record) -> Labelled:
+def _dialogue_judged(column: str, label: str, row: Record) -> Judged:
     """A conversation whose last turn is judged."""
-    prompt, answer = _last_answer(row.messages(column), column)
+    prompt, answer = last_answer(row.messages(column), column)
     return with_system(row, prompt), answer, row.label(label)
+
+
+def _graded(pair: Callable[[Record], Pair], row: Record) -> PreferenceRow:
+    """A row whose answers are compared."""
+    return PreferenceRow(*pair(row))
 
 
 PREFERENCE_FORMATS: tuple[RowFormat[PreferenceRow] | UnpairedFormat, ...] = (
@@ -211,11 +185,19 @@ PREFERENCE_FORMATS: tuple[RowFormat[PreferenceRow] | UnpairedFormat, ...] = (
         )
     ),
     *(
-        UnpairedFormat(f"unpaired, {name}", (column, label), partial(_dialogue_labelled, column, label))
+        UnpairedFormat(f"unpaired, {name}", (column, label), partial(_dialogue_judged, column, label))
         for name, column, label in (
             ("LLaMA-Factory messages", "messages", "label"),
             ("LLaMA-Factory ShareGPT", "conversations", "kto_tag"),
         )
+    ),
+    *(RowFormat(form.name, form.columns, partial(_graded, form.pair), beside=form.beside) for form in GRADED),
+    UnpairedFormat(
+        "HelpSteer2",
+        ("prompt", "response", "helpfulness"),
+        partial(scored, "response", "helpfulness"),
+        beside=HELPSTEER2,
+        tie="tie",
     ),
 )
 
@@ -225,34 +207,19 @@ def preference_format(file: str, task: Columns = AS_NAMED) -> RowFormat[Preferen
     return find_format(file, PREFERENCE_FORMATS, "preferences", task)
 
 
-def _turns(value: Any, where: str) -> Messages:
-    """Return a side as messages: the assistant's bare text, one message, or a list of them."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    return as_messages(value if isinstance(value, list) else [value], where)
-
-
-def one_answer(value: Any, where: str) -> str:
-    """Return the text of one assistant turn: bare, a message, or a list of one message."""
-    turns = _turns(value, where)
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        raise Refusal("no answer", f"{where} must be one assistant turn")
-    return turns[0]["content"]
-
-
 def _split(chosen: Messages, rejected: Messages, row: Record) -> PreferenceRow:
-    """Split two whole conversations into the turns they share and their last turns."""
-    (prompt, better), (other, worse) = _last_answer(chosen, "chosen"), _last_answer(rejected, "rejected")
-    if prompt != other:
-        raise Refusal("prompts differ", "chosen and rejected differ before their last turn")
-    return PreferenceRow(with_system(row, prompt), better, worse)
-
-
-def _last_answer(turns: Messages, where: str) -> tuple[Messages, str]:
-    """Split a conversation before its last turn, which must be the assistant's."""
-    if not turns or turns[-1]["role"] != "assistant":
-        raise Refusal("no answer", f"{where} does not end in an assistant turn")
-    return turns[:-1], turns[-1]["content"]
+    """Split two whole conversations into the turns they share and the first turns that differ; later ones are left."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    most = min(len(last_answer(turns, where)[0]) for where, turns in sides.items())
+    same = next((at for at in range(most) if chosen[at] != rejected[at]), most)
+    better, worse = chosen[same], rejected[same]
+    if {better["role"], worse["role"]} != {"assistant"}:
+        raise Refusal("prompts differ", "chosen and rejected first differ in a turn that is not the assistant's")
+    if better == worse and len(chosen) != len(rejected):
+        raise Refusal("prompts differ", "one of chosen and rejected is the beginning of the other")
+    if len(chosen) + len(rejected) > 2 * same + 2:
+        row.leave("turns after the first that differ")
+    return PreferenceRow(with_system(row, chosen[:same]), better["content"], worse["content"])
 
 
 def _split_texts(chosen: str, rejected: str) -> PreferenceRow:
@@ -268,12 +235,3 @@ def common_length(one: str, other: str) -> int:
     """Return how many characters two texts begin with alike."""
     differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))
-
-
-def _dialogue(text: str, where: str) -> Messages:
-    """Split an HH-RLHF dialogue into messages; white space around a turn belongs to the layout."""
-    start, *parts = re.split(f"({HUMAN}|{ASSISTANT})", text)
-    if start or not parts:
-        raise Refusal("not a dialogue", f"{where} is text without a prompt and does not begin with {HUMAN!r}")
-    roles = {HUMAN: "user", ASSISTANT: "assistant"}
-    return [{"role": roles[m], "content": turn.strip()} for m, turn in zip(parts[::2], parts[1::2], strict=True)]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
+from dtrpo_ray.data.formats.dialogue import PROMPTS, prompt_of
 from dtrpo_ray.data.formats.parsing import (
     AS_NAMED,
     Columns,
@@ -18,7 +19,7 @@ from dtrpo_ray.data.formats.parsing import (
     require_text,
     require_utf8,
 )
-from dtrpo_ray.data.formats.preferences import PROMPTS, PreferenceRow, preference_format, prompt_of
+from dtrpo_ray.data.formats.preferences import PreferenceRow, preference_format
 from dtrpo_ray.errors import DataError
 
 ANSWERS = ("answer", "ground_truth", "ground_truth_answer")  # columns that a verifier compares a response with
@@ -41,6 +42,11 @@ class PromptRow(Row):
         require_text(self.prompt)
         require_utf8(self.answer)
         return self
+
+    @property
+    def is_answered(self) -> bool:
+        """Return whether the row has a reference answer."""
+        return self.answer is not None
 
 
 def prompt_format(file: str, task: Columns = AS_NAMED) -> RowFormat[PromptRow]:

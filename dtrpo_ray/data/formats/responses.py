@@ -68,6 +68,11 @@ class ResponseRow(Row):
         require_utf8([self.prompt, self.response, self.answer, self.pieces])
         return self
 
+    @property
+    def is_answered(self) -> bool:
+        """Return whether the row has a reference answer."""
+        return self.answer is not None
+
 
 # === one raw row -> its response or list of them, a function for each format ===
 

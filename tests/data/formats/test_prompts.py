@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
+from dtrpo_ray.config.load import load_job
 from dtrpo_ray.data.formats.files import Shard
+from dtrpo_ray.data.formats.parsing import Columns
 from dtrpo_ray.data.formats.prompts import PromptRow, prompt_format
 from dtrpo_ray.data.formats.reading import raw_rows
-from dtrpo_ray.data.prepare import check_data
+from dtrpo_ray.data.prepare import check_data, check_job
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.errors import DataError
 from dtrpo_ray.produce.scoring import Verifier
@@ -50,6 +53,38 @@ def test_what_is_no_prompt_is_refused_or_named(tmp_path: Path) -> None:
         DataError, match=r"p\.jsonl: no format of prompts, or of pairs has these columns: text; known formats: Hum"
     ):
         prompt_format(str(tmp_path / "p.jsonl"))
+
+
+def test_a_row_without_the_answer_that_its_scorer_compares_with_is_refused(tmp_path: Path) -> None:
+    """As prepare, rollout and `dtrpo check JOB` read it: before anything is decoded."""
+    verl = {"data_source": "s", "prompt": ASK, "ability": "math", "extra_info": {"index": 0}}
+    rows: list[Any] = [
+        verl | {"reward_model": {"style": "rule", "ground_truth": "4"}},
+        verl | {"reward_model": {"style": "model", "ground_truth": None}},
+        verl | {"reward_model": {"style": "model"}},
+        verl,
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        list(prompt_format(str(file), Columns(answers=answers)).read(Shard(str(file)))) for answers in (True, False)
+    ]
+    assert [row.reason if isinstance(row, Rejected) else row.answer for row in found[0]] == [
+        "4",
+        *["no reference answer"] * 3,
+    ]
+    assert [row.answer for row in found[1] if isinstance(row, PromptRow)] == ["4", None, None, None]
+    assert len(found[1]) == 4
+
+
+@pytest.mark.parametrize(("scorer", "good"), [("gsm8k", 1), ("countdown", 2)])
+def test_check_of_a_job_counts_rows_without_an_answer(tmp_path: Path, scorer: str, good: int) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "1+2?", "answer": null}\n')
+    settings = [f"task.files=['{file}']", f"score.scorer='{scorer}'"]
+    (report,) = check_job(load_job(ROOT / "jobs" / "prompts.toml", settings))
+    assert report.totals["good"] == good
+    assert report.totals["refused"] == ({"no reference answer": 1} if good == 1 else {})
 
 
 @pytest.mark.parametrize(
