@@ -394,4 +394,6 @@ def _outgrown(row: Row) -> bool:
     """Return whether a pair's prompt is a text much shorter than the common beginning of its answers."""
     if not isinstance(row, PreferenceRow) or not isinstance(row.prompt, str):
         return False
+    if not isinstance(row.chosen, str) or not isinstance(row.rejected, str):
+        return False
     return common_length(row.chosen, row.rejected) > 20 + 3 * len(row.prompt)

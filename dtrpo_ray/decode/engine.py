@@ -17,6 +17,7 @@ from dtrpo_ray.models.base import DiffusionLM
 from dtrpo_ray.models.lora import with_adapter
 from dtrpo_ray.models.registry import load_model, skeleton
 from dtrpo_ray.models.tokenizer import (
+    Conversation,
     control_tokens,
     encode_prompt,
     eos_token_id,
@@ -74,7 +75,7 @@ class Engine:
         with_adapter(self.model, model, adapter)
         return Engine(model, self.tokenizer)
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+    def encode(self, prompt: str | Conversation) -> list[int]:
         """Return the prompt ids of a text, or of chat messages through the chat template."""
         return encode_prompt(self.tokenizer, prompt)
 

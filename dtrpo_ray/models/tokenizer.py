@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
@@ -24,6 +26,9 @@ MASK_SPELLINGS = (MASK, "<MASK>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
 
 QWEN2_COPIES = ("DreamTokenizer",)  # copies of Qwen2's class that releases ship as remote code
 PROBE = "assistant-answer"  # stands for an assistant's turn; no template writes it by itself
+UNWRITTEN = {("tool", "name"), ("tool", "tool_call_id")}  # fields that a template need not write
+
+Conversation = Sequence[Mapping[str, Any]]
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -172,7 +177,7 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     return list(map(attrgetter("ids"), backend.encode_batch_fast(texts, add_special_tokens=False)))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> list[int]:
     """Return prompt ids: messages go through the chat template with the assistant's opening, text stays as it is.
 
     Raises DataError for text without tokens and for messages that the template refuses.
@@ -180,7 +185,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     return encode_text(tokenizer, render_prompt(tokenizer, prompt))
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> str:
     """Return a prompt's text: its own, or its messages in the chat template with the assistant's opening.
 
     Messages that end in an assistant's turn have that turn left open, to be continued. Raises DataError for messages
@@ -194,14 +199,54 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
         names = ", ".join(tokenizer.chat_template)
         raise ModelError(f"the tokenizer has the chat templates {names} and none called default; name one so")
     goes_on = bool(prompt) and prompt[-1]["role"] == "assistant"
+    return render_turns(tokenizer, prompt, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+
+
+def render_turns(tokenizer: PreTrainedTokenizerBase, turns: Conversation, **options: Any) -> str:
+    """Return messages in the chat template, with the tools in `tools` of the first one.
+
+    Raises DataError for messages that the template refuses, or with a field that it would leave out.
+    """
+    tools = turns[0].get("tools") if turns else None
+    fields = {(turn["role"], name) for turn in turns for name in turn.keys() - {"role", "content"}}
+    for role, name in sorted(fields - UNWRITTEN):
+        if not _writes(tokenizer, str(tokenizer.chat_template), role, name):
+            raise DataError(f"the chat template does not write the {name} of the {role}'s messages; leave it out")
+    plain = [{name: value for name, value in turn.items() if name != "tools"} for turn in turns]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False
-            )
-        )
+        return str(tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options))
     except Exception as error:  # a template is a program, which raises anything
         raise DataError(f"the chat template refuses the messages ({error})") from None
+
+
+def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, answer: Mapping[str, Any]) -> str:
+    """Return an assistant's turn as the chat template writes it after its opening, without the end of the turn.
+
+    Raises DataError for a turn that the template refuses, or after which it writes the prompt in another way.
+    """
+    opened, whole = render_prompt(tokenizer, prompt), render_turns(tokenizer, [*prompt, answer])
+    if not whole.startswith(opened):
+        raise DataError("the chat template writes the messages in another way once an answer follows")
+    found, ends = turn_end_id(tokenizer), [str(tokenizer.eos_token)]
+    if found is not None:
+        ends.insert(0, str(tokenizer.convert_ids_to_tokens(found)))
+    text = whole[len(opened) :]
+    return next((text.rpartition(end)[0] for end in ends if end in text), text)
+
+
+@lru_cache(maxsize=256)
+def _writes(tokenizer: PreTrainedTokenizerBase, template: str, role: str, name: str) -> bool:
+    """Return whether the chat template writes a field of a role's messages, or the tools of a conversation."""
+    function = {"name": PROBE, "description": "?", "parameters": {"type": "object", "properties": {}}}
+    tools: list[Any] | None = [{"type": "function", "function": function}] if name == "tools" else None
+    call = [{"type": "function", "function": {"name": PROBE, "arguments": {}}}]
+    turn = {"role": role, "content": "?"} | ({} if tools else {name: call if name == "tool_calls" else PROBE})
+    asked = [{"role": "user", "content": "?"}]
+    turns: list[Any] = [turn] if role == "user" else [turn, *asked] if role == "system" else [*asked, turn]
+    try:
+        return PROBE in str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
+    except Exception:  # a template is a program, which raises anything
+        return False
 
 
 def encode_response(
@@ -217,7 +262,7 @@ def encode_response(
     return ids + [eos_token_id(tokenizer)] * (-(prompt_len + len(ids)) % block_size)
 
 
-def prompt_messages(prompt: str) -> list[dict[str, str]]:
+def prompt_messages(prompt: str) -> list[dict[str, Any]]:
     """Return the messages that a column `prompt` holds as JSON, or else its text as the user's."""
     if prompt.startswith("[{"):
         with suppress(json.JSONDecodeError):

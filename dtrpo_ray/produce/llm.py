@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrpo_ray.errors import ConfigError, ModelError
-from dtrpo_ray.models.tokenizer import encode_prompt, encode_text, load_tokenizer
+from dtrpo_ray.models.tokenizer import Conversation, encode_prompt, encode_text, load_tokenizer
 
 INSTALL = (
     "install it with `pip install 'dtrpo-ray[vllm]'` on a GPU machine, or on CPU with `pip install "
@@ -67,7 +67,7 @@ class LanguageModel:
             raise ModelError(f"{path}: vLLM cannot load it with engine = {dict(engine)} ({reason})") from None
         self.longest = int(self.llm.model_config.max_model_len)
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+    def encode(self, prompt: str | Conversation) -> list[int]:
         """Encode messages through the chat template, text as it is, with the tokenizer's opening special tokens.
 
         Raises DataError for a prompt without ids, ModelError for messages if there is no template.

@@ -3,7 +3,19 @@
 import re
 from typing import Any
 
-from dtrpo_ray.data.formats.parsing import Messages, Prompt, Record, Refusal, as_messages, as_prompt, as_text, is_empty
+from dtrpo_ray.data.formats.parsing import (
+    Answer,
+    Messages,
+    Prompt,
+    Record,
+    Refusal,
+    answer_of,
+    as_messages,
+    as_objects,
+    as_prompt,
+    as_text,
+    is_empty,
+)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the marks of an HH-RLHF dialogue
 
@@ -26,7 +38,7 @@ def prompt_of(row: Record, optional: bool = False) -> Prompt:
     if alpaca:
         parts = (as_text(row.get(part) or "", part) for part in ("instruction", "input"))
         prompt = "\n".join(part for part in parts if part)
-    if isinstance(prompt, str) and (alpaca or any(name in row.fields for name in (*_SYSTEMS, "history"))):
+    if isinstance(prompt, str) and (alpaca or any(name in row.fields for name in (*_SYSTEMS, "history", "tools"))):
         return with_system(row, [*_history(row), {"role": "user", "content": prompt}])
     return prompt if isinstance(prompt, str) else with_system(row, prompt)
 
@@ -35,18 +47,23 @@ _SYSTEMS = ("system", "system_prompt")
 
 
 def with_system(row: Record, turns: Messages) -> Messages:
-    """Return messages after the row's system prompt, which is text or messages; both may not have a different one."""
+    """Return messages after the row's system prompt, which is text or messages, and with its tools.
+
+    Both may not have a different system prompt.
+    """
     value = next((row.get(name) for name in _SYSTEMS if not is_empty(row.fields.get(name))), "")
     told = [{"role": "system", "content": value}] if isinstance(value, str) else value
     system = as_messages(told, "system")
     if system and turns and turns[0]["role"] == "system" and turns[0] != system[0]:
         raise Refusal("prompts differ", "the column of the system prompt and the messages have different ones")
-    return turns if system == turns[:1] else system + turns
+    turns = turns if system == turns[:1] else system + turns
+    tools = [] if is_empty(row.get("tools")) else as_objects(row.get("tools"), "tools")
+    return [turns[0] | {"tools": tools}, *turns[1:]] if tools and turns else turns
 
 
 def _history(row: Record) -> Messages:
     """Return Alpaca's earlier turns, [question, answer] each."""
-    turns, history = list[dict[str, str]](), row.get("history") or []
+    turns, history = Messages(), row.get("history") or []
     for turn in history if isinstance(history, list) else [None]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Refusal("wrong type", "history is not a list of [question, answer]")
@@ -62,19 +79,19 @@ def as_side(value: Any, where: str) -> Messages:
     return as_messages(value if isinstance(value, list) else [value], where)
 
 
-def one_answer(value: Any, where: str) -> str:
-    """Return the text of one assistant turn: bare, a message, or a list of one message."""
+def one_answer(value: Any, where: str) -> Answer:
+    """Return one assistant turn: bare, a message, or a list of one message."""
     turns = as_side(value, where)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise Refusal("no answer", f"{where} must be one assistant turn")
-    return turns[0]["content"]
+    return answer_of(turns[0])
 
 
-def last_answer(turns: Messages, where: str) -> tuple[Messages, str]:
+def last_answer(turns: Messages, where: str) -> tuple[Messages, Answer]:
     """Split a conversation before its last turn, which must be the assistant's."""
     if not turns or turns[-1]["role"] != "assistant":
         raise Refusal("no answer", f"{where} does not end in an assistant turn")
-    return turns[:-1], turns[-1]["content"]
+    return turns[:-1], answer_of(turns[-1])
 
 
 def read_dialogue(text: str, where: str) -> Messages:

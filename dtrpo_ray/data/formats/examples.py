@@ -8,7 +8,7 @@ from typing import Self
 
 from dtrpo_ray.data.formats.base import Row, RowFormat, find_format
 from dtrpo_ray.data.formats.dialogue import one_answer, prompt_of, with_system
-from dtrpo_ray.data.formats.parsing import AS_NAMED, Columns, Messages, Prompt, Refusal, require_text
+from dtrpo_ray.data.formats.parsing import AS_NAMED, Answer, Columns, Messages, Prompt, Refusal, answer_of, require_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +16,19 @@ class ExampleRow(Row):
     """A prompt and the answer to it."""
 
     prompt: Prompt
-    response: str
+    response: Answer
 
     def require(self) -> Self:
-        """Return the example. Raises Refusal for one without text, or whose answer follows no user turn."""
+        """Return the example. Raises Refusal for one without text, or whose answer follows no user or tool turn."""
         require_text(self.prompt, response=self.response)
-        if not isinstance(self.prompt, str) and self.prompt[-1]["role"] != "user":
+        if not isinstance(self.prompt, str) and self.prompt[-1]["role"] not in ("user", "tool"):
             raise Refusal("no question", f"an assistant turn follows a turn of the {self.prompt[-1]['role']}")
         return self
 
 
 def _conversation(turns: Messages) -> list[ExampleRow]:
     """Return an example for each assistant turn."""
-    found = [ExampleRow(turns[:at], turn["content"]) for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    found = [ExampleRow(turns[:at], answer_of(turn)) for at, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not found:
         raise Refusal("no answer", "the conversation has no assistant turn")
     return found

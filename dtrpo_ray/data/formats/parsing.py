@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from dtrpo_ray.errors import DtrpoError
 
-EXTRAS = ("tools", "images", "videos", "audios")  # they belong to a prompt, and would be lost
+EXTRAS = ("images", "videos", "audios")  # they belong to a prompt, and would be lost
 # columns that say something about a row and are no part of its text; docs/data.md lists them
 ABOUT = (
     r"id|ids|idx|index|uuid|hash|key|.*_(id|ids|idx|uuid|hash|key)|__index_level_0__|source|data_?source|dataset(_name)?"
@@ -25,8 +25,10 @@ ABOUT = (
 )
 MOST = 2**31 - 1  # the largest integer that our tables hold
 
-Messages = list[dict[str, str]]
+Message = dict[str, Any]  # role and content, and perhaps what a chat template writes beside them: reasoning, tool calls
+Messages = list[Message]  # the first one may have the `tools` of the conversation
 Prompt = str | Messages
+Answer = str | Message  # a message if it has more than text
 T = TypeVar("T")
 
 
@@ -49,6 +51,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt"), "assistant"),
+    "tool": "tool",
 }
 _KEYS = {"role": "role", "from": "role", "content": "content", "value": "content"}  # OpenAI's and ShareGPT's
 
@@ -145,15 +148,38 @@ def as_messages(value: Any, where: str) -> Messages:
     return [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
 
 
-def _as_message(message: dict[str, Any], where: str) -> dict[str, str]:
+def _as_message(message: dict[str, Any], where: str) -> Message:
     found = {key: value for key, value in message.items() if not is_empty(value)}
-    if unread := sorted(found.keys() - _KEYS.keys()):
-        raise Refusal("unsupported field", f"{', '.join(unread)} in {where}: only the role and the text can be read")
+    more = {key: found.pop(key) for key in found.keys() - _KEYS.keys()}
+    calls = as_objects(more.pop("tool_calls", []), f"{where}.tool_calls")
+    if unread := sorted(key for key, value in more.items() if not isinstance(value, str)):
+        raise Refusal("unsupported field", f"{', '.join(unread)} in {where} is no text that a chat template writes")
     ours = {_KEYS[key]: value for key, value in found.items()}
     if (role := ROLES.get(str(ours.get("role")).lower())) is None or len(ours) < len(found):
         raise Refusal("unknown role", f"{str(ours.get('role'))[:40]!r} in {where}; known are {', '.join(ROLES)}")
     text = ours.get("content", message.get("content", message.get("value")))
-    return {"role": role, "content": as_content(text, f"{where}.content")}
+    content = "" if text is None and (calls or more) else as_content(text, f"{where}.content")
+    return {"role": role, "content": content} | more | ({"tool_calls": calls} if calls else {})
+
+
+def as_objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects without the nulls that Parquet adds; it may be written as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Refusal("wrong type", f"{where} is text that is no JSON") from None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise Refusal("wrong type", f"{where} is not a list of objects")
+    json.dumps(value)  # a TypeError refuses what is no JSON
+    return [without_nulls(item) for item in value]
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the fields of its objects that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def as_content(value: Any, where: str) -> str:
@@ -219,8 +245,10 @@ class Record:
         left = {name: value for name, value in self.fields.items() if name not in self.read and not is_empty(value)}
         unknown = [name for name in left if name not in known and not is_about(name)]
         if unknown:
-            told = {leaf for name, value in self.fields.items() if name not in unknown for leaf in _texts(value)}
-            unknown = [name for name in unknown if not _texts(left[name]) or not _texts(left[name]) <= told]
+            told = {leaf for name, value in self.fields.items() if name not in unknown for leaf in texts_of(value)}
+            unknown = [name for name in unknown if not texts_of(left[name]) or not texts_of(left[name]) <= told]
+        if "tools" in unknown:
+            raise Refusal("unsupported field", "tools belongs to a prompt of messages and would be lost")
         if unknown:
             remedy = "name what it is in task.columns, or list it in task.ignore_columns"
             raise Refusal("unknown column", f"{', '.join(sorted(unknown))} would be lost; {remedy}")
@@ -250,12 +278,12 @@ class Record:
     prompt, messages = _field(as_prompt), _field(as_messages)
 
 
-def _texts(value: Any) -> set[str]:
+def texts_of(value: Any) -> set[str]:
     """Return the texts of a field, however deep in lists and objects."""
     if isinstance(value, str):
         return {value} if value else set()
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return {text for item in inner for text in _texts(item)}
+    return {text for item in inner for text in texts_of(item)}
 
 
 @cache
@@ -272,12 +300,22 @@ def require_utf8(content: Any) -> None:
         raise Refusal("bad UTF-8", str(error)) from None
 
 
-def require_text(prompt: Prompt, **sides: str) -> None:
+def answer_of(turn: Message) -> Answer:
+    """Return an assistant's turn: its text, or the whole message if it has more."""
+    return str(turn["content"]) if turn.keys() == {"role", "content"} else turn
+
+
+def answer_texts(answer: Answer) -> set[str]:
+    """Return all texts of an answer."""
+    return texts_of(answer if isinstance(answer, str) else {**answer, "role": None})
+
+
+def require_text(prompt: Prompt, **sides: Answer) -> None:
     """Raise Refusal if the prompt or one of the `sides` has no text, or text that is not UTF-8."""
     turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    require_utf8([*turns, *sides.values()])
+    require_utf8([prompt, *sides.values()])
     if not any(turn.strip() for turn in turns):
         raise Refusal("empty prompt", "the prompt has no text")
     for side, answer in sides.items():
-        if not answer.strip():
+        if not any(text.strip() for text in answer_texts(answer)):
             raise Refusal("empty side", f"{side} has no text")

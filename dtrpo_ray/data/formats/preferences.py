@@ -24,23 +24,25 @@ from dtrpo_ray.data.formats.files import Shard, share_shards
 from dtrpo_ray.data.formats.graded import GRADED, HELPSTEER2, Pair, scored
 from dtrpo_ray.data.formats.parsing import (
     AS_NAMED,
+    Answer,
     Columns,
     Messages,
     Prompt,
     Record,
     Refusal,
+    answer_of,
     require_text,
 )
 from dtrpo_ray.data.formats.reading import raw_rows
 from dtrpo_ray.data.tables import Rejected
 from dtrpo_ray.files import sha256_json
 
-Judged = tuple[Prompt, str, float]  # (prompt, answer, its grade: higher is better)
+Judged = tuple[Prompt, Answer, float]  # (prompt, answer, its grade: higher is better)
 
 
 class _Answer(NamedTuple):
     origin: str
-    text: str
+    text: Answer
     grade: float
     ignored: tuple[str, ...]
 
@@ -50,14 +52,15 @@ class PreferenceRow(Row):
     """A pair as text; one that was made of two rows also has a `rejected_origin`."""
 
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     rejected_origin: str | None = None
 
     def require(self) -> Self:
         """Return the pair. Raises Refusal for one without text, or whose sides are the same text."""
         require_text(self.prompt, chosen=self.chosen, rejected=self.rejected)
-        if self.chosen.strip() == self.rejected.strip():
+        sides = (side.strip() if isinstance(side, str) else side for side in (self.chosen, self.rejected))
+        if next(sides) == next(sides):
             raise Refusal("identical sides", "chosen and rejected are the same text")
         return self
 
@@ -219,7 +222,7 @@ def _split(chosen: Messages, rejected: Messages, row: Record) -> PreferenceRow:
         raise Refusal("prompts differ", "one of chosen and rejected is the beginning of the other")
     if len(chosen) + len(rejected) > 2 * same + 2:
         row.leave("turns after the first that differ")
-    return PreferenceRow(with_system(row, chosen[:same]), better["content"], worse["content"])
+    return PreferenceRow(with_system(row, chosen[:same]), answer_of(better), answer_of(worse))
 
 
 def _split_texts(chosen: str, rejected: str) -> PreferenceRow:

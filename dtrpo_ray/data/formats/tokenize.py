@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrpo_ray.data.formats.base import attempt, split_rejected
 from dtrpo_ray.data.formats.examples import ExampleRow
-from dtrpo_ray.data.formats.parsing import Prompt, Refusal
+from dtrpo_ray.data.formats.parsing import Answer, Prompt, Refusal, answer_texts, texts_of
 from dtrpo_ray.data.formats.preferences import PreferenceRow
 from dtrpo_ray.data.formats.prompts import PromptRow
 from dtrpo_ray.data.formats.responses import ResponseRow
@@ -32,6 +32,7 @@ from dtrpo_ray.models.tokenizer import (
     encode_prompt,
     eos_token_id,
     mask_token_id,
+    render_answer,
     render_prompt,
     tokenizer_hash,
     turn_end_id,
@@ -108,8 +109,23 @@ class Target:
             return self.turn_end_text is not None and self.turn_end_text in prompt
         return prompt is not None
 
-    def open(self, prompt: str, answer: str) -> str:
-        """Return an answer to text with chat markup without the end of its turn, if the file has written it."""
+    def write(self, prompt: Prompt | None, answer: Answer) -> str:
+        """Return the text of an answer without the end of its turn.
+
+        To text with chat markup the file may have written that end; of a message the chat template writes all fields.
+        """
+        if isinstance(answer, str):
+            return self._open(prompt, answer) if isinstance(prompt, str) and self.is_chat(prompt) else answer
+        self.require_plain(None, **{f"answer[{i}]": text for i, text in enumerate(sorted(answer_texts(answer)))})
+        fields = ", ".join(sorted(answer.keys() - {"role", "content"}))
+        if not isinstance(prompt, list):
+            raise Refusal("unsupported field", f"{fields} of an answer to text; the prompt must be messages")
+        try:
+            return render_answer(self.tokenizer, prompt, answer)
+        except DataError as error:
+            raise Refusal("unsupported field", str(error)) from None
+
+    def _open(self, prompt: str, answer: str) -> str:
         end = self.turn_end_text
         assert end is not None
         if prompt.rstrip().endswith(end):
@@ -144,8 +160,8 @@ class Target:
     def require_plain(self, prompt: Prompt | None, **sides: str) -> None:
         """Raise Refusal for messages or `sides` with control tokens; text may have the model's own chat markup."""
         turns = [] if prompt is None or isinstance(prompt, str) else prompt
-        texts = [*((f"prompt[{i}]", turn["content"]) for i, turn in enumerate(turns)), *sides.items()]
-        if problem := control_token_error(self.control, texts):
+        told = [(f"prompt[{i}]", text) for i, turn in enumerate(turns) for text in sorted(texts_of(turn))]
+        if problem := control_token_error(self.control, [*told, *sides.items()]):
             raise Refusal("control token", problem)
 
     def require_known(self, where: str, ids: list[int] | None) -> None:
@@ -169,8 +185,8 @@ class Target:
 
 def tokenize_preferences(rows: Sequence[PreferenceRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
     """Return rows of preference/v1 (no recorded steps, no rewards) and the refused ones, of a pair both its origins."""
-    opened, refused = split_rejected(attempt(row.origin, _open_pair, row, target) for row in rows)
-    batch = Batch(target, chain.from_iterable((row.prompt, row.chosen, row.rejected) for row in opened))
+    opened, refused = split_rejected(attempt(row.origin, _write_pair, row, target) for row in rows)
+    batch = Batch(target, chain.from_iterable((row.prompt, *_sides(row)) for row in opened))
     pairs, unfit = split_rejected(attempt(row.origin, batch.pair, row) for row in opened)
     refused += unfit
     partners = {row.origin: row.rejected_origin for row in rows}
@@ -178,11 +194,17 @@ def tokenize_preferences(rows: Sequence[PreferenceRow], target: Target) -> tuple
     return apply_rules(pa.Table.from_pylist(pairs, schema=PREFERENCE), both)
 
 
-def _open_pair(row: PreferenceRow, target: Target) -> PreferenceRow:
-    if not isinstance(row.prompt, str) or not target.is_chat(row.prompt):
-        return row
-    chosen, rejected = target.open(row.prompt, row.chosen), target.open(row.prompt, row.rejected)
-    return replace(row, chosen=chosen, rejected=rejected).require()
+def _write_pair(row: PreferenceRow, target: Target) -> PreferenceRow:
+    chosen, rejected = (target.write(row.prompt, side) for side in (row.chosen, row.rejected))
+    unchanged = (chosen, rejected) == (row.chosen, row.rejected)
+    return row if unchanged else replace(row, chosen=chosen, rejected=rejected).require()
+
+
+def _sides(row: PreferenceRow) -> tuple[str, str]:
+    """Return the sides of a pair whose answers are written as text."""
+    assert isinstance(row.chosen, str)
+    assert isinstance(row.rejected, str)
+    return row.chosen, row.rejected
 
 
 def tokenize_prompts(rows: Sequence[PromptRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
@@ -206,9 +228,15 @@ def tokenize_responses(rows: Sequence[ResponseRow], target: Target) -> tuple[pa.
 
 def tokenize_examples(rows: Sequence[ExampleRow], target: Target) -> tuple[pa.Table, list[Rejected]]:
     """Return rows of example/v1 and the refused ones."""
-    batch = Batch(target, chain.from_iterable((row.prompt, row.response) for row in rows))
-    found, refused = split_rejected(attempt(row.origin, batch.example, row) for row in rows)
-    return apply_rules(pa.Table.from_pylist(found, schema=EXAMPLE), refused)
+    written, refused = split_rejected(attempt(row.origin, _write_example, row, target) for row in rows)
+    batch = Batch(target, chain.from_iterable((row.prompt, str(row.response)) for row in written))
+    found, unfit = split_rejected(attempt(row.origin, batch.example, row) for row in written)
+    return apply_rules(pa.Table.from_pylist(found, schema=EXAMPLE), refused + unfit)
+
+
+def _write_example(row: ExampleRow, target: Target) -> ExampleRow:
+    response = target.write(row.prompt, row.response)
+    return row if response == row.response else replace(row, response=response).require()
 
 
 def _pieces(row: ResponseRow) -> list[str]:
@@ -254,8 +282,10 @@ class Batch:
         if len(ids) <= most or not isinstance(prompt, list):
             return self.target.shorten(ids, origin, has_steps)
         system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+        tools = {} if system else {name: prompt[0][name] for name in ("tools",) if name in prompt[0]}
         for first in range(len(system) + 1, 0 if has_steps else len(prompt)):
-            if prompt[first]["role"] == "user" and len(ids := self.encode(system + prompt[first:])) <= most:
+            turns = [*system, prompt[first] | tools, *prompt[first + 1 :]]
+            if prompt[first]["role"] == "user" and len(ids := self.encode(turns)) <= most:
                 self.target.truncated.add(origin)
                 return ids
         raise Refusal("prompt too long", f"without its older turns {len(ids)} tokens of at most {most}")
@@ -271,8 +301,8 @@ class Batch:
 
     def pair(self, row: PreferenceRow) -> Cells:
         """Return a row of preference/v1."""
-        target, texts = self.target, {"chosen": row.chosen, "rejected": row.rejected}
-        row_id = content_id([row.prompt, row.chosen, row.rejected])
+        target, texts = self.target, dict(zip(("chosen", "rejected"), _sides(row), strict=True))
+        row_id = content_id([row.prompt, *texts.values()])
         self._require_new(row_id, row.origin)
         target.require_plain(row.prompt, **texts)
         origin = JOIN.join(origin for origin in (row.origin, row.rejected_origin) if origin)
@@ -295,11 +325,12 @@ class Batch:
 
     def example(self, row: ExampleRow) -> Cells:
         """Return a row of example/v1; the answer is closed and filled as those of preferences are."""
-        target, row_id = self.target, content_id([row.prompt, row.response])
+        target, response = self.target, str(row.response)
+        row_id = content_id([row.prompt, response])
         self._require_new(row_id, row.origin)
-        target.require_plain(row.prompt, response=row.response)
+        target.require_plain(row.prompt, response=response)
         prompt = self._fit(row.prompt, self.encode(row.prompt), row.origin)
-        ids = target.fill(prompt, target.close(row.prompt, self.encode(row.response)))
+        ids = target.fill(prompt, target.close(row.prompt, self.encode(response)))
         target.require_unmasked("prompt", prompt)
         target.require_fit("response", ids)
         return {**target.columns, "row_id": row_id, "origin": row.origin, "prompt_ids": prompt, "chosen_ids": ids}

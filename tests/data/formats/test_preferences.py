@@ -122,14 +122,25 @@ REFUSED: list[tuple[Value, Any, str, str]] = [
     (TRL, TRL | {"prompt": " "}, "empty prompt", "the prompt has no text"),
     (TRL, TRL | {"rejected": "So. "}, "identical sides", "chosen and rejected are the same text"),
     (TRL, TRL | {"chosen": "\ud83d"}, "bad UTF-8", "surrogates not allowed"),
-    (TRL, TRL | {"tools": [{"name": "search"}]}, "unsupported field", "tools belongs to the prompt"),
+    (TRL, TRL | {"images": [1]}, "unsupported field", "images belongs to the prompt"),
+    (TRL, TRL | {"tools": "search"}, "wrong type", "tools is text that is no JSON"),
     (MESSAGES, MESSAGES | {"prompt": []}, "empty prompt", "the prompt has no text"),
-    (MESSAGES, MESSAGES | {"prompt": [turn("x", "tool")]}, "unknown role", "'tool' in prompt; known are system"),
+    (
+        MESSAGES,
+        MESSAGES | {"prompt": [turn("x", "function")]},
+        "unknown role",
+        "'function' in prompt; known are system",
+    ),
     (MESSAGES, MESSAGES | {"prompt": ["x"]}, "wrong type", "prompt is not a list of messages"),
     (MESSAGES, MESSAGES | {"prompt": [turn([], "user")]}, "wrong type", "prompt.content is a list, not text"),  # type: ignore[arg-type]
     (MESSAGES, MESSAGES | {"chosen": [turn("So."), turn("!")]}, "no answer", "chosen must be one assistant turn"),
     (MESSAGES, MESSAGES | {"chosen": [turn("So.", "user")]}, "no answer", "chosen does not end in an assistant"),
-    (MESSAGES, MESSAGES | {"chosen": [turn("x") | {"tool_calls": [1]}]}, "unsupported field", "tool_calls in chosen"),
+    (
+        MESSAGES,
+        MESSAGES | {"chosen": [turn("x") | {"tool_calls": [1]}]},
+        "wrong type",
+        "chosen.tool_calls is not a list of objects",
+    ),
     (
         IMPLICIT,
         IMPLICIT | {"chosen": [turn("Who?", "user"), turn("So.")]},
@@ -440,13 +451,35 @@ def test_no_column_disappears(tmp_path_factory: pytest.TempPathFactory, good: Va
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "function_call", "name", "weight"])
-def test_no_field_of_a_message_disappears(key: str) -> None:
+@pytest.mark.parametrize("value", ["SECRET", 0.5, {"name": "SECRET"}])
+def test_no_field_of_a_message_disappears(key: str, value: Any) -> None:
+    """Text goes to the chat template, which writes it or refuses its row; anything else is refused here."""
     for field in ("prompt", "chosen", "rejected"):
-        row = MESSAGES | {field: [message | {key: "SECRET"} for message in MESSAGES[field]]}
-        rows, (refused,) = _read([row])
-        assert (rows, refused.reason) == ([], "unsupported field")
-        assert key in refused.detail
+        row = MESSAGES | {field: [message | {key: value} for message in MESSAGES[field]]}
+        rows, refused = _read([row])
+        if value == "SECRET":
+            assert ("SECRET" in str(rows), refused) == (True, [])
+        else:
+            assert (rows, refused[0].reason, key in refused[0].detail) == ([], "unsupported field", True)
         assert not _read([MESSAGES | {field: [message | {key: None} for message in MESSAGES[field]]}])[1]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "default": None}}}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_tool_calls_go_with_the_messages_without_the_nulls_of_parquet(as_text: bool) -> None:
+    calls, tools = (json.dumps([value]) if as_text else [value] for value in (CALL, TOOL))
+    asked = [ASK, turn("", "assistant") | {"content": None, "tool_calls": calls}, turn("2", "tool") | {"name": "add"}]
+    (pair,), _ = _read([MESSAGES | {"prompt": asked, "tools": tools}])
+    assert pair.prompt == [
+        ASK | {"tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]},
+        turn("") | {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
+        turn("2", "tool") | {"name": "add"},
+    ]
+    (pair,), _ = _read([TRL | {"tools": tools}])
+    assert [message["role"] for message in pair.prompt] == ["user"]
 
 
 def test_a_task_names_its_columns(tmp_path: Path) -> None:
@@ -486,8 +519,8 @@ CASES = SHARED.parent / "cases" / "data"
         ("05-roles/chatgpt.jsonl", 1, {}, None),
         ("05-roles/developer.jsonl", 1, {}, [turn("Be brief.", "system"), turn("Hi", "user")]),
         ("06-null-prompt/orpo.jsonl", 3, {}, None),
-        ("10-reasoning-field/reasoning.jsonl", 0, {"unsupported field": 3}, None),
-        ("10-reasoning-field/reasoning.parquet", 0, {"unsupported field": 3}, None),
+        ("10-reasoning-field/reasoning.jsonl", 3, {}, None),
+        ("10-reasoning-field/reasoning.parquet", 3, {}, None),
         ("12-sharegpt-system/sg.jsonl", 1, {"prompts differ": 1}, None),
         ("14-prefill/empty_assistant.jsonl", 2, {}, None),
         ("15-content-parts/parts.jsonl", 1, {}, [turn("Hi", "user")]),

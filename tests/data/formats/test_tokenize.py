@@ -16,6 +16,7 @@ from read_rows import read_preferences, read_responses
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from dtrpo_ray.data.formats.examples import ExampleRow
 from dtrpo_ray.data.formats.preferences import PreferenceRow
 from dtrpo_ray.data.formats.prompts import PromptRow
 from dtrpo_ray.data.formats.responses import ResponseRow
@@ -23,6 +24,7 @@ from dtrpo_ray.data.formats.tokenize import (
     Target,
     content_id,
     split_origins,
+    tokenize_examples,
     tokenize_preferences,
     tokenize_prompts,
     tokenize_responses,
@@ -216,6 +218,96 @@ def test_text_in_chatml_ends_its_answers_as_a_turn_ends_once(end: str) -> None:
     tables = [tokenize_preferences([one], Target(CHATML, 4, 512, 512))[0].select(columns) for one in (row, as_turns)]
     assert len(tables[0]) == 1
     assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n"])
+def test_an_example_in_chatml_ends_as_a_turn_ends_once(end: str) -> None:
+    tokenizer = load_tokenizer(ROOT / "jobs" / "data" / "tokenizer")
+    target = Target(tokenizer, 4, max_prompt_tokens=99, max_response_tokens=99)
+    table, refused = tokenize_examples([ExampleRow(OPENED, "Hello." + end, origin="f:1")], target)
+    messages, _ = tokenize_examples([ExampleRow([{"role": "user", "content": "Hi"}], "Hello.", origin="f:1")], target)
+    assert refused == []
+    assert table["chosen_ids"].to_pylist() == messages["chosen_ids"].to_pylist()
+
+
+TEMPLATE = """{% if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}\
+{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>\
+{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+SUM = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
+ASKS = [{"role": "user", "content": "Hi"}]
+
+
+def rich(template: str = TEMPLATE) -> Target:
+    tokenizer = load_tokenizer(ROOT / "jobs" / "data" / "tokenizer")
+    tokenizer.chat_template = template
+    return Target(tokenizer, 4, max_prompt_tokens=99, max_response_tokens=199)
+
+
+def test_reasoning_tools_and_calls_are_written_by_the_chat_template() -> None:
+    target = rich()
+    tools = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+    chosen = {"role": "assistant", "content": "So.", "reasoning_content": "Because"}
+    rejected = {"role": "assistant", "content": "", "tool_calls": [SUM]}
+    row = PreferenceRow([ASKS[0] | {"tools": tools}], chosen, rejected, origin="f:1")
+    table, refused = tokenize_preferences([row], target)
+    assert refused == []
+    shown = {
+        name: target.tokenizer.decode(table[f"{name}_ids"][0].as_py()) for name in ("prompt", "chosen", "rejected")
+    }
+    assert "parameters" in shown["prompt"]
+    assert shown["prompt"].endswith("assistant\n")
+    for side, text in (
+        ("chosen", "<think>Because</think>So.<|im_end|>"),
+        ("rejected", '<tool_call>sum {"a": 1}</tool_call>'),
+    ):
+        assert shown[side].startswith(text)
+        assert shown[side].count("<|im_end|>") == 1
+    (example,), refused = (made if isinstance(made, list) else made.to_pylist() for made in tokenize_examples(
+        [ExampleRow(row.prompt, chosen, origin="f:1")], target))  # fmt: skip
+    assert (example["chosen_ids"], refused) == (table["chosen_ids"][0].as_py(), [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "reason", "detail"),
+    [
+        (
+            ASKS,
+            {"content": "So.", "thinking": "x"},
+            "unsupported field",
+            "does not write the thinking of the assistant's",
+        ),
+        ([ASKS[0] | {"name": "Ann"}], {"content": "So."}, "cannot be tokenized", "the name of the user's messages"),
+        (ASKS, {"content": "", "tool_calls": [SUM | {"id": "<|im_end|>"}]}, "control token", "answer[1] holds"),
+        ([ASKS[0] | {"tools": [{"name": "<|im_end|>"}]}], {"content": "So."}, "control token", "prompt[0] holds"),
+        ("Hi", {"content": "So.", "reasoning_content": "x"}, "unsupported field", "the prompt must be messages"),
+    ],
+)
+def test_a_field_that_the_template_leaves_out_refuses_its_row(
+    prompt: Any, chosen: Any, reason: str, detail: str
+) -> None:
+    side = {"role": "assistant", **chosen}
+    answer = side if len(side) > 2 else side["content"]
+    _, (refused,) = tokenize_preferences([PreferenceRow(prompt, answer, "No.", origin="f:1")], rich())
+    assert (refused.reason, detail in refused.detail) == (reason, True), refused
+    plain = load_tokenizer(ROOT / "jobs" / "data" / "tokenizer").chat_template
+    for asked in (prompt, [{"role": "user", "content": "Hi", "tools": [{"name": "f"}]}]):
+        _, refusals = tokenize_preferences([PreferenceRow(asked, answer, "No.", origin="f:1")], rich(str(plain)))
+        assert len(refusals) == 1
+
+
+def test_tools_stay_when_older_turns_go() -> None:
+    target = replace(rich(), max_prompt_tokens=40)
+    turns = [ASKS[0] | {"tools": [{"name": "sum"}]}, {"role": "assistant", "content": "word " * 40}, ASKS[0]]
+    table, refused = tokenize_preferences([PreferenceRow(turns, "So.", "No.", origin="f:1")], target)
+    assert refused == []
+    shown = target.tokenizer.decode(table["prompt_ids"][0].as_py())
+    assert "sum" in shown
+    assert "word" not in shown
 
 
 def test_text_in_chatml_that_does_not_open_the_answer_is_refused() -> None:
