@@ -1,7 +1,7 @@
 """`[task]`: the source of the training data, a puzzle generator or files."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,12 +100,24 @@ class Files(Section):
     """Rows with a longer response go to the quarantine file."""
     max_rows: int | None = Field(None, ge=1)
     """Read no more rows than this."""
+    weights: tuple[float, ...] = ()
+    """A mixture: a number for each of `files`; as many of their first rows are read as these proportions allow."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of columns: our name to the file's, as `{prompt = "question"}`."""
     ignore_columns: tuple[str, ...] = ()
     """Columns that are not part of a row's text, beside those that docs/data.md lists."""
     strict: bool = False
     """Stop at the first row that would go to the quarantine file."""
+
+    @model_validator(mode="after")
+    def _weigh_each(self) -> Self:
+        if self.weights and len(self.weights) != len(self.files):
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {len(self.files)} of files; give one for each"
+            )
+        if self.weights and min(self.weights) <= 0:
+            raise ValueError(f"weights = {list(self.weights)} must be above 0; leave out a file that is not to be read")
+        return self
 
 
 class FilesTaskBase(TaskBase, Files):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +25,7 @@ from dtrpo_ray.data.formats.files import Shard, data_files
 from dtrpo_ray.data.formats.parsing import AS_NAMED, Columns
 from dtrpo_ray.data.formats.preferences import PreferenceRow, common_length, preference_format
 from dtrpo_ray.data.formats.prompts import prompt_format
-from dtrpo_ray.data.formats.reading import first_rows
+from dtrpo_ray.data.formats.reading import count_rows, first_rows
 from dtrpo_ray.data.formats.responses import response_format
 from dtrpo_ray.data.formats.tokenize import (
     Target,
@@ -130,8 +131,9 @@ def puzzle_request(
 
 
 class PartSummary(Counts):
-    """The counts of one part of a file; `made` are rows of the table, `good` the rows of the file in them."""
+    """The counts of one part of a `file`; `made` are rows of the table, `good` the rows of the file in them."""
 
+    file: str
     made: int
     examples: list[dict[str, str]]
 
@@ -214,7 +216,7 @@ class Importer:
             tally.add(rows, each, table, self.target)
             write_buckets(table, out, f"part-{part.name}-{batch:04d}")
         (out / f"refused-{part.name}.jsonl").write_text(tables.quarantine_lines(tally.refused))
-        return {**tally.counts(), "made": tally.made, "examples": tally.examples}
+        return {**tally.counts(), "file": part.file, "made": tally.made, "examples": tally.examples}
 
     def _batches(self, part: Shard) -> Iterator[tuple[Any, list[Rejected]]]:
         """Yield rows to tokenize together, and the rows refused before that."""
@@ -240,16 +242,41 @@ def grid_of(path: Path) -> dict[str, Any]:
 
 
 def import_parts(task: Reader, rows: int | None = None) -> list[Shard]:
-    """Return the named parts of a task's files in their order, up to `max_rows` rows; one has `rows` or PART_ROWS."""
+    """Return the named parts of a task's files in their order, up to `max_rows` rows; one has `rows` or PART_ROWS.
+
+    With `weights` each entry of `files` has its own limit.
+    """
     parts: list[Shard] = []
-    left, form = task.max_rows, format_of(task)
-    for number, file in enumerate(file for where in task.files for file in data_files(where)):
-        shards = form(file).shards(file, rows)
-        if left is not None:
-            shards, taken = first_rows(shards, left)
-            left -= taken
-        parts += [replace(shard, name=f"{number:04d}-{i:05d}") for i, shard in enumerate(shards)]
+    form, entries = format_of(task), [data_files(where) for where in task.files]
+    limits = mixture_limits(task, entries)
+    left, number = task.max_rows, 0
+    for at, entry in enumerate(entries):
+        left = limits[at] if limits else left
+        for file in entry:
+            shards = form(file).shards(file, rows)
+            if left is not None:
+                shards, taken = first_rows(shards, left)
+                left -= taken
+            parts += [replace(shard, name=f"{number:04d}-{i:05d}") for i, shard in enumerate(shards)]
+            number += 1
     return parts
+
+
+def mixture_limits(task: Reader, entries: Sequence[Sequence[str]]) -> list[int]:
+    """Return how many rows to read of each entry of `files`: as many as their `weights` and `max_rows` allow."""
+    if not task.weights:
+        return []
+    weights = [Fraction(str(weight)) for weight in task.weights]
+    there = [sum(count_rows(file) for file in entry) for entry in entries]
+    most = min(rows / weight for rows, weight in zip(there, weights, strict=True))
+    if task.max_rows is not None:
+        most = min(most, task.max_rows / sum(weights))
+    limits = [int(most * weight) for weight in weights]
+    if not min(limits):
+        raise DataError(
+            f"{task.files[limits.index(0)]}: with weights = {list(task.weights)} no row of it would be read"
+        )
+    return limits
 
 
 def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path) -> Counts:
@@ -257,7 +284,10 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
 
     It may be cut off and run again: the rows to drop are noted before any file is rewritten.
     """
-    made = sum(summary["made"] for summary in summaries)
+    files = Counter[str]()
+    for summary in summaries:
+        files[summary["file"]] += summary["made"]
+    made = files.total()
     refused, shares = Counter[str](), tables.id_shares(made)
     with whole_file(out / tables.QUARANTINE) as partial, partial.open("w") as quarantine:
         for file in sorted(out.glob("refused-*.jsonl")):
@@ -269,7 +299,7 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
                 rows = [Rejected(where, "duplicate row", f"the same as {first}") for where in split_origins(origin)]
                 quarantine.write(tables.quarantine_lines(rows))
                 refused["duplicate row"] += len(rows)
-                made -= 1
+                files[rows[0].origin.rpartition(":")[0]] -= 1
     good, ignored = sum(summary["good"] for summary in summaries) - refused["duplicate row"], Counter[str]()
     for summary in summaries:
         refused.update(summary["refused"])
@@ -277,7 +307,9 @@ def finish_import(summaries: Sequence[PartSummary], schema: pa.Schema, out: Path
     truncated = sum(summary.get("truncated", 0) for summary in summaries)
     counts = tables.counts_of(good, dict(refused.most_common()), ignored, truncated)
     examples = [example for summary in summaries for example in summary["examples"]][:EXAMPLES]
-    tables.write_manifest(out, schema, counts, made, examples)
+    if len(files) > 1:
+        counts["files"] = dict(files)
+    tables.write_manifest(out, schema, counts, files.total(), examples)
     return counts
 
 

@@ -37,7 +37,7 @@ class Counts(TypedDict):
     """Rows that were read: the good ones, and the refused by reason, most frequent first; they add up to `rows`.
 
     `ignored` counts the good rows that have something in a column that is no part of them, by column. `truncated` are
-    good rows whose prompt was cut.
+    good rows whose prompt was cut. `files` are the rows of the table by file, if there are several.
     """
 
     rows: int
@@ -45,6 +45,7 @@ class Counts(TypedDict):
     refused: dict[str, int]
     ignored: NotRequired[dict[str, int]]
     truncated: NotRequired[int]
+    files: NotRequired[dict[str, int]]
 
 
 def counts_of(good: int, refused: Mapping[str, int], ignored: Mapping[str, int], truncated: int) -> Counts:
@@ -103,7 +104,10 @@ def count_lines(totals: Counts) -> list[str]:
     rows = [*totals["refused"].items(), ("good", totals["good"]), ("rows", totals["rows"])]
     below = [("prompt truncated", totals["truncated"])] if "truncated" in totals else []
     below += [(f"ignored: {column}", count) for column, count in totals.get("ignored", {}).items()]
-    return [f"  {name:<22}{count:>10,}" for name, count in rows + below]
+    files = totals.get("files", {})
+    whole = max(sum(files.values()), 1)
+    shares = [f"  {count / whole:>7.1%} of the table, {count:,} rows: {file}" for file, count in files.items()]
+    return [*(f"  {name:<22}{count:>10,}" for name, count in rows + below), *shares]
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

@@ -214,6 +214,47 @@ def test_max_rows_counts_rows_of_any_kind_of_file(tokenizer: Path, tmp_path: Pat
     assert counts == {"rows": 13, "good": 9, "refused": {"duplicate row": 4}}
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("weights", "most", "read"),
+    [((3, 1), None, [9, 3]), ((0.3, 0.1), None, [9, 3]), ((1, 1), 8, [4, 4]), ((1, 1), None, [9, 9])],
+)
+def test_a_mixture_reads_its_files_in_proportion_and_tells_their_shares(
+    tokenizer: Path, tmp_path: Path, ending: str, weights: Any, most: int | None, read: list[int]
+) -> None:
+    """Row 2 of the second file repeats a row of the first: it goes, and the shares are of what is left."""
+    paths = [tmp_path / f"{name}{ending}" for name in "ab"]
+    for at, path in enumerate(paths):
+        rows = [{"prompt": f"{at}{i}", "chosen": "1", "rejected": "2"} for i in range(9 + at)]
+        rows[1] |= {"prompt": "01"}
+        write(path, rows)
+    config = task(paths[0], files=[str(path) for path in paths], weights=weights, max_rows=most)
+    counts = imported(config, tokenizer, tmp_path / "table", PREFERENCE)
+    assert counts["rows"] == sum(read)
+    assert counts["refused"] == {"duplicate row": 1}
+    assert counts["files"] == {str(paths[0]): read[0], str(paths[1]): read[1] - 1}
+    assert (read_manifest(tmp_path / "table") or {})["counts"] == counts
+    assert f"{read[0] / (sum(read) - 1):.1%} of the table, {read[0]} rows: {paths[0]}" in tables.count_lines(counts)[-2]
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def test_weights_are_one_for_each_file_and_leave_a_row_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, [{"prompt": "1", "chosen": "1", "rejected": "2"}])
+    for weights, message in (([1, 2], "weights has 2 numbers for 1 of files"), ([0], "must be above 0")):
+        with pytest.raises(ValueError, match=message):
+            task(path, weights=weights)
+    with pytest.raises(DataError, match=r"no row of it would be read"):
+        prepare.import_parts(task(path, files=[str(path)] * 2, weights=[1, 5]))
+
+
 @pytest.mark.parametrize("origin", ["global", "response"])
 @pytest.mark.parametrize("puzzle", ["sudoku", "countdown"])
 def test_generated_examples_are_on_the_grid_of_any_model_in_its_own_tokens(

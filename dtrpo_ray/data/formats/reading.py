@@ -75,6 +75,15 @@ def first_rows(shards: list[Shard], most: int) -> tuple[list[Shard], int]:
     return cut, taken
 
 
+def count_rows(file: str) -> int:
+    """Return how many rows a file has; others than Parquet are read for it."""
+    if not split_packed(file)[0].endswith(".parquet"):
+        return sum(1 for _ in _read(Shard(file)))
+    filesystem, path = open_filesystem(file)
+    with readable(file), filesystem.open_input_file(path) as stream:
+        return int(pq.ParquetFile(stream).metadata.num_rows)
+
+
 # === kinds of files ===
 
 
