@@ -270,7 +270,7 @@ def mixture_limits(task: Reader, entries: Sequence[Sequence[str]]) -> list[int]:
     there = [sum(count_rows(file) for file in entry) for entry in entries]
     most = min(rows / weight for rows, weight in zip(there, weights, strict=True))
     if task.max_rows is not None:
-        most = min(most, task.max_rows / sum(weights))
+        most = min(most, task.max_rows / sum(weights, Fraction()))
     limits = [int(most * weight) for weight in weights]
     if not min(limits):
         raise DataError(
