@@ -27,6 +27,7 @@ MASK_SPELLINGS = (MASK, "<MASK>", "|<MASK>|", "<|mask|>", "<|mdm_mask|>")
 QWEN2_COPIES = ("DreamTokenizer",)  # copies of Qwen2's class that releases ship as remote code
 PROBE = "assistant-answer"  # stands for an assistant's turn; no template writes it by itself
 UNWRITTEN = {("tool", "name"), ("tool", "tool_call_id")}  # fields that a template need not write
+REASONING = ("reasoning", "reasoning_content", "thinking")  # names of one field
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -212,6 +213,10 @@ def render_turns(tokenizer: PreTrainedTokenizerBase, turns: Conversation, **opti
     for role, name in sorted(fields - UNWRITTEN):
         if not _writes(tokenizer, str(tokenizer.chat_template), role, name):
             raise DataError(f"the chat template does not write the {name} of the {role}'s messages; leave it out")
+    for turn in turns:  # transformers gives a template one of them
+        if len({turn[name] for name in REASONING if name in turn}) > 1:
+            names = " and ".join(name for name in REASONING if name in turn)
+            raise DataError(f"{names} differ in a message; leave one of them out")
     plain = [{name: value for name, value in turn.items() if name != "tools"} for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options))

@@ -277,13 +277,19 @@ def test_reasoning_tools_and_calls_are_written_by_the_chat_template() -> None:
     [
         (
             ASKS,
-            {"content": "So.", "thinking": "x"},
+            {"content": "So.", "notes": "x"},
             "unsupported field",
-            "does not write the thinking of the assistant's",
+            "does not write the notes of the assistant's",
         ),
         ([ASKS[0] | {"name": "Ann"}], {"content": "So."}, "cannot be tokenized", "the name of the user's messages"),
-        (ASKS, {"content": "", "tool_calls": [SUM | {"id": "<|im_end|>"}]}, "control token", "answer[1] holds"),
+        (ASKS, {"content": "", "tool_calls": [SUM | {"id": "<|im_end|>"}]}, "control token", "answer[0] holds"),
         ([ASKS[0] | {"tools": [{"name": "<|im_end|>"}]}], {"content": "So."}, "control token", "prompt[0] holds"),
+        (
+            ASKS,
+            {"content": "So.", "thinking": "x", "reasoning": "y"},
+            "unsupported field",
+            "reasoning and thinking differ",
+        ),
         ("Hi", {"content": "So.", "reasoning_content": "x"}, "unsupported field", "the prompt must be messages"),
     ],
 )
@@ -301,8 +307,8 @@ def test_a_field_that_the_template_leaves_out_refuses_its_row(
 
 
 def test_tools_stay_when_older_turns_go() -> None:
-    target = replace(rich(), max_prompt_tokens=40)
-    turns = [ASKS[0] | {"tools": [{"name": "sum"}]}, {"role": "assistant", "content": "word " * 40}, ASKS[0]]
+    target = replace(rich(), max_prompt_tokens=60)
+    turns = [ASKS[0] | {"tools": [{"name": "sum"}]}, {"role": "assistant", "content": "word " * 80}, ASKS[0]]
     table, refused = tokenize_preferences([PreferenceRow(turns, "So.", "No.", origin="f:1")], target)
     assert refused == []
     shown = target.tokenizer.decode(table["prompt_ids"][0].as_py())
