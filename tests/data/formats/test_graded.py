@@ -103,7 +103,9 @@ def test_scored_rows_of_a_prompt_meet_and_ties_are_counted(tmp_path: Path) -> No
 
 def test_turns_in_the_text_of_helpsteer2_become_messages(tmp_path: Path) -> None:
     prompt = "a\n<extra_id_1>Assistant\nb\n\n<extra_id_1>User\nc"
-    (pair,), _ = read(tmp_path, *(HELP | {"prompt": prompt, "response": t, "helpfulness": s} for t, s in ("x1", "y2")))
+    (pair,), _ = read(
+        tmp_path, *(HELP | {"prompt": prompt, "response": t, "helpfulness": s} for t, s in (("x", 1), ("y", 2)))
+    )
     assert [(turn["role"], turn["content"]) for turn in pair.prompt] == [
         ("user", "a"),
         ("assistant", "b\n"),
