@@ -75,7 +75,7 @@ def test_bad_rows_and_bad_turns_are_refused_by_name_and_spoil_no_other(tmp_path:
         {"messages": opening},
         {"messages": [*CHAT[:2], CHAT[3]]},
         {"messages": [CHAT[0], {"role": "assistant", "content": " "}]},
-        {"messages": [{"role": "tool", "content": "x"}, *CHAT]},
+        {"messages": [{"role": "robot", "content": "x"}, *CHAT]},
         {"messages": "Hi"},
         {"messages": CHAT, "tools": [1]},
         {"messages": None},
@@ -88,7 +88,7 @@ def test_bad_rows_and_bad_turns_are_refused_by_name_and_spoil_no_other(tmp_path:
         (":5", "empty side"),
         (":6", "unknown role"),
         (":7", "wrong type"),
-        (":8", "unsupported field"),
+        (":8", "wrong type"),
         (":9", "missing field"),
     ]
 
