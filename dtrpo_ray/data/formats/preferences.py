@@ -111,10 +111,11 @@ class UnpairedFormat(Format[PreferenceRow]):
                 yield replace(row, origin=bad.origin)
             used += 1
         paired = {answer.origin for answer in (*best[:used], *worst[:used])}
-        left = [answer for answer in answers if answer.origin not in paired]
-        for answer in left:
-            detail = "no better or worse answer to its prompt is left to pair it with"
-            yield Rejected(answer.origin, self.tie if len(left) > 1 else "no partner", detail)
+        left = [answer.origin for answer in answers if answer.origin not in paired]
+        detail = "no better or worse answer to its prompt is left to pair it with"
+        for origin in left:
+            alone = Rejected(origin, "no partner", detail)
+            yield replace(alone, reason=self.tie) if len(left) > 1 else alone
 
     def _judge(self, row: Record) -> Judged:
         prompt, answer, grade = self.parse(row)
