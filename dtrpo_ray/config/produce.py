@@ -76,7 +76,7 @@ ScorerName = Literal[VerifierName, "reward_model", "log_likelihood", "judge"]
 FUNCTION = re.compile(r"(?!__main__\b)[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-SELF_CONTAINED = ("sudoku", "countdown", "reward_model", "judge")  # scorers that need no reference answer
+COMPARING = ("gsm8k", "math", "python_tests", "instructions")  # scorers that need a reference answer
 
 
 class ScoreConfig(Section):
@@ -123,7 +123,7 @@ class ScoreConfig(Section):
     @property
     def needs_answers(self) -> bool:
         """Return whether the scorer compares with the column `answer`."""
-        return self.scorer not in SELF_CONTAINED
+        return self.scorer in COMPARING
 
 
 class PairConfig(Section):
