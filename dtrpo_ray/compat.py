@@ -6,7 +6,8 @@ imported where they are used, so that importing this module costs nothing.
 """
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ RAY_TRAIN_SNAPSHOT = "checkpoint_manager_snapshot.json"
 A new driver removes it and chooses among the checkpoints that verify: Ray refuses to start over a listed checkpoint
 that was pruned. Until a RunConfig can start a run without the list of an earlier one.
 """
+
+
+@contextmanager
+def loopback_ports() -> Iterator[None]:
+    """Let `ray.init` start a session whose ports are all on 127.0.0.1.
+
+    On Linux they are on all interfaces, three of them without a token, and `_node_ip_address` moves some of them only.
+    Where Ray supports no cluster (Windows, macOS) it uses loopback, by a constant that `ray.init` reads. Until an
+    option of `ray.init` names the address.
+    """
+    from ray._private import ray_constants
+
+    default = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = default
 
 
 def drop_placement_group_cleaner(trainer: Any) -> None:

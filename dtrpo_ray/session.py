@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -19,6 +19,10 @@ from dtrpo_ray.progress import console
 CPU_WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 CONNECT_TRIES = 2
+JOINED = (
+    "joined a Ray cluster: Ray's ports (GCS, raylets, workers, agents, metrics) are on all interfaces of its nodes, "
+    "and not all of them ask for the token; keep the nodes in a private network"
+)
 
 
 @contextmanager
@@ -39,6 +43,8 @@ def ray_session(cluster: ClusterConfig, object_store_bytes: int | None = None) -
         options |= {"object_store_memory": object_store_bytes, "include_dashboard": False}
         options["runtime_env"] = {"env_vars": CPU_WORKER_ENV}
     _connect(cluster.address, options)
+    if cluster.address != "local":
+        console.print(JOINED, markup=False, highlight=False, soft_wrap=True)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = console.is_terminal
@@ -58,7 +64,8 @@ def _connect(address: str, options: dict[str, Any]) -> None:
     """Call `ray.init`, a second time if it fails: on a busy machine Ray's processes may start too slowly for it."""
     for number in range(1, CONNECT_TRIES + 1):
         try:
-            ray.init(**options)
+            with compat.loopback_ports() if address == "local" else nullcontext():
+                ray.init(**options)
             return
         except ConnectionError as error:
             raise ConfigError(

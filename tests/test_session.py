@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import ray
 from paths import ROOT
+from ray._private import ray_constants
 
 from dtrpo_ray.cli import main
 from dtrpo_ray.config.cluster import ClusterConfig
@@ -101,6 +102,20 @@ def test_ray_that_starts_too_slowly_is_started_once_more(monkeypatch: pytest.Mon
     with ray_session(ClusterConfig()):
         assert calls == ["init local", "shutdown", "init local"]  # what did start is ended before the second try
     assert calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize(("address", "looped", "said"), [("local", True, ""), ("auto", False, "on all interfaces")])
+def test_a_session_of_our_own_is_on_loopback_and_one_that_is_joined_says_what_is_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, looped: bool, said: str
+) -> None:
+    fake_ray(monkeypatch)
+    found = []
+    monkeypatch.setattr(ray, "init", lambda **_: found.append(not ray_constants.ENABLE_RAY_CLUSTER))
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with ray_session(ClusterConfig(address=address)):
+        assert found == [looped]
+        assert ray_constants.ENABLE_RAY_CLUSTER is before
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["local", "auto"])

@@ -108,6 +108,21 @@ def test_answers_over_http_what_the_engine_generates(url: str, checkpoint: Path)
     assert sampled[0] == sampled[1]
 
 
+def test_every_port_of_a_local_session_is_on_loopback(url: str) -> None:
+    """Ray's own ports too (GCS, raylet, workers, agents, Serve's proxy), though Ray opens them on all interfaces."""
+    ours = psutil.Process()
+    family = {process.pid: process for process in (ours, *ours.children(recursive=True))}
+    ports = [
+        (process.name(), found.laddr.ip, found.laddr.port)
+        for process in family.values()
+        for found in process.net_connections("inet")
+        if found.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and found.laddr
+    ]
+    assert {"gcs_server", "raylet"} <= {name for name, _, _ in ports}
+    assert int(url.rsplit(":", 1)[1]) in {port for _, _, port in ports}
+    assert [port for port in ports if port[1] not in ("127.0.0.1", "::1")] == []
+
+
 def test_keys_of_the_file_open_the_deployment(url: str) -> None:
     assert post(url, "second-key", prompt="0").status_code == 200
     assert post(url, "third-key", prompt="0").status_code == 401
