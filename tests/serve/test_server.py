@@ -120,7 +120,7 @@ def test_every_port_of_a_local_session_is_on_loopback(url: str) -> None:
     ]
     assert {"gcs_server", "raylet"} <= {name for name, _, _ in ports}
     assert int(url.rsplit(":", 1)[1]) in {port for _, _, port in ports}
-    assert [port for port in ports if port[1] not in ("127.0.0.1", "::1")] == []
+    assert [port for port in ports if port[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
 
 
 def test_keys_of_the_file_open_the_deployment(url: str) -> None:
