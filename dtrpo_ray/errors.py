@@ -38,10 +38,6 @@ class ServeError(DtrpoError, RuntimeError): ...
 class SessionError(DtrpoError, RuntimeError): ...
 
 
-class Unscorable(Exception):
-    """A row that cannot be scored: (row number, reason). `Scorer` adds the file and raises DataError."""
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

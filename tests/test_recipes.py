@@ -58,7 +58,7 @@ def test_it_fits_its_gpus(recipe: Path, shared_data: Path, tmp_path: Path) -> No
     bounds = (Shape.of(job), *row_bounds(job, job.train))
     made = training(job.train, fewest, PARAMETERS[recipe.stem], 60_000, bounds)
     assert made["precision"] == "bf16"
-    assert made["memory_per_worker_bytes"] < GPU_BYTES / 2  # half is left for what the plan does not count
+    assert made["memory_per_worker_bytes"] < 0.55 * GPU_BYTES  # the rest is left for what the plan does not count
 
 
 def dry_run(rank: int, recipe: Path, folder: Path) -> None:

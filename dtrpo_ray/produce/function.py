@@ -18,12 +18,16 @@ from typing import Any
 import pyarrow as pa
 
 from dtrpo_ray.data.schemas import TRAJECTORY
-from dtrpo_ray.errors import ConfigError, Unscorable, last_line
+from dtrpo_ray.errors import ConfigError, last_line
 from dtrpo_ray.files import sha256_file
 
 # keyword -> column: TRL has names of its own for two
 COLUMNS = {"prompts": "prompt", "completions": "response"}
 COLUMNS |= {name: name for name in TRAJECTORY.names if name not in COLUMNS.values()}
+
+
+class Unscorable(Exception):
+    """A row that cannot be scored: (row number, reason). `Scorer` adds the file and raises DataError."""
 
 
 @dataclass(frozen=True, slots=True)

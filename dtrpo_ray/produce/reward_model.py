@@ -14,9 +14,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dtrpo_ray.errors import DataError, ModelError, Unscorable, first_line
+from dtrpo_ray.errors import DataError, ModelError, first_line
 from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.tokenizer import encode_prompt, encode_text, load_tokenizer, prompt_messages
+from dtrpo_ray.produce.function import Unscorable
 
 
 def load_model(source: ModelSource, kind: Any, what: str) -> Any:

@@ -15,9 +15,9 @@ import pyarrow as pa
 from dtrpo_ray.config.produce import ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, with_columns, write_whole
-from dtrpo_ray.errors import ConfigError, DataError, Unscorable
+from dtrpo_ray.errors import ConfigError, DataError
 from dtrpo_ray.models.hub import ModelSource
-from dtrpo_ray.produce.function import FunctionSource, RewardFunction
+from dtrpo_ray.produce.function import FunctionSource, RewardFunction, Unscorable
 from dtrpo_ray.produce.judge import Judge
 from dtrpo_ray.produce.reward_model import LogLikelihood, RewardModel
 

@@ -283,14 +283,15 @@ _Row: Any = create_model("_Row", **{n: get_args(h)[0] if isinstance(h, UnionType
 class Trajectory(_Row):
     """A choice as a row of the table trajectory/v1 (docs/data.md), and the text of each token.
 
-    `response_ids` continue to the end of the last block, past an end of sequence or a stop text. The endpoint knows no
-    hashes, origin, answer or reward: these are null.
+    `response_ids` continue to the end of the last block, past an end of sequence or a stop text. `denoising_steps` is
+    null where they do not say how much a step unmasks. The endpoint knows no hashes, origin, answer or reward: null.
     """
 
     origin: None = None
     answer: None = None
     reward: None = None
     reward_source: str = ""
+    denoising_steps: int | None
     block_origin: Literal["global", "response"]
     shift: Literal[0, 1]
     sampler: dict[str, str | float | int | None]

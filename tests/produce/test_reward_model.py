@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from dtrpo_ray.config.produce import ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import file_parts, read_table
-from dtrpo_ray.errors import DataError, ModelError, Unscorable
+from dtrpo_ray.errors import DataError, ModelError
 from dtrpo_ray.models.hub import ModelSource
 from dtrpo_ray.models.tokenizer import character_tokenizer
+from dtrpo_ray.produce.function import Unscorable
 from dtrpo_ray.produce.reward_model import LogLikelihood, RewardModel, conversation, label_index
 from dtrpo_ray.produce.scoring import Scorer, find_source
 

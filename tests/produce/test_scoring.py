@@ -14,8 +14,9 @@ from example_rows import trajectory
 from dtrpo_ray.config.produce import JudgeConfig, ScoreConfig, VerifierName
 from dtrpo_ray.data.schemas import TRAJECTORY
 from dtrpo_ray.data.tables import TablePart, file_parts, prompt_parts, read_table
-from dtrpo_ray.errors import DataError, Unscorable
+from dtrpo_ray.errors import DataError
 from dtrpo_ray.models.tokenizer import prompt_messages
+from dtrpo_ray.produce.function import Unscorable
 from dtrpo_ray.produce.scoring import Scorer, Verifier
 
 
