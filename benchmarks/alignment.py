@@ -1,6 +1,6 @@
 """Compare dTRPO with its controls, for several seeds, through the real pipeline.
 
-    python benchmarks/alignment.py jobs/demo.toml --seeds 0 1 2 --storage runs --out benchmarks/results/alignment
+    python benchmarks/alignment.py jobs/demo.toml --seeds 0 1 2 --storage runs --out runs/alignment
 
 All arms of a seed start from the same base, rollouts and pairs, and differ in `train.objective` alone. An arm without a
 reference costs half the forwards, so each of them also runs for twice the optimizer steps: as many forwards as dTRPO's.
@@ -223,7 +223,7 @@ def parser(description: str | None, out: Path) -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure every seed, writing the page after each, so that an interrupt loses no finished seed."""
-    options = parser(__doc__, Path("benchmarks/results/alignment")).parse_args()
+    options = parser(__doc__, Path("runs/alignment")).parse_args()
     rows: list[Measured] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:

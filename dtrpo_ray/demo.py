@@ -1,4 +1,4 @@
-"""The end of `dtrpo run`: serve the aligned model beside its base and ask both the same held-out puzzles over HTTP."""
+"""The end of `dtrpo run`: serve the aligned model beside its base and ask both the same held-out prompts over HTTP."""
 
 import json
 import pkgutil

@@ -166,7 +166,7 @@ class Job(Section):
                 f"{named}: rollout.remasking = {self.rollout.policy!r} unmasks as much in each step whatever the model "
                 "says, so answers of one length take the same forwards: set rollout.threshold or rollout.entropy_bound"
             )
-        if self.score and self.score.scorer in ("reward_model", "judge"):
+        if self.score and self.score.scorer in ("reward_model", "judge", "log_likelihood"):
             raise ValueError(f"{named} needs to know what is correct: set score.scorer to a verifier")
         if objective.is_preference and not objective.needs_recorded_steps:
             raise ValueError(

@@ -69,13 +69,13 @@ class RewardModel:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.longest = longest_input(self.model.config)
+        self.longest = min(longest_input(self.model.config), self.tokenizer.model_max_length)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:
         """Return rewards in the order of the rows; batches are of similar length, and too long rows are refused."""
         texts = [conversation(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(texts, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
         rewards = torch.zeros(len(ids), dtype=torch.float64)
         for rows in batches(ids, self.batch_size, self.longest):
             batch = self.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")

@@ -108,8 +108,8 @@ def mean_interval(rewards: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of a mean reward: Wilson's for rewards of 0 and 1, else mean ± 1.96 standard errors."""
     if set(rewards) <= {0, 1}:
         return wilson_interval(int(sum(rewards)), len(rewards))
-    mean, half = float(np.mean(rewards)), float(Z95 * np.std(rewards) / sqrt(len(rewards)))
-    return mean - half, mean + half
+    mean, half = float(np.mean(rewards)), float(Z95 * np.std(rewards, ddof=1) / sqrt(len(rewards)))
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def summarise(
@@ -177,7 +177,8 @@ def paired_test(better: Sequence[Sequence[float]], base: Sequence[Sequence[float
     exact sign test: of the prompts with a difference, each model has half. For one seed and rewards of 0 and 1 that is
     McNemar's exact test (Psychometrika 1947). The interval is Agresti and Min's (Statistics in Medicine 2005), which is
     made for rewards of 0 and 1 and wide for others. Both are about these trained models; few seeds say little about
-    another seed.
+    another seed. Where one model gains on more prompts and the other in the mean, which graded rewards permit, the
+    p-value is 1: nothing is claimed.
     """
     change = np.mean(np.array(better, dtype=float) - np.array(base, dtype=float), axis=0)
     change[np.abs(change) < 1e-9] = 0  # sums of a few rewards that differ in rounding alone
@@ -185,7 +186,8 @@ def paired_test(better: Sequence[Sequence[float]], base: Sequence[Sequence[float
     total = len(change) + 2  # their two pseudo-prompts: half a win, half a loss, one tie
     centre = change.sum() / total
     half = Z95 * sqrt(((change**2).sum() + 1) / total - centre**2) / sqrt(total)
-    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    agree = (wins - losses) * change.sum() > 0
+    p_value = float(binomtest(wins, wins + losses).pvalue) if agree else 1.0
     return Difference(float(change.mean()), float(max(centre - half, -1)), float(min(centre + half, 1)), p_value)
 
 

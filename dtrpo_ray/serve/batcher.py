@@ -120,7 +120,7 @@ class Batcher:
         """Start rows while there is room, always of the request with the fewest running."""
         with self.lock:
             waiting = [ticket for ticket in self.waiting if ticket not in self.refused]
-        while waiting and not any(ticket.passed >= MOST_PASSED for ticket in self.refused):
+        while waiting and not any(each.passed >= MOST_PASSED for each in self.refused if not self.running.get(each)):
             ticket = min(waiting, key=lambda each: len(self.running.get(each, ())))
             if not self._start(ticket):
                 self.refused.add(ticket)
@@ -141,6 +141,7 @@ class Batcher:
         if not self.decoder.admit((ticket, row), prompt, ticket.params, ticket.seeds[row], ticket.watch):
             return False
         self.waiting[ticket].popleft()
+        ticket.passed = 0
         self.running.setdefault(ticket, deque()).append(row)
         for other in self.refused:
             other.passed += not self.running.get(other)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from example_rows import trajectory
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 from dtrpo_ray.config.produce import ScoreConfig
 from dtrpo_ray.data.schemas import TRAJECTORY
@@ -189,3 +198,23 @@ def test_what_has_no_likelihood_is_refused(llama: ModelSource, reward_model: Mod
 
 def test_without_a_chat_template_a_conversation_is_lines_of_text() -> None:
     assert conversation(character_tokenizer("1"), "Why?", "So.") == "Why?\nSo."
+
+
+def test_an_encoder_gets_the_special_tokens_that_its_head_reads(tmp_path: Path) -> None:
+    """BERT's head reads [CLS]: without a chat template the tokenizer's own special tokens are added."""
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, num_labels=2, initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    found = RewardModel(ModelSource(tmp_path, "bert"), 2, 1)(["1", "2"], ["9", "8 7"], [None, None])
+    with torch.inference_mode():
+        ids = [[2, vocab.index("1"), vocab.index("9"), 3], [2, *(vocab.index(digit) for digit in "287"), 3]]
+        wanted = [float(model(torch.tensor([row])).logits.log_softmax(1)[0, 1]) for row in ids]
+    assert found == pytest.approx(wanted, abs=1e-5)

@@ -158,11 +158,13 @@ def test_settings_sort_from_few_forwards_to_many_and_are_read_back_from_row_ids(
 
 def test_graded_rewards_have_the_interval_of_a_mean_and_a_test_of_signs() -> None:
     """Half of the rewards 0.25, half 0.75: standard deviation 0.25. Three prompts gain 0.1 + 0.2 and none loses."""
-    rewards = [0.25, 0.75] * 50
-    assert mean_interval(rewards) == pytest.approx((0.5 - 1.959964 * 0.025, 0.5 + 1.959964 * 0.025))
+    rewards = [0.25, 0.75] * 5000
+    assert mean_interval(rewards) == pytest.approx((0.5 - 1.959964 * 0.0025, 0.5 + 1.959964 * 0.0025), abs=1e-6)
     assert mean_interval([1.0, 0.0] * 5) == wilson_interval(5, 10)
     gain, _, _, p_value = paired_test([[0.3, 0.3, 0.3, 0.3]], [[0.0, 0.0, 0.0, 0.1 + 0.2]])
     assert (gain, p_value) == (pytest.approx(0.225), 0.25)
+    few, many = [0.5] * 20 + [0.0] * 60, [0.0] * 20 + [0.1] * 60  # the mean is of the 20, the count of the 60
+    assert paired_test([few], [many])[::3] == (pytest.approx(0.05), 1.0)
     assert [is_graded([{"rewards": found}]) for found in ([0.0, 1.0], [0.0, 0.5])] == [False, True]  # type: ignore[list-item, typeddict-item]
     assert [reward_text(reward) for reward in (1, 0.583, 0)] == ["correct", "reward 0.58", "wrong"]
 

@@ -260,6 +260,21 @@ def test_a_request_with_too_few_free_pages_is_not_passed_for_ever(tiny: SDAR, mo
     assert MOST_PASSED <= before <= MOST_PASSED + 10
 
 
+def test_a_request_that_was_passed_and_runs_blocks_nobody(tiny: SDAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first row starts after others passed it often; its second has to wait, and others start meanwhile."""
+    batcher = batcher_of(tiny, 8, 64)
+    record = Record(batcher, monkeypatch)
+    record.submit("a", [[1]], most=40)
+    record.run(1)
+    half = len(batcher.decoder.pool.idle) // 2 * tiny.block_size
+    ticket = record.submit("L", [[2] * half] * 2, most=9)
+    ticket.passed = MOST_PASSED
+    record.run(1)
+    record.submit("b", [[3]])
+    record.run(1)
+    assert record.started == ["a0", "L0", "b0"]
+
+
 def test_a_request_cancelled_while_it_waits_blocks_nobody(tiny: SDAR, monkeypatch: pytest.MonkeyPatch) -> None:
     batcher = batcher_of(tiny, 8, 64)
     record = Record(batcher, monkeypatch)

@@ -151,7 +151,7 @@ def as_messages(value: Any, where: str) -> Messages:
 def _as_message(message: dict[str, Any], where: str) -> Message:
     found = {key: value for key, value in message.items() if not is_empty(value)}
     more = {key: found.pop(key) for key in found.keys() - _KEYS.keys()}
-    calls = as_objects(more.pop("tool_calls", []), f"{where}.tool_calls")
+    calls = [_as_call(call, where) for call in as_objects(more.pop("tool_calls", []), f"{where}.tool_calls")]
     if unread := sorted(key for key, value in more.items() if not isinstance(value, str)):
         raise Refusal("unsupported field", f"{', '.join(unread)} in {where} is no text that a chat template writes")
     ours = {_KEYS[key]: value for key, value in found.items()}
@@ -160,6 +160,20 @@ def _as_message(message: dict[str, Any], where: str) -> Message:
     text = ours.get("content", message.get("content", message.get("value")))
     content = "" if text is None and (calls or more) else as_content(text, f"{where}.content")
     return {"role": role, "content": content} | more | ({"tool_calls": calls} if calls else {})
+
+
+def _as_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object, which templates write as JSON; OpenAI's are JSON text."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise Refusal("wrong type", f"{where}.tool_calls: arguments {text[:40]!r} is no JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def as_objects(value: Any, where: str) -> list[dict[str, Any]]:

@@ -478,6 +478,12 @@ def test_tools_and_tool_calls_go_with_the_messages_without_the_nulls_of_parquet(
         turn("") | {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
         turn("2", "tool") | {"name": "add"},
     ]
+    openai = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}  # JSON text in JSON
+    asked[1] = turn("", "assistant") | {"content": None, "tool_calls": [openai]}
+    (same,), _ = _read([MESSAGES | {"prompt": asked, "tools": tools}])
+    assert same.prompt == pair.prompt
+    openai["function"] = {"name": "add", "arguments": "1, 2"}
+    assert "arguments '1, 2' is no JSON object" in _read([MESSAGES | {"prompt": asked}])[1][0].detail
     (pair,), _ = _read([TRL | {"tools": tools}])
     assert [message["role"] for message in pair.prompt] == ["user"]
 
