@@ -152,8 +152,8 @@ def _table_row(rows: list[dict[str, Any]], test_set: str, setting: str, temperat
 def _examples(
     rows: list[dict[str, Any]], answers: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Example]:
-    failed = [r for r in rows if r["reward"] < 1][: NUM_EXAMPLES // 2]
-    solved = [r for r in rows if r["reward"] >= 1][: NUM_EXAMPLES - len(failed)]
+    failed, solved = ([r for r in rows if (r["reward"] >= 1) == right] for right in (False, True))
+    half = NUM_EXAMPLES // 2
     return [
         {
             "prompt": row["prompt"],
@@ -165,7 +165,7 @@ def _examples(
             "steps": row["steps"],
             "tokens": [str(tokenizer.decode([i])) for i in row["response_ids"]],
         }
-        for row in failed + solved
+        for row in (failed[:half] + solved + failed[half:])[:NUM_EXAMPLES]
     ]
 
 
