@@ -64,12 +64,19 @@ class FunctionSource:
 def _import(name: str, folder: Path) -> ModuleType:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    known, keeps = sys.modules.get(name.partition(":")[0]), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # kept bytecode passes for that of a file changed within the same second
     try:
+        if known and Path(known.__file__ or "").is_relative_to(folder):
+            return importlib.reload(known)  # a worker of an earlier stage may hold the file as it was
         return importlib.import_module(name.partition(":")[0])
     except (Exception, SystemExit) as error:  # a module is a program, which raises anything
         raise ConfigError(
             f"score.scorer = {name!r}: it cannot be imported in {folder}: {_describe(error, folder)}"
         ) from None
+    finally:
+        sys.dont_write_bytecode = keeps
 
 
 def _function(name: str, module: ModuleType) -> Callable[..., object]:
