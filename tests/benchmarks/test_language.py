@@ -22,6 +22,12 @@ from dtrpo_ray.pipeline import Pipeline
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SMALL = [
+    "task.steps=[1, 1]", "task.largest=12", "cluster.num_workers=1", "cluster.num_actors=1",
+    "sft.num_examples=3840", "sft.global_batch=64", "sft.micro_batch=64", "sft.lr=1e-2", "sft.precision=fp32",
+    "rollout.num_prompts=32", "rollout.num_samples=4", "eval.num_prompts=12",
+    "train.max_steps=3", "train.global_batch=4", "train.micro_batch=4", "train.precision=fp32",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,33 @@ def test_arms_without_training_are_the_base_and_the_page_says_so(
     shown = [line.split(" | ")[1:] for line in page.splitlines() if line.startswith(("| converted,", "| base |"))]
     assert len({tuple(row) for row in shown[-18:]}) <= 9  # three prompts, three settings: both models say the same
     stages = sorted((tmp_path / "runs" / "stages").iterdir())
+    language.main()
+    assert out.with_suffix(".md").read_text() == page
+    assert sorted((tmp_path / "runs" / "stages").iterdir()) == stages
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_random_llama_goes_the_whole_way_and_a_second_run_makes_nothing(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, out = str(ROOT / "jobs" / "language.toml"), tmp_path / "page"
+    options = ["--seeds", "0", "--arms", "dtrpo", "imitation", "--storage", str(tmp_path / "runs"), "--out", str(out)]
+    settings = [word for item in [f"model.path={converted}", *SMALL] for word in ("--set", item)]
+    monkeypatch.setattr(sys, "argv", ["language", job, *options, *settings])
+    language.main()
+    record, page = json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
+    cells = {(arm, f"denoising_steps={steps}") for arm in ("base", "dtrpo", "imitation") for steps in (1, 2, 4)}
+    assert {(row["arm"], row["setting"]) for row in record["solved"]} == cells
+    assert {(row["arm"], row["setting"]) for row in record["answers"]} == cells
+    assert all(len(row["rewards"]) == 12 for row in record["solved"])
+    assert all(row["nll"] > 0 for row in record["answers"])
+    for heading in ("dTRPO minus each other arm", "NLL by place in the block", "The answers as language"):
+        assert f"## {heading}" in page
+    assert "| converted, not trained | denoising_steps=1 |" in page
+    stages = sorted((tmp_path / "runs" / "stages").iterdir())
+    # examples, base, rollout, pairs and the base's evaluation are both arms' own
+    assert len(stages) == 5 + 2 * 2
+    out.with_suffix(".md").unlink()
     language.main()
     assert out.with_suffix(".md").read_text() == page
     assert sorted((tmp_path / "runs" / "stages").iterdir()) == stages
