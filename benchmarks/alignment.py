@@ -20,7 +20,15 @@ import numpy as np
 from dtrpo_ray.config.decode import STEPS, Setting
 from dtrpo_ray.config.load import load_job
 from dtrpo_ray.pipeline import Pipeline
-from dtrpo_ray.report.evaluation import HELD_OUT, Difference, Evaluation, p_text, paired_forwards, paired_test
+from dtrpo_ray.report.evaluation import (
+    HELD_OUT,
+    Difference,
+    Evaluation,
+    p_text,
+    paired_forwards,
+    paired_test,
+    right_or_wrong,
+)
 from dtrpo_ray.session import ray_session
 from dtrpo_ray.stages import Store
 
@@ -117,7 +125,7 @@ def markdown(rows: list[Measured], job_file: Path, overrides: list[str], subject
     evaluated = load_job(job_file, overrides).eval
     heat = evaluated.temperature if evaluated else 0
     decoding = f"Temperature {heat:g}" if heat else "Greedy decoding"
-    measure = "Accuracy" if all(reward in (0, 1) for row in rows for reward in row.rewards) else "Mean reward"
+    measure = "Accuracy" if all(right_or_wrong(row.rewards) for row in rows) else "Mean reward"
     lines = [
         f"# Alignment on `{job_file}`",
         "",

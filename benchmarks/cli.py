@@ -10,6 +10,10 @@ from dtrpo_ray.cli import AsJson, result, say
 
 bench = typer.Typer()
 
+Out = Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")]
+Hidden = Annotated[int, typer.Option(min=64, help="Width of the model.")]
+Layers = Annotated[int, typer.Option(min=1)]
+
 
 @bench.callback(no_args_is_help=True)
 def bench_group() -> None:
@@ -29,7 +33,7 @@ def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of each variant.")] = 15,
     batch: Annotated[int, typer.Option(min=2, help="Pairs per step: even, and enough for steps of one second.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each variant runs; the variants take turns.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare training on Ray Train, Ray Data and DeepSpeed with the bare loop, and two workers with one."""
@@ -45,12 +49,12 @@ def bench_decode(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
     new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     block: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 32,
-    hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
+    hidden: Hidden = 256,
+    layers: Layers = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per block.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Times that both decoders run one request.")] = 3,
     widest: Annotated[int, typer.Option(min=1, help="Of 1, 4, 16 and 64 requests at once, run those up to this.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare our engine with a naive decoder, and with itself at 1, 4, 16 and 64 concurrent requests."""
@@ -63,12 +67,12 @@ def bench_decode(
 
 @bench.command("load")
 def bench_load(
-    hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
+    hidden: Hidden = 256,
+    layers: Layers = 4,
     seconds: Annotated[float, typer.Option(min=1, help="Time that each number of clients asks for.")] = 60,
     repeats: Annotated[int, typer.Option(min=1, help="Small requests alone, and beside a large one.")] = 15,
     most: Annotated[int, typer.Option(min=0, help="Of 1, 8, 32, 128 and 512 clients, run those up to this.")] = 512,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure an endpoint under load: small requests beside a large one, and 1 to 512 clients, whole and streamed."""
@@ -88,7 +92,7 @@ def bench_data(
     times: Annotated[
         float, typer.Option(min=0.1, help="Input of the memory runs, in object stores; also a tenth.")
     ] = 10,
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare each pipeline on Ray (one and two workers) with one process; measure memory on large inputs."""
@@ -105,7 +109,7 @@ def bench_forward(
     repeats: Annotated[int, typer.Option(help="Timed steps per process.")] = 3,
     shape: Annotated[str, typer.Option(help="Sizes: bars, or 8b for a GPU of 80 GB.")] = "bars",
     device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare one training step on packed rows with common implementations, VRPO, and the replay of all steps."""

@@ -83,7 +83,8 @@ def open_pipeline(
     store = Store(job.storage, fresh, say)
     store.make_folders()
     pipeline = Pipeline(job, store, resume, path.parent)
-    pipeline.score_source()  # import the function or fetch the model now, and not after the training
+    if needs in ("score", "task"):  # these come to it: import the function or fetch the model now, and not in hours
+        pipeline.score_source()
     with ray_session(job.cluster):
         pipeline.job = job.model_copy(update={"cluster": fit_cluster(job.cluster, say)})
         yield pipeline

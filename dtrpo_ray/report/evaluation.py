@@ -101,12 +101,17 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 def is_graded(table: Sequence[Score]) -> bool:
     """Return True if some answer is neither right (reward 1) nor wrong (0)."""
-    return any(reward not in (0, 1) for row in table for reward in row["rewards"])
+    return not all(right_or_wrong(row["rewards"]) for row in table)
+
+
+def right_or_wrong(rewards: Sequence[float]) -> bool:
+    """Return True if each reward is 1 (right) or 0 (wrong), so that their mean is an accuracy."""
+    return set(rewards) <= {0, 1}
 
 
 def mean_interval(rewards: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of a mean reward: Wilson's for rewards of 0 and 1, else mean ± 1.96 standard errors."""
-    if set(rewards) <= {0, 1}:
+    if right_or_wrong(rewards):
         return wilson_interval(int(sum(rewards)), len(rewards))
     mean, half = float(np.mean(rewards)), float(Z95 * np.std(rewards, ddof=1) / sqrt(len(rewards)))
     return max(0.0, mean - half), min(1.0, mean + half)

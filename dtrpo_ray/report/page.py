@@ -172,7 +172,7 @@ def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     """Put base beside aligned for each set and setting of an evaluation at one temperature; the held-out set first."""
     table = evaluation["table"] if evaluation else []
     scores = {(row["set"], row["setting"], row["model"]): row for row in table}
-    changes = {(row["set"], row["setting"]): row for row in against_base(compare(table))}
+    changes = {(row["set"], row["setting"]): row for row in against_base(_comparisons(evaluation))}
     pairs = []
     for test_set, setting in dict.fromkeys((row["set"], row["setting"]) for row in table):
         base, aligned = (scores.get((test_set, setting, model)) for model in ("base", "aligned"))
@@ -180,11 +180,18 @@ def pair_up(evaluation: Evaluation | None) -> list[ScorePair]:
     return sorted(pairs, key=lambda pair: (pair.set != HELD_OUT, _natural(pair.set), pair.set, pair.setting))
 
 
+def _comparisons(evaluation: Evaluation | None) -> list[Comparison]:
+    """Return the comparisons of an evaluation, made from its table only where it has none: they take resampling."""
+    if evaluation is None:
+        return []
+    return evaluation["comparison"] if "comparison" in evaluation else compare(evaluation["table"])
+
+
 def _controls(evaluation: Evaluation | None) -> list[tuple[Score, Comparison]]:
     """Return each control's row on held-out prompts, with the aligned model minus it."""
     table = evaluation["table"] if evaluation else []
     scores = {(row["model"], row["set"], row["setting"]): row for row in table}
-    more = [row for row in compare(table) if row["against"] != "base" and row["set"] == HELD_OUT]
+    more = [row for row in _comparisons(evaluation) if row["against"] != "base" and row["set"] == HELD_OUT]
     return [(scores[row["against"], row["set"], row["setting"]], row) for row in more]
 
 
@@ -207,11 +214,10 @@ def headline(job: dict[str, Any], curves: Mapping[str, Sequence[Metrics]], evalu
     assert best.aligned is not None
     assert best.change is not None
     test = f"; {p_text(best.change['p_value'])}"
-    task = job.get("task") or {}
-    noun = "prompt" if "files" in task or task.get("type") == "reviews" else "puzzle"
+    graded = is_graded([best.base, best.aligned])
+    noun = "prompt" if graded or "files" in (job.get("task") or {}) else "puzzle"
     prompts = _count(best.aligned["num_prompts"], f"held-out {noun}")
     base, aligned = _mean_text(best.base), _mean_text(best.aligned)
-    graded = is_graded([best.base, best.aligned])
     solves = f"has a mean reward of {aligned} on" if graded else f"solves {aligned} of"
     result = f"at {best.setting.label} the aligned model {solves} {prompts}, the base {base}"
     if points(gain) == "0.0":
